@@ -1,0 +1,16 @@
+// Every op of fastguard, one list. Kernels register themselves from csrc/cpu and csrc/cuda;
+// fake kernels, references and docstrings are in fastguard/ops.py.
+
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(fastguard, m) {
+  // -> total_norm f64 (), norms f64 (N,), nonfinite_counts i64 (N,), first_nonfinite i64 (2,)
+  m.def("grad_norm(Tensor[] grads) -> (Tensor, Tensor, Tensor, Tensor)");
+
+  // -> clip_coef f64 (), verdict i64 ()
+  m.def("decide(Tensor total_norm, float max_norm, float skip_norm) -> (Tensor, Tensor)");
+
+  // What was built and chosen, one "key=value" a line; for `python -m fastguard.env`.
+  m.def("cpu_info() -> str");
+  m.def("cuda_info() -> str");
+}

@@ -1,0 +1,148 @@
+"""Builds fastguard's two shared libraries; everything else about the package is in pyproject.toml.
+
+Both are plain libraries without any Python C API, loaded with ``torch.ops.load_library`` and
+written against the LibTorch Stable ABI, so one build serves every CPython and every torch >= 2.11.
+
+``FASTGUARD_CUDA=0``      builds the CPU library only.
+``FASTGUARD_SANITIZE=1``  builds the CPU library under AddressSanitizer and UBSan
+                          (``tests/sanitize.sh`` runs the tests on such a build).
+
+A machine without a compiler still installs: the pure-torch references of ``fastguard.ops`` serve.
+"""
+
+import importlib.util
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
+
+ROOT = Path(__file__).parent.resolve()
+TORCH_TARGET = "-DTORCH_TARGET_VERSION=0x020b000000000000"  # 2.11
+WINDOWS = sys.platform == "win32"
+
+# sm_80 code also serves 8.6 to 8.9; the PTX of the newest serves what comes after it.
+CUDA_ARCHS = ("80", "90", "100", "120")
+GENCODE = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in CUDA_ARCHS]
+GENCODE += [f"-gencode=arch=compute_{CUDA_ARCHS[-1]},code=compute_{CUDA_ARCHS[-1]}"]
+
+
+def isa_variants():
+    """Flags of each CPU capability; the same kernel source is compiled once for each."""
+    if platform.machine().lower() not in ("x86_64", "amd64") or WINDOWS:
+        return {"default": []}
+    return {
+        "default": [],
+        "avx2": ["-mavx2", "-mfma", "-mf16c"],
+        "avx512": [*"-mavx512f -mavx512bw -mavx512dq -mavx512vl -mf16c".split(),
+                   "-mprefer-vector-width=512"],
+    }
+
+
+def find_cuda_home():
+    """The CUDA toolkit's folder, or None. A folder without the runtime's headers is not one."""
+    candidates = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
+    if nvcc := shutil.which("nvcc"):
+        # An nvcc on the PATH may be a wrapper or a link far from its toolkit: ask it.
+        dryrun = subprocess.run([nvcc, "--dryrun", "-c", "x.cu"], capture_output=True, text=True)
+        if top := re.search(r"^#\$ TOP=(.+)$", dryrun.stderr, re.MULTILINE):
+            candidates.append(top[1].strip())
+        candidates.append(str(Path(nvcc).resolve().parent.parent))
+    candidates.append("/usr/local/cuda")
+    for home in (Path(c) for c in candidates if c):
+        if shutil.which("nvcc", path=home / "bin") and (home / "include/cuda_runtime.h").is_file():
+            return home
+    return None
+
+
+def sources(folder, suffix):
+    # Relative paths: distutils mirrors an absolute one inside the build folder.
+    return sorted(str(p.relative_to(ROOT)) for p in (ROOT / folder).glob(f"*{suffix}"))
+
+
+def torch_folder():
+    spec = importlib.util.find_spec("torch")
+    if spec is None:
+        raise CompileError("torch is not installed in the environment that builds fastguard")
+    return Path(spec.submodule_search_locations[0])
+
+
+class BuildLibraries(build_ext):
+    """Compiles each "extension" to a plain shared library beside the Python files."""
+
+    def get_ext_filename(self, fullname):
+        return fullname.replace(".", "/") + (".dll" if WINDOWS else ".so")
+
+    def get_export_symbols(self, ext):
+        return []  # no PyInit: the library registers its ops when it is loaded
+
+    def build_extension(self, ext):
+        target = Path(self.get_ext_fullpath(ext.name))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        build = self.build_cpu if ext.name == "fastguard._cpu" else self.build_cuda
+        build(target, torch_folder())
+
+    def build_cpu(self, target, torch):
+        # No contraction: every instruction set must give the same bits.
+        flags = ["/O2", "/std:c++20", "/EHsc"] if WINDOWS else [
+            "-O3", "-std=c++20", "-ffp-contract=off", "-fvisibility=hidden", "-Wall", "-Wextra"]
+        link = []
+        if os.environ.get("FASTGUARD_SANITIZE") == "1":
+            link = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
+            flags += [*link, "-g", "-fno-omit-frame-pointer"]
+
+        def compile_(files, capability, extra):
+            return self.compiler.compile(
+                files, output_dir=str(Path(self.build_temp) / capability),
+                macros=[("FASTGUARD_CAPABILITY", capability)], include_dirs=["csrc"],
+                extra_postargs=flags + extra)
+
+        variants = isa_variants()
+        system = "/external:I" if WINDOWS else "-isystem"
+        kernels = sources("csrc/cpu", "_kernel.cpp")
+        rest = [s for s in sources("csrc", ".cpp") + sources("csrc/cpu", ".cpp") if s not in kernels]
+        objects = compile_(rest, "ops", [
+            TORCH_TARGET, f"{system}{torch / 'include'}",
+            *(f"-DFASTGUARD_HAS_{capability.upper()}" for capability in variants)])
+        for capability, extra in variants.items():
+            objects += compile_(kernels, capability, extra)
+        self.compiler.link_shared_object(
+            objects, str(target), libraries=["torch_cpu"], library_dirs=[str(torch / "lib")],
+            extra_postargs=link, target_lang="c++")
+
+    def build_cuda(self, target, torch):
+        if not list((torch / "lib").glob("*torch_cuda.*")):
+            raise CompileError("the torch that builds fastguard has no CUDA; CPU library only")
+        home = find_cuda_home()
+        command = [
+            shutil.which("nvcc", path=home / "bin"), "-shared", "-O3", "-std=c++20",
+            "--compress-mode=size", "--cudart=static", "--threads=0", *GENCODE,
+            "-Xcompiler=/EHsc" if WINDOWS else "-Xcompiler=-fPIC,-fvisibility=hidden",
+            "-DUSE_CUDA", TORCH_TARGET, f"-DFASTGUARD_CUDA_ARCHS=\"{' '.join(CUDA_ARCHS)} PTX\"",
+            "-Icsrc", f"-isystem={torch / 'include'}", f"-isystem={home / 'include'}",
+            f"-L{torch / 'lib'}", "-ltorch_cpu", "-ltorch_cuda",
+            *sources("csrc/cuda", ".cu"), "-o", str(target)]
+        print(" ".join(command), flush=True)
+        if subprocess.run(command, cwd=ROOT).returncode != 0:
+            raise CompileError("nvcc failed; FASTGUARD_CUDA=0 builds the CPU library only")
+
+
+def libraries():
+    yield Extension("fastguard._cpu", sources("csrc", ".cpp") + sources("csrc/cpu", ".cpp"),
+                    optional=True)
+    if os.environ.get("FASTGUARD_CUDA") == "0":
+        return
+    if find_cuda_home():
+        yield Extension("fastguard._cuda", sources("csrc/cuda", ".cu"), optional=True)
+    else:
+        print("fastguard: no CUDA toolkit found (bin/nvcc and include/cuda_runtime.h under "
+              "CUDA_HOME, on the PATH or in /usr/local/cuda): CPU library only", flush=True)
+
+
+setup(ext_modules=list(libraries()), cmdclass={"build_ext": BuildLibraries})

@@ -1,0 +1,200 @@
+"""The operators against slow references in float64."""
+
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fastguard import _native, ops
+from fastguard.ops import Verdict
+
+from .drawn import DTYPES, gradients
+
+needs_kernel = pytest.mark.skipif(
+    _native.cpu_problem is not None, reason=f"no CPU kernels: {_native.cpu_problem}")
+
+
+def expected_grad_norm(grads):
+    """What grad_norm must find, element by element in Python floats."""
+    norms, counts, first = [], [], (-1, -1)
+    for i, grad in enumerate(grads):
+        values = grad.double().flatten().tolist()
+        bad = [j for j, v in enumerate(values) if not math.isfinite(v)]
+        norms.append(math.sqrt(math.fsum(v * v for v in values)) if not bad
+                     else math.nan if any(map(math.isnan, values)) else math.inf)
+        counts.append(len(bad))
+        if bad and first == (-1, -1):
+            first = (i, bad[0])
+    total = math.nan if any(map(math.isnan, norms)) else math.sqrt(sum(n * n for n in norms))
+    return total, norms, counts, first
+
+
+def check_grad_norm(found, grads):
+    total, norms, counts, first = expected_grad_norm(grads)
+    close = {"rel": 1e-13, "abs": 0.0, "nan_ok": True}
+    assert found.total_norm.item() == pytest.approx(total, **close)
+    assert found.norms.tolist() == pytest.approx(norms, **close)
+    assert found.nonfinite_counts.tolist() == counts
+    assert tuple(found.first_nonfinite.tolist()) == first
+    assert found.total_norm.dtype == found.norms.dtype == torch.float64
+
+
+@settings(max_examples=200, deadline=None)
+@given(gradients())
+def test_grad_norm(grads):
+    check_grad_norm(ops.grad_norm(grads), grads)
+
+
+@settings(max_examples=30, deadline=None)
+@given(gradients())
+def test_grad_norm_ref(grads):
+    check_grad_norm(ops.grad_norm_ref(grads), grads)
+
+
+def test_grad_norm_of_no_tensors():
+    check_grad_norm(ops.grad_norm([]), [])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_grad_norm_at_the_ends_of_the_range(dtype):
+    """Every finite value of <= 32 bits has a finite, right norm; torch's overflows."""
+    largest, smallest = torch.finfo(dtype).max, torch.finfo(dtype).smallest_normal
+    if dtype == torch.float64:
+        largest, smallest = 1e150, 1e-150
+    for value in (largest, smallest):
+        grad = torch.full((50_000,), value, dtype=dtype)
+        norm = ops.grad_norm([grad]).total_norm.item()
+        assert norm == pytest.approx(grad[0].item() * math.sqrt(50_000), rel=1e-12)
+
+
+def test_grad_norm_of_every_half():
+    """All 65536 bit patterns of both 16-bit types, one by one and together."""
+    bits = torch.arange(-(2**15), 2**15, dtype=torch.int16)
+    for dtype in (torch.float16, torch.bfloat16):
+        values = bits.view(dtype)
+        found = ops.grad_norm([*values.split(1), values])
+        reference = ops.grad_norm_ref([*values.split(1), values])
+        for ours, expected in zip(found, reference, strict=True):
+            torch.testing.assert_close(ours, expected, rtol=1e-14, atol=0, equal_nan=True)
+
+
+def test_float64_overflow_is_told_from_a_nonfinite_element():
+    found = ops.grad_norm([torch.full((3,), 1e200, dtype=torch.float64)])
+    assert found.total_norm.item() == math.inf
+    assert found.nonfinite_counts.tolist() == [0]
+
+
+def test_first_nonfinite_is_first_in_row_major_order_not_in_memory():
+    grad = torch.zeros(300, 200).t()
+    grad[7, 250] = math.nan  # later in memory than the next, earlier in the tensor
+    grad[190, 3] = math.inf
+    found = ops.grad_norm([torch.ones(5), grad])
+    assert found.first_nonfinite.tolist() == [1, 7 * 300 + 250]
+    assert found.nonfinite_counts.tolist() == [0, 2]
+
+
+@needs_kernel
+def test_grad_norm_does_not_depend_on_threads():
+    torch.manual_seed(0)
+    grads = [torch.randn(n) * 10.0**e for n, e in ((100_001, 3), (7, -9), (65_537, 12), (300_000, 0))]
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 3, 7):
+            torch.set_num_threads(threads)
+            results.append(torch.cat([ops.grad_norm(grads).total_norm.view(1),
+                                      ops.grad_norm(grads).norms]))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert torch.equal(results[0], other)
+
+
+_DUMP = """
+import math, sys, torch
+from fastguard import ops
+torch.manual_seed(1)
+grads = [(torch.randn(n, dtype=torch.float64) * s).to(dtype)
+         for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+         for n, s in ((1, 1.0), (63, 1e-3), (4097, 100.0), (70_003, 1.0))]
+grads[2][4000] = math.nan
+found = ops.grad_norm(grads)
+print(ops.cpu_info()["chosen"], found.norms.view(torch.int64).tolist(),
+      found.nonfinite_counts.tolist(), found.first_nonfinite.tolist())
+"""
+
+
+@needs_kernel
+def test_every_instruction_set_gives_the_same_bits():
+    printed = {}
+    for capability in ops.cpu_info()["compiled"].split():
+        run = subprocess.run(
+            [sys.executable, "-c", _DUMP], capture_output=True, text=True, check=True,
+            env={**os.environ, "FASTGUARD_CPU_CAPABILITY": capability})
+        chosen, values = run.stdout.split(" ", 1)
+        printed[chosen] = values
+    assert "default" in printed
+    assert len(set(printed.values())) == 1, printed
+
+
+def test_unknown_capability_is_named():
+    run = subprocess.run(
+        [sys.executable, "-c", _DUMP], capture_output=True, text=True,
+        env={**os.environ, "FASTGUARD_CPU_CAPABILITY": "sse9"})
+    assert run.returncode != 0
+    assert "FASTGUARD_CPU_CAPABILITY=sse9 is not one of default, avx2, avx512" in run.stderr
+
+
+@needs_kernel
+def test_grad_norm_names_what_it_can_not_read():
+    with pytest.raises(RuntimeError, match="tensor 1 has dtype"):
+        ops.grad_norm([torch.ones(3), torch.ones(3, dtype=torch.int32)])
+
+
+finite_or_not = st.one_of(
+    st.floats(0, 1e300), st.sampled_from([0.0, 1.0, math.inf, math.nan, 1e-300]))
+threshold = st.one_of(st.floats(0, 1e6), st.just(math.inf))
+
+
+@given(finite_or_not, threshold, threshold)
+def test_decide(norm, max_norm, skip_norm):
+    total_norm = torch.tensor(norm, dtype=torch.float64)
+    coef, verdict = ops.decide(total_norm, max_norm, skip_norm)
+    if not math.isfinite(norm):
+        expected = (1.0, Verdict.SKIP_NONFINITE)
+    elif norm > skip_norm:
+        expected = (1.0, Verdict.SKIP_OUTLIER)
+    elif max_norm / (norm + 1e-6) < 1:
+        expected = (max_norm / (norm + 1e-6), Verdict.CLIP)
+    else:
+        expected = (1.0, Verdict.APPLY)
+    assert (coef.item(), verdict.item()) == expected
+    assert [t.item() for t in ops.decide_ref(total_norm, max_norm, skip_norm)] == list(expected)
+
+
+@pytest.mark.parametrize("function", [ops.decide, ops.decide_ref])
+def test_decide_wants_the_norm_of_grad_norm(function):
+    for wrong in (torch.tensor(1.0), torch.ones(1, dtype=torch.float64)):
+        with pytest.raises(RuntimeError, match="total_norm must be a float64 tensor"):
+            function(wrong, 1.0, 1.0)
+
+
+@needs_kernel
+@pytest.mark.parametrize("grads", [
+    [torch.ones(3), torch.zeros(0), torch.randn(2, 3).t(), torch.ones((), dtype=torch.bfloat16)],
+    [torch.tensor([math.inf, 1.0], dtype=torch.float64)],  # opcheck takes NaN != NaN
+])
+def test_opcheck_grad_norm(grads):
+    torch.library.opcheck(torch.ops.fastguard.grad_norm.default, (grads,))
+
+
+@needs_kernel
+@pytest.mark.parametrize("norm", [0.0, 0.5, 7.0, math.inf, math.nan])
+def test_opcheck_decide(norm):
+    torch.library.opcheck(torch.ops.fastguard.decide.default,
+                          (torch.tensor(norm, dtype=torch.float64), 0.5, 5.0))
