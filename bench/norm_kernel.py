@@ -1,0 +1,82 @@
+"""Time of the global gradient norm: fastguard beside torch and beside a plain read of the bytes.
+
+    python bench/norm_kernel.py [--device cpu|cuda] [--repeats N] [--json FILE]
+
+All rows of a table are measured in turns in one run; the figures are medians. The floor is one
+read of the same number of bytes from one tensor, by torch's fastest reduction (`sum`).
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+from timing import interleaved, machine, table, write_json
+from torch import nn
+
+import fastguard
+from fastguard import ops
+
+
+def cases(device):
+    """Lists of parameters with gradients, by a name that says what they are."""
+    shapes = {
+        "45 M fp32 in 600 tensors (300 matrices, 300 vectors)": ([149_616, 384] * 300, torch.float32),
+        "45 M bf16 in 600 tensors (300 matrices, 300 vectors)": ([149_616, 384] * 300, torch.bfloat16),
+        "1000 tensors of 8 fp32": ([8] * 1000, torch.float32),
+    }
+    for name, (sizes, dtype) in shapes.items():
+        parameters = [nn.Parameter(torch.empty(n, dtype=dtype, device=device)) for n in sizes]
+        for parameter in parameters:
+            parameter.grad = torch.randn_like(parameter)
+        yield name, parameters
+
+
+def contenders(parameters):
+    grads = [p.grad for p in parameters]
+    flat = torch.cat(grads)
+    never = 1e30  # a max_norm that nothing exceeds
+    return {
+        "floor: one plain read": flat.sum,
+        "fastguard.ops.grad_norm": lambda: ops.grad_norm(grads),
+        "fastguard.clip_grad_norm_": lambda: fastguard.clip_grad_norm_(parameters, never),
+        "torch get_total_norm": lambda: nn.utils.get_total_norm(grads),
+        "torch clip_grad_norm_": lambda: nn.utils.clip_grad_norm_(parameters, never),
+        "python loop of isfinite": lambda: all(bool(g.isfinite().all()) for g in grads),
+    }
+
+
+def clipping_contenders(parameters):
+    """A max_norm that is always exceeded: gradients shrink by the coefficient at every turn."""
+    half = 0.999999 * ops.grad_norm([p.grad for p in parameters]).total_norm.item()
+    limits = iter(half * 0.999999**i for i in range(10**9))
+    return {
+        "fastguard.clip_grad_norm_, clipping": lambda: fastguard.clip_grad_norm_(parameters, next(limits)),
+        "torch clip_grad_norm_, clipping": lambda: nn.utils.clip_grad_norm_(parameters, next(limits)),
+    }
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--repeats", type=int, default=31)
+    parser.add_argument("--json", type=Path, help="also write the figures there")
+    args = parser.parse_args()
+    device = torch.device(args.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: this machine has no CUDA device")
+
+    result = {"machine": machine(device), "cases": {}}
+    print("  ".join(f"{k}={v}" for k, v in result["machine"].items()), end="\n\n")
+    for name, parameters in cases(device):
+        medians = interleaved(contenders(parameters), args.repeats, device)
+        medians |= interleaved(clipping_contenders(parameters), args.repeats, device)
+        ours, floor = medians["fastguard.ops.grad_norm"], medians["floor: one plain read"]
+        print(table(name, ["", "ms", "x floor", "x fastguard norm"], [
+            [row, f"{s * 1e3:.3f}", f"{s / floor:.2f}", f"{s / ours:.2f}"]
+            for row, s in medians.items()]), end="\n\n")
+        result["cases"][name] = medians
+    write_json(args.json, result)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,61 @@
+"""Interleaved timing, tables and JSON, shared by the benchmarks."""
+
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+
+def interleaved(
+    functions: Mapping[str, Callable[[], object]], repeats: int, device: torch.device
+) -> dict[str, float]:
+    """Median seconds of each function; they take turns, so that a busy spell hits all alike."""
+    seconds: dict[str, list[float]] = {name: [] for name in functions}
+    for repeat in tqdm(range(-2, repeats), desc="repeats", leave=False, disable=None):
+        for name, function in functions.items():
+            synchronize(device)
+            start = time.perf_counter()
+            function()
+            synchronize(device)
+            if repeat >= 0:  # the first two warm up
+                seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def table(title: str, header: list[str], rows: list[list[str]]) -> str:
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+    def line(row):
+        return "  ".join([row[0].ljust(widths[0]),
+                          *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))])
+    return "\n".join([title, line(header), "-" * len(line(header)), *map(line, rows)])
+
+
+def machine(device: torch.device) -> dict[str, str | int]:
+    """What a figure is worth nothing without."""
+    cpu = platform.processor() or platform.machine()
+    if (info := Path("/proc/cpuinfo")).exists():
+        names = [line for line in info.read_text().splitlines() if line.startswith("model name")]
+        cpu = names[0].split(":", 1)[1].strip() if names else cpu
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S"),
+    }
+
+
+def write_json(path: Path | None, result: dict) -> None:
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(result, indent=1) + "\n")
+        print(f"written to {path}")
