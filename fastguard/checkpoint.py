@@ -1,7 +1,7 @@
 """Checkpoints: written whole or not at all, read without running anything that is in them."""
 
 import os
-import pickle
+import shutil
 from pathlib import Path
 
 import torch
@@ -35,6 +35,17 @@ def save(path: Path, state: dict) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def copy(source: Path, target: Path) -> None:
+    """A second name for a checkpoint, atomically; :func:`save` never writes into an old file."""
+    temporary = target.with_name(target.name + ".tmp")
+    temporary.unlink(missing_ok=True)
+    try:
+        os.link(source, temporary)
+    except OSError:  # a file system without hard links
+        shutil.copyfile(source, temporary)
+    os.replace(temporary, target)
+
+
 def load(path: Path, map_location: torch.device | str = "cpu") -> dict:
     """Read what :func:`save` wrote; only tensors, numbers, strings and containers are accepted.
 
@@ -43,7 +54,7 @@ def load(path: Path, map_location: torch.device | str = "cpu") -> dict:
     """
     try:
         state = torch.load(path, map_location=map_location, weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+    except Exception as error:  # on garbage, torch's unpickler raises whatever it trips over
         raise CheckpointError(f"{path} can not be read as a checkpoint: {error}") from error
     missing = {"model", "config", "tokenizer"} - set(state if isinstance(state, dict) else ())
     if missing:

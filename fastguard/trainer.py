@@ -62,6 +62,10 @@ class Trainer:
         self.scaler = (torch.amp.GradScaler(self.device.type)
                        if config.precision == "fp16" else None)
         self.sampler, self.train_loader = self._loader("train", config.batch_size)
+        self.evaluation_split = "dev" if self.corpus.split("dev") else "train"
+        if self.evaluation_split == "train":
+            logger.warning("%s has no dev split: the error rates are those of the training split",
+                           config.data)
         self.step = 0
         self.epochs: list[EpochMetrics] = []
         self.stopping = False
@@ -118,10 +122,11 @@ class Trainer:
             metrics = stack.enter_context(
                 contextlib.closing(MetricsFile(self.run_dir / "metrics.jsonl")))
             for epoch in range(1, self.config.epochs + 1):
+                best = False
                 try:
-                    self._train_epoch(epoch, metrics)
+                    best = self._train_epoch(epoch, metrics)
                 finally:
-                    self._save("last.pt")
+                    self._save(best)
                 if self._finished():
                     break
         logger.info("\n%s\n%s", epoch_table(self.epochs), self._closing_line())
@@ -134,7 +139,8 @@ class Trainer:
             return f"Stopped at step {self.step}; the state is in {self.run_dir / 'last.pt'}"
         return f"Finished at step {self.step}; results are in {self.run_dir}"
 
-    def _train_epoch(self, epoch: int, metrics: MetricsFile) -> None:
+    def _train_epoch(self, epoch: int, metrics: MetricsFile) -> bool:
+        """Whether the epoch ended, and with the lowest WER so far."""
         start = time.perf_counter()
         self.model.train()
         self.sampler.set_epoch(epoch)
@@ -153,10 +159,17 @@ class Trainer:
             if self._finished():
                 break
         bar.close()
-        if not self.stopping:
-            rates = self.evaluate("dev")
-            seconds = time.perf_counter() - start
-            self._end_epoch(summarize(epoch, steps, rates.wer, rates.cer, seconds), metrics)
+        if self.stopping:
+            return False
+        rates = self.evaluate(self.evaluation_split)
+        ended = summarize(epoch, steps, rates.wer, rates.cer, time.perf_counter() - start)
+        metrics.write(ended)
+        logger.info("Epoch %d: loss=%.3f, grad_norm=%.2f, wer=%.3f, cer=%.3f, skipped=%d/%d, %.0f s "
+                    "(%s)", epoch, ended.loss, ended.grad_norm, ended.wer, ended.cer, ended.skipped,
+                    ended.steps, ended.seconds, ended.status)
+        best = all(ended.wer < earlier.wer for earlier in self.epochs)
+        self.epochs.append(ended)
+        return best
 
     def _train_step(self, batch: Batch, number: int) -> tuple[float, StepReport]:
         self.optimizer.zero_grad()
@@ -174,16 +187,6 @@ class Trainer:
             self.step, epoch, number, loss, report.total_norm, report.clip_coef,
             report.verdict.name.lower(), self.optimizer.param_groups[0]["lr"], seconds,
             tuple(batch.ids) if report.skipped else (), report.nonfinite)
-
-    def _end_epoch(self, epoch: EpochMetrics, metrics: MetricsFile) -> None:
-        metrics.write(epoch)
-        best = min((e.wer for e in self.epochs), default=float("inf"))
-        self.epochs.append(epoch)
-        logger.info("Epoch %d: loss=%.3f, grad_norm=%.2f, wer=%.3f, cer=%.3f, skipped=%d/%d, %.0f s "
-                    "(%s)", epoch.epoch, epoch.loss, epoch.grad_norm, epoch.wer, epoch.cer,
-                    epoch.skipped, epoch.steps, epoch.seconds, epoch.status)
-        if epoch.wer < best:
-            self._save("best.pt")
 
     def _autocast(self):
         dtype = _AUTOCAST[self.config.precision]
@@ -207,7 +210,7 @@ class Trainer:
 
     @torch.no_grad()
     def evaluate(self, split: str) -> ErrorRates:
-        """Error rates of greedy decoding; all 1 where the split is empty."""
+        """Error rates of greedy decoding on a split with at least one utterance."""
         self.model.eval()
         references, hypotheses = [], []
         _, loader = self._loader(split, _EVALUATION_BATCH)
@@ -219,7 +222,8 @@ class Trainer:
             hypotheses += map(self.tokenizer.decode, greedy_decode(log_probs, lengths))
         return error_rates(references, hypotheses)
 
-    def _save(self, name: str) -> None:
+    def _save(self, best: bool) -> None:
+        """Write last.pt, and best.pt if the weights are the best so far."""
         state = {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -231,7 +235,9 @@ class Trainer:
             "epoch": len(self.epochs),
         }
         try:
-            checkpoint.save(self.run_dir / name, state)
+            checkpoint.save(self.run_dir / "last.pt", state)
+            if best:
+                checkpoint.copy(self.run_dir / "last.pt", self.run_dir / "best.pt")
         except (OSError, checkpoint.CheckpointError) as error:
             logger.warning("No checkpoint: %s", error)
 

@@ -1,0 +1,37 @@
+"""Tiny corpora for the trainer's tests: written tones, and a few of the real prompts."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+
+from fastguard.speech.corpora import CorpusError, load_corpus
+
+
+def write_manifest(path: Path, rows: list[dict]) -> str:
+    """The spec of a manifest with these rows."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return f"manifest:{path}"
+
+
+def tones(folder: Path, count: int = 6) -> str:
+    """A corpus of one-second chords, each letter a frequency; the last two rows are dev."""
+    words = ["ab", "ba", "abba", "bab", "aab", "bba", "abab", "baba"]
+    rows = []
+    time = np.arange(16_000) / 16_000
+    for i in range(count):
+        samples = 0.1 * sum(np.sin(2 * np.pi * (300 + 40 * i + 200 * k) * time) for k in range(3))
+        soundfile.write(folder / f"tone{i}.wav", samples, 16_000)
+        rows.append({"audio_filepath": f"tone{i}.wav", "text": words[i],
+                     "split": "dev" if i >= count - 2 else "train"})
+    return write_manifest(folder / "tones.jsonl", rows)
+
+
+def asterisk_or_skip():
+    """The recorded prompts; skips where the Debian packages are absent. .ci/run has them."""
+    try:
+        return load_corpus("asterisk", max_output_length=lambda seconds: int(25 * seconds))
+    except CorpusError as error:
+        pytest.skip(f"asterisk packages are absent: {error}")

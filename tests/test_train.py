@@ -1,0 +1,211 @@
+"""The trainer end to end, as its user meets it: ``python -m fastguard.train``."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastguard import checkpoint
+from fastguard.config import parse
+from fastguard.train import main
+from fastguard.trainer import Trainer
+
+from .recordings import asterisk_or_skip, tones, write_manifest
+
+REPOSITORY = Path(__file__).parent.parent
+
+
+def metrics(run_dir, kind):
+    lines = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
+    return [line for line in lines if line["kind"] == kind]
+
+
+def losses(run_dir):
+    return [float(line["loss"]) for line in metrics(run_dir, "step")]
+
+
+def train(run_dir, data, *options):
+    return main(["--model", "baseline", "--data", data, "--run-dir", str(run_dir), "--batch-size", "2",
+                 *options])
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_one_seed_gives_one_run(tmp_path, precision):
+    data = tones(tmp_path)
+    runs = {}
+    for name, seed in (("first", "1"), ("again", "1"), ("other", "2")):
+        assert train(tmp_path / name, data, "--stable", "--precision", precision, "--seed", seed,
+                     "--epochs", "2") == 0
+        runs[name] = losses(tmp_path / name)
+    assert len(runs["first"]) == 4
+    assert all(map(math.isfinite, runs["first"]))
+    assert runs["first"] == runs["again"]
+    assert runs["first"] != runs["other"]
+
+
+def test_what_a_run_leaves_behind(tmp_path, capsys):
+    run_dir = tmp_path / "run"
+    assert train(run_dir, tones(tmp_path), "--stable", "--max-steps", "3", "--precision", "fp32") == 0
+    assert {p.name for p in run_dir.iterdir()} == {
+        "config.yaml", "metrics.jsonl", "train.log", "last.pt", "best.pt"}
+    steps, epochs = metrics(run_dir, "step"), metrics(run_dir, "epoch")
+    assert [s["step"] for s in steps] == [1, 2, 3]
+    assert [s["epoch"] for s in steps] == [1, 1, 2]
+    assert [e["epoch"] for e in epochs] == [1, 2]
+    assert all(s["verdict"] in ("apply", "clip") for s in steps)
+    log = (run_dir / "train.log").read_text()
+    assert f"Batch 0: loss={steps[0]['loss']:.2f}, grad_norm={steps[0]['grad_norm']:.2f}" in log
+    assert f"Epoch 1: loss={epochs[0]['loss']:.3f}, grad_norm={epochs[0]['grad_norm']:.2f}" in log
+    assert "stable start" in log
+    assert log in capsys.readouterr().err
+    assert parse(["--config", str(run_dir / "config.yaml")]).max_steps == 3
+    state = checkpoint.load(run_dir / "last.pt")
+    assert state["step"] == 3
+    assert state["tokenizer"]["symbols"][0] == "<blank>"
+
+
+def test_a_run_is_never_overwritten(tmp_path, capsys):
+    (tmp_path / "metrics.jsonl").write_text("precious")
+    assert train(tmp_path, "synthetic") == 2
+    assert "holds a run already" in capsys.readouterr().err
+    assert (tmp_path / "metrics.jsonl").read_text() == "precious"
+
+
+def test_a_corpus_that_is_not_there(tmp_path, capsys):
+    assert train(tmp_path / "run", f"manifest:{tmp_path}/absent.jsonl") == 1
+    error = capsys.readouterr().err
+    assert "ERROR - there is no manifest" in error
+    assert "Traceback" not in error
+
+
+def poison(monkeypatch, bad_ids):
+    """Features of these utterances turn NaN on the way into the model, as from a corrupt file."""
+    build = Trainer._loader
+
+    def loader(self, split, batch_size):
+        sampler, batches = build(self, split, batch_size)
+        if split != "train":
+            return sampler, batches
+        collate = batches.collate_fn
+
+        def corrupt(items):
+            batch = collate(items)
+            for i, utterance in enumerate(batch.ids):
+                if utterance in bad_ids:
+                    batch.features[i, 3] = math.nan
+            return batch
+
+        batches.collate_fn = corrupt
+        return sampler, batches
+
+    monkeypatch.setattr(Trainer, "_loader", loader)
+
+
+def test_a_corrupt_batch_is_skipped_and_named_and_the_model_survives(tmp_path, monkeypatch):
+    poison(monkeypatch, {"tone2.wav"})
+    run_dir = tmp_path / "run"
+    assert train(run_dir, tones(tmp_path), "--stable", "--precision", "fp32", "--epochs", "2") == 0
+    skipped = [s for s in metrics(run_dir, "step") if s["verdict"] == "skip_nonfinite"]
+    assert len(skipped) == 2
+    for step in skipped:
+        assert "tone2.wav" in step["skipped_utterances"]
+        assert "head.weight" in step["nonfinite_parameters"]
+        assert math.isnan(float(step["grad_norm"]))
+    assert [e["skipped"] for e in metrics(run_dir, "epoch")] == [1, 1]
+    assert all(math.isfinite(float(e["loss"])) for e in metrics(run_dir, "epoch"))
+    assert "WARNING - Infinite gradient, skipping batch" in (run_dir / "train.log").read_text()
+    model = checkpoint.load(run_dir / "last.pt")["model"]
+    assert all(v.isfinite().all() for v in model.values())  # BatchNorm's statistics too
+
+
+def test_without_the_guard_the_same_batch_destroys_the_model(tmp_path, monkeypatch):
+    poison(monkeypatch, {"tone2.wav"})
+    run_dir = tmp_path / "run"
+    assert train(run_dir, tones(tmp_path), "--precision", "fp32", "--epochs", "1") == 0
+    log = (run_dir / "train.log").read_text()
+    assert "WARNING - Large gradient norm: nan at batch" in log
+    assert "last.pt not written" in log
+    assert not (run_dir / "last.pt").exists()
+
+
+def test_an_explosion_that_does_not_end_ends_the_run_with_advice(tmp_path, monkeypatch, capsys):
+    poison(monkeypatch, {f"tone{i}.wav" for i in range(4)})
+    run_dir = tmp_path / "run"
+    assert train(run_dir, tones(tmp_path), "--stable", "--precision", "fp32",
+                 "--guard.patience", "2") == 1
+    error = capsys.readouterr().err
+    for part in ("ERROR - 2 steps in a row were skipped", "tone", "what to try:"):
+        assert part in error
+    assert "Traceback" not in error
+    assert checkpoint.load(run_dir / "last.pt")["step"] == 1
+    assert len(metrics(run_dir, "step")) == 1
+
+
+def test_ctrl_c_stops_after_the_step_with_a_checkpoint(tmp_path):
+    run_dir = tmp_path / "run"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "fastguard.train", "--model", "baseline", "--stable", "--data",
+         tones(tmp_path), "--run-dir", str(run_dir), "--epochs", "10000", "--precision", "fp32"],
+        cwd=REPOSITORY, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)})
+    for line in process.stderr:
+        if line.startswith("Batch"):
+            process.send_signal(signal.SIGINT)
+            break
+    rest = process.stderr.read()
+    assert process.wait() == 130
+    assert "Stopping after this step" in rest
+    assert "Traceback" not in rest
+    assert checkpoint.load(run_dir / "last.pt")["step"] == metrics(run_dir, "step")[-1]["step"]
+
+
+def test_fp16_scales_the_loss_and_trains(tmp_path):
+    run_dir = tmp_path / "run"
+    assert train(run_dir, tones(tmp_path, 4), "--stable", "--precision", "fp16", "--max-steps", "1",
+                 "--batch-size", "1") == 0
+    assert checkpoint.load(run_dir / "last.pt")["scaler"]["scale"] > 0
+    assert math.isfinite(losses(run_dir)[0])
+
+
+def test_the_stable_teacher_trains_on_recorded_speech(tmp_path):
+    asterisk_or_skip()
+    run_dir = tmp_path / "run"
+    assert main(["--stable", "--data", "asterisk", "--max-steps", "40", "--run-dir", str(run_dir)]) == 0
+    values = losses(run_dir)
+    assert len(values) == 40
+    assert all(map(math.isfinite, values))
+    assert not all(s["verdict"].startswith("skip") for s in metrics(run_dir, "step"))
+    assert sum(values[-10:]) < sum(values[:10])
+    assert 0 < metrics(run_dir, "epoch")[-1]["wer"] <= 1.5
+
+
+def test_the_baseline_learns_eight_recorded_prompts_by_heart(tmp_path):
+    corpus = asterisk_or_skip()
+    prompts = [u for u in corpus.split("train") if 3 <= len(u.text.split()) <= 6 and u.duration < 2.5]
+    data = write_manifest(tmp_path / "eight.jsonl", [
+        {"audio_filepath": str(u.audio), "text": u.text, "split": "train"} for u in prompts[:8]])
+    run_dir = tmp_path / "run"
+    assert main(["--model", "baseline", "--stable", "--data", data, "--run-dir", str(run_dir),
+                 "--epochs", "30", "--optim.lr", "1e-3", "--guard.max_norm", "5",
+                 "--init.linear_std", "0.01", "--network.dropout", "0",
+                 "--augment.freq_masks", "0", "--augment.time_masks", "0"]) == 0
+    assert metrics(run_dir, "epoch")[-1]["cer"] < 0.2
+
+
+def test_the_first_loss_is_that_of_a_model_that_knows_nothing(tmp_path):
+    """Per output frame: at most the log of the vocabulary, minus what the alignments add up to."""
+    trainer = Trainer(parse(["--model", "baseline", "--stable", "--precision", "fp32", "--data",
+                             tones(tmp_path), "--run-dir", str(tmp_path)]), tmp_path)
+    batch = next(iter(trainer.train_loader))
+    with torch.no_grad():
+        log_probs, lengths = trainer.model(batch.features, batch.feature_lengths)
+    assert torch.allclose(log_probs.exp().sum(-1), torch.ones(()))
+    loss, report = trainer._train_step(batch, 0)
+    assert 0 < loss < math.log(trainer.tokenizer.vocab_size) + 0.1
+    assert report.total_norm > 0
