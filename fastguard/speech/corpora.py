@@ -1,0 +1,220 @@
+"""Which recordings to learn from: a spec becomes a checked list of utterances.
+
+    synthetic                 sentences spoken by eSpeak NG, made on the spot
+    asterisk[:DIR][@LANG]     telephone prompts of the Debian packages asterisk-core-sounds-LANG
+    manifest:FILE.jsonl       one JSON object a line
+    librispeech:DIR           LibriSpeech as it is unpacked
+    yesno:DIR                 the 60 recordings of OpenSLR 1
+
+Whatever could break a training step later is found here: every recording is decoded once, and a
+row that can not be used is left out with its name and a reason.
+"""
+
+import re
+import sys
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from hashlib import sha256
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import soundfile
+from tqdm import tqdm
+
+from fastguard.speech.readers import (
+    ASTERISK_SOUNDS,
+    CorpusError,
+    Rejected,
+    Row,
+    read_asterisk,
+    read_librispeech,
+    read_manifest,
+    read_yesno,
+)
+from fastguard.speech.synthetic import build_synthetic
+from fastguard.speech.text import normalize_text
+
+SPECS = "synthetic, asterisk[:DIR][@LANG], manifest:FILE.jsonl, librispeech:DIR, yesno:DIR"
+SPLITS = ("train", "dev", "test")
+_READERS = {"manifest": read_manifest, "librispeech": read_librispeech, "yesno": read_yesno}
+
+
+@dataclass(frozen=True)
+class Utterance:
+    """A recording that can be trained on: ``text`` is normalised, ``duration`` is in seconds."""
+
+    id: str
+    audio: Path
+    text: str
+    split: str
+    duration: float
+
+
+@dataclass
+class Corpus:
+    spec: str
+    utterances: list[Utterance]
+    rejected: list[Rejected]
+
+    def split(self, name: str) -> list[Utterance]:
+        if name not in SPLITS:
+            raise ValueError(f"no split {name!r}: choose one of {', '.join(SPLITS)}")
+        return [utterance for utterance in self.utterances if utterance.split == name]
+
+    def summary(self) -> str:
+        """A line for each split, and one for each kind of reason with the first rows left out."""
+        lines = [f"{self.spec}: {_amount(self.utterances)}"]
+        lines += [f"  {name:<5} {_amount(self.split(name))}" for name in SPLITS]
+        for kind, count in Counter(row.kind for row in self.rejected).most_common():
+            rows = [row for row in self.rejected if row.kind == kind]
+            others = ", ..." if count > 3 else ""
+            names = ", ".join(row.id for row in rows[:3])
+            lines.append(f"  left out {count}: {names}{others} ({rows[0].reason})")
+        return "\n".join(lines)
+
+
+def load_corpus(
+    spec: str,
+    *,
+    max_output_length: Callable[[float], int],
+    max_duration: float = 20.0,
+    min_duration: float = 0.1,
+    cache_dir: Path | None = None,
+    seed: int = 0,
+) -> Corpus:
+    """Read the corpus that ``spec`` names (see the top of this file), less what is unusable.
+
+    ``max_output_length`` tells how many CTC frames the model emits for so many seconds: a text
+    of U characters with R equal neighbours needs U + R of them, else its loss is infinite.
+    Recordings are kept from ``min_duration`` to ``max_duration`` seconds.  Rows without a split
+    get one from :func:`assign_splits`, before the recordings are judged, so that models of
+    different strides train and test on the same sentences.  ``cache_dir`` and ``seed`` are for the
+    synthetic corpus.
+
+    Raises :class:`CorpusError` for an unknown spec, a corpus that is not there, and one whose
+    train split has nothing left; the message lists what was left out.
+    """
+    rows, rejected = _sort_out(_read(spec, cache_dir, seed))
+    given = {row.text: row.split for row in rows if row.split is not None}
+    splits = given | assign_splits(row.text for row in rows if row.text not in given)
+    corpus = Corpus(spec, [], rejected)
+    bar = tqdm(rows, f"reading {spec}", leave=False, delay=1, disable=not sys.stderr.isatty())
+    for row in bar:
+        try:
+            duration = _measure(row.audio)
+            _check_duration(duration, min_duration, max_duration)
+            _check_feasible(row.text, max_output_length(duration))
+        except _Unusable as reason:
+            rejected.append(Rejected(row.id, str(reason)))
+        else:
+            split = row.split or splits[row.text]
+            corpus.utterances.append(Utterance(row.id, row.audio, row.text, split, duration))
+    if not corpus.split("train"):
+        raise CorpusError(
+            f"nothing is left to train on; fix or replace these rows\n{corpus.summary()}"
+        )
+    return corpus
+
+
+def assign_splits(texts: Iterable[str]) -> dict[str, str]:
+    """Split of each distinct text: of those with 1, with 2 or 3 and with more words, a tenth is
+    test, a tenth dev and the rest train (fewer than 5 texts of a length: all train).
+
+    Sentences are ordered by hash, so neither the order of the rows nor a seed moves one, and all
+    recordings of a sentence share its split.
+    """
+    strata = defaultdict(set)
+    for text in texts:
+        words = len(text.split())
+        strata[1 if words == 1 else 2 if words < 4 else 4].add(text)
+    splits = {}
+    for stratum in strata.values():
+        ordered = sorted(stratum, key=lambda text: sha256(text.encode()).digest())
+        tenth = int(len(ordered) / 10 + 0.5)
+        for rank, text in enumerate(ordered):
+            splits[text] = "test" if rank < tenth else "dev" if rank < 2 * tenth else "train"
+    return splits
+
+
+class _Unusable(Exception):
+    """Why a row is left out."""
+
+
+def _read(spec: str, cache_dir: Path | None, seed: int) -> Iterator[Row | Rejected]:
+    if spec == "synthetic":
+        return read_manifest(build_synthetic(cache_dir, seed))
+    if asterisk := re.fullmatch(r"asterisk(?::(.+?))?(?:@(\w+))?", spec):
+        return read_asterisk(Path(asterisk[1] or ASTERISK_SOUNDS).expanduser(), asterisk[2] or "en")
+    kind, _, place = spec.partition(":")
+    if kind in _READERS and place:
+        return _READERS[kind](Path(place).expanduser())
+    raise CorpusError(f"no corpus {spec!r}: choose one of {SPECS}")
+
+
+def _sort_out(found: Iterable[Row | Rejected]) -> tuple[list[Row], list[Rejected]]:
+    """The rows that are in order so far, with their texts normalised, and the others."""
+    rows, rejected, ids = [], [], set()
+    for row in found:
+        if isinstance(row, Rejected):
+            rejected.append(row)
+            continue
+        text = normalize_text(row.text)
+        try:
+            _check_description(row, text, ids)
+        except _Unusable as reason:
+            rejected.append(Rejected(row.id, str(reason)))
+        else:
+            ids.add(row.id)
+            rows.append(replace(row, text=text))
+    return rows, rejected
+
+
+def _check_description(row: Row, text: str, ids: set[str]) -> None:
+    if row.id in ids:
+        raise _Unusable(f"duplicate id: {row.id} is an earlier row's; rename or drop this one")
+    if row.split not in (None, *SPLITS):
+        raise _Unusable(f"unknown split: {row.split!r}; use one of {', '.join(SPLITS)}")
+    if not text:
+        raise _Unusable(f"no words: nothing of {row.text!r:.60} is spoken; transcribe it")
+
+
+def _measure(path: Path) -> float:
+    """Duration in seconds of a recording that decodes to finite samples."""
+    if not path.is_file():
+        raise _Unusable(f"no recording: {path} is not there; correct the path")
+    try:
+        samples, rate = soundfile.read(path, dtype="float32", always_2d=True)
+    except (soundfile.SoundFileError, OSError, TypeError) as error:  # TypeError: headerless .raw
+        raise _Unusable(f"unreadable audio: {error}; convert it to wav or flac") from error
+    if bad := int(np.count_nonzero(~np.isfinite(samples))):
+        raise _Unusable(
+            f"samples not finite: {bad} of {samples.size} are NaN or Inf; export it again"
+        )
+    return len(samples) / rate
+
+
+def _check_duration(seconds: float, shortest: float, longest: float) -> None:
+    if seconds < shortest:
+        raise _Unusable(
+            f"too short: {seconds:.2f} s, under {shortest:g} s; lower min_duration to keep it"
+        )
+    if seconds > longest:
+        raise _Unusable(
+            f"too long: {seconds:.2f} s, over {longest:g} s; cut it, or raise max_duration"
+        )
+
+
+def _check_feasible(text: str, frames: int) -> None:
+    repeats = sum(a == b for a, b in pairwise(text))
+    if frames < len(text) + repeats:
+        raise _Unusable(
+            f"infeasible target: needs {len(text) + repeats} frames ({len(text)} symbols + "
+            f"{repeats} repeats), has {frames}; check the text, or use a model of smaller stride"
+        )
+
+
+def _amount(utterances: list[Utterance]) -> str:
+    minutes = sum(utterance.duration for utterance in utterances) / 60
+    return f"{len(utterances)} utterances, {minutes:.1f} min"
