@@ -40,8 +40,10 @@ def isa_variants():
     return {
         "default": [],
         "avx2": ["-mavx2", "-mfma", "-mf16c"],
-        "avx512": [*"-mavx512f -mavx512bw -mavx512dq -mavx512vl -mf16c".split(),
-                   "-mprefer-vector-width=512"],
+        "avx512": [
+            *["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mf16c"],
+            "-mprefer-vector-width=512",
+        ],
     }
 
 
@@ -90,8 +92,18 @@ class BuildLibraries(build_ext):
 
     def build_cpu(self, target, torch):
         # No contraction: every instruction set must give the same bits.
-        flags = ["/O2", "/std:c++20", "/EHsc"] if WINDOWS else [
-            "-O3", "-std=c++20", "-ffp-contract=off", "-fvisibility=hidden", "-Wall", "-Wextra"]
+        flags = (
+            ["/O2", "/std:c++20", "/EHsc"]
+            if WINDOWS
+            else [
+                "-O3",
+                "-std=c++20",
+                "-ffp-contract=off",
+                "-fvisibility=hidden",
+                "-Wall",
+                "-Wextra",
+            ]
+        )
         link = []
         if os.environ.get("FASTGUARD_SANITIZE") == "1":
             link = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
@@ -99,50 +111,85 @@ class BuildLibraries(build_ext):
 
         def compile_(files, capability, extra):
             return self.compiler.compile(
-                files, output_dir=str(Path(self.build_temp) / capability),
-                macros=[("FASTGUARD_CAPABILITY", capability)], include_dirs=["csrc"],
-                extra_postargs=flags + extra)
+                files,
+                output_dir=str(Path(self.build_temp) / capability),
+                macros=[("FASTGUARD_CAPABILITY", capability)],
+                include_dirs=["csrc"],
+                extra_postargs=flags + extra,
+            )
 
         variants = isa_variants()
         system = "/external:I" if WINDOWS else "-isystem"
         kernels = sources("csrc/cpu", "_kernel.cpp")
-        rest = [s for s in sources("csrc", ".cpp") + sources("csrc/cpu", ".cpp") if s not in kernels]
-        objects = compile_(rest, "ops", [
-            TORCH_TARGET, f"{system}{torch / 'include'}",
-            *(f"-DFASTGUARD_HAS_{capability.upper()}" for capability in variants)])
+        rest = [
+            s for s in sources("csrc", ".cpp") + sources("csrc/cpu", ".cpp") if s not in kernels
+        ]
+        objects = compile_(
+            rest,
+            "ops",
+            [
+                TORCH_TARGET,
+                f"{system}{torch / 'include'}",
+                *(f"-DFASTGUARD_HAS_{capability.upper()}" for capability in variants),
+            ],
+        )
         for capability, extra in variants.items():
             objects += compile_(kernels, capability, extra)
         self.compiler.link_shared_object(
-            objects, str(target), libraries=["torch_cpu"], library_dirs=[str(torch / "lib")],
-            extra_postargs=link, target_lang="c++")
+            objects,
+            str(target),
+            libraries=["torch_cpu"],
+            library_dirs=[str(torch / "lib")],
+            extra_postargs=link,
+            target_lang="c++",
+        )
 
     def build_cuda(self, target, torch):
         if not list((torch / "lib").glob("*torch_cuda.*")):
             raise CompileError("the torch that builds fastguard has no CUDA; CPU library only")
         home = find_cuda_home()
         command = [
-            shutil.which("nvcc", path=home / "bin"), "-shared", "-O3", "-std=c++20",
-            "--compress-mode=size", "--cudart=static", "--threads=0", *GENCODE,
+            shutil.which("nvcc", path=home / "bin"),
+            "-shared",
+            "-O3",
+            "-std=c++20",
+            "--compress-mode=size",
+            "--cudart=static",
+            "--threads=0",
+            *GENCODE,
             "-Xcompiler=/EHsc" if WINDOWS else "-Xcompiler=-fPIC,-fvisibility=hidden",
-            "-DUSE_CUDA", TORCH_TARGET, f"-DFASTGUARD_CUDA_ARCHS=\"{' '.join(CUDA_ARCHS)} PTX\"",
-            "-Icsrc", f"-isystem={torch / 'include'}", f"-isystem={home / 'include'}",
-            f"-L{torch / 'lib'}", "-ltorch_cpu", "-ltorch_cuda",
-            *sources("csrc/cuda", ".cu"), "-o", str(target)]
+            "-DUSE_CUDA",
+            TORCH_TARGET,
+            f'-DFASTGUARD_CUDA_ARCHS="{" ".join(CUDA_ARCHS)} PTX"',
+            "-Icsrc",
+            f"-isystem={torch / 'include'}",
+            f"-isystem={home / 'include'}",
+            f"-L{torch / 'lib'}",
+            "-ltorch_cpu",
+            "-ltorch_cuda",
+            *sources("csrc/cuda", ".cu"),
+            "-o",
+            str(target),
+        ]
         print(" ".join(command), flush=True)
         if subprocess.run(command, cwd=ROOT).returncode != 0:
             raise CompileError("nvcc failed; FASTGUARD_CUDA=0 builds the CPU library only")
 
 
 def libraries():
-    yield Extension("fastguard._cpu", sources("csrc", ".cpp") + sources("csrc/cpu", ".cpp"),
-                    optional=True)
+    yield Extension(
+        "fastguard._cpu", sources("csrc", ".cpp") + sources("csrc/cpu", ".cpp"), optional=True
+    )
     if os.environ.get("FASTGUARD_CUDA") == "0":
         return
     if find_cuda_home():
         yield Extension("fastguard._cuda", sources("csrc/cuda", ".cu"), optional=True)
     else:
-        print("fastguard: no CUDA toolkit found (bin/nvcc and include/cuda_runtime.h under "
-              "CUDA_HOME, on the PATH or in /usr/local/cuda): CPU library only", flush=True)
+        print(
+            "fastguard: no CUDA toolkit found (bin/nvcc and include/cuda_runtime.h under "
+            "CUDA_HOME, on the PATH or in /usr/local/cuda): CPU library only",
+            flush=True,
+        )
 
 
 setup(ext_modules=list(libraries()), cmdclass={"build_ext": BuildLibraries})

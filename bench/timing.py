@@ -34,9 +34,15 @@ def synchronize(device: torch.device) -> None:
 
 def table(title: str, header: list[str], rows: list[list[str]]) -> str:
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+
     def line(row):
-        return "  ".join([row[0].ljust(widths[0]),
-                          *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))])
+        return "  ".join(
+            [
+                row[0].ljust(widths[0]),
+                *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True)),
+            ]
+        )
+
     return "\n".join([title, line(header), "-" * len(line(header)), *map(line, rows)])
 
 

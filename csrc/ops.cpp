@@ -10,6 +10,9 @@ STABLE_TORCH_LIBRARY(fastguard, m) {
   // -> clip_coef f64 (), verdict i64 ()
   m.def("decide(Tensor total_norm, float max_norm, float skip_norm) -> (Tensor, Tensor)");
 
+  // Writes nothing when clip_coef is 1.
+  m.def("scale_(Tensor(a!)[] grads, Tensor clip_coef) -> ()");
+
   // What was built and chosen, one "key=value" a line; for `python -m fastguard.env`.
   m.def("cpu_info() -> str");
   m.def("cuda_info() -> str");

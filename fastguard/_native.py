@@ -24,7 +24,8 @@ def _load(name: str) -> str | None:
 #: Why a library is not in use, or None where it is.
 cpu_problem = _load("_cpu")
 cuda_problem = (
-    "this torch has no CUDA" if torch.version.cuda is None
+    "this torch has no CUDA"
+    if torch.version.cuda is None
     else cpu_problem or _load("_cuda")  # the op schemas are in the CPU library
 )
 
@@ -32,4 +33,6 @@ if cpu_problem is not None:
     warnings.warn(
         f"fastguard runs on its slow pure-torch references: {cpu_problem}. With a C++20 compiler "
         "on the PATH, `pip install --force-reinstall --no-deps -e .` builds the kernels.",
-        RuntimeWarning, stacklevel=2)
+        RuntimeWarning,
+        stacklevel=2,
+    )

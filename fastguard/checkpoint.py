@@ -19,11 +19,15 @@ def save(path: Path, state: dict) -> None:
             ``path`` stays as it is.
         OSError: the disk is full or the folder not writable; the older checkpoint stays too.
     """
-    bad = [name for name, value in state["model"].items()
-           if value.is_floating_point() and not value.isfinite().all()]
+    bad = [
+        name
+        for name, value in state["model"].items()
+        if value.is_floating_point() and not value.isfinite().all()
+    ]
     if bad:
         raise CheckpointError(
-            f"{path} not written: {len(bad)} tensors of the model are not finite, first {bad[0]}")
+            f"{path} not written: {len(bad)} tensors of the model are not finite, first {bad[0]}"
+        )
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as file:

@@ -3,14 +3,12 @@
 import math
 import types
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
 from . import ops
-
-_SMALLEST_FACTOR = torch.finfo(torch.float32).tiny
 
 
 def check_threshold(name: str, value: float) -> float:
@@ -60,54 +58,60 @@ def clip_grad_norm_(
     grads = gradients_of(parameters)
     if not grads:
         return torch.tensor(0.0)
-    total_norm = _total_norm(grads, float(norm_type), foreach)
+    groups, foreign = _group(grads)
+    if float(norm_type) == 2.0 and not foreign:
+        total_norm = _total_norm(list(groups.values()))
+    else:
+        total_norm = torch.nn.utils.get_total_norm(grads, norm_type, foreach=foreach).double()
     if error_if_nonfinite and not total_norm.isfinite():
         raise RuntimeError(
             f"The total norm of order {float(norm_type)} for gradients from `parameters` is "
             f"{total_norm.item()}, so it cannot be clipped. The gradients are unchanged; with "
-            "`error_if_nonfinite=False` they would be left so without this error")
-    scale_(grads, ops.decide(total_norm, max_norm, skip_norm=math.inf).clip_coef)
-    double = any(grad.dtype == torch.float64 for grad in grads)
-    return total_norm if double else total_norm.to(torch.float32)
+            "`error_if_nonfinite=False` they would be left so without this error"
+        )
+    clip_coef = ops.decide(total_norm, max_norm, skip_norm=math.inf).clip_coef
+    if clip_coef.device.type != "cpu" or clip_coef != 1:  # on the CPU a look costs nothing
+        for device, group in groups.items():
+            ops.scale_(group, clip_coef.to(device))
+        for grad in foreign:
+            grad.mul_(clip_coef.to(grad.device))
+    return total_norm if torch.float64 in {g.dtype for g in grads} else total_norm.float()
 
 
 def gradients_of(parameters: Tensor | Iterable[Tensor]) -> list[Tensor]:
     """The gradients that exist, each parameter once."""
     if isinstance(parameters, Tensor):
         parameters = [parameters]
-    unique = dict.fromkeys(parameters)
+    unique = {id(p): p for p in parameters}
     if isinstance(parameters, types.GeneratorType) and not unique:
-        warnings.warn("`parameters` is an empty generator, no gradient clipping will occur.",
-                      stacklevel=3)
-    return [p.grad for p in unique if p.grad is not None]
+        warnings.warn(
+            "`parameters` is an empty generator, no gradient clipping will occur.", stacklevel=3
+        )
+    return [grad for p in unique.values() if (grad := p.grad) is not None]
 
 
-def _total_norm(grads: Sequence[Tensor], norm_type: float, foreach: bool | None) -> Tensor:
-    """float64, shape (), on the first gradient's device."""
-    if norm_type != 2.0 or not all(map(_is_plain, grads)):
-        return torch.nn.utils.get_total_norm(grads, norm_type, foreach=foreach).to(torch.float64)
-    by_device: dict[torch.device, list[Tensor]] = {}
+def _total_norm(groups: list[list[Tensor]]) -> Tensor:
+    """float64, shape (), on the first group's device."""
+    norms = [ops.grad_norm(group).total_norm for group in groups]
+    if len(norms) == 1:
+        return norms[0]
+    return torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]))
+
+
+def _group(grads: list[Tensor]) -> tuple[dict[torch.device, list[Tensor]], list[Tensor]]:
+    """Strided gradients by device; and the foreign: sparse ones and subclasses such as DTensor,
+    whose reductions are torch's own."""
+    if (
+        len({g.device for g in grads}) == 1
+        and {g.layout for g in grads} == {torch.strided}
+        and set(map(type, grads)) == {Tensor}
+    ):
+        return {grads[0].device: grads}, []
+    groups: dict[torch.device, list[Tensor]] = {}
+    foreign = []
     for grad in grads:
-        by_device.setdefault(grad.device, []).append(grad)
-    norms = [ops.grad_norm(group).total_norm.to(grads[0].device) for group in by_device.values()]
-    return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
-
-
-def _is_plain(grad: Tensor) -> bool:
-    """Strided and not a subclass: sparse gradients and DTensors go to torch's own reductions."""
-    return grad.layout == torch.strided and type(grad) is Tensor
-
-
-def scale_(grads: Sequence[Tensor], clip_coef: Tensor) -> None:
-    """Multiply the gradients by ``clip_coef``, float64 of shape ()."""
-    if clip_coef.device.type != "cpu":
-        for grad in grads:
-            grad.mul_(clip_coef.to(grad.device))
-        return
-    if clip_coef == 1:
-        return
-    # Gradients of 1e38 need a factor that fp32 can only hold as a subnormal, with few bits left.
-    factors = [clip_coef] if clip_coef >= _SMALLEST_FACTOR else [clip_coef.sqrt()] * 2
-    for factor in factors:
-        # A tensor, not a Python float: that one would be rounded to the gradients' dtype first.
-        torch._foreach_mul_(grads, factor)
+        if grad.layout == torch.strided and type(grad) is Tensor:
+            groups.setdefault(grad.device, []).append(grad)
+        else:
+            foreign.append(grad)
+    return groups, foreign

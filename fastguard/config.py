@@ -10,7 +10,6 @@ from typing import Literal, get_args
 import jsonargparse
 import yaml
 
-
 ModelName = Literal["teacher", "baseline"]
 MODELS = get_args(ModelName)
 
@@ -118,8 +117,10 @@ class Config:
 
     def __post_init__(self):
         for name, value, least in (
-            ("epochs", self.epochs, 1), ("max_steps", self.max_steps, 1),
-            ("batch_size", self.batch_size, 1), ("guard.patience", self.guard.patience, 1),
+            ("epochs", self.epochs, 1),
+            ("max_steps", self.max_steps, 1),
+            ("batch_size", self.batch_size, 1),
+            ("guard.patience", self.guard.patience, 1),
             ("features.n_mels", self.features.n_mels, 1),
         ):
             if value is not None and value < least:
@@ -161,7 +162,11 @@ def parse(argv: list[str] | None = None) -> Config:
     model = chosen.model or _model_of(chosen.config) or Config.model
     if model not in MODELS:
         parser.error(f"--model {model}: choose one of {', '.join(MODELS)}")
-    files = [config_file(model), *chosen.config, *([config_file("stable")] if chosen.stable else [])]
+    files = [
+        config_file(model),
+        *chosen.config,
+        *([config_file("stable")] if chosen.stable else []),
+    ]
     for file in files:
         if not file.is_file():
             parser.error(f"--config {file}: there is no such file")
@@ -186,14 +191,21 @@ def _parser() -> jsonargparse.ArgumentParser:
     parser = jsonargparse.ArgumentParser(
         prog="python -m fastguard.train",
         usage="%(prog)s [--model teacher|baseline] [--stable] [--config FILE] [--data SPEC]\n"
-              "       [--run-dir DIR] [--epochs N] [--max-steps N] [--precision fp32|bf16|fp16]\n"
-              "       [--seed N] [--optim.lr X] [... any setting listed by --help]",
+        "       [--run-dir DIR] [--epochs N] [--max-steps N] [--precision fp32|bf16|fp16]\n"
+        "       [--seed N] [--optim.lr X] [... any setting listed by --help]",
         description="Train a CTC speech model. An option may be written with - or _ in its name; "
-                    "options override files, and of two files the later one wins.")
-    parser.add_argument("--config", action=jsonargparse.ActionConfigFile,
-                        help="YAML with any of the settings below; may be given several times")
-    parser.add_argument("--stable", action="store_true",
-                        help="overlay configs/stable.yaml, the settings that survive explosions")
+        "options override files, and of two files the later one wins.",
+    )
+    parser.add_argument(
+        "--config",
+        action=jsonargparse.ActionConfigFile,
+        help="YAML with any of the settings below; may be given several times",
+    )
+    parser.add_argument(
+        "--stable",
+        action="store_true",
+        help="overlay configs/stable.yaml, the settings that survive explosions",
+    )
     parser.add_class_arguments(Config)
     return parser
 

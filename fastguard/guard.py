@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
-from .clip import check_threshold, scale_
+from .clip import check_threshold
 from .ops import Verdict
 
 logger = logging.getLogger(__name__)
@@ -51,24 +51,32 @@ class GradientExplosionError(RuntimeError):
         large = [r for r in reports if r.verdict is Verdict.SKIP_OUTLIER]
         seen, cures = [], []
         if bad:
-            seen.append(f"{len(bad)} had a NaN or Inf gradient, first at "
-                        f"{_shorten(dict.fromkeys(r.first_nonfinite for r in bad))}")
+            seen.append(
+                f"{len(bad)} had a NaN or Inf gradient, first at "
+                f"{_shorten(dict.fromkeys(r.first_nonfinite for r in bad))}"
+            )
             cures.append(
                 "look for corrupt or silent inputs and for targets longer than their inputs in "
                 "these batches; run in fp32; lower the learning rate; restart from a checkpoint "
-                "older than the first of them")
+                "older than the first of them"
+            )
         if large:
-            seen.append(f"{len(large)} had a norm above skip_norm={skip_norm:g} "
-                        f"({_shorten(f'{r.total_norm:.3g}' for r in large)})")
-            cures.append("raise skip_norm or set it to inf, so that large finite gradients are "
-                         "clipped; lower the learning rate")
+            seen.append(
+                f"{len(large)} had a norm above skip_norm={skip_norm:g} "
+                f"({_shorten(f'{r.total_norm:.3g}' for r in large)})"
+            )
+            cures.append(
+                "raise skip_norm or set it to inf, so that large finite gradients are "
+                "clipped; lower the learning rate"
+            )
         super().__init__(
             f"{len(reports)} steps in a row were skipped, steps {reports[0].step} to "
             f"{reports[-1].step}: {'; '.join(seen)}.\n"
             f"  batches: {_shorten(r.batch_id for r in reports)}\n"
             f"  parameters that were non-finite first: "
             f"{_shorten(bad[0].nonfinite) if bad else 'none'}\n"
-            f"  what to try: {'; '.join(cures)}.")
+            f"  what to try: {'; '.join(cures)}."
+        )
 
 
 class GradGuard:
@@ -113,7 +121,9 @@ class GradGuard:
             raise ValueError(f"patience must be at least 1 step, got {patience}")
         self.patience = patience
         self._named = _named_parameters(params_or_model)
-        self._buffers = _Buffers(params_or_model if isinstance(params_or_model, nn.Module) else None)
+        self._buffers = _Buffers(
+            params_or_model if isinstance(params_or_model, nn.Module) else None
+        )
         self._accepted: collections.deque[float] = collections.deque(maxlen=_WINDOW)
         self._skips_in_a_row: list[StepReport] = []
         self._steps = 0
@@ -121,8 +131,10 @@ class GradGuard:
     @property
     def armed(self) -> bool:
         """Whether a norm above ``skip_norm`` is an outlier by now."""
-        return (len(self._accepted) >= _ARMED_AFTER
-                and statistics.median(self._accepted) < self.skip_norm)
+        return (
+            len(self._accepted) >= _ARMED_AFTER
+            and statistics.median(self._accepted) < self.skip_norm
+        )
 
     @torch.no_grad()
     def step(
@@ -149,16 +161,22 @@ class GradGuard:
         grads = [grad for _, grad in named]
         measured = ops.grad_norm(grads)
         decision = ops.decide(
-            measured.total_norm, self.max_norm, self.skip_norm if self.armed else math.inf)
+            measured.total_norm, self.max_norm, self.skip_norm if self.armed else math.inf
+        )
         report = StepReport(
-            self._steps, batch_id, Verdict(int(decision.verdict)), measured.total_norm.item(),
-            decision.clip_coef.item(), *_offenders(named, measured))
+            self._steps,
+            batch_id,
+            Verdict(int(decision.verdict)),
+            measured.total_norm.item(),
+            decision.clip_coef.item(),
+            *_offenders(named, measured),
+        )
         self._steps += 1
         if report.skipped:
             self._buffers.restore()
         else:
             self._buffers.commit()
-            scale_(grads, decision.clip_coef)
+            ops.scale_(grads, decision.clip_coef)
             optimizer.step() if scaler is None else scaler.step(optimizer)
         if scaler is not None:
             scaler.update()
@@ -172,11 +190,19 @@ class GradGuard:
             return
         batch = report.step if report.batch_id is None else report.batch_id
         if report.verdict is Verdict.SKIP_NONFINITE:
-            logger.warning("Infinite gradient, skipping batch %s (norm %s, first at %s)",
-                           batch, report.total_norm, report.first_nonfinite)
+            logger.warning(
+                "Infinite gradient, skipping batch %s (norm %s, first at %s)",
+                batch,
+                report.total_norm,
+                report.first_nonfinite,
+            )
         else:
-            logger.warning("Large gradient norm: %.4g at batch %s, skipping (skip_norm %g)",
-                           report.total_norm, batch, self.skip_norm)
+            logger.warning(
+                "Large gradient norm: %.4g at batch %s, skipping (skip_norm %g)",
+                report.total_norm,
+                batch,
+                self.skip_norm,
+            )
         self._skips_in_a_row.append(report)
         if len(self._skips_in_a_row) >= self.patience:
             reports, self._skips_in_a_row = self._skips_in_a_row, []
@@ -187,16 +213,21 @@ class GradGuard:
         return {
             "steps": self._steps,
             "accepted": list(self._accepted),
-            "skips_in_a_row": [{**dataclasses.asdict(r), "verdict": int(r.verdict),
-                                "batch_id": str(r.batch_id)} for r in self._skips_in_a_row],
+            "skips_in_a_row": [
+                {**dataclasses.asdict(r), "verdict": int(r.verdict), "batch_id": str(r.batch_id)}
+                for r in self._skips_in_a_row
+            ],
         }
 
     def load_state_dict(self, state: dict) -> None:
         self._steps = state["steps"]
         self._accepted = collections.deque(state["accepted"], maxlen=_WINDOW)
         self._skips_in_a_row = [
-            StepReport(**{**r, "verdict": Verdict(r["verdict"]), "nonfinite": tuple(r["nonfinite"])})
-            for r in state["skips_in_a_row"]]
+            StepReport(
+                **{**r, "verdict": Verdict(r["verdict"]), "nonfinite": tuple(r["nonfinite"])}
+            )
+            for r in state["skips_in_a_row"]
+        ]
 
 
 class _Buffers:
@@ -211,8 +242,10 @@ class _Buffers:
         if model.training and self._saved is None:
             self._saved = [
                 (module, name, buffer.detach().clone())
-                for module in model.modules() for name, buffer in module.named_buffers(recurse=False)
-                if name not in module._non_persistent_buffers_set]
+                for module in model.modules()
+                for name, buffer in module.named_buffers(recurse=False)
+                if name not in module._non_persistent_buffers_set
+            ]
 
     def restore(self) -> None:
         for module, name, saved in self._saved or ():
@@ -227,12 +260,16 @@ def _named_parameters(params_or_model) -> list[tuple[str, Tensor]]:
     if isinstance(params_or_model, nn.Module):
         named = list(params_or_model.named_parameters())
     else:
-        named = [item if isinstance(item, tuple) else (f"parameter {i}", item)
-                 for i, item in enumerate(params_or_model)]
+        named = [
+            item if isinstance(item, tuple) else (f"parameter {i}", item)
+            for i, item in enumerate(params_or_model)
+        ]
     named = [(name, p) for name, p in named if p.requires_grad]
     if not named:
-        raise ValueError("GradGuard got no parameter that requires a gradient; pass the module, or "
-                         "its parameters() as a list if a generator was used up before")
+        raise ValueError(
+            "GradGuard got no parameter that requires a gradient; pass the module, or "
+            "its parameters() as a list if a generator was used up before"
+        )
     once = {id(p): (name, p) for name, p in reversed(named)}
     return list(reversed(once.values()))
 

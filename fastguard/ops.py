@@ -92,8 +92,12 @@ def grad_norm_ref(grads: Sequence[Tensor]) -> GradNorm:
 def _fake_grad_norm(grads):
     n = len(grads)
     like = grads[0]
-    return (like.new_empty((), dtype=torch.float64), like.new_empty(n, dtype=torch.float64),
-            like.new_empty(n, dtype=torch.int64), like.new_empty(2, dtype=torch.int64))
+    return (
+        like.new_empty((), dtype=torch.float64),
+        like.new_empty(n, dtype=torch.float64),
+        like.new_empty(n, dtype=torch.int64),
+        like.new_empty(2, dtype=torch.int64),
+    )
 
 
 # --- decide -------------------------------------------------------------------------------------
@@ -131,7 +135,8 @@ def decide_ref(total_norm: Tensor, max_norm: float, skip_norm: float) -> Decisio
     if total_norm.dtype != torch.float64 or total_norm.dim() != 0:
         raise RuntimeError(
             "decide: total_norm must be a float64 tensor of shape (), as grad_norm returns it; got "
-            f"{total_norm.dtype} of shape {tuple(total_norm.shape)}")
+            f"{total_norm.dtype} of shape {tuple(total_norm.shape)}"
+        )
     clip_coef = torch.full_like(total_norm, max_norm) / (total_norm + 1e-6)
     verdict = torch.where(clip_coef < 1, int(Verdict.CLIP), int(Verdict.APPLY))
     verdict = torch.where(total_norm > skip_norm, int(Verdict.SKIP_OUTLIER), verdict)
@@ -141,6 +146,44 @@ def decide_ref(total_norm: Tensor, max_norm: float, skip_norm: float) -> Decisio
 
 def _fake_decide(total_norm, max_norm, skip_norm):
     return torch.empty_like(total_norm), total_norm.new_empty((), dtype=torch.int64)
+
+
+# --- scale_ -------------------------------------------------------------------------------------
+
+
+def scale_(grads: Sequence[Tensor], clip_coef: Tensor) -> None:
+    """Multiply every gradient by ``clip_coef`` in place; write nothing when it is 1.
+
+    The products are computed in float64 and rounded once, so that no coefficient underflows.
+
+    Args:
+        grads: N >= 0 tensors as for :func:`grad_norm`, none of which overlaps itself.
+        clip_coef: float64, shape (), on the gradients' device, as :func:`decide` returns it.
+
+    Raises:
+        RuntimeError: a tensor of another dtype or device, or one that is expanded.
+    """
+    grads = list(grads)
+    if grads and _has_kernel(grads[0], cuda=False):
+        torch.ops.fastguard.scale_.default(grads, clip_coef)
+        torch.autograd.graph.increment_version(grads)  # the dispatcher does not, for a list
+    else:
+        scale_ref_(grads, clip_coef)
+
+
+def scale_ref_(grads: Sequence[Tensor], clip_coef: Tensor) -> None:
+    """:func:`scale_` in plain torch; it writes a product with 1 too, lest the host wait."""
+    if clip_coef.dtype != torch.float64 or clip_coef.dim() != 0:
+        raise RuntimeError(
+            "scale_: clip_coef must be a float64 tensor of shape (), as decide returns it; got "
+            f"{clip_coef.dtype} of shape {tuple(clip_coef.shape)}"
+        )
+    for grad in grads:
+        grad.copy_(grad.to(torch.float64) * clip_coef)
+
+
+def _fake_scale_(grads, clip_coef):
+    return None
 
 
 # --- what was built -----------------------------------------------------------------------------
@@ -163,3 +206,4 @@ def _parse(info: str) -> dict[str, str]:
 if _native.cpu_problem is None:
     torch.library.register_fake("fastguard::grad_norm", _fake_grad_norm)
     torch.library.register_fake("fastguard::decide", _fake_decide)
+    torch.library.register_fake("fastguard::scale_", _fake_scale_)

@@ -60,16 +60,29 @@ class EpochMetrics:
         return next(words for bound, words in _STATUS if self.wer <= bound)
 
 
-_STATUS = ((0.1, "target range"), (0.3, "good progress"), (0.6, "improving"), (0.95, "learning"),
-           (math.inf, "stable start"))
+_STATUS = (
+    (0.1, "target range"),
+    (0.3, "good progress"),
+    (0.6, "improving"),
+    (0.95, "learning"),
+    (math.inf, "stable start"),
+)
 
 
 def summarize(epoch: int, steps: list[StepMetrics], wer: float, cer: float, seconds: float):
     """The metrics of an epoch out of those of its steps; ``steps`` is not empty."""
     losses = [s.loss for s in steps if not s.verdict.startswith("skip")]
     return EpochMetrics(
-        epoch, steps[-1].step, statistics.fmean(losses) if losses else math.nan, wer, cer,
-        statistics.median(s.grad_norm for s in steps), len(steps) - len(losses), len(steps), seconds)
+        epoch,
+        steps[-1].step,
+        statistics.fmean(losses) if losses else math.nan,
+        wer,
+        cer,
+        statistics.median(s.grad_norm for s in steps),
+        len(steps) - len(losses),
+        len(steps),
+        seconds,
+    )
 
 
 class MetricsFile:
@@ -80,7 +93,7 @@ class MetricsFile:
     """
 
     def __init__(self, path: Path):
-        self._file = open(path, "a", encoding="utf-8")
+        self._file = path.open("a", encoding="utf-8")
 
     def write(self, metrics: StepMetrics | EpochMetrics) -> None:
         kind = "step" if isinstance(metrics, StepMetrics) else "epoch"
@@ -97,10 +110,12 @@ def _json_number(value):
 
 
 def epoch_table(epochs: list[EpochMetrics]) -> str:
-    lines = [f"{'epoch':>5}  {'loss':>8}  {'WER':>6}  {'CER':>6}  {'grad norm':>9}  {'skipped':>9}  status"]
+    """One row per epoch under a header."""
+    row = "{:>5}  {:>8}  {:>6}  {:>6}  {:>9}  {:>9}  {}".format
+    lines = [row("epoch", "loss", "WER", "CER", "grad norm", "skipped", "status")]
     for e in epochs:
-        lines.append(f"{e.epoch:>5}  {e.loss:>8.3f}  {e.wer:>6.3f}  {e.cer:>6.3f}  "
-                     f"{e.grad_norm:>9.3g}  {f'{e.skipped}/{e.steps}':>9}  {e.status}")
+        numbers = f"{e.loss:.3f}", f"{e.wer:.3f}", f"{e.cer:.3f}", f"{e.grad_norm:.3g}"
+        lines.append(row(e.epoch, *numbers, f"{e.skipped}/{e.steps}", e.status))
     return "\n".join(lines)
 
 

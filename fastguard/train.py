@@ -19,8 +19,10 @@ def main(argv: list[str] | None = None) -> int:
     config = parse(argv)
     run_dir = config.run_dir or Path("runs") / f"{config.model}-{time.strftime('%Y%m%d-%H%M%S')}"
     if (run_dir / "metrics.jsonl").exists():
-        print(f"error: {run_dir} holds a run already: choose another --run-dir, or move it away",
-              file=sys.stderr)
+        print(
+            f"error: {run_dir} holds a run already: choose another --run-dir, or move it away",
+            file=sys.stderr,
+        )
         return 2
     run_dir.mkdir(parents=True, exist_ok=True)
     log_to(run_dir / "train.log")

@@ -56,38 +56,56 @@ class Trainer:
         torch.manual_seed(config.seed)
         self.model = self._build_model().to(self.device)
         self.optimizer = torch.optim.AdamW(
-            self.model.parameters(), lr=config.optim.lr, betas=config.optim.betas,
-            eps=config.optim.eps, weight_decay=config.optim.weight_decay, fused=True)
+            self.model.parameters(),
+            lr=config.optim.lr,
+            betas=config.optim.betas,
+            eps=config.optim.eps,
+            weight_decay=config.optim.weight_decay,
+            fused=True,
+        )
         self.stepper = self._build_stepper()
-        self.scaler = (torch.amp.GradScaler(self.device.type)
-                       if config.precision == "fp16" else None)
+        self.scaler = torch.amp.GradScaler(self.device.type) if config.precision == "fp16" else None
         self.sampler, self.train_loader = self._loader("train", config.batch_size)
         self.evaluation_split = "dev" if self.corpus.split("dev") else "train"
         if self.evaluation_split == "train":
-            logger.warning("%s has no dev split: the error rates are those of the training split",
-                           config.data)
+            logger.warning(
+                "%s has no dev split: the error rates are those of the training split", config.data
+            )
         self.step = 0
         self.epochs: list[EpochMetrics] = []
         self.stopping = False
 
     def _load_corpus(self, output_lengths) -> Corpus:
         corpus = load_corpus(
-            self.config.data, max_duration=self.config.max_duration, seed=self.config.seed,
-            max_output_length=lambda seconds: output_lengths(self.log_mel.num_frames_of(seconds)))
+            self.config.data,
+            max_duration=self.config.max_duration,
+            seed=self.config.seed,
+            max_output_length=lambda seconds: output_lengths(self.log_mel.num_frames_of(seconds)),
+        )
         logger.info(corpus.summary())
         return corpus
 
     def _build_model(self) -> nn.Module:
         network, config = self.config.network, self.config
-        attention = ({"attention_clamp": network.attention_clamp}
-                     if config.model == "teacher" else {})
+        attention = (
+            {"attention_clamp": network.attention_clamp} if config.model == "teacher" else {}
+        )
         model = build_model(
-            config.model, vocab_size=self.tokenizer.vocab_size, n_mels=config.features.n_mels,
-            dropout=network.dropout, **attention)
+            config.model,
+            vocab_size=self.tokenizer.vocab_size,
+            n_mels=config.features.n_mels,
+            dropout=network.dropout,
+            **attention,
+        )
         stable_init_(model, config.init.linear_std, config.init.conv_scale)
         count = sum(p.numel() for p in model.parameters())
-        logger.info("%s: %.1f M parameters on %s, %s", config.model, count / 1e6, self.device,
-                    config.precision)
+        logger.info(
+            "%s: %.1f M parameters on %s, %s",
+            config.model,
+            count / 1e6,
+            self.device,
+            config.precision,
+        )
         return model
 
     def _build_stepper(self) -> "GradGuard | PlainClip":
@@ -101,7 +119,8 @@ class Trainer:
         utterances = self.corpus.split(split)
         augment = SpecAugment(**vars(self.config.augment)) if train else None
         sampler = BucketBatchSampler(
-            [u.duration for u in utterances], batch_size, self.config.seed, shuffle=train)
+            [u.duration for u in utterances], batch_size, self.config.seed, shuffle=train
+        )
         dataset = SpeechDataset(utterances, self.tokenizer, self.log_mel, augment)
         return sampler, DataLoader(dataset, batch_sampler=sampler, collate_fn=collate)
 
@@ -120,7 +139,8 @@ class Trainer:
             stack.enter_context(self._stop_on_interrupt())
             stack.enter_context(logging_redirect_tqdm([logging.getLogger("fastguard")]))
             metrics = stack.enter_context(
-                contextlib.closing(MetricsFile(self.run_dir / "metrics.jsonl")))
+                contextlib.closing(MetricsFile(self.run_dir / "metrics.jsonl"))
+            )
             for epoch in range(1, self.config.epochs + 1):
                 best = False
                 try:
@@ -145,8 +165,13 @@ class Trainer:
         self.model.train()
         self.sampler.set_epoch(epoch)
         steps: list[StepMetrics] = []
-        bar = tqdm(self.train_loader, f"epoch {epoch}/{self.config.epochs}", leave=False,
-                   disable=None, unit="batch")
+        bar = tqdm(
+            self.train_loader,
+            f"epoch {epoch}/{self.config.epochs}",
+            leave=False,
+            disable=None,
+            unit="batch",
+        )
         clock = time.perf_counter()
         for number, batch in enumerate(bar):
             loss, report = self._train_step(batch.to(self.device), number)
@@ -164,9 +189,18 @@ class Trainer:
         rates = self.evaluate(self.evaluation_split)
         ended = summarize(epoch, steps, rates.wer, rates.cer, time.perf_counter() - start)
         metrics.write(ended)
-        logger.info("Epoch %d: loss=%.3f, grad_norm=%.2f, wer=%.3f, cer=%.3f, skipped=%d/%d, %.0f s "
-                    "(%s)", epoch, ended.loss, ended.grad_norm, ended.wer, ended.cer, ended.skipped,
-                    ended.steps, ended.seconds, ended.status)
+        logger.info(
+            "Epoch %d: loss=%.3f, grad_norm=%.2f, wer=%.3f, cer=%.3f, skipped=%d/%d, %.0f s (%s)",
+            epoch,
+            ended.loss,
+            ended.grad_norm,
+            ended.wer,
+            ended.cer,
+            ended.skipped,
+            ended.steps,
+            ended.seconds,
+            ended.status,
+        )
         best = all(ended.wer < earlier.wer for earlier in self.epochs)
         self.epochs.append(ended)
         return best
@@ -177,16 +211,26 @@ class Trainer:
             log_probs, output_lengths = self.model(batch.features, batch.feature_lengths)
         loss = ctc_loss(log_probs, output_lengths, batch.targets, batch.target_lengths)
         (loss if self.scaler is None else self.scaler.scale(loss)).backward()
-        report = self.stepper.step(self.optimizer, scaler=self.scaler,
-                                   batch_id=f"{number} [{', '.join(batch.ids)}]")
+        report = self.stepper.step(
+            self.optimizer, scaler=self.scaler, batch_id=f"{number} [{', '.join(batch.ids)}]"
+        )
         self.step += 1
         return loss.item(), report
 
     def _step_metrics(self, epoch, number, loss, report, seconds, batch) -> StepMetrics:
         return StepMetrics(
-            self.step, epoch, number, loss, report.total_norm, report.clip_coef,
-            report.verdict.name.lower(), self.optimizer.param_groups[0]["lr"], seconds,
-            tuple(batch.ids) if report.skipped else (), report.nonfinite)
+            self.step,
+            epoch,
+            number,
+            loss,
+            report.total_norm,
+            report.clip_coef,
+            report.verdict.name.lower(),
+            self.optimizer.param_groups[0]["lr"],
+            seconds,
+            tuple(batch.ids) if report.skipped else (),
+            report.nonfinite,
+        )
 
     def _autocast(self):
         dtype = _AUTOCAST[self.config.precision]

@@ -31,14 +31,20 @@ def gradients(draw, nonfinite=True, magnitudes=True, min_size=1, max_tensors=6):
     tensors = []
     for _ in range(draw(st.integers(min_size, max_tensors))):
         dtype = draw(st.sampled_from(DTYPES))
-        shape = draw(st.one_of(
-            st.lists(st.integers(0, 7), max_size=4),
-            st.sampled_from([[1], [63], [64], [65], [16384], [16385], [3, 11003], [40000]])))
+        shape = draw(
+            st.one_of(
+                st.lists(st.integers(0, 7), max_size=4),
+                st.sampled_from([[1], [63], [64], [65], [16384], [16385], [3, 11003], [40000]]),
+            )
+        )
         tensor = torch.randn(shape, generator=generator, dtype=torch.float64)
         # float64 itself may overflow in its squares, by contract: it stays within 1e150.
         largest = min(torch.finfo(dtype).max, 1e150)
-        scale = draw(st.sampled_from([1.0, 1e-6, largest / 8, torch.finfo(dtype).tiny])
-                     if magnitudes else st.just(1.0))
+        scale = draw(
+            st.sampled_from([1.0, 1e-6, largest / 8, torch.finfo(dtype).tiny])
+            if magnitudes
+            else st.just(1.0)
+        )
         tensor = (tensor * scale).clamp(-largest, largest).to(dtype)
         if nonfinite and tensor.numel() and draw(st.booleans()):
             for _ in range(draw(st.integers(1, 3))):

@@ -24,8 +24,13 @@ def tones(folder: Path, count: int = 6) -> str:
     for i in range(count):
         samples = 0.1 * sum(np.sin(2 * np.pi * (300 + 40 * i + 200 * k) * time) for k in range(3))
         soundfile.write(folder / f"tone{i}.wav", samples, 16_000)
-        rows.append({"audio_filepath": f"tone{i}.wav", "text": words[i],
-                     "split": "dev" if i >= count - 2 else "train"})
+        rows.append(
+            {
+                "audio_filepath": f"tone{i}.wav",
+                "text": words[i],
+                "split": "dev" if i >= count - 2 else "train",
+            }
+        )
     return write_manifest(folder / "tones.jsonl", rows)
 
 

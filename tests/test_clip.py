@@ -24,8 +24,9 @@ def parameters_with(grads):
 
 
 def bits(tensors):
-    return [t.clone(memory_format=torch.contiguous_format).view(-1).view(torch.uint8)
-            for t in tensors]
+    return [
+        t.clone(memory_format=torch.contiguous_format).view(-1).view(torch.uint8) for t in tensors
+    ]
 
 
 def assert_same_bits(before, after):
@@ -50,7 +51,8 @@ def test_clips_to_the_true_norm_over_the_whole_range(grads, max_norm):
     for parameter, grad in zip(parameters, exact, strict=True):
         info = torch.finfo(parameter.dtype)
         torch.testing.assert_close(
-            parameter.grad.double(), grad * coef, rtol=4 * info.eps, atol=info.smallest_normal)
+            parameter.grad.double(), grad * coef, rtol=4 * info.eps, atol=info.smallest_normal
+        )
 
 
 @pytest.mark.parametrize("norm_type", [2.0, 1.0, 0.5, 3, math.inf, -math.inf, "inf", 0])
@@ -61,7 +63,8 @@ def test_agrees_with_torch(norm_type, max_norm):
     ours, theirs = parameters_with(grads), parameters_with(grads)
     torch.testing.assert_close(
         fastguard.clip_grad_norm_(ours, max_norm, norm_type),
-        nn.utils.clip_grad_norm_(theirs, max_norm, norm_type))
+        nn.utils.clip_grad_norm_(theirs, max_norm, norm_type),
+    )
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a.grad, b.grad)
 
@@ -73,7 +76,9 @@ def test_nonfinite_norm_leaves_the_gradients(bad, error_if_nonfinite, norm_type)
     parameters = parameters_with([torch.ones(5), torch.tensor([3.0, bad]), torch.ones(2)])
     before = bits(p.grad for p in parameters)
     if error_if_nonfinite:
-        with pytest.raises(RuntimeError, match=f"The total norm of order {norm_type} for gradients"):
+        with pytest.raises(
+            RuntimeError, match=f"The total norm of order {norm_type} for gradients"
+        ):
             fastguard.clip_grad_norm_(parameters, 1.0, norm_type, error_if_nonfinite=True)
     else:
         norm = fastguard.clip_grad_norm_(parameters, 1.0, norm_type)
@@ -132,8 +137,10 @@ def test_sparse_gradients():
     theirs.load_state_dict(ours.state_dict())
     for module in (ours, theirs):
         module(torch.tensor([1, 1, 4])).square().sum().backward()
-    torch.testing.assert_close(fastguard.clip_grad_norm_(ours.parameters(), 0.1),
-                               nn.utils.clip_grad_norm_(theirs.parameters(), 0.1))
+    torch.testing.assert_close(
+        fastguard.clip_grad_norm_(ours.parameters(), 0.1),
+        nn.utils.clip_grad_norm_(theirs.parameters(), 0.1),
+    )
     torch.testing.assert_close(ours.weight.grad.to_dense(), theirs.weight.grad.to_dense())
 
 

@@ -11,9 +11,13 @@ BEFORE = {"lr": 1e-4, "betas": (0.9, 0.999), "max_norm": 1.0, "linear_std": 0.01
 
 
 def table(config):
-    return {"lr": config.optim.lr, "betas": tuple(config.optim.betas),
-            "max_norm": config.guard.max_norm, "linear_std": config.init.linear_std,
-            "conv_scale": config.init.conv_scale}
+    return {
+        "lr": config.optim.lr,
+        "betas": tuple(config.optim.betas),
+        "max_norm": config.guard.max_norm,
+        "linear_std": config.init.linear_std,
+        "conv_scale": config.init.conv_scale,
+    }
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -55,7 +59,9 @@ def test_options_override_stable_overrides_config_overrides_model(tmp_path):
 
 
 def test_hyphens_and_underscores_are_the_same():
-    assert parse(["--run-dir", "a-b", "--max-steps=7"]) == parse(["--run_dir=a-b", "--max_steps", "7"])
+    assert parse(["--run-dir", "a-b", "--max-steps=7"]) == parse(
+        ["--run_dir=a-b", "--max_steps", "7"]
+    )
     assert str(parse(["--run-dir", "a-b"]).run_dir) == "a-b"
 
 
@@ -67,14 +73,17 @@ def test_saved_settings_read_back_and_fit_a_checkpoint(tmp_path):
     assert torch.load(tmp_path / "x.pt", weights_only=True) == config.to_dict()
 
 
-@pytest.mark.parametrize("argv, message", [
-    (["--model", "student"], "--model student: choose one of teacher, baseline"),
-    (["--epochs", "0"], "epochs must be at least 1, got 0"),
-    (["--optim.lr", "-1"], "optim.lr must be above 0, got -1.0"),
-    (["--epocs", "3"], "--epocs"),
-    (["--precision", "fp8"], "fp8"),
-    (["--config", "/not/there.yaml"], "/not/there.yaml: there is no such file"),
-])
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["--model", "student"], "--model student: choose one of teacher, baseline"),
+        (["--epochs", "0"], "epochs must be at least 1, got 0"),
+        (["--optim.lr", "-1"], "optim.lr must be above 0, got -1.0"),
+        (["--epocs", "3"], "--epocs"),
+        (["--precision", "fp8"], "fp8"),
+        (["--config", "/not/there.yaml"], "/not/there.yaml: there is no such file"),
+    ],
+)
 def test_wrong_usage_exits_2_and_names_it(argv, message, capsys):
     with pytest.raises(SystemExit) as caught:
         parse(argv)
@@ -94,6 +103,12 @@ def test_help_lists_every_field(capsys):
         parse(["--help"])
     assert caught.value.code == 0
     text = capsys.readouterr().out
-    for word in ("--stable", "--config", "--run_dir", "--optim.lr", "--guard.skip_norm",
-                 "Skips in a row that end the run with an error"):
+    for word in (
+        "--stable",
+        "--config",
+        "--run_dir",
+        "--optim.lr",
+        "--guard.skip_norm",
+        "Skips in a row that end the run with an error",
+    ):
         assert word in text

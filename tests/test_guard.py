@@ -122,7 +122,9 @@ def test_skip_norm_is_not_armed_at_the_start():
     assert not guard.armed
 
 
-@given(st.lists(st.one_of(st.floats(0.1, 9.0), st.floats(11.0, 1e6), st.just(math.nan)), max_size=60))
+@given(
+    st.lists(st.one_of(st.floats(0.1, 9.0), st.floats(11.0, 1e6), st.just(math.nan)), max_size=60)
+)
 @settings(max_examples=50, deadline=None)
 def test_outliers_are_skipped_exactly_while_armed(norms):
     parameters = [nn.Parameter(torch.zeros(10))]
@@ -154,8 +156,14 @@ def test_patience_ends_the_run_and_says_what_was_seen():
     with pytest.raises(GradientExplosionError) as caught:
         guard.step(optimizer, batch_id="c")
     message = str(caught.value)
-    for part in ("3 steps in a row", "batches: a, b, c", "non-finite first: head.bias",
-                 "head.bias[2]", "what to try: ", "learning rate"):
+    for part in (
+        "3 steps in a row",
+        "batches: a, b, c",
+        "non-finite first: head.bias",
+        "head.bias[2]",
+        "what to try: ",
+        "learning rate",
+    ):
         assert part in message, message
     assert [r.batch_id for r in caught.value.reports] == ["a", "b", "c"]
 
@@ -179,7 +187,9 @@ def test_outliers_in_the_error_come_with_their_norms_and_the_threshold():
         set_gradient_norms(parameters, 1.0)
         guard.step(optimizer)
     set_gradient_norms(parameters, 500.0)
-    with pytest.raises(GradientExplosionError, match=r"above skip_norm=10 \(500\).*\n(.*\n)*.*raise skip_norm"):
+    with pytest.raises(
+        GradientExplosionError, match=r"above skip_norm=10 \(500\).*\n(.*\n)*.*raise skip_norm"
+    ):
         guard.step(optimizer)
 
 
@@ -193,7 +203,8 @@ def test_warnings_use_the_words_of_the_logs(caplog):
             guard.step(optimizer)
     assert [r.getMessage() for r in caplog.records] == [
         "Large gradient norm: 50 at batch 16, skipping (skip_norm 10)",
-        "Infinite gradient, skipping batch 17 (norm inf, first at parameter 0[0])"]
+        "Infinite gradient, skipping batch 17 (norm inf, first at parameter 0[0])",
+    ]
 
 
 def test_grad_scaler():
@@ -236,23 +247,27 @@ def test_state_dict_resumes_exactly():
 
     make = lambda: GradGuard(parameters, skip_norm=10.0, patience=4)  # noqa: E731
     whole = make()
-    expected = run(whole, norms + [1.0, 60.0])
+    expected = run(whole, [*norms, 1.0, 60.0])
     first, second = make(), make()
     run(first, norms)
     second.load_state_dict(copy.deepcopy(first.state_dict()))
     assert [(r.step, r.verdict) for r in run(second, [1.0, 60.0])] == [
-        (r.step, r.verdict) for r in expected[-2:]]
+        (r.step, r.verdict) for r in expected[-2:]
+    ]
     third = make()
     third.load_state_dict(first.state_dict())
     with pytest.raises(GradientExplosionError, match="batches: bnan, bnan, bnan, bnan"):
         run(third, [math.nan] * 2)
 
 
-@pytest.mark.parametrize("arguments, message", [
-    ({"max_norm": -1}, "max_norm must be a number >= 0"),
-    ({"skip_norm": math.nan}, "skip_norm must be a number >= 0"),
-    ({"patience": 0}, "patience must be at least 1 step, got 0"),
-])
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"max_norm": -1}, "max_norm must be a number >= 0"),
+        ({"skip_norm": math.nan}, "skip_norm must be a number >= 0"),
+        ({"patience": 0}, "patience must be at least 1 step, got 0"),
+    ],
+)
 def test_refuses_arguments_that_can_not_work(arguments, message):
     with pytest.raises(ValueError, match=message):
         GradGuard(small_model(), **arguments)

@@ -16,7 +16,8 @@ from fastguard.ops import Verdict
 from .drawn import DTYPES, gradients
 
 needs_kernel = pytest.mark.skipif(
-    _native.cpu_problem is not None, reason=f"no CPU kernels: {_native.cpu_problem}")
+    _native.cpu_problem is not None, reason=f"no CPU kernels: {_native.cpu_problem}"
+)
 
 
 def expected_grad_norm(grads):
@@ -25,8 +26,13 @@ def expected_grad_norm(grads):
     for i, grad in enumerate(grads):
         values = grad.double().flatten().tolist()
         bad = [j for j, v in enumerate(values) if not math.isfinite(v)]
-        norms.append(math.sqrt(math.fsum(v * v for v in values)) if not bad
-                     else math.nan if any(map(math.isnan, values)) else math.inf)
+        norms.append(
+            math.sqrt(math.fsum(v * v for v in values))
+            if not bad
+            else math.nan
+            if any(map(math.isnan, values))
+            else math.inf
+        )
         counts.append(len(bad))
         if bad and first == (-1, -1):
             first = (i, bad[0])
@@ -73,14 +79,16 @@ def test_grad_norm_at_the_ends_of_the_range(dtype):
 
 
 def test_grad_norm_of_every_half():
-    """All 65536 bit patterns of both 16-bit types, one by one and together."""
+    """All 65536 bit patterns of both 16-bit types, each as a tensor of its own."""
     bits = torch.arange(-(2**15), 2**15, dtype=torch.int16)
     for dtype in (torch.float16, torch.bfloat16):
         values = bits.view(dtype)
-        found = ops.grad_norm([*values.split(1), values])
-        reference = ops.grad_norm_ref([*values.split(1), values])
-        for ours, expected in zip(found, reference, strict=True):
-            torch.testing.assert_close(ours, expected, rtol=1e-14, atol=0, equal_nan=True)
+        found = ops.grad_norm(values.split(1))
+        torch.testing.assert_close(
+            found.norms, values.double().abs(), rtol=0, atol=0, equal_nan=True
+        )
+        assert torch.equal(found.nonfinite_counts, (~values.isfinite()).long())
+        assert found.first_nonfinite.tolist() == [int((~values.isfinite()).int().argmax()), 0]
 
 
 def test_float64_overflow_is_told_from_a_nonfinite_element():
@@ -101,14 +109,17 @@ def test_first_nonfinite_is_first_in_row_major_order_not_in_memory():
 @needs_kernel
 def test_grad_norm_does_not_depend_on_threads():
     torch.manual_seed(0)
-    grads = [torch.randn(n) * 10.0**e for n, e in ((100_001, 3), (7, -9), (65_537, 12), (300_000, 0))]
+    grads = [
+        torch.randn(n) * 10.0**e for n, e in ((100_001, 3), (7, -9), (65_537, 12), (300_000, 0))
+    ]
     before = torch.get_num_threads()
     results = []
     try:
         for threads in (1, 2, 3, 7):
             torch.set_num_threads(threads)
-            results.append(torch.cat([ops.grad_norm(grads).total_norm.view(1),
-                                      ops.grad_norm(grads).norms]))
+            results.append(
+                torch.cat([ops.grad_norm(grads).total_norm.view(1), ops.grad_norm(grads).norms])
+            )
     finally:
         torch.set_num_threads(before)
     for other in results[1:]:
@@ -124,8 +135,10 @@ grads = [(torch.randn(n, dtype=torch.float64) * s).to(dtype)
          for n, s in ((1, 1.0), (63, 1e-3), (4097, 100.0), (70_003, 1.0))]
 grads[2][4000] = math.nan
 found = ops.grad_norm(grads)
-print(ops.cpu_info()["chosen"], found.norms.view(torch.int64).tolist(),
-      found.nonfinite_counts.tolist(), found.first_nonfinite.tolist())
+ops.scale_(grads, torch.tensor(0.7, dtype=torch.float64))
+print(ops.cpu_info()["chosen"], [g.view(torch.uint8).sum().item() for g in grads],
+      hash(b"".join(g.view(torch.uint8).numpy().tobytes() for g in grads)),
+      found.norms.view(torch.int64).tolist(), found.nonfinite_counts.tolist(), found.first_nonfinite.tolist())
 """
 
 
@@ -134,8 +147,12 @@ def test_every_instruction_set_gives_the_same_bits():
     printed = {}
     for capability in ops.cpu_info()["compiled"].split():
         run = subprocess.run(
-            [sys.executable, "-c", _DUMP], capture_output=True, text=True, check=True,
-            env={**os.environ, "FASTGUARD_CPU_CAPABILITY": capability})
+            [sys.executable, "-c", _DUMP],
+            capture_output=True,
+            text=True,
+            check=True,
+            env={**os.environ, "FASTGUARD_CPU_CAPABILITY": capability, "PYTHONHASHSEED": "0"},
+        )
         chosen, values = run.stdout.split(" ", 1)
         printed[chosen] = values
     assert "default" in printed
@@ -144,8 +161,11 @@ def test_every_instruction_set_gives_the_same_bits():
 
 def test_unknown_capability_is_named():
     run = subprocess.run(
-        [sys.executable, "-c", _DUMP], capture_output=True, text=True,
-        env={**os.environ, "FASTGUARD_CPU_CAPABILITY": "sse9"})
+        [sys.executable, "-c", _DUMP],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "FASTGUARD_CPU_CAPABILITY": "sse9"},
+    )
     assert run.returncode != 0
     assert "FASTGUARD_CPU_CAPABILITY=sse9 is not one of default, avx2, avx512" in run.stderr
 
@@ -157,7 +177,8 @@ def test_grad_norm_names_what_it_can_not_read():
 
 
 finite_or_not = st.one_of(
-    st.floats(0, 1e300), st.sampled_from([0.0, 1.0, math.inf, math.nan, 1e-300]))
+    st.floats(0, 1e300), st.sampled_from([0.0, 1.0, math.inf, math.nan, 1e-300])
+)
 threshold = st.one_of(st.floats(0, 1e6), st.just(math.inf))
 
 
@@ -184,11 +205,82 @@ def test_decide_wants_the_norm_of_grad_norm(function):
             function(wrong, 1.0, 1.0)
 
 
+def scaled(grads, coef):
+    return [(g.double() * coef).to(g.dtype) for g in grads]
+
+
+def owned(grads):
+    """The same layouts with memory that no two elements share, as scale_ wants them."""
+    return [g.clone() if 0 in g.stride() else g for g in grads]
+
+
+@settings(max_examples=100, deadline=None)
+@given(gradients(), st.one_of(st.floats(1e-300, 1.0), st.sampled_from([0.0, 1.0, 1e-43])))
+@pytest.mark.parametrize("function", [ops.scale_, ops.scale_ref_])
+def test_scale_(function, grads, coef):
+    grads = owned(grads)
+    expected = scaled(grads, coef)
+    function(grads, torch.tensor(coef, dtype=torch.float64))
+    for grad, right in zip(grads, expected, strict=True):
+        torch.testing.assert_close(grad, right, rtol=0, atol=0, equal_nan=True)
+
+
+def test_scale_of_every_half():
+    bits = torch.arange(-(2**15), 2**15, dtype=torch.int16)
+    for dtype in (torch.float16, torch.bfloat16):
+        for coef in (0.7, 1e-3, 1.9):
+            grads = [bits.view(dtype).clone(), bits.view(dtype)[:7].clone()]
+            expected = scaled(grads, coef)
+            ops.scale_(grads, torch.tensor(coef, dtype=torch.float64))
+            for grad, right in zip(grads, expected, strict=True):
+                torch.testing.assert_close(grad, right, rtol=0, atol=0, equal_nan=True)
+
+
+def test_scale_bumps_the_version_that_autograd_checks():
+    leaf = torch.ones(3, requires_grad=True)
+    product = leaf * 2
+    result = product.exp()  # keeps its own output for backward
+    with torch.no_grad():
+        ops.scale_([result], torch.tensor(0.5, dtype=torch.float64))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        result.sum().backward()
+
+
+@pytest.mark.parametrize("function", [ops.scale_, ops.scale_ref_])
+def test_scale_refuses_what_it_can_not_write(function):
+    with pytest.raises(RuntimeError, match="clip_coef must be a float64 tensor"):
+        function([torch.ones(2)], torch.tensor(0.5))
+    with pytest.raises(RuntimeError, match="single memory location"):
+        function([torch.ones(1).expand(4)], torch.tensor(0.5, dtype=torch.float64))
+
+
 @needs_kernel
-@pytest.mark.parametrize("grads", [
-    [torch.ones(3), torch.zeros(0), torch.randn(2, 3).t(), torch.ones((), dtype=torch.bfloat16)],
-    [torch.tensor([math.inf, 1.0], dtype=torch.float64)],  # opcheck takes NaN != NaN
-])
+@pytest.mark.parametrize("coef", [1.0, 0.25])
+def test_opcheck_scale_(coef):
+    grads = [
+        torch.ones(3),
+        torch.zeros(0),
+        torch.randn(2, 3).t(),
+        torch.ones((), dtype=torch.bfloat16),
+    ]
+    torch.library.opcheck(
+        torch.ops.fastguard.scale_.default, (grads, torch.tensor(coef, dtype=torch.float64))
+    )
+
+
+@needs_kernel
+@pytest.mark.parametrize(
+    "grads",
+    [
+        [
+            torch.ones(3),
+            torch.zeros(0),
+            torch.randn(2, 3).t(),
+            torch.ones((), dtype=torch.bfloat16),
+        ],
+        [torch.tensor([math.inf, 1.0], dtype=torch.float64)],  # opcheck takes NaN != NaN
+    ],
+)
 def test_opcheck_grad_norm(grads):
     torch.library.opcheck(torch.ops.fastguard.grad_norm.default, (grads,))
 
@@ -196,5 +288,6 @@ def test_opcheck_grad_norm(grads):
 @needs_kernel
 @pytest.mark.parametrize("norm", [0.0, 0.5, 7.0, math.inf, math.nan])
 def test_opcheck_decide(norm):
-    torch.library.opcheck(torch.ops.fastguard.decide.default,
-                          (torch.tensor(norm, dtype=torch.float64), 0.5, 5.0))
+    torch.library.opcheck(
+        torch.ops.fastguard.decide.default, (torch.tensor(norm, dtype=torch.float64), 0.5, 5.0)
+    )

@@ -16,8 +16,21 @@ def test_every_line_is_strict_json_and_nan_reads_back(tmp_path):
     path = tmp_path / "metrics.jsonl"
     file = MetricsFile(path)
     file.write(step(1, 2.5, 3.0))
-    file.write(StepMetrics(2, 1, 1, math.nan, math.inf, 1.0, "skip_nonfinite", 1e-5, 0.5,
-                           ("utt-a", "utt-b"), ("head.weight",)))
+    file.write(
+        StepMetrics(
+            2,
+            1,
+            1,
+            math.nan,
+            math.inf,
+            1.0,
+            "skip_nonfinite",
+            1e-5,
+            0.5,
+            ("utt-a", "utt-b"),
+            ("head.weight",),
+        )
+    )
     file.write(summarize(1, [step(1, 2.5, 3.0)], 0.5, 0.25, 9.0))
 
     def refuse(constant):
@@ -25,7 +38,9 @@ def test_every_line_is_strict_json_and_nan_reads_back(tmp_path):
 
     lines = [json.loads(line, parse_constant=refuse) for line in path.read_text().splitlines()]
     assert [line["kind"] for line in lines] == ["step", "step", "epoch"]
-    assert {"step", "epoch", "loss", "grad_norm", "clip_coef", "verdict", "lr", "seconds"} <= set(lines[0])
+    assert {"step", "epoch", "loss", "grad_norm", "clip_coef", "verdict", "lr", "seconds"} <= set(
+        lines[0]
+    )
     assert "skipped_utterances" not in lines[0]
     assert math.isnan(float(lines[1]["loss"]))
     assert float(lines[1]["grad_norm"]) == math.inf
@@ -34,8 +49,12 @@ def test_every_line_is_strict_json_and_nan_reads_back(tmp_path):
 
 
 def test_an_epoch_averages_the_steps_that_counted():
-    steps = [step(1, 2.0, 1.0), step(2, math.nan, math.inf, "skip_nonfinite"), step(3, 4.0, 3.0),
-             step(4, 99.0, 50.0, "skip_outlier")]
+    steps = [
+        step(1, 2.0, 1.0),
+        step(2, math.nan, math.inf, "skip_nonfinite"),
+        step(3, 4.0, 3.0),
+        step(4, 99.0, 50.0, "skip_outlier"),
+    ]
     epoch = summarize(1, steps, 0.5, 0.25, 9.0)
     assert epoch.loss == 3.0
     assert epoch.skipped == 2
@@ -43,16 +62,19 @@ def test_an_epoch_averages_the_steps_that_counted():
     assert epoch.step == 4
 
 
-@pytest.mark.parametrize("loss, wer, skipped, words", [
-    (2.0, 1.0, 0, "stable start"),
-    (2.0, 0.9, 0, "learning"),
-    (2.0, 0.5, 0, "improving"),
-    (2.0, 0.2, 0, "good progress"),
-    (2.0, 0.05, 0, "target range"),
-    (2.0, 0.05, 6, "WARNING: most steps skipped"),
-    (math.nan, 0.05, 10, "WARNING: every step skipped"),
-    (math.nan, 1.0, 0, "WARNING: loss not finite"),
-])
+@pytest.mark.parametrize(
+    "loss, wer, skipped, words",
+    [
+        (2.0, 1.0, 0, "stable start"),
+        (2.0, 0.9, 0, "learning"),
+        (2.0, 0.5, 0, "improving"),
+        (2.0, 0.2, 0, "good progress"),
+        (2.0, 0.05, 0, "target range"),
+        (2.0, 0.05, 6, "WARNING: most steps skipped"),
+        (math.nan, 0.05, 10, "WARNING: every step skipped"),
+        (math.nan, 1.0, 0, "WARNING: loss not finite"),
+    ],
+)
 def test_status(loss, wer, skipped, words):
     epoch = EpochMetrics(1, 10, loss, wer, 0.1, 1.0, skipped, 10, 1.0)
     assert epoch.status == words

@@ -31,8 +31,19 @@ def losses(run_dir):
 
 
 def train(run_dir, data, *options):
-    return main(["--model", "baseline", "--data", data, "--run-dir", str(run_dir), "--batch-size", "2",
-                 *options])
+    return main(
+        [
+            "--model",
+            "baseline",
+            "--data",
+            data,
+            "--run-dir",
+            str(run_dir),
+            "--batch-size",
+            "2",
+            *options,
+        ]
+    )
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -40,8 +51,20 @@ def test_one_seed_gives_one_run(tmp_path, precision):
     data = tones(tmp_path)
     runs = {}
     for name, seed in (("first", "1"), ("again", "1"), ("other", "2")):
-        assert train(tmp_path / name, data, "--stable", "--precision", precision, "--seed", seed,
-                     "--epochs", "2") == 0
+        assert (
+            train(
+                tmp_path / name,
+                data,
+                "--stable",
+                "--precision",
+                precision,
+                "--seed",
+                seed,
+                "--epochs",
+                "2",
+            )
+            == 0
+        )
         runs[name] = losses(tmp_path / name)
     assert len(runs["first"]) == 4
     assert all(map(math.isfinite, runs["first"]))
@@ -51,9 +74,16 @@ def test_one_seed_gives_one_run(tmp_path, precision):
 
 def test_what_a_run_leaves_behind(tmp_path, capsys):
     run_dir = tmp_path / "run"
-    assert train(run_dir, tones(tmp_path), "--stable", "--max-steps", "3", "--precision", "fp32") == 0
+    assert (
+        train(run_dir, tones(tmp_path), "--stable", "--max-steps", "3", "--precision", "fp32") == 0
+    )
     assert {p.name for p in run_dir.iterdir()} == {
-        "config.yaml", "metrics.jsonl", "train.log", "last.pt", "best.pt"}
+        "config.yaml",
+        "metrics.jsonl",
+        "train.log",
+        "last.pt",
+        "best.pt",
+    }
     steps, epochs = metrics(run_dir, "step"), metrics(run_dir, "epoch")
     assert [s["step"] for s in steps] == [1, 2, 3]
     assert [s["epoch"] for s in steps] == [1, 1, 2]
@@ -137,8 +167,10 @@ def test_without_the_guard_the_same_batch_destroys_the_model(tmp_path, monkeypat
 def test_an_explosion_that_does_not_end_ends_the_run_with_advice(tmp_path, monkeypatch, capsys):
     poison(monkeypatch, {f"tone{i}.wav" for i in range(4)})
     run_dir = tmp_path / "run"
-    assert train(run_dir, tones(tmp_path), "--stable", "--precision", "fp32",
-                 "--guard.patience", "2") == 1
+    assert (
+        train(run_dir, tones(tmp_path), "--stable", "--precision", "fp32", "--guard.patience", "2")
+        == 1
+    )
     error = capsys.readouterr().err
     for part in ("ERROR - 2 steps in a row were skipped", "tone", "what to try:"):
         assert part in error
@@ -150,10 +182,27 @@ def test_an_explosion_that_does_not_end_ends_the_run_with_advice(tmp_path, monke
 def test_ctrl_c_stops_after_the_step_with_a_checkpoint(tmp_path):
     run_dir = tmp_path / "run"
     process = subprocess.Popen(
-        [sys.executable, "-m", "fastguard.train", "--model", "baseline", "--stable", "--data",
-         tones(tmp_path), "--run-dir", str(run_dir), "--epochs", "10000", "--precision", "fp32"],
-        cwd=REPOSITORY, stderr=subprocess.PIPE, text=True,
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY)})
+        [
+            sys.executable,
+            "-m",
+            "fastguard.train",
+            "--model",
+            "baseline",
+            "--stable",
+            "--data",
+            tones(tmp_path),
+            "--run-dir",
+            str(run_dir),
+            "--epochs",
+            "10000",
+            "--precision",
+            "fp32",
+        ],
+        cwd=REPOSITORY,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+    )
     for line in process.stderr:
         if line.startswith("Batch"):
             process.send_signal(signal.SIGINT)
@@ -167,8 +216,20 @@ def test_ctrl_c_stops_after_the_step_with_a_checkpoint(tmp_path):
 
 def test_fp16_scales_the_loss_and_trains(tmp_path):
     run_dir = tmp_path / "run"
-    assert train(run_dir, tones(tmp_path, 4), "--stable", "--precision", "fp16", "--max-steps", "1",
-                 "--batch-size", "1") == 0
+    assert (
+        train(
+            run_dir,
+            tones(tmp_path, 4),
+            "--stable",
+            "--precision",
+            "fp16",
+            "--max-steps",
+            "1",
+            "--batch-size",
+            "1",
+        )
+        == 0
+    )
     assert checkpoint.load(run_dir / "last.pt")["scaler"]["scale"] > 0
     assert math.isfinite(losses(run_dir)[0])
 
@@ -176,7 +237,10 @@ def test_fp16_scales_the_loss_and_trains(tmp_path):
 def test_the_stable_teacher_trains_on_recorded_speech(tmp_path):
     asterisk_or_skip()
     run_dir = tmp_path / "run"
-    assert main(["--stable", "--data", "asterisk", "--max-steps", "40", "--run-dir", str(run_dir)]) == 0
+    assert (
+        main(["--stable", "--data", "asterisk", "--max-steps", "40", "--run-dir", str(run_dir)])
+        == 0
+    )
     values = losses(run_dir)
     assert len(values) == 40
     assert all(map(math.isfinite, values))
@@ -187,24 +251,66 @@ def test_the_stable_teacher_trains_on_recorded_speech(tmp_path):
 
 def test_the_baseline_learns_eight_recorded_prompts_by_heart(tmp_path):
     corpus = asterisk_or_skip()
-    prompts = [u for u in corpus.split("train") if 3 <= len(u.text.split()) <= 6 and u.duration < 2.5]
-    data = write_manifest(tmp_path / "eight.jsonl", [
-        {"audio_filepath": str(u.audio), "text": u.text, "split": "train"} for u in prompts[:8]])
+    prompts = [
+        u for u in corpus.split("train") if 3 <= len(u.text.split()) <= 6 and u.duration < 2.5
+    ]
+    data = write_manifest(
+        tmp_path / "eight.jsonl",
+        [{"audio_filepath": str(u.audio), "text": u.text, "split": "train"} for u in prompts[:8]],
+    )
     run_dir = tmp_path / "run"
-    assert main(["--model", "baseline", "--stable", "--data", data, "--run-dir", str(run_dir),
-                 "--epochs", "30", "--optim.lr", "1e-3", "--guard.max_norm", "5",
-                 "--init.linear_std", "0.01", "--network.dropout", "0",
-                 "--augment.freq_masks", "0", "--augment.time_masks", "0"]) == 0
+    assert (
+        main(
+            [
+                "--model",
+                "baseline",
+                "--stable",
+                "--data",
+                data,
+                "--run-dir",
+                str(run_dir),
+                "--epochs",
+                "30",
+                "--optim.lr",
+                "1e-3",
+                "--guard.max_norm",
+                "5",
+                "--init.linear_std",
+                "0.01",
+                "--network.dropout",
+                "0",
+                "--augment.freq_masks",
+                "0",
+                "--augment.time_masks",
+                "0",
+            ]
+        )
+        == 0
+    )
     assert metrics(run_dir, "epoch")[-1]["cer"] < 0.2
 
 
 def test_the_first_loss_is_that_of_a_model_that_knows_nothing(tmp_path):
     """Per output frame: at most the log of the vocabulary, minus what the alignments add up to."""
-    trainer = Trainer(parse(["--model", "baseline", "--stable", "--precision", "fp32", "--data",
-                             tones(tmp_path), "--run-dir", str(tmp_path)]), tmp_path)
+    trainer = Trainer(
+        parse(
+            [
+                "--model",
+                "baseline",
+                "--stable",
+                "--precision",
+                "fp32",
+                "--data",
+                tones(tmp_path),
+                "--run-dir",
+                str(tmp_path),
+            ]
+        ),
+        tmp_path,
+    )
     batch = next(iter(trainer.train_loader))
     with torch.no_grad():
-        log_probs, lengths = trainer.model(batch.features, batch.feature_lengths)
+        log_probs, _ = trainer.model(batch.features, batch.feature_lengths)
     assert torch.allclose(log_probs.exp().sum(-1), torch.ones(()))
     loss, report = trainer._train_step(batch, 0)
     assert 0 < loss < math.log(trainer.tokenizer.vocab_size) + 0.1

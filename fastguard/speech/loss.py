@@ -27,6 +27,11 @@ def ctc_loss(
         Scalar float32, in nats per frame (Graves et al. 2006).
     """
     with torch.autocast(log_probs.device.type, enabled=False):
-        total = F.ctc_loss(log_probs.transpose(0, 1).float(), targets, output_lengths,
-                           target_lengths, reduction="sum")
+        total = F.ctc_loss(
+            log_probs.transpose(0, 1).float(),
+            targets,
+            output_lengths,
+            target_lengths,
+            reduction="sum",
+        )
     return total / output_lengths.sum()

@@ -1,0 +1,120 @@
+// What the ops over a list of gradients share: the list as chunks of fixed size, worked through in
+// one parallel region, and the kernel for a dtype.
+#pragma once
+
+#include "gradients_kernel.h"
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <vector>
+
+namespace fastguard {
+
+using torch::headeronly::ScalarType;
+
+constexpr int64_t chunk_elements = 16384;  // 64 KiB of fp32: a chunk read twice is read from L2
+constexpr int64_t serial_elements = 32768;  // below this a parallel region costs more than it saves
+
+// One stretch of memory.
+struct Span {
+  char* data;
+  int64_t numel;
+  ScalarType dtype;
+};
+
+struct Chunk {
+  size_t span;
+  int64_t begin;  // in elements
+  int64_t size;
+};
+
+inline void check_dtype(const torch::stable::Tensor& tensor, const char* op, size_t index) {
+  const ScalarType dtype = tensor.scalar_type();
+  STD_TORCH_CHECK(
+      dtype == ScalarType::Float || dtype == ScalarType::Double || dtype == ScalarType::BFloat16 ||
+          dtype == ScalarType::Half,
+      op,
+      ": tensor ",
+      index,
+      " has dtype number ",
+      static_cast<int>(dtype),
+      "; float32, float64, bfloat16 and float16 are supported");
+}
+
+// A tensor whose elements fill one stretch of memory, in whatever order.
+struct Dense {
+  torch::stable::Tensor tensor;
+  bool row_major;
+  bool copied;  // because the given tensor has gaps
+};
+
+Dense densify(const torch::stable::Tensor& tensor);
+
+// Dimensions from the largest stride to the smallest.
+std::vector<int64_t> dims_by_stride(const torch::stable::Tensor& tensor);
+
+inline Span span_of(const torch::stable::Tensor& tensor) {
+  return {static_cast<char*>(tensor.data_ptr()), tensor.numel(), tensor.scalar_type()};
+}
+
+template <class Function>
+Function* pick(const PerDtype<Function>& kernels, ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Double:
+      return kernels.float64;
+    case ScalarType::Float:
+      return kernels.float32;
+    case ScalarType::BFloat16:
+      return kernels.bfloat16;
+    default:
+      return kernels.float16;
+  }
+}
+
+inline char* data_of(const Span& span, const Chunk& chunk) {
+  const int64_t bytes = span.dtype == ScalarType::Double ? 8 : span.dtype == ScalarType::Float ? 4 : 2;
+  return span.data + chunk.begin * bytes;
+}
+
+inline std::vector<Chunk> cut(const std::vector<Span>& spans) {
+  std::vector<Chunk> chunks;
+  for (size_t s = 0; s < spans.size(); ++s) {
+    for (int64_t begin = 0; begin < spans[s].numel; begin += chunk_elements) {
+      chunks.push_back({s, begin, std::min(chunk_elements, spans[s].numel - begin)});
+    }
+  }
+  return chunks;
+}
+
+// Calls work(index of a chunk) for all chunks. Threads take the next chunks as they get free: a
+// thread that the machine slows down does not hold up the others. `work` must not throw.
+template <class Work>
+void for_each_chunk(const std::vector<Chunk>& chunks, const Work& work) {
+  const int64_t n = static_cast<int64_t>(chunks.size());
+  int64_t elements = 0;
+  for (const Chunk& chunk : chunks) {
+    elements += chunk.size;
+  }
+  if (elements <= serial_elements) {
+    for (int64_t c = 0; c < n; ++c) {
+      work(c);
+    }
+    return;
+  }
+  constexpr int64_t batch = 8;
+  std::atomic<int64_t> next{0};
+  torch::stable::parallel_for(0, torch::stable::get_num_threads(), 1, [&](int64_t, int64_t) {
+    for (int64_t c = next.fetch_add(batch); c < n; c = next.fetch_add(batch)) {
+      for (int64_t i = c; i < std::min(c + batch, n); ++i) {
+        work(i);
+      }
+    }
+  });
+}
+
+}  // namespace fastguard
