@@ -20,6 +20,7 @@ import sys
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
@@ -176,6 +177,13 @@ class BuildLibraries(build_ext):
             raise CompileError("nvcc failed; FASTGUARD_CUDA=0 builds the CPU library only")
 
 
+class Wheel(bdist_wheel):
+    """No Python C API: one wheel of a platform serves every Python."""
+
+    def get_tag(self):
+        return "py3", "none", super().get_tag()[2]
+
+
 def libraries():
     yield Extension(
         "fastguard._cpu", sources("csrc", ".cpp") + sources("csrc/cpu", ".cpp"), optional=True
@@ -192,4 +200,4 @@ def libraries():
         )
 
 
-setup(ext_modules=list(libraries()), cmdclass={"build_ext": BuildLibraries})
+setup(ext_modules=list(libraries()), cmdclass={"bdist_wheel": Wheel, "build_ext": BuildLibraries})

@@ -4,6 +4,7 @@ import math
 import types
 import warnings
 from collections.abc import Iterable
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -59,10 +60,7 @@ def clip_grad_norm_(
     if not grads:
         return torch.tensor(0.0)
     groups, foreign = _group(grads)
-    if float(norm_type) == 2.0 and not foreign:
-        total_norm = _total_norm(list(groups.values()))
-    else:
-        total_norm = torch.nn.utils.get_total_norm(grads, norm_type, foreach=foreach).double()
+    total_norm = _total_norm(groups, foreign, float(norm_type), foreach)
     if error_if_nonfinite and not total_norm.isfinite():
         raise RuntimeError(
             f"The total norm of order {float(norm_type)} for gradients from `parameters` is "
@@ -90,16 +88,27 @@ def gradients_of(parameters: Tensor | Iterable[Tensor]) -> list[Tensor]:
     return [grad for p in unique.values() if (grad := p.grad) is not None]
 
 
-def _total_norm(groups: list[list[Tensor]]) -> Tensor:
+def _total_norm(
+    groups: dict[torch.device, list[Tensor]],
+    foreign: list[Tensor],
+    norm_type: float,
+    foreach: bool | None,
+) -> Tensor:
     """float64, shape (), on the first group's device."""
-    norms = [ops.grad_norm(group).total_norm for group in groups]
+    # Of a sparse gradient the values count, duplicates added up.
+    foreign = [g.coalesce().values() if g.layout == torch.sparse_coo else g for g in foreign]
+    if norm_type != 2.0 or any(type(grad) is not Tensor for grad in foreign):
+        everything = [*chain(*groups.values()), *foreign]
+        return torch.nn.utils.get_total_norm(everything, norm_type, foreach=foreach).double()
+    lists = [*groups.values(), *([grad] for grad in foreign)]
+    norms = [ops.grad_norm(grads).total_norm for grads in lists]
     if len(norms) == 1:
         return norms[0]
     return torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]))
 
 
 def _group(grads: list[Tensor]) -> tuple[dict[torch.device, list[Tensor]], list[Tensor]]:
-    """Strided gradients by device; and the foreign: sparse ones and subclasses such as DTensor,
+    """Strided gradients by device; and the foreign: sparse ones, and subclasses such as DTensor,
     whose reductions are torch's own."""
     if (
         len({g.device for g in grads}) == 1

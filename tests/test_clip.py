@@ -132,16 +132,19 @@ def test_a_parameter_listed_twice_counts_once():
     torch.testing.assert_close(parameter.grad, torch.full((4,), 1.5))
 
 
-def test_sparse_gradients():
-    ours, theirs = nn.Embedding(10, 3, sparse=True), nn.Embedding(10, 3, sparse=True)
-    theirs.load_state_dict(ours.state_dict())
-    for module in (ours, theirs):
+@pytest.mark.parametrize("norm_type", [2.0, 1.0, math.inf])
+def test_sparse_gradients_clip_like_dense_ones(norm_type):
+    """With duplicates, which add up before they count."""
+    sparse, dense = nn.Embedding(10, 3, sparse=True), nn.Embedding(10, 3)
+    dense.load_state_dict(sparse.state_dict())
+    for module in (sparse, dense):
         module(torch.tensor([1, 1, 4])).square().sum().backward()
+    assert not sparse.weight.grad.is_coalesced()
     torch.testing.assert_close(
-        fastguard.clip_grad_norm_(ours.parameters(), 0.1),
-        nn.utils.clip_grad_norm_(theirs.parameters(), 0.1),
+        fastguard.clip_grad_norm_(sparse.parameters(), 0.1, norm_type),
+        fastguard.clip_grad_norm_(dense.parameters(), 0.1, norm_type),
     )
-    torch.testing.assert_close(ours.weight.grad.to_dense(), theirs.weight.grad.to_dense())
+    torch.testing.assert_close(sparse.weight.grad.to_dense(), dense.weight.grad)
 
 
 @pytest.mark.parametrize("max_norm", [-1.0, math.nan])

@@ -11,6 +11,16 @@ namespace {
 
 using torch::stable::Tensor;
 
+void check_no_overlap(const Tensor& tensor, size_t index) {
+  for (int64_t dim = 0; dim < tensor.dim(); ++dim) {
+    STD_TORCH_CHECK(
+        tensor.stride(dim) != 0 || tensor.size(dim) <= 1 || tensor.numel() == 0,
+        "scale_: tensor ",
+        index,
+        " is expanded: several of its elements share a single memory location; clone it");
+  }
+}
+
 void scale_cpu(const std::vector<Tensor>& grads, const Tensor& clip_coef) {
   STD_TORCH_CHECK(
       clip_coef.dim() == 0 && clip_coef.scalar_type() == ScalarType::Double,
@@ -21,6 +31,7 @@ void scale_cpu(const std::vector<Tensor>& grads, const Tensor& clip_coef) {
   const double factor = *clip_coef.const_data_ptr<double>();
   for (size_t i = 0; i < grads.size(); ++i) {
     check_dtype(grads[i], "scale_", i);
+    check_no_overlap(grads[i], i);
   }
   if (factor == 1.0) {
     return;  // nothing to write
