@@ -25,11 +25,13 @@ from .speech.decoding import ErrorRates, error_rates, greedy_decode
 from .speech.features import LogMel, SpecAugment
 from .speech.loss import ctc_loss
 from .speech.models import build_model
+from .speech.models.ctc import CTCModel
 from .speech.tokenizer import CharTokenizer
 
 logger = logging.getLogger(__name__)
 
 _EVALUATION_BATCH = 8
+_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _AUTOCAST = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -48,12 +50,8 @@ class Trainer:
         torch.manual_seed(config.seed)
 
         self.log_mel = LogMel(config.features.sample_rate, config.features.n_mels)
-        # The model's lengths judge the corpus, so the model comes first; its head is built for
-        # the corpus's symbols, so the corpus comes first. Lengths do not depend on symbols.
-        lengths = build_model(config.model).output_lengths
-        self.corpus = self._load_corpus(lengths)
+        self.corpus = self._load_corpus()
         self.tokenizer = CharTokenizer.from_texts(u.text for u in self.corpus.utterances)
-        torch.manual_seed(config.seed)
         self.model = self._build_model().to(self.device)
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(),
@@ -75,12 +73,12 @@ class Trainer:
         self.epochs: list[EpochMetrics] = []
         self.stopping = False
 
-    def _load_corpus(self, output_lengths) -> Corpus:
+    def _load_corpus(self) -> Corpus:
         corpus = load_corpus(
             self.config.data,
             max_duration=self.config.max_duration,
             seed=self.config.seed,
-            max_output_length=lambda seconds: output_lengths(self.log_mel.num_frames_of(seconds)),
+            max_output_length=lambda s: CTCModel.output_lengths(self.log_mel.num_frames_of(s)),
         )
         logger.info(corpus.summary())
         return corpus
@@ -238,17 +236,20 @@ class Trainer:
 
     @contextlib.contextmanager
     def _stop_on_interrupt(self):
+        """Ctrl-C, and SIGTERM, with which schedulers announce that they take the machine away."""
+
         def stop(signum, frame):
             if self.stopping:
                 raise KeyboardInterrupt
             self.stopping = True
             logger.info("Stopping after this step; Ctrl-C again stops at once")
 
-        previous = signal.signal(signal.SIGINT, stop)
+        previous = {number: signal.signal(number, stop) for number in _STOP_SIGNALS}
         try:
             yield
         finally:
-            signal.signal(signal.SIGINT, previous)
+            for number, handler in previous.items():
+                signal.signal(number, handler)
 
     # --- evaluation and checkpoints ---------------------------------------------------------------
 

@@ -179,7 +179,8 @@ def test_an_explosion_that_does_not_end_ends_the_run_with_advice(tmp_path, monke
     assert len(metrics(run_dir, "step")) == 1
 
 
-def test_ctrl_c_stops_after_the_step_with_a_checkpoint(tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_and_sigterm_stop_after_the_step_with_a_checkpoint(tmp_path, number):
     run_dir = tmp_path / "run"
     process = subprocess.Popen(
         [
@@ -205,7 +206,7 @@ def test_ctrl_c_stops_after_the_step_with_a_checkpoint(tmp_path):
     )
     for line in process.stderr:
         if line.startswith("Batch"):
-            process.send_signal(signal.SIGINT)
+            process.send_signal(number)
             break
     rest = process.stderr.read()
     assert process.wait() == 130

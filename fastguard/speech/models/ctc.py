@@ -51,7 +51,8 @@ class CTCModel(nn.Module):
         """(B, C, T'), (B, T') -> (B, T', C)."""
         raise NotImplementedError
 
-    def output_lengths(self, feature_lengths: Tensor | int) -> Tensor | int:
+    @staticmethod
+    def output_lengths(feature_lengths: Tensor | int) -> Tensor | int:
         """T' = ceil(T / 4) for each T: the frames that CTC has for a target."""
         return subsampled(feature_lengths)
 
