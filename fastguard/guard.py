@@ -5,13 +5,13 @@ import dataclasses
 import logging
 import math
 import statistics
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
 
 from . import ops
-from .clip import check_threshold
+from .clip import check_threshold, readable, scale_
 from .ops import Verdict
 
 logger = logging.getLogger(__name__)
@@ -41,42 +41,47 @@ class StepReport:
     def skipped(self) -> bool:
         return self.verdict.skipped
 
+    @property
+    def batch(self) -> object:
+        """The batch's id, or the number of the step where none was given."""
+        return self.step if self.batch_id is None else self.batch_id
+
 
 class GradientExplosionError(RuntimeError):
     """``patience`` steps in a row were skipped. ``reports`` holds what each of them looked like."""
 
     def __init__(self, reports: list[StepReport], skip_norm: float):
         self.reports = reports
-        bad = [r for r in reports if r.verdict is Verdict.SKIP_NONFINITE]
-        large = [r for r in reports if r.verdict is Verdict.SKIP_OUTLIER]
+        self.skip_norm = skip_norm
+        bad = [r for r in reports if r.first_nonfinite is not None]
+        large = [r for r in reports if r.first_nonfinite is None]
         seen, cures = [], []
         if bad:
-            seen.append(
-                f"{len(bad)} had a NaN or Inf gradient, first at "
-                f"{_shorten(dict.fromkeys(r.first_nonfinite for r in bad))}"
-            )
+            places = dict.fromkeys(r.first_nonfinite for r in bad)
+            seen.append(f"{len(bad)} had a NaN or Inf gradient, first at {_shorten(places)}")
             cures.append(
                 "look for corrupt or silent inputs and for targets longer than their inputs in "
                 "these batches; run in fp32; lower the learning rate; restart from a checkpoint "
                 "older than the first of them"
             )
         if large:
-            seen.append(
-                f"{len(large)} had a norm above skip_norm={skip_norm:g} "
-                f"({_shorten(f'{r.total_norm:.3g}' for r in large)})"
-            )
+            norms = _shorten(f"{r.total_norm:.3g}" for r in large)
+            seen.append(f"{len(large)} had a norm above skip_norm={skip_norm:g} ({norms})")
             cures.append(
-                "raise skip_norm or set it to inf, so that large finite gradients are "
-                "clipped; lower the learning rate"
+                "raise skip_norm or set it to inf, so that large finite gradients are clipped; "
+                "lower the learning rate"
             )
         super().__init__(
             f"{len(reports)} steps in a row were skipped, steps {reports[0].step} to "
             f"{reports[-1].step}: {'; '.join(seen)}.\n"
-            f"  batches: {_shorten(r.batch_id for r in reports)}\n"
+            f"  batches: {_shorten(r.batch for r in reports)}\n"
             f"  parameters that were non-finite first: "
             f"{_shorten(bad[0].nonfinite) if bad else 'none'}\n"
             f"  what to try: {'; '.join(cures)}."
         )
+
+    def __reduce__(self):  # exceptions are pickled by their message, and rebuilt from it
+        return type(self), (self.reports, self.skip_norm)
 
 
 class GradGuard:
@@ -93,12 +98,16 @@ class GradGuard:
     the norm is finite and above ``skip_norm`` while that threshold is *armed*: while the median of
     the last 128 accepted norms (of at least 16) lies below it. Unarmed, as at the start of a
     training, such a norm is clipped; a rule "skip whatever is above 10" would skip for ever where
-    10 is an ordinary norm. A skipped step leaves parameters, optimizer state and, where the guard
-    was given a module, its persistent buffers (BatchNorm's running statistics, into which a NaN
-    activation gets before any gradient exists) as they were before the forward pass.
+    10 is an ordinary norm.
+
+    A skipped step leaves parameters and optimizer state as they are, and, where the guard was given
+    a module, sets its buffers back to what they were after the last accepted step (or the last
+    ``load_state_dict``): a NaN activation gets into BatchNorm's running statistics before any
+    gradient exists, and would stay there for ever.
 
     Args:
-        params_or_model: a module, or an iterable of parameters or of (name, parameter) pairs.
+        params_or_model: a module, whose parameters are looked up at every step; or a parameter, or
+            an iterable of parameters or of (name, parameter) pairs.
         max_norm: largest norm let through unclipped; inf turns clipping off.
         skip_norm: norm above which an outlier is skipped; inf turns that off.
         patience: this many skips in a row raise :class:`GradientExplosionError`. An fp16
@@ -120,10 +129,14 @@ class GradGuard:
         if patience < 1:
             raise ValueError(f"patience must be at least 1 step, got {patience}")
         self.patience = patience
-        self._named = _named_parameters(params_or_model)
-        self._buffers = _Buffers(
-            params_or_model if isinstance(params_or_model, nn.Module) else None
-        )
+        self._module = params_or_model if isinstance(params_or_model, nn.Module) else None
+        self._named = [] if self._module is not None else _name(params_or_model)
+        self._buffers = _Buffers(self._module)
+        if not self._named_parameters():
+            raise ValueError(
+                "GradGuard got no parameters; pass the module, or its parameters() as a list if a "
+                "generator was used up before"
+            )
         self._accepted: collections.deque[float] = collections.deque(maxlen=_WINDOW)
         self._skips_in_a_row: list[StepReport] = []
         self._steps = 0
@@ -147,19 +160,21 @@ class GradGuard:
         """Clip and call ``optimizer.step()``, or skip; gradients stay for ``zero_grad`` to clear.
 
         Args:
-            optimizer: any torch optimizer over the guarded parameters.
+            optimizer: any torch optimizer whose step needs no closure.
             scaler: the GradScaler that scaled the loss, if one did; the guard unscales the
                 gradients, steps through it and updates it.
             batch_id: anything that names the batch in reports, warnings and errors.
 
         Raises:
             GradientExplosionError: this was the ``patience``-th skip in a row.
+            ValueError: the optimizer holds a gradient that the guard does not watch, or the
+                gradients are on several devices.
         """
+        named = self._gradients_of(optimizer)
+        grads = [grad for _, grad in named]
         if scaler is not None:
             scaler.unscale_(optimizer)
-        named = [(name, p.grad) for name, p in self._named if p.grad is not None]
-        grads = [grad for _, grad in named]
-        measured = ops.grad_norm(grads)
+        measured = ops.grad_norm(readable(grads))
         decision = ops.decide(
             measured.total_norm, self.max_norm, self.skip_norm if self.armed else math.inf
         )
@@ -176,31 +191,53 @@ class GradGuard:
             self._buffers.restore()
         else:
             self._buffers.commit()
-            ops.scale_(grads, decision.clip_coef)
+            scale_(grads, decision.clip_coef)
             optimizer.step() if scaler is None else scaler.step(optimizer)
         if scaler is not None:
             scaler.update()
         self._account(report)
         return report
 
+    def _named_parameters(self) -> list[tuple[str, Tensor]]:
+        # Anew each time: layers are unfrozen, added, and replaced by load_state_dict(assign=True).
+        return self._named if self._module is None else list(self._module.named_parameters())
+
+    def _gradients_of(self, optimizer: torch.optim.Optimizer) -> list[tuple[str, Tensor]]:
+        named = self._named_parameters()
+        watched = {id(p) for _, p in named}
+        for p in (p for group in optimizer.param_groups for p in group["params"]):
+            if id(p) not in watched and p.grad is not None:
+                raise ValueError(
+                    f"the optimizer holds a parameter of shape {tuple(p.shape)} with a gradient "
+                    "that the guard does not watch; give GradGuard the module or all parameters"
+                )
+        # By gradient, not by parameter: two parameters may share one.
+        once = {id(p.grad): (name, p.grad) for name, p in reversed(named) if p.grad is not None}
+        gradients = list(reversed(once.values()))
+        if len(devices := {str(grad.device) for _, grad in gradients}) > 1:
+            raise ValueError(
+                f"gradients on several devices, {sorted(devices)}: GradGuard takes one"
+            )
+        return gradients
+
     def _account(self, report: StepReport) -> None:
         if not report.skipped:
-            self._accepted.append(report.total_norm)
+            if report.total_norm > 0:  # a step without gradients says nothing about their size
+                self._accepted.append(report.total_norm)
             self._skips_in_a_row.clear()
             return
-        batch = report.step if report.batch_id is None else report.batch_id
         if report.verdict is Verdict.SKIP_NONFINITE:
             logger.warning(
                 "Infinite gradient, skipping batch %s (norm %s, first at %s)",
-                batch,
+                report.batch,
                 report.total_norm,
-                report.first_nonfinite,
+                report.first_nonfinite or "none: the sum of the squares overflows",
             )
         else:
             logger.warning(
                 "Large gradient norm: %.4g at batch %s, skipping (skip_norm %g)",
                 report.total_norm,
-                batch,
+                report.batch,
                 self.skip_norm,
             )
         self._skips_in_a_row.append(report)
@@ -214,7 +251,7 @@ class GradGuard:
             "steps": self._steps,
             "accepted": list(self._accepted),
             "skips_in_a_row": [
-                {**dataclasses.asdict(r), "verdict": int(r.verdict), "batch_id": str(r.batch_id)}
+                {**dataclasses.asdict(r), "verdict": int(r.verdict), "batch_id": str(r.batch)}
                 for r in self._skips_in_a_row
             ],
         }
@@ -231,47 +268,53 @@ class GradGuard:
 
 
 class _Buffers:
-    """Saves a module's persistent buffers at the first training forward of a step."""
+    """Copies of a module's buffers as they were after the last accepted step.
 
-    def __init__(self, model: nn.Module | None):
-        self._saved: list[tuple[nn.Module, str, Tensor]] | None = None
-        if model is not None:
-            model.register_forward_pre_hook(self._save)
+    All are copied each time: torch's own batch normalisation writes its running statistics without
+    counting it in ``_version``, so there is no telling what changed.
+    """
 
-    def _save(self, model: nn.Module, args: tuple) -> None:
-        if model.training and self._saved is None:
-            self._saved = [
-                (module, name, buffer.detach().clone())
-                for module in model.modules()
-                for name, buffer in module.named_buffers(recurse=False)
-                if name not in module._non_persistent_buffers_set
-            ]
-
-    def restore(self) -> None:
-        for module, name, saved in self._saved or ():
-            module.get_buffer(name).copy_(saved)
-        self._saved = None
+    def __init__(self, module: nn.Module | None):
+        self._module = module
+        self._saved: dict[tuple[nn.Module, str], tuple[Tensor, Tensor] | None] = {}
+        self.commit()
+        if module is not None:
+            module.register_load_state_dict_post_hook(lambda module, keys: self.commit())
 
     def commit(self) -> None:
-        self._saved = None
+        """What is in the buffers now is good."""
+        saved = {}
+        for key, buffer in self._current():
+            old = self._saved.get(key)
+            if buffer is None:
+                saved[key] = None
+            elif old is not None and old[0] is buffer and old[1].shape == buffer.shape:
+                saved[key] = (buffer, old[1].copy_(buffer))
+            else:
+                saved[key] = (buffer, buffer.detach().clone())
+        self._saved = saved
+
+    def restore(self) -> None:
+        """Undo what was written into the buffers, or put in their place, since the last commit."""
+        for (module, name), saved in self._saved.items():
+            module._buffers[name] = None if saved is None else saved[0].copy_(saved[1])
+
+    def _current(self) -> Iterator[tuple[tuple[nn.Module, str], Tensor | None]]:
+        for module in self._module.modules() if self._module is not None else ():
+            for name, buffer in module._buffers.items():
+                if not nn.parameter.is_lazy(buffer):
+                    yield (module, name), buffer
 
 
-def _named_parameters(params_or_model) -> list[tuple[str, Tensor]]:
-    if isinstance(params_or_model, nn.Module):
-        named = list(params_or_model.named_parameters())
-    else:
-        named = [
-            item if isinstance(item, tuple) else (f"parameter {i}", item)
-            for i, item in enumerate(params_or_model)
-        ]
-    named = [(name, p) for name, p in named if p.requires_grad]
-    if not named:
-        raise ValueError(
-            "GradGuard got no parameter that requires a gradient; pass the module, or "
-            "its parameters() as a list if a generator was used up before"
-        )
-    once = {id(p): (name, p) for name, p in reversed(named)}
-    return list(reversed(once.values()))
+def _name(
+    parameters: Tensor | Iterable[Tensor] | Iterable[tuple[str, Tensor]],
+) -> list[tuple[str, Tensor]]:
+    if isinstance(parameters, Tensor):
+        parameters = [parameters]
+    return [
+        item if isinstance(item, tuple) else (f"parameter {i}", item)
+        for i, item in enumerate(parameters)
+    ]
 
 
 def _offenders(named, measured: ops.GradNorm) -> tuple[tuple[str, ...], str | None]:

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from . import _native
 
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
 
 class Verdict(enum.IntEnum):
     """What becomes of a step; the numbers are those of csrc/decide.h."""
@@ -49,9 +51,19 @@ def _has_kernel(tensor: Tensor, cuda: bool) -> bool:
     return tensor.device.type == "cpu" and _native.cpu_problem is None
 
 
+def _check_dtypes(op: str, tensors: Sequence[Tensor]) -> None:
+    for i, tensor in enumerate(tensors):
+        if tensor.dtype not in DTYPES:
+            raise RuntimeError(
+                f"{op}: tensor {i} has dtype {tensor.dtype}; float32, float64, bfloat16 and "
+                "float16 are supported"
+            )
+
+
 # --- grad_norm ----------------------------------------------------------------------------------
 
 
+@torch.no_grad()
 def grad_norm(grads: Sequence[Tensor]) -> GradNorm:
     """Global norm, norm of each tensor and place of the non-finite elements, from one read.
 
@@ -71,8 +83,10 @@ def grad_norm(grads: Sequence[Tensor]) -> GradNorm:
     return grad_norm_ref(grads)
 
 
+@torch.no_grad()
 def grad_norm_ref(grads: Sequence[Tensor]) -> GradNorm:
-    """:func:`grad_norm` in plain torch: two reads of every tensor."""
+    """:func:`grad_norm` in plain torch: several reads of every tensor, and copies in float64."""
+    _check_dtypes("grad_norm", grads)
     device = grads[0].device if grads else None
     norms = torch.zeros(len(grads), dtype=torch.float64, device=device)
     counts = torch.zeros(len(grads), dtype=torch.int64, device=device)
@@ -151,13 +165,14 @@ def _fake_decide(total_norm, max_norm, skip_norm):
 # --- scale_ -------------------------------------------------------------------------------------
 
 
+@torch.no_grad()
 def scale_(grads: Sequence[Tensor], clip_coef: Tensor) -> None:
     """Multiply every gradient by ``clip_coef`` in place; write nothing when it is 1.
 
-    The products are computed in float64 and rounded once, so that no coefficient underflows.
+    The products are computed in float64, so that no coefficient underflows.
 
     Args:
-        grads: N >= 0 tensors as for :func:`grad_norm`, none of which overlaps itself.
+        grads: N >= 0 tensors as for :func:`grad_norm`, none of which overlaps itself or another.
         clip_coef: float64, shape (), on the gradients' device, as :func:`decide` returns it.
 
     Raises:
@@ -171,8 +186,10 @@ def scale_(grads: Sequence[Tensor], clip_coef: Tensor) -> None:
         scale_ref_(grads, clip_coef)
 
 
+@torch.no_grad()
 def scale_ref_(grads: Sequence[Tensor], clip_coef: Tensor) -> None:
     """:func:`scale_` in plain torch; it writes a product with 1 too, lest the host wait."""
+    _check_dtypes("scale_", grads)
     if clip_coef.dtype != torch.float64 or clip_coef.dim() != 0:
         raise RuntimeError(
             "scale_: clip_coef must be a float64 tensor of shape (), as decide returns it; got "

@@ -9,14 +9,18 @@ namespace fastguard {
 namespace {
 
 Capability best_of_machine() {
+#ifdef FASTGUARD_HAS_AVX2
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+      __builtin_cpu_supports("f16c");
+#endif
 #ifdef FASTGUARD_HAS_AVX512
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+  if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
     return Capability::avx512;
   }
 #endif
 #ifdef FASTGUARD_HAS_AVX2
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
+  if (avx2) {
     return Capability::avx2;
   }
 #endif

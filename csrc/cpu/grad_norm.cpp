@@ -23,18 +23,15 @@ struct Nonfinite {
   int64_t first = nowhere;  // flat index in row-major order
 };
 
-// Row-major index of the element that lies `offset` elements into a permuted tensor.
-int64_t row_major_index(const Tensor& tensor, int64_t offset) {
-  std::vector<int64_t> coordinates(tensor.dim(), 0);
-  for (const int64_t dim : dims_by_stride(tensor)) {
-    if (tensor.size(dim) > 1) {
-      coordinates[dim] = offset / tensor.stride(dim);
-      offset %= tensor.stride(dim);
-    }
+// Row-major index of the element that lies `offset` elements into a dense tensor.
+int64_t row_major_index(const Dense& dense, int64_t offset) {
+  if (dense.permutation.empty()) {
+    return offset;
   }
   int64_t index = 0;
-  for (int64_t dim = 0; dim < tensor.dim(); ++dim) {
-    index = index * tensor.size(dim) + coordinates[dim];
+  for (const Dense::Dim& dim : dense.permutation) {
+    index += offset / dim.stride * dim.row_major_stride;
+    offset %= dim.stride;
   }
   return index;
 }
@@ -43,15 +40,10 @@ template <class Bits>
 Nonfinite find_nonfinite(const Dense& dense, const Bits* x, const Chunk& chunk, Bits exponent) {
   Nonfinite found;
   for (int64_t i = 0; i < chunk.size; ++i) {
-    if ((x[i] & exponent) != exponent) {
-      continue;
-    }
-    ++found.count;
-    if (!dense.row_major) {
-      const int64_t index = row_major_index(dense.tensor, chunk.begin + i);
-      found.first = found.first == nowhere ? index : std::min(found.first, index);
-    } else if (found.first == nowhere) {
-      found.first = chunk.begin + i;
+    if ((x[i] & exponent) == exponent) {
+      const int64_t index = row_major_index(dense, chunk.begin + i);
+      found.first = found.count == 0 ? index : std::min(found.first, index);
+      ++found.count;
     }
   }
   return found;

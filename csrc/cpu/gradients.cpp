@@ -3,29 +3,12 @@
 #include "capability.h"
 
 #include <numeric>
+#include <utility>
 
 namespace fastguard {
 namespace {
 
 using torch::stable::Tensor;
-
-// Transposed and channels-last tensors are: their memory can be read straight through.
-bool is_permuted_dense(const Tensor& tensor) {
-  const std::vector<int64_t> dims = dims_by_stride(tensor);
-  int64_t expected = 1;
-  for (auto dim = dims.rbegin(); dim != dims.rend(); ++dim) {
-    if (tensor.size(*dim) == 1) {
-      continue;
-    }
-    if (tensor.stride(*dim) != expected) {
-      return false;
-    }
-    expected *= tensor.size(*dim);
-  }
-  return true;
-}
-
-}  // namespace
 
 std::vector<int64_t> dims_by_stride(const Tensor& tensor) {
   std::vector<int64_t> dims(tensor.dim());
@@ -36,14 +19,40 @@ std::vector<int64_t> dims_by_stride(const Tensor& tensor) {
   return dims;
 }
 
+// The dimensions of a transposed or channels-last tensor, whose memory can be read straight
+// through; nothing for a tensor with gaps or overlaps.
+std::vector<Dense::Dim> permutation_of(const Tensor& tensor) {
+  std::vector<int64_t> row_major(tensor.dim(), 1);
+  for (int64_t dim = tensor.dim() - 2; dim >= 0; --dim) {
+    row_major[dim] = row_major[dim + 1] * tensor.size(dim + 1);
+  }
+  const std::vector<int64_t> dims = dims_by_stride(tensor);
+  std::vector<Dense::Dim> permutation;
+  int64_t inner = 1;
+  for (auto dim = dims.rbegin(); dim != dims.rend(); ++dim) {
+    if (tensor.size(*dim) == 1) {
+      continue;
+    }
+    if (tensor.stride(*dim) != inner) {
+      return {};
+    }
+    inner *= tensor.size(*dim);
+    permutation.insert(permutation.begin(), {tensor.stride(*dim), row_major[*dim]});
+  }
+  return permutation;
+}
+
+}  // namespace
+
 Dense densify(const Tensor& tensor) {
   if (tensor.is_contiguous()) {
-    return {tensor, true, false};
+    return {tensor, {}, false};
   }
-  if (is_permuted_dense(tensor)) {
-    return {tensor, false, false};
+  std::vector<Dense::Dim> permutation = permutation_of(tensor);
+  if (!permutation.empty()) {
+    return {tensor, std::move(permutation), false};
   }
-  return {torch::stable::contiguous(tensor), true, true};
+  return {torch::stable::contiguous(tensor), {}, true};
 }
 
 const GradientKernels& gradient_kernels() {

@@ -13,6 +13,10 @@
 #include <cstdint>
 #include <vector>
 
+#ifdef __SSE2__
+#include <xmmintrin.h>
+#endif
+
 namespace fastguard {
 
 using torch::headeronly::ScalarType;
@@ -48,18 +52,21 @@ inline void check_dtype(const torch::stable::Tensor& tensor, const char* op, siz
 
 // A tensor whose elements fill one stretch of memory, in whatever order.
 struct Dense {
+  struct Dim {
+    int64_t stride;
+    int64_t row_major_stride;  // what the tensor's stride would be if it were contiguous
+  };
+
   torch::stable::Tensor tensor;
-  bool row_major;
+  std::vector<Dim> permutation;  // from the largest stride down; empty if the order is row-major
   bool copied;  // because the given tensor has gaps
 };
 
 Dense densify(const torch::stable::Tensor& tensor);
 
-// Dimensions from the largest stride to the smallest.
-std::vector<int64_t> dims_by_stride(const torch::stable::Tensor& tensor);
-
 inline Span span_of(const torch::stable::Tensor& tensor) {
-  return {static_cast<char*>(tensor.data_ptr()), tensor.numel(), tensor.scalar_type()};
+  char* data = const_cast<char*>(static_cast<const char*>(tensor.const_data_ptr()));
+  return {data, tensor.numel(), tensor.scalar_type()};
 }
 
 template <class Function>
@@ -91,30 +98,48 @@ inline std::vector<Chunk> cut(const std::vector<Span>& spans) {
   return chunks;
 }
 
+// Denormal numbers count while this lives, whatever torch.set_flush_denormal says: that holds for
+// the calling thread alone, and the result would depend on which thread takes which chunk.
+class KeepDenormals {
+#ifdef __SSE2__
+ public:
+  KeepDenormals() : saved_(_mm_getcsr()) {
+    _mm_setcsr(saved_ & ~0x8040u);
+  }
+  ~KeepDenormals() {
+    _mm_setcsr(saved_);
+  }
+
+ private:
+  unsigned saved_;
+#endif
+};
+
 // Calls work(index of a chunk) for all chunks. Threads take the next chunks as they get free: a
 // thread that the machine slows down does not hold up the others. `work` must not throw.
 template <class Work>
 void for_each_chunk(const std::vector<Chunk>& chunks, const Work& work) {
   const int64_t n = static_cast<int64_t>(chunks.size());
+  const int64_t threads = torch::stable::get_num_threads();
   int64_t elements = 0;
   for (const Chunk& chunk : chunks) {
     elements += chunk.size;
   }
-  if (elements <= serial_elements) {
-    for (int64_t c = 0; c < n; ++c) {
-      work(c);
-    }
-    return;
-  }
-  constexpr int64_t batch = 8;
+  const int64_t batch = std::clamp<int64_t>(n / (4 * threads), 1, 8);
   std::atomic<int64_t> next{0};
-  torch::stable::parallel_for(0, torch::stable::get_num_threads(), 1, [&](int64_t, int64_t) {
+  const auto take_chunks = [&](int64_t, int64_t) {
+    [[maybe_unused]] const KeepDenormals keep;
     for (int64_t c = next.fetch_add(batch); c < n; c = next.fetch_add(batch)) {
       for (int64_t i = c; i < std::min(c + batch, n); ++i) {
         work(i);
       }
     }
-  });
+  };
+  if (elements <= serial_elements) {
+    take_chunks(0, 1);
+  } else {
+    torch::stable::parallel_for(0, threads, 1, take_chunks);
+  }
 }
 
 }  // namespace fastguard

@@ -42,6 +42,7 @@ void scale_cpu(const std::vector<Tensor>& grads, const Tensor& clip_coef) {
   spans.reserve(grads.size());
   for (const Tensor& grad : grads) {
     tensors.push_back(densify(grad));
+    tensors.back().tensor.mutable_data_ptr();  // makes a copy-on-write tensor its own
     spans.push_back(span_of(tensors.back().tensor));
   }
   const std::vector<Chunk> chunks = cut(spans);

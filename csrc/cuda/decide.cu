@@ -23,7 +23,7 @@ std::tuple<Tensor, Tensor> decide_cuda(const Tensor& total_norm, double max_norm
   Tensor verdict = torch::stable::new_empty(
       total_norm, {}, torch::headeronly::ScalarType::Long);
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(
+  TORCH_ERROR_CODE_CHECK(  // the name that torch 2.11 has too
       aoti_torch_get_current_cuda_stream(total_norm.get_device_index(), &stream));
   fastguard::decide_kernel<<<1, 1, 0, static_cast<cudaStream_t>(stream)>>>(
       total_norm.const_data_ptr<double>(),
