@@ -1,6 +1,7 @@
 """Interleaved timing, tables and JSON, shared by the benchmarks."""
 
 import json
+import os
 import platform
 import statistics
 import time
@@ -55,6 +56,7 @@ def machine(device: torch.device) -> dict[str, str | int]:
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu,
         "threads": torch.get_num_threads(),
+        "load": f"{os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else "?",
         "torch": torch.__version__,
         "time": time.strftime("%Y-%m-%dT%H:%M:%S"),
     }

@@ -178,6 +178,7 @@ def test_native_code_under_sanitizers(tmp_path):
     folder = without_libraries(tmp_path / "sanitized")
     built = build(folder, FASTGUARD_CUDA="0", FASTGUARD_SANITIZE="1")
     assert built.returncode == 0, built.stderr
+    assert (folder / "fastguard" / "_cpu.so").is_file(), built.stderr
     shutil.copytree(ROOT / "tests", folder / "tests", ignore=shutil.ignore_patterns("__pycache__"))
     asan = run("g++", "-print-file-name=libasan.so").stdout.strip()
     ubsan = run("g++", "-print-file-name=libubsan.so").stdout.strip()

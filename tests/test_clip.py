@@ -1,6 +1,8 @@
 """clip_grad_norm_ against torch's where torch is right, and against the truth where it is not."""
 
 import math
+import subprocess
+import sys
 import warnings
 
 import pytest
@@ -145,6 +147,52 @@ def test_sparse_gradients_clip_like_dense_ones(norm_type):
         fastguard.clip_grad_norm_(dense.parameters(), 0.1, norm_type),
     )
     torch.testing.assert_close(sparse.weight.grad.to_dense(), dense.weight.grad)
+
+
+def test_complex_gradients_clip_like_torch():
+    grads = [torch.tensor([3 + 4j]), torch.randn(5)]
+    ours, theirs = parameters_with(grads), parameters_with(grads)
+    torch.testing.assert_close(
+        fastguard.clip_grad_norm_(ours, 1.0), nn.utils.clip_grad_norm_(theirs, 1.0)
+    )
+    torch.testing.assert_close(ours[0].grad, theirs[0].grad)
+
+
+def test_two_parameters_that_share_a_gradient_scale_it_once():
+    one, two = parameters_with([torch.zeros(70_000), torch.zeros(70_000)])
+    one.grad = two.grad = torch.full((70_000,), 3.0)
+    norm = fastguard.clip_grad_norm_([one, two], 1.0)
+    assert norm.item() == pytest.approx(3 * math.sqrt(70_000))
+    assert two.grad.double().norm().item() == pytest.approx(1.0, rel=1e-6)
+
+
+def test_a_norm_beyond_float32_is_clipped_by_its_true_value():
+    parameters = parameters_with([torch.full((1000,), 1e38)])
+    returned = fastguard.clip_grad_norm_(parameters, 1.0, error_if_nonfinite=True)
+    assert returned.item() == math.inf  # float32, as documented
+    torch.testing.assert_close(parameters[0].grad, torch.full((1000,), 1000**-0.5))
+
+
+_DTENSOR = """
+import torch, torch.distributed as dist, fastguard
+from torch.distributed.tensor import Shard, distribute_tensor
+from torch.distributed.device_mesh import init_device_mesh
+dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
+mesh = init_device_mesh("cpu", (1,))
+for value in (1.0, float("nan")):
+    p = torch.nn.Parameter(distribute_tensor(torch.zeros(8), mesh, [Shard(0)]))
+    p.grad = distribute_tensor(torch.full((8,), value), mesh, [Shard(0)])
+    norm = fastguard.clip_grad_norm_([p], 1.0)
+    print(norm.full_tensor().item(), p.grad.full_tensor()[0].item())
+"""
+
+
+def test_dtensor_gradients():
+    run = subprocess.run([sys.executable, "-c", _DTENSOR], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    finite, nan = run.stdout.split("\n")[:2]
+    assert [float(x) for x in finite.split()] == pytest.approx([8**0.5, 8**-0.5], rel=1e-5)
+    assert nan == "nan nan"
 
 
 @pytest.mark.parametrize("max_norm", [-1.0, math.nan])

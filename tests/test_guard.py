@@ -3,6 +3,7 @@
 import copy
 import logging
 import math
+import pickle
 
 import pytest
 import torch
@@ -91,6 +92,104 @@ def test_accepted_steps_keep_their_running_statistics():
     assert guarded[1].num_batches_tracked == 3
 
 
+def poisoned(model, optimizer, guard):
+    """One training step on a batch with a NaN, after a forward pass through the module."""
+    x = torch.randn(6, 4)
+    x[0] = math.nan
+    return train_step(model, optimizer, guard, x)
+
+
+def test_buffers_survive_however_the_module_was_called():
+    model = small_model()
+    guard = GradGuard(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    checkpoint = {k: v + 5 for k, v in model.state_dict().items()}
+    model.load_state_dict(checkpoint)
+    model.eval()
+    model[1].train()  # partial train mode
+    before = everything(model, optimizer)
+    optimizer.zero_grad()
+    x = torch.full((6, 4), math.nan)
+    model[3](model[2](model[1](model[0](x)))).sum().backward()  # not through the module itself
+    assert guard.step(optimizer).skipped
+    assert_same_bits(before, everything(model, optimizer))
+    assert model[1].num_batches_tracked == 5
+
+
+def test_buffers_survive_gradient_accumulation():
+    model = small_model()
+    guard = GradGuard(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    train_step(model, optimizer, guard, torch.randn(6, 4))
+    before = everything(model, optimizer)
+    optimizer.zero_grad()
+    for x in (torch.randn(6, 4), torch.full((6, 4), math.nan), torch.randn(6, 4)):
+        model(x).square().mean().backward()
+    assert guard.step(optimizer).skipped
+    assert_same_bits(before, everything(model, optimizer))
+
+
+def test_a_buffer_that_the_forward_pass_replaced_is_put_back():
+    model = small_model()
+    model.register_buffer("scale", torch.ones(2), persistent=False)
+    model.register_buffer("cache", None)
+    guard = GradGuard(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model.scale, model.cache = torch.full((3,), math.nan), torch.ones(1)
+    assert poisoned(model, optimizer, guard).skipped
+    assert model.scale.tolist() == [1.0, 1.0]
+    assert model.cache is None
+
+
+@pytest.mark.parametrize("change", ["unfreeze", "add", "assign"])
+def test_parameters_that_come_later_are_watched(change):
+    model = small_model()
+    model[3].weight.requires_grad_(change != "unfreeze")
+    guard = GradGuard(model)
+    if change == "unfreeze":
+        model[3].weight.requires_grad_()
+    elif change == "add":
+        model.append(nn.Linear(1, 1))
+    else:
+        model.load_state_dict({k: v.clone() for k, v in model.state_dict().items()}, assign=True)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    report = poisoned(model, optimizer, guard)
+    assert report.verdict is Verdict.SKIP_NONFINITE
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+def test_an_optimizer_with_parameters_of_its_own_is_refused():
+    model, head = small_model(), nn.Linear(1, 1)
+    guard = GradGuard(model)
+    optimizer = torch.optim.SGD([*model.parameters(), *head.parameters()], lr=0.1)
+    head(model(torch.randn(6, 4))).sum().backward()
+    with pytest.raises(ValueError, match=r"a parameter of shape \(1, 1\).*does not watch"):
+        guard.step(optimizer)
+
+
+def test_a_single_parameter_and_shared_sparse_and_complex_gradients():
+    weight = nn.Parameter(torch.zeros(2, 3))
+    weight.grad = torch.full((2, 3), math.nan)
+    assert GradGuard(weight).step(torch.optim.SGD([weight], lr=1.0)).skipped
+
+    one, two = nn.Parameter(torch.zeros(4)), nn.Parameter(torch.zeros(4))
+    one.grad = two.grad = torch.full((4,), 3.0)
+    report = GradGuard([one, two], max_norm=3.0).step(torch.optim.SGD([one, two], lr=1.0))
+    assert report.total_norm == 6.0
+    torch.testing.assert_close(two.detach(), torch.full((4,), -1.5))
+
+    table = nn.Embedding(10, 3, sparse=True)
+    table(torch.tensor([1, 1])).sum().backward()
+    report = GradGuard(table, max_norm=1.0).step(torch.optim.SGD(table.parameters(), lr=1.0))
+    assert report.total_norm == pytest.approx(math.sqrt(12))
+    torch.testing.assert_close(table.weight.grad.to_dense().norm(), torch.tensor(1.0))
+
+    wave = nn.Parameter(torch.zeros(1, dtype=torch.complex64))
+    wave.grad = torch.tensor([3 + 4j])
+    assert GradGuard(wave, max_norm=1.0).step(torch.optim.SGD([wave], lr=1.0)).total_norm == 5.0
+    torch.testing.assert_close(wave.grad, torch.tensor([0.6 + 0.8j]))
+
+
 @settings(max_examples=50, deadline=None)
 @given(gradients(magnitudes=False))
 def test_never_writes_a_nonfinite_number(grads):
@@ -122,19 +221,24 @@ def test_skip_norm_is_not_armed_at_the_start():
     assert not guard.armed
 
 
+small, large = st.floats(0.1, 9.0), st.floats(11.0, 1e6)
+
+
 @given(
-    st.lists(st.one_of(st.floats(0.1, 9.0), st.floats(11.0, 1e6), st.just(math.nan)), max_size=60)
+    st.one_of(st.lists(small, min_size=14, max_size=18), st.lists(large, min_size=60, max_size=70)),
+    st.lists(st.one_of(small, large, st.just(math.nan)), max_size=150),
 )
-@settings(max_examples=50, deadline=None)
-def test_outliers_are_skipped_exactly_while_armed(norms):
+@settings(max_examples=60, deadline=None)
+def test_outliers_are_skipped_exactly_while_armed(start, norms):
     parameters = [nn.Parameter(torch.zeros(10))]
     optimizer = torch.optim.SGD(parameters, lr=0.0)
     guard = GradGuard(parameters, max_norm=1.0, skip_norm=10.0, patience=1000)
     accepted = []
-    for norm in norms:
+    for norm in start + norms:
         recent = sorted(accepted[-128:])
         middle = len(recent) // 2
         armed = len(recent) >= 16 and (recent[middle] + recent[~middle]) / 2 < 10.0
+        assert guard.armed == armed
         set_gradient_norms(parameters, norm)
         report = guard.step(optimizer)
         if math.isnan(norm):
@@ -144,6 +248,39 @@ def test_outliers_are_skipped_exactly_while_armed(norms):
         else:
             assert not report.skipped
             accepted.append(report.total_norm)
+
+
+def test_the_median_arms_and_forgets():
+    """Neither the mean nor all of history: an early spike does not disarm, old norms leave."""
+    parameters = [nn.Parameter(torch.zeros(10))]
+    optimizer = torch.optim.SGD(parameters, lr=0.0)
+    guard = GradGuard(parameters, skip_norm=10.0, patience=1000)
+
+    def feed(norm, times):
+        for _ in range(times):
+            set_gradient_norms(parameters, norm)
+            report = guard.step(optimizer)
+        return report
+
+    feed(1e6, 1)
+    feed(1.0, 15)
+    assert guard.armed
+    assert feed(11.0, 1).verdict is Verdict.SKIP_OUTLIER
+    other = GradGuard(parameters, skip_norm=10.0)
+    guard = other
+    feed(120.0, 128)
+    feed(1.0, 64)
+    assert not guard.armed  # half of the last 128 lie above
+    feed(1.0, 1)
+    assert guard.armed
+
+
+def test_steps_without_gradients_say_nothing_about_norms():
+    parameters = [nn.Parameter(torch.zeros(10))]
+    guard = GradGuard(parameters, skip_norm=10.0)
+    for _ in range(20):
+        guard.step(torch.optim.SGD(parameters, lr=0.1))
+    assert not guard.armed
 
 
 def test_patience_ends_the_run_and_says_what_was_seen():
@@ -166,6 +303,21 @@ def test_patience_ends_the_run_and_says_what_was_seen():
     ):
         assert part in message, message
     assert [r.batch_id for r in caught.value.reports] == ["a", "b", "c"]
+
+
+def test_the_error_survives_pickling_and_names_steps_where_batches_have_no_id():
+    parameters = parameters_with([torch.tensor([math.nan])])
+    with pytest.raises(GradientExplosionError, match="batches: 0\n") as caught:
+        GradGuard(parameters, patience=1).step(torch.optim.SGD(parameters, lr=0.1))
+    again = pickle.loads(pickle.dumps(caught.value))
+    assert str(again) == str(caught.value)
+    assert repr(again.reports) == repr(caught.value.reports)
+
+
+def test_an_overflow_of_float64_is_not_called_a_nan():
+    parameters = parameters_with([torch.full((2,), 1e200, dtype=torch.float64)])
+    with pytest.raises(GradientExplosionError, match=r"1 had a norm above skip_norm=inf \(inf\)"):
+        GradGuard(parameters, patience=1).step(torch.optim.SGD(parameters, lr=0.1))
 
 
 def test_patience_counts_only_skips_in_a_row():

@@ -91,6 +91,38 @@ def test_grad_norm_of_every_half():
         assert found.first_nonfinite.tolist() == [int((~values.isfinite()).int().argmax()), 0]
 
 
+def test_the_largest_float64_beside_a_nan_is_not_counted():
+    grad = torch.full((100,), torch.finfo(torch.float64).max, dtype=torch.float64)
+    grad[[3, 50]] = torch.tensor([math.nan, math.inf], dtype=torch.float64)
+    found = ops.grad_norm([grad])
+    assert found.nonfinite_counts.tolist() == [2]
+    assert found.first_nonfinite.tolist() == [0, 3]
+
+
+@needs_kernel
+@pytest.mark.parametrize("threads", [1, 2, 4])
+def test_denormals_count_on_every_thread(threads):
+    tiny = {dtype: torch.finfo(dtype).smallest_normal / 8 for dtype in DTYPES[:1] + DTYPES[2:]}
+    grads = [torch.full((200_001,), value, dtype=dtype) for dtype, value in tiny.items()]
+    expected = [math.sqrt(200_001) * grad[0].item() for grad in grads]
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        if not torch.set_flush_denormal(True):
+            pytest.skip("this processor can not flush denormals")
+        norms = ops.grad_norm(grads).norms.tolist()
+    finally:
+        torch.set_flush_denormal(False)
+        torch.set_num_threads(before)
+    assert norms == pytest.approx(expected, rel=1e-12)
+
+
+def test_the_result_is_no_part_of_a_graph():
+    x = torch.ones(3, requires_grad=True)
+    for function in (ops.grad_norm, ops.grad_norm_ref):
+        assert not function([x * 2]).total_norm.requires_grad
+
+
 def test_float64_overflow_is_told_from_a_nonfinite_element():
     found = ops.grad_norm([torch.full((3,), 1e200, dtype=torch.float64)])
     assert found.total_norm.item() == math.inf
@@ -159,6 +191,7 @@ def test_every_instruction_set_gives_the_same_bits():
     assert len(set(printed.values())) == 1, printed
 
 
+@needs_kernel
 def test_unknown_capability_is_named():
     run = subprocess.run(
         [sys.executable, "-c", _DUMP],
@@ -170,10 +203,17 @@ def test_unknown_capability_is_named():
     assert "FASTGUARD_CPU_CAPABILITY=sse9 is not one of default, avx2, avx512" in run.stderr
 
 
-@needs_kernel
-def test_grad_norm_names_what_it_can_not_read():
-    with pytest.raises(RuntimeError, match="tensor 1 has dtype"):
-        ops.grad_norm([torch.ones(3), torch.ones(3, dtype=torch.int32)])
+@pytest.mark.parametrize("dtype", [torch.int32, torch.complex64])
+def test_a_dtype_that_is_no_gradients_is_named(dtype):
+    wrong = [torch.ones(3), torch.ones(3, dtype=dtype)]
+    half = torch.tensor(0.5, dtype=torch.float64)
+    for function in (ops.grad_norm, ops.grad_norm_ref):
+        with pytest.raises(RuntimeError, match="grad_norm: tensor 1 has dtype"):
+            function(wrong)
+    for function in (ops.scale_, ops.scale_ref_):
+        with pytest.raises(RuntimeError, match="scale_: tensor 1 has dtype"):
+            function(wrong, half)
+    assert wrong[0].tolist() == [1.0, 1.0, 1.0]
 
 
 finite_or_not = st.one_of(
@@ -250,6 +290,8 @@ def test_scale_bumps_the_version_that_autograd_checks():
 def test_scale_refuses_what_it_can_not_write(function):
     with pytest.raises(RuntimeError, match="clip_coef must be a float64 tensor"):
         function([torch.ones(2)], torch.tensor(0.5))
+    with pytest.raises(RuntimeError, match="clip_coef must be a float64 tensor"):
+        function([torch.ones(2)], torch.ones(1, dtype=torch.float64))
     with pytest.raises(RuntimeError, match="single memory location"):
         function([torch.ones(1).expand(4)], torch.tensor(0.5, dtype=torch.float64))
 
