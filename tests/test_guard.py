@@ -269,6 +269,8 @@ def test_the_median_arms_and_forgets():
     other = GradGuard(parameters, skip_norm=10.0)
     guard = other
     feed(120.0, 128)
+    guard = GradGuard(parameters, skip_norm=10.0)
+    guard.load_state_dict(other.state_dict())
     feed(1.0, 64)
     assert not guard.armed  # half of the last 128 lie above
     feed(1.0, 1)

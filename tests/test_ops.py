@@ -133,6 +133,9 @@ def test_first_nonfinite_is_first_in_row_major_order_not_in_memory():
     grad = torch.zeros(300, 200).t()
     grad[7, 250] = math.nan  # later in memory than the next, earlier in the tensor
     grad[190, 3] = math.inf
+    both = torch.zeros(5, 4).t()
+    both[1, 4] = both[2, 0] = math.nan  # in one chunk
+    assert ops.grad_norm([both]).first_nonfinite.tolist() == [0, 9]
     found = ops.grad_norm([torch.ones(5), grad])
     assert found.first_nonfinite.tolist() == [1, 7 * 300 + 250]
     assert found.nonfinite_counts.tolist() == [0, 2]

@@ -57,6 +57,7 @@ def test_an_epoch_averages_the_steps_that_counted():
     ]
     epoch = summarize(1, steps, 0.5, 0.25, 9.0)
     assert epoch.loss == 3.0
+    assert epoch.grad_norm == 26.5  # the median of 1, 3, 50 and Inf
     assert epoch.skipped == 2
     assert epoch.steps == 4
     assert epoch.step == 4
@@ -69,7 +70,7 @@ def test_an_epoch_averages_the_steps_that_counted():
         (2.0, 0.9, 0, "learning"),
         (2.0, 0.5, 0, "improving"),
         (2.0, 0.2, 0, "good progress"),
-        (2.0, 0.05, 0, "target range"),
+        (2.0, 0.1, 0, "target range"),
         (2.0, 0.05, 6, "WARNING: most steps skipped"),
         (math.nan, 0.05, 10, "WARNING: every step skipped"),
         (math.nan, 1.0, 0, "WARNING: loss not finite"),
