@@ -11,7 +11,7 @@ from .report import log_to
 from .speech.readers import CorpusError
 from .trainer import Trainer
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("fastguard.train")  # run with -m, __name__ is "__main__"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -24,9 +24,13 @@ def main(argv: list[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
-    run_dir.mkdir(parents=True, exist_ok=True)
-    log_to(run_dir / "train.log")
-    config.save(run_dir / "config.yaml")
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        log_to(run_dir / "train.log")
+        config.save(run_dir / "config.yaml")
+    except OSError as error:
+        print(f"error: can not write the run folder: {error}; choose --run-dir", file=sys.stderr)
+        return 2
     logger.info("run folder: %s", run_dir)
     try:
         trainer = Trainer(config, run_dir)

@@ -107,6 +107,12 @@ def test_a_run_is_never_overwritten(tmp_path, capsys):
     assert (tmp_path / "metrics.jsonl").read_text() == "precious"
 
 
+def test_a_run_folder_that_can_not_be_made(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert train(tmp_path / "file" / "run", "synthetic") == 2
+    assert "can not write the run folder" in capsys.readouterr().err
+
+
 def test_a_corpus_that_is_not_there(tmp_path, capsys):
     assert train(tmp_path / "run", f"manifest:{tmp_path}/absent.jsonl") == 1
     error = capsys.readouterr().err
@@ -204,12 +210,15 @@ def test_ctrl_c_and_sigterm_stop_after_the_step_with_a_checkpoint(tmp_path, numb
         text=True,
         env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
     )
+    before = []
     for line in process.stderr:
+        before.append(line)
         if line.startswith("Batch"):
             process.send_signal(number)
             break
     rest = process.stderr.read()
     assert process.wait() == 130
+    assert f"run folder: {run_dir}\n" in before
     assert "Stopping after this step" in rest
     assert "Traceback" not in rest
     assert checkpoint.load(run_dir / "last.pt")["step"] == metrics(run_dir, "step")[-1]["step"]
