@@ -4,7 +4,32 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <optional>
+#include <vector>
+
 namespace fastguard {
+
+inline void check_tensor(
+    const torch::stable::Tensor& tensor,
+    const char* op,
+    const char* name,
+    torch::headeronly::ScalarType dtype,
+    int64_t dim) {
+  STD_TORCH_CHECK(
+      tensor.scalar_type() == dtype && tensor.dim() == dim && tensor.is_contiguous(),
+      op,
+      ": ",
+      name,
+      " must be a contiguous tensor of dtype number ",
+      static_cast<int>(dtype),
+      " with ",
+      dim,
+      " dimensions; got dtype number ",
+      static_cast<int>(tensor.scalar_type()),
+      " and ",
+      tensor.dim(),
+      " dimensions");
+}
 
 inline void check_total_norm(const torch::stable::Tensor& total_norm) {
   STD_TORCH_CHECK(
@@ -14,6 +39,71 @@ inline void check_total_norm(const torch::stable::Tensor& total_norm) {
       total_norm.dim(),
       " dimensions and dtype number ",
       static_cast<int>(total_norm.scalar_type()));
+}
+
+// A factor for all of n gradients, shape (), or one for each, shape (n,).
+inline void check_coef(
+    const torch::stable::Tensor& coef, const char* op, const char* name, int64_t n) {
+  STD_TORCH_CHECK(
+      coef.scalar_type() == torch::headeronly::ScalarType::Double && coef.is_contiguous() &&
+          (coef.dim() == 0 || (coef.dim() == 1 && coef.numel() == n)),
+      op,
+      ": ",
+      name,
+      " must be a float64 tensor of shape () or (",
+      n,
+      ",), as decide returns it; got ",
+      coef.dim(),
+      " dimensions, ",
+      coef.numel(),
+      " elements and dtype number ",
+      static_cast<int>(coef.scalar_type()));
+}
+
+inline void check_guard_decide(
+    const torch::stable::Tensor& total_norm,
+    const torch::stable::Tensor& norms,
+    const std::optional<torch::stable::Tensor>& unscale,
+    const std::optional<torch::stable::Tensor>& loss,
+    const torch::stable::Tensor& statistics,
+    const torch::stable::Tensor& history,
+    const torch::stable::Tensor& ema_norms,
+    int64_t threshold,
+    const std::vector<double>& options) {
+  using torch::headeronly::ScalarType;
+  constexpr const char* op = "guard_decide_";
+  constexpr int64_t adagc = 4;
+  check_tensor(total_norm, op, "total_norm", ScalarType::Double, 0);
+  check_tensor(norms, op, "norms", ScalarType::Double, 1);
+  if (unscale.has_value()) {
+    check_tensor(*unscale, op, "unscale", ScalarType::Double, 0);
+  }
+  if (loss.has_value()) {
+    check_tensor(*loss, op, "loss", ScalarType::Double, 0);
+  }
+  check_tensor(statistics, op, "statistics", ScalarType::Double, 1);
+  check_tensor(history, op, "history", ScalarType::Double, 1);
+  check_tensor(ema_norms, op, "ema_norms", ScalarType::Double, 1);
+  STD_TORCH_CHECK(
+      statistics.numel() == 3 && history.numel() >= 1 && options.size() == 3,
+      "guard_decide_: statistics, history and options must have 3, at least 1 and 3 elements; got ",
+      statistics.numel(),
+      ", ",
+      history.numel(),
+      " and ",
+      options.size());
+  STD_TORCH_CHECK(
+      threshold >= 0 && threshold <= adagc,
+      "guard_decide_: threshold must be 0 to ",
+      adagc,
+      ", the numbers in fastguard/thresholds.py; got ",
+      threshold);
+  STD_TORCH_CHECK(
+      threshold != adagc || ema_norms.numel() == norms.numel(),
+      "guard_decide_: AdaGC needs one ema_norm for each of the ",
+      norms.numel(),
+      " gradients; got ",
+      ema_norms.numel());
 }
 
 }  // namespace fastguard

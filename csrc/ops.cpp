@@ -4,14 +4,29 @@
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(fastguard, m) {
-  // -> total_norm f64 (), norms f64 (N,), nonfinite_counts i64 (N,), first_nonfinite i64 (2,)
-  m.def("grad_norm(Tensor[] grads) -> (Tensor, Tensor, Tensor, Tensor)");
+  // -> total_norm f64 (), norms f64 (N,), nonfinite i64 (N, 3): NaNs, Infs, first index
+  m.def("grad_norm(Tensor[] grads) -> (Tensor, Tensor, Tensor)");
 
   // -> clip_coef f64 (), verdict i64 ()
   m.def("decide(Tensor total_norm, float max_norm, float skip_norm) -> (Tensor, Tensor)");
 
-  // Writes nothing when clip_coef is 1.
+  // The same with the statistics of accepted norms, which it updates if `accept` and nothing speaks
+  // against it -> grad_coef f64 () or (N,), verdict i64 (), record f64 (5,)
+  m.def(
+      "guard_decide_(Tensor total_norm, Tensor norms, Tensor? unscale, Tensor? loss, "
+      "Tensor(a!) statistics, Tensor(b!) history, Tensor(c!) ema_norms, int threshold, "
+      "float max_norm, float skip_norm, float[] options, bool accept) -> (Tensor, Tensor, Tensor)");
+
+  // Writes nothing where clip_coef is 1; its shape is () or (N,).
   m.def("scale_(Tensor(a!)[] grads, Tensor clip_coef) -> ()");
+
+  // On a skip buffers = saved, else saved = buffers.
+  m.def("settle_(Tensor(a!)[] buffers, Tensor(b!)[] saved, Tensor verdict) -> ()");
+
+  // sums += grads unless the verdict is a skip; window f64 (3,): seen, good, weight of the good
+  m.def(
+      "accumulate_(Tensor(a!)[] sums, Tensor[] grads, Tensor verdict, Tensor(b!) window, "
+      "float weight) -> ()");
 
   // What was built and chosen, one "key=value" a line; for `python -m fastguard.env`.
   m.def("cpu_info() -> str");

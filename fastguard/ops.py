@@ -6,6 +6,7 @@ for a device.
 """
 
 import enum
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -13,6 +14,10 @@ import torch
 from torch import Tensor
 
 from . import _native
+from .thresholds import Kind, Threshold
+
+#: ``skip_norm`` is not armed before as many norms were accepted: a median of fewer says little.
+ARMED_AFTER = 16
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -24,6 +29,8 @@ class Verdict(enum.IntEnum):
     CLIP = 1
     SKIP_NONFINITE = 2
     SKIP_OUTLIER = 3
+    #: The batches after a rollback; decided on the host, so csrc/decide.h does not know it.
+    SKIP_ROLLBACK = 4
 
     @property
     def skipped(self) -> bool:
@@ -38,11 +45,9 @@ class GradNorm(NamedTuple):
     total_norm: Tensor
     #: L2 norm of each tensor, float64, shape (N,).
     norms: Tensor
-    #: Number of NaN and Inf elements of each tensor, int64, shape (N,).
-    nonfinite_counts: Tensor
-    #: (tensor, flat row-major index) of the first NaN or Inf element, int64, shape (2,); (-1, -1)
-    #: if there is none.
-    first_nonfinite: Tensor
+    #: For each tensor the number of its NaNs, the number of its Infs and the flat row-major index
+    #: of the first of either (-1 if there is none), int64, shape (N, 3).
+    nonfinite: Tensor
 
 
 def _has_kernel(tensor: Tensor, cuda: bool) -> bool:
@@ -89,18 +94,15 @@ def grad_norm_ref(grads: Sequence[Tensor]) -> GradNorm:
     _check_dtypes("grad_norm", grads)
     device = grads[0].device if grads else None
     norms = torch.zeros(len(grads), dtype=torch.float64, device=device)
-    counts = torch.zeros(len(grads), dtype=torch.int64, device=device)
-    first = torch.full((2,), -1, dtype=torch.int64, device=device)
-    # Backwards, so that the first tensor with a bad element is the last to write its place.
-    for i, grad in reversed(list(enumerate(grads))):
+    nonfinite = torch.tensor([[0, 0, -1]] * len(grads), device=device).reshape(-1, 3)
+    for i, grad in enumerate(grads):
         if grad.numel() == 0:
             continue
         norms[i] = grad.to(torch.float64).square().sum().sqrt()
         bad = ~grad.isfinite().flatten()
-        counts[i] = bad.sum()
-        place = torch.stack([torch.full_like(counts[i], i), bad.int().argmax()])
-        first = torch.where(counts[i] > 0, place, first)
-    return GradNorm(norms.square().sum().sqrt(), norms, counts, first)
+        first = torch.where(bad.any(), bad.int().argmax(), -1)
+        nonfinite[i] = torch.stack([grad.isnan().sum(), grad.isinf().sum(), first])
+    return GradNorm(norms.square().sum().sqrt(), norms, nonfinite)
 
 
 def _fake_grad_norm(grads):
@@ -109,8 +111,7 @@ def _fake_grad_norm(grads):
     return (
         like.new_empty((), dtype=torch.float64),
         like.new_empty(n, dtype=torch.float64),
-        like.new_empty(n, dtype=torch.int64),
-        like.new_empty(2, dtype=torch.int64),
+        like.new_empty((n, 3), dtype=torch.int64),
     )
 
 
@@ -162,18 +163,277 @@ def _fake_decide(total_norm, max_norm, skip_norm):
     return torch.empty_like(total_norm), total_norm.new_empty((), dtype=torch.int64)
 
 
+# --- guard_decide_ --------------------------------------------------------------------------------
+
+
+class Statistics(NamedTuple):
+    """What the guard remembers of the norms it accepted; no NaN, no Inf, no skipped norm."""
+
+    #: Number of accepted norms, their mean and variance (the last two for ZClip), float64, (3,).
+    moments: Tensor
+    #: The last W accepted norms, the oldest overwritten first, float64, shape (W,).
+    history: Tensor
+    #: Moving average of the norm of each of N gradients (AdaGC), float64, shape (N,); inf where
+    #: none was seen. Empty for the other thresholds.
+    ema_norms: Tensor
+
+
+class GuardDecision(NamedTuple):
+    """What to do with N gradients, on their device."""
+
+    #: Factor for the gradients, clipping and unscaling in one, float64, shape () or, with AdaGC,
+    #: (N,); exactly 1 on a skip.
+    grad_coef: Tensor
+    #: A :class:`Verdict`, int64, shape ().
+    verdict: Tensor
+    #: For the host: verdict, clip coefficient (the smallest one), total norm after unscaling, the
+    #: clipping threshold in force, loss (NaN if none was given); float64, shape (5,).
+    record: Tensor
+
+
+@torch.no_grad()
+def guard_decide_(
+    measured: GradNorm,
+    unscale: Tensor | None,
+    loss: Tensor | None,
+    statistics: Statistics,
+    threshold: Threshold,
+    max_norm: float,
+    skip_norm: float,
+    accept: bool = True,
+) -> GuardDecision:
+    """:func:`decide` with the thresholds of :mod:`fastguard.thresholds`; the host does not wait.
+
+    ``skip_norm`` holds while it is armed: while the median of ``statistics.history``, of 16 norms
+    at least, lies below it.
+
+    Args:
+        measured: of N gradients, as :func:`grad_norm` returns it.
+        unscale: factor that turns the measured norms and gradients into the true ones, float64,
+            shape (); None for 1.
+        loss: float64, shape (); a NaN or Inf is a verdict by itself. None if not known.
+        statistics: updated in place, unless the verdict is a skip or ``accept`` is false.
+
+    Raises:
+        RuntimeError: a tensor of another dtype or shape, or an AdaGC without N ``ema_norms``.
+    """
+    args = (measured.total_norm, measured.norms, unscale, loss, *statistics, int(threshold.kind))
+    args += (max_norm, skip_norm, threshold.options, accept)
+    if _has_kernel(measured.total_norm, cuda=False):
+        return GuardDecision(*torch.ops.fastguard.guard_decide_.default(*args))
+    return guard_decide_ref_(*args)
+
+
+def guard_decide_ref_(
+    total_norm: Tensor,
+    norms: Tensor,
+    unscale: Tensor | None,
+    loss: Tensor | None,
+    moments: Tensor,
+    history: Tensor,
+    ema_norms: Tensor,
+    threshold: int,
+    max_norm: float,
+    skip_norm: float,
+    options: Sequence[float],
+    accept: bool,
+) -> GuardDecision:
+    """The operator behind :func:`guard_decide_` in plain torch: branches become ``where``."""
+    kind = Kind(threshold)
+    if kind is Kind.ADAGC and len(ema_norms) != len(norms):
+        raise RuntimeError(
+            f"guard_decide_: AdaGC needs one ema_norm for each of the {len(norms)} gradients; got "
+            f"{len(ema_norms)}"
+        )
+    a, b, warmup = options
+    accepted = moments[0].clone()
+    factor = torch.ones_like(total_norm) if unscale is None else unscale
+    norm = total_norm * factor
+    known = torch.arange(len(history), device=history.device) < accepted
+    ascending = history.where(known, math.inf).sort()[0]
+    size = known.sum().double()
+    median = _quantile(ascending, size, 0.5)
+    warm = accepted >= warmup
+
+    adaptive = torch.full_like(norm, math.inf)
+    if kind is Kind.ZCLIP:
+        above = norm - moments[1]
+        spike = above > a * moments[2].sqrt()
+        adaptive = torch.where(spike, moments[1] + a * a * moments[2] / above, adaptive)
+    elif kind is Kind.RUNNING_MEDIAN:
+        adaptive = a * median
+    elif kind is Kind.AUTOCLIP:
+        adaptive = _quantile(ascending, size, a / 100)
+    adaptive = torch.where(warm & (accepted >= 1), adaptive, math.inf)
+    limit = adaptive.clamp(max=max_norm)
+    if kind is Kind.ADAGC:
+        limit = torch.where(warm, math.inf, limit)
+
+    armed = (accepted >= ARMED_AFTER) & (median < skip_norm)
+    coef = limit / (norm + 1e-6)
+    verdict = torch.where(coef < 1, int(Verdict.CLIP), int(Verdict.APPLY))
+    verdict = torch.where(armed & (norm > skip_norm), int(Verdict.SKIP_OUTLIER), verdict)
+    finite = norm.isfinite() if loss is None else norm.isfinite() & loss.isfinite()
+    verdict = torch.where(finite, verdict, int(Verdict.SKIP_NONFINITE))
+    skip = verdict >= int(Verdict.SKIP_NONFINITE)
+    coef = torch.where(verdict == int(Verdict.CLIP), coef, 1.0)
+    absorbed = ~skip & (norm > 0) if accept else torch.zeros_like(skip)
+
+    coefs = coef
+    if kind is Kind.ADAGC:
+        each = norms * factor
+        seen = warm & ema_norms.isfinite()
+        coefs = torch.where(seen, (a * ema_norms / each).clamp(max=1), coef)
+        coefs = torch.where(skip | (each == 0), 1.0, coefs)
+        ema = torch.where(
+            seen, b * ema_norms + (1 - b) * coefs * each, ema_norms.minimum(coefs * each)
+        )
+        ema_norms.copy_(torch.where(absorbed & (each > 0), ema, ema_norms))
+        coef = coefs.amin() if len(coefs) else coef
+        verdict = torch.where(skip, verdict, (coef < 1).long())
+
+    if kind is Kind.ZCLIP:
+        updated = _zclip_moments(moments, norm.minimum(adaptive), norm, b, warmup)
+        moments[1:].copy_(torch.where(absorbed, updated, moments[1:]))
+    oldest = torch.arange(len(history), device=history.device) == accepted % len(history)
+    history.copy_(torch.where(absorbed & oldest, norm, history))
+    moments[0].add_(absorbed)
+    grad_coef = torch.where(skip, 1.0, coefs * factor)
+    loss = torch.full_like(norm, math.nan) if loss is None else loss
+    return GuardDecision(
+        grad_coef, verdict, torch.stack([verdict.double(), coef, norm, limit, loss])
+    )
+
+
+def _quantile(ascending: Tensor, size: Tensor, q: float) -> Tensor:
+    """Linear between neighbours, of the first ``size`` elements; anything where there is none."""
+    place = q * (size - 1).clamp(min=0)
+    below = place.long()
+    low = ascending[below]
+    high = ascending[torch.minimum(below + 1, (size - 1).clamp(min=0).long())]
+    return low + (high - low) * (place - below)
+
+
+def _zclip_moments(moments: Tensor, clipped: Tensor, norm: Tensor, alpha: float, warmup: float):
+    count, mean, variance = moments
+    delta = norm - mean
+    first_mean = mean + delta / (count + 1)
+    first_variance = variance + (delta * (norm - first_mean) - variance) / (count + 1)
+    later_mean = alpha * mean + (1 - alpha) * clipped
+    later_variance = alpha * variance + (1 - alpha) * (clipped - later_mean).square()
+    first = torch.stack([first_mean, first_variance])
+    return torch.where(count < warmup, first, torch.stack([later_mean, later_variance]))
+
+
+def _fake_guard_decide_(
+    total_norm, norms, unscale, loss, moments, history, ema_norms, threshold, *_
+):
+    shape = norms.shape if threshold == Kind.ADAGC else ()
+    return (
+        total_norm.new_empty(shape),
+        total_norm.new_empty((), dtype=torch.int64),
+        total_norm.new_empty(5),
+    )
+
+
+# --- settle_ ------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def settle_(buffers: Sequence[Tensor], saved: Sequence[Tensor], verdict: Tensor) -> None:
+    """Set ``buffers`` back to their ``saved`` copies on a skip, else bring the copies up to date.
+
+    Args:
+        buffers, saved: as many tensors of any dtype and device, equal in shape and dtype in pairs.
+        verdict: int64, shape (), as :func:`guard_decide_` returns it.
+
+    Raises:
+        RuntimeError: the lists differ in length, shapes or dtypes.
+    """
+    if buffers and _has_kernel(buffers[0], cuda=False):
+        torch.ops.fastguard.settle_.default(buffers, saved, verdict)
+    else:
+        settle_ref_(buffers, saved, verdict)
+
+
+@torch.no_grad()
+def settle_ref_(buffers: Sequence[Tensor], saved: Sequence[Tensor], verdict: Tensor) -> None:
+    """:func:`settle_` in plain torch."""
+    skip = verdict >= int(Verdict.SKIP_NONFINITE)
+    for buffer, copy in zip(buffers, saved, strict=True):
+        buffer.copy_(torch.where(skip.to(buffer.device), copy, buffer))
+        copy.copy_(buffer)
+
+
+def _fake_settle_(buffers, saved, verdict):
+    return None
+
+
+# --- accumulate_ --------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def accumulate_(
+    sums: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    verdict: Tensor,
+    window: Tensor,
+    weight: float,
+) -> None:
+    """Add a micro-batch's gradients to the sums and count it, unless its verdict is a skip.
+
+    The first good micro-batch is not added but copied: until then the sums hold what is in the
+    gradients of a bad one.
+
+    Args:
+        sums, grads: as many tensors, equal in shape and dtype in pairs; dtypes as for grad_norm.
+        verdict: int64, shape ().
+        window: float64, shape (3,): micro-batches seen, the good ones, the weight of the good ones.
+        weight: of this micro-batch.
+
+    Raises:
+        RuntimeError: the lists do not match, a sum is expanded.
+    """
+    if _has_kernel(window, cuda=False):
+        torch.ops.fastguard.accumulate_.default(sums, grads, verdict, window, weight)
+        if sums:
+            torch.autograd.graph.increment_version(sums)
+    else:
+        accumulate_ref_(sums, grads, verdict, window, weight)
+
+
+@torch.no_grad()
+def accumulate_ref_(
+    sums: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    verdict: Tensor,
+    window: Tensor,
+    weight: float,
+) -> None:
+    """:func:`accumulate_` in plain torch."""
+    good = verdict < int(Verdict.SKIP_NONFINITE)
+    first = window[1] == 0
+    for total, grad in zip(sums, grads, strict=True):
+        total.copy_(torch.where(good, torch.where(first, grad, total + grad), total))
+    window.add_(torch.stack([torch.ones_like(window[0]), good.double(), good * weight]))
+
+
+def _fake_accumulate_(sums, grads, verdict, window, weight):
+    return None
+
+
 # --- scale_ -------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
 def scale_(grads: Sequence[Tensor], clip_coef: Tensor) -> None:
-    """Multiply every gradient by ``clip_coef`` in place; write nothing when it is 1.
+    """Multiply every gradient by ``clip_coef`` in place; write nothing where it is 1.
 
     The products are computed in float64, so that no coefficient underflows.
 
     Args:
         grads: N >= 0 tensors as for :func:`grad_norm`, none of which overlaps itself or another.
-        clip_coef: float64, shape (), on the gradients' device, as :func:`decide` returns it.
+        clip_coef: float64, shape () for one factor or (N,) for one each, on their device.
 
     Raises:
         RuntimeError: a tensor of another dtype or device, or one that is expanded.
@@ -190,13 +450,13 @@ def scale_(grads: Sequence[Tensor], clip_coef: Tensor) -> None:
 def scale_ref_(grads: Sequence[Tensor], clip_coef: Tensor) -> None:
     """:func:`scale_` in plain torch; it writes a product with 1 too, lest the host wait."""
     _check_dtypes("scale_", grads)
-    if clip_coef.dtype != torch.float64 or clip_coef.dim() != 0:
+    if clip_coef.dtype != torch.float64 or clip_coef.shape not in ((), (len(grads),)):
         raise RuntimeError(
-            "scale_: clip_coef must be a float64 tensor of shape (), as decide returns it; got "
-            f"{clip_coef.dtype} of shape {tuple(clip_coef.shape)}"
+            f"scale_: clip_coef must be a float64 tensor of shape () or ({len(grads)},), as decide "
+            f"returns it; got {clip_coef.dtype} of shape {tuple(clip_coef.shape)}"
         )
-    for grad in grads:
-        grad.copy_(grad.to(torch.float64) * clip_coef)
+    for grad, coef in zip(grads, clip_coef.expand(len(grads)), strict=True):
+        grad.copy_(grad.to(torch.float64) * coef)
 
 
 def _fake_scale_(grads, clip_coef):
@@ -223,4 +483,7 @@ def _parse(info: str) -> dict[str, str]:
 if _native.cpu_problem is None:
     torch.library.register_fake("fastguard::grad_norm", _fake_grad_norm)
     torch.library.register_fake("fastguard::decide", _fake_decide)
+    torch.library.register_fake("fastguard::guard_decide_", _fake_guard_decide_)
+    torch.library.register_fake("fastguard::settle_", _fake_settle_)
+    torch.library.register_fake("fastguard::accumulate_", _fake_accumulate_)
     torch.library.register_fake("fastguard::scale_", _fake_scale_)

@@ -22,31 +22,26 @@ needs_kernel = pytest.mark.skipif(
 
 def expected_grad_norm(grads):
     """What grad_norm must find, element by element in Python floats."""
-    norms, counts, first = [], [], (-1, -1)
-    for i, grad in enumerate(grads):
+    norms, nonfinite = [], []
+    for grad in grads:
         values = grad.double().flatten().tolist()
         bad = [j for j, v in enumerate(values) if not math.isfinite(v)]
-        norms.append(
-            math.sqrt(math.fsum(v * v for v in values))
-            if not bad
-            else math.nan
-            if any(map(math.isnan, values))
-            else math.inf
-        )
-        counts.append(len(bad))
-        if bad and first == (-1, -1):
-            first = (i, bad[0])
+        nans = sum(map(math.isnan, values))
+        if bad:
+            norms.append(math.nan if nans else math.inf)
+        else:
+            norms.append(math.sqrt(math.fsum(v * v for v in values)))
+        nonfinite.append([nans, len(bad) - nans, bad[0] if bad else -1])
     total = math.nan if any(map(math.isnan, norms)) else math.sqrt(sum(n * n for n in norms))
-    return total, norms, counts, first
+    return total, norms, nonfinite
 
 
 def check_grad_norm(found, grads):
-    total, norms, counts, first = expected_grad_norm(grads)
+    total, norms, nonfinite = expected_grad_norm(grads)
     close = {"rel": 1e-13, "abs": 0.0, "nan_ok": True}
     assert found.total_norm.item() == pytest.approx(total, **close)
     assert found.norms.tolist() == pytest.approx(norms, **close)
-    assert found.nonfinite_counts.tolist() == counts
-    assert tuple(found.first_nonfinite.tolist()) == first
+    assert found.nonfinite.tolist() == nonfinite
     assert found.total_norm.dtype == found.norms.dtype == torch.float64
 
 
@@ -87,16 +82,16 @@ def test_grad_norm_of_every_half():
         torch.testing.assert_close(
             found.norms, values.double().abs(), rtol=0, atol=0, equal_nan=True
         )
-        assert torch.equal(found.nonfinite_counts, (~values.isfinite()).long())
-        assert found.first_nonfinite.tolist() == [int((~values.isfinite()).int().argmax()), 0]
+        first = values.isfinite().long() * -1  # each tensor has but one element, index 0
+        expected = torch.stack([values.isnan().long(), values.isinf().long(), first], 1)
+        assert torch.equal(found.nonfinite, expected)
 
 
 def test_the_largest_float64_beside_a_nan_is_not_counted():
     grad = torch.full((100,), torch.finfo(torch.float64).max, dtype=torch.float64)
     grad[[3, 50]] = torch.tensor([math.nan, math.inf], dtype=torch.float64)
     found = ops.grad_norm([grad])
-    assert found.nonfinite_counts.tolist() == [2]
-    assert found.first_nonfinite.tolist() == [0, 3]
+    assert found.nonfinite.tolist() == [[1, 1, 3]]
 
 
 @needs_kernel
@@ -126,7 +121,7 @@ def test_the_result_is_no_part_of_a_graph():
 def test_float64_overflow_is_told_from_a_nonfinite_element():
     found = ops.grad_norm([torch.full((3,), 1e200, dtype=torch.float64)])
     assert found.total_norm.item() == math.inf
-    assert found.nonfinite_counts.tolist() == [0]
+    assert found.nonfinite.tolist() == [[0, 0, -1]]
 
 
 def test_first_nonfinite_is_first_in_row_major_order_not_in_memory():
@@ -135,10 +130,9 @@ def test_first_nonfinite_is_first_in_row_major_order_not_in_memory():
     grad[190, 3] = math.inf
     both = torch.zeros(5, 4).t()
     both[1, 4] = both[2, 0] = math.nan  # in one chunk
-    assert ops.grad_norm([both]).first_nonfinite.tolist() == [0, 9]
+    assert ops.grad_norm([both]).nonfinite.tolist() == [[2, 0, 9]]
     found = ops.grad_norm([torch.ones(5), grad])
-    assert found.first_nonfinite.tolist() == [1, 7 * 300 + 250]
-    assert found.nonfinite_counts.tolist() == [0, 2]
+    assert found.nonfinite.tolist() == [[0, 0, -1], [1, 1, 7 * 300 + 250]]
 
 
 @needs_kernel
@@ -268,6 +262,14 @@ def test_scale_(function, grads, coef):
         torch.testing.assert_close(grad, right, rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.parametrize("function", [ops.scale_, ops.scale_ref_])
+def test_scale_with_a_coefficient_for_each(function):
+    grads = [torch.full((40_000,), 2.0), torch.ones(0), torch.ones(3, dtype=torch.bfloat16)]
+    function(grads, torch.tensor([0.5, 0.1, 1.0], dtype=torch.float64))
+    assert grads[0].unique().tolist() == [1.0]
+    assert grads[2].unique().tolist() == [1.0]
+
+
 def test_scale_of_every_half():
     bits = torch.arange(-(2**15), 2**15, dtype=torch.int16)
     for dtype in (torch.float16, torch.bfloat16):
@@ -294,7 +296,7 @@ def test_scale_refuses_what_it_can_not_write(function):
     with pytest.raises(RuntimeError, match="clip_coef must be a float64 tensor"):
         function([torch.ones(2)], torch.tensor(0.5))
     with pytest.raises(RuntimeError, match="clip_coef must be a float64 tensor"):
-        function([torch.ones(2)], torch.ones(1, dtype=torch.float64))
+        function([torch.ones(2)], torch.ones(2, dtype=torch.float64))
     with pytest.raises(RuntimeError, match="single memory location"):
         function([torch.ones(1).expand(4)], torch.tensor(0.5, dtype=torch.float64))
 

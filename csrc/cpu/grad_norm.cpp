@@ -1,5 +1,5 @@
-// grad_norm: global L2 norm, norm of every tensor, count and place of the non-finite elements, from
-// one read of the tensors in one parallel region. Reference: grad_norm_ref in fastguard/ops.py.
+// grad_norm: global L2 norm, norm of every tensor, its NaNs and Infs and where they begin, from one
+// read of the tensors in one parallel region. Reference: grad_norm_ref in fastguard/ops.py.
 //
 // The tensors are cut into chunks of fixed size and every chunk's sum has its place in an array, so
 // the result does not depend on which thread took which chunk, nor on how many threads there are.
@@ -19,8 +19,17 @@ using torch::stable::Tensor;
 constexpr int64_t nowhere = -1;
 
 struct Nonfinite {
-  int64_t count = 0;
+  int64_t nans = 0;
+  int64_t infs = 0;
   int64_t first = nowhere;  // flat index in row-major order
+
+  void add(const Nonfinite& other) {
+    nans += other.nans;
+    infs += other.infs;
+    if (first == nowhere || (other.first != nowhere && other.first < first)) {
+      first = other.first;
+    }
+  }
 };
 
 // Row-major index of the element that lies `offset` elements into a dense tensor.
@@ -41,9 +50,8 @@ Nonfinite find_nonfinite(const Dense& dense, const Bits* x, const Chunk& chunk, 
   Nonfinite found;
   for (int64_t i = 0; i < chunk.size; ++i) {
     if ((x[i] & exponent) == exponent) {
-      const int64_t index = row_major_index(dense, chunk.begin + i);
-      found.first = found.count == 0 ? index : std::min(found.first, index);
-      ++found.count;
+      const bool inf = static_cast<Bits>(x[i] << 1) == static_cast<Bits>(exponent << 1);
+      found.add({!inf, inf, row_major_index(dense, chunk.begin + i)});
     }
   }
   return found;
@@ -64,7 +72,7 @@ Nonfinite find_nonfinite(const Dense& dense, const Span& span, const Chunk& chun
   }
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> reduce(
+std::tuple<Tensor, Tensor, Tensor> reduce(
     size_t tensors,
     const std::vector<Chunk>& chunks,
     const std::vector<double>& sums,
@@ -72,34 +80,28 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> reduce(
   const int64_t n = static_cast<int64_t>(tensors);
   Tensor total_norm = torch::stable::empty({}, ScalarType::Double);
   Tensor norms = torch::stable::empty({n}, ScalarType::Double);
-  Tensor counts = torch::stable::empty({n}, ScalarType::Long);
-  Tensor first = torch::stable::empty({2}, ScalarType::Long);
+  Tensor places = torch::stable::empty({n, 3}, ScalarType::Long);
   double* norm = norms.mutable_data_ptr<double>();
-  int64_t* count = counts.mutable_data_ptr<int64_t>();
-  int64_t* place = first.mutable_data_ptr<int64_t>();
   std::fill_n(norm, n, 0.0);
-  std::fill_n(count, n, 0);
-  std::fill_n(place, 2, nowhere);
+  std::vector<Nonfinite> per_tensor(tensors);
   for (size_t c = 0; c < chunks.size(); ++c) {
-    const int64_t t = static_cast<int64_t>(chunks[c].span);
-    norm[t] += sums[c];
-    count[t] += nonfinite[c].count;
-    if (nonfinite[c].count == 0 || (place[0] != nowhere && place[0] != t)) {
-      continue;
-    }
-    place[1] = place[0] == nowhere ? nonfinite[c].first : std::min(place[1], nonfinite[c].first);
-    place[0] = t;
+    norm[chunks[c].span] += sums[c];
+    per_tensor[chunks[c].span].add(nonfinite[c]);
   }
   double total = 0.0;
+  int64_t* place = places.mutable_data_ptr<int64_t>();
   for (int64_t t = 0; t < n; ++t) {
     total += norm[t];
     norm[t] = std::sqrt(norm[t]);
+    *place++ = per_tensor[t].nans;
+    *place++ = per_tensor[t].infs;
+    *place++ = per_tensor[t].first;
   }
   *total_norm.mutable_data_ptr<double>() = std::sqrt(total);
-  return {total_norm, norms, counts, first};
+  return {total_norm, norms, places};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> grad_norm_cpu(const std::vector<Tensor>& grads) {
+std::tuple<Tensor, Tensor, Tensor> grad_norm_cpu(const std::vector<Tensor>& grads) {
   std::vector<Dense> tensors;
   std::vector<Span> spans;
   tensors.reserve(grads.size());

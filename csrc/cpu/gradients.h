@@ -50,6 +50,17 @@ inline void check_dtype(const torch::stable::Tensor& tensor, const char* op, siz
       "; float32, float64, bfloat16 and float16 are supported");
 }
 
+inline void check_no_overlap(const torch::stable::Tensor& tensor, const char* op, size_t index) {
+  for (int64_t dim = 0; dim < tensor.dim(); ++dim) {
+    STD_TORCH_CHECK(
+        tensor.stride(dim) != 0 || tensor.size(dim) <= 1 || tensor.numel() == 0,
+        op,
+        ": tensor ",
+        index,
+        " is expanded: several of its elements share a single memory location; clone it");
+  }
+}
+
 // A tensor whose elements fill one stretch of memory, in whatever order.
 struct Dense {
   struct Dim {

@@ -116,10 +116,28 @@ void scale(void* data, int64_t n, double factor) {
   }
 }
 
+// add, copy
+
+template <class Type>
+void add(void* sum, const void* grad, int64_t n) {
+  auto* x = static_cast<typename Type::storage*>(sum);
+  const auto* y = static_cast<const typename Type::storage*>(grad);
+  for (int64_t i = 0; i < n; ++i) {
+    x[i] = Type::narrow(Type::widen(x[i]) + Type::widen(y[i]));
+  }
+}
+
+template <class Type>
+void copy(void* sum, const void* grad, int64_t n) {
+  std::memcpy(sum, grad, n * sizeof(typename Type::storage));
+}
+
 }  // namespace
 
 extern const GradientKernels FASTGUARD_CONCAT(gradient_kernels_, FASTGUARD_CAPABILITY) = {
     {sum_squares<Float32>, sum_squares<Float64>, sum_squares<BFloat16>, sum_squares<Float16>},
-    {scale<Float32>, scale<Float64>, scale<BFloat16>, scale<Float16>}};
+    {scale<Float32>, scale<Float64>, scale<BFloat16>, scale<Float16>},
+    {add<Float32>, add<Float64>, add<BFloat16>, add<Float16>},
+    {copy<Float32>, copy<Float64>, copy<BFloat16>, copy<Float16>}};
 
 }  // namespace fastguard

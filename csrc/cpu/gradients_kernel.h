@@ -18,6 +18,9 @@ struct GradientKernels {
   PerDtype<double(const void*, int64_t n)> sum_squares;
   // Each of n consecutive elements times a factor, computed in double and rounded once per format.
   PerDtype<void(void*, int64_t n, double factor)> scale;
+  // sum += grad and sum = grad.
+  PerDtype<void(void* sum, const void* grad, int64_t n)> add;
+  PerDtype<void(void* sum, const void* grad, int64_t n)> copy;
 };
 
 extern const GradientKernels gradient_kernels_default;

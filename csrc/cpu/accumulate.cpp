@@ -1,0 +1,96 @@
+// accumulate_: adds one micro-batch's gradients to the sums, unless its verdict is a skip.
+// Reference: accumulate_ref_ in fastguard/ops.py.
+
+#include "checks.h"
+#include "decide.h"
+#include "gradients.h"
+
+#include <torch/csrc/stable/library.h>
+
+namespace fastguard {
+namespace {
+
+using torch::stable::Tensor;
+
+// The same elements in the same order as those of `like`, whose memory has no gaps.
+Tensor laid_out_as(const Tensor& grad, const Tensor& like) {
+  if (grad.strides().equals(like.strides())) {
+    return grad;
+  }
+  Tensor copy = torch::stable::empty_like(like);
+  torch::stable::copy_(copy, grad);
+  return copy;
+}
+
+void check_pair(const Tensor& sum, const Tensor& grad, size_t i) {
+  check_dtype(sum, "accumulate_", i);
+  check_no_overlap(sum, "accumulate_", i);
+  STD_TORCH_CHECK(
+      sum.sizes().equals(grad.sizes()) && sum.scalar_type() == grad.scalar_type(),
+      "accumulate_: sum ",
+      i,
+      " and its gradient differ in shape or dtype");
+}
+
+void accumulate_cpu(
+    const std::vector<Tensor>& sums,
+    const std::vector<Tensor>& grads,
+    const Tensor& verdict,
+    Tensor window,
+    double weight) {
+  check_tensor(verdict, "accumulate_", "verdict", ScalarType::Long, 0);
+  check_tensor(window, "accumulate_", "window", ScalarType::Double, 1);
+  STD_TORCH_CHECK(
+      sums.size() == grads.size() && window.numel() == 3,
+      "accumulate_: as many gradients as sums and a window of 3 numbers are needed; got ",
+      sums.size(),
+      " sums, ",
+      grads.size(),
+      " gradients and ",
+      window.numel(),
+      " numbers");
+  for (size_t i = 0; i < sums.size(); ++i) {
+    check_pair(sums[i], grads[i], i);
+  }
+  double* const micro_batches = window.mutable_data_ptr<double>();  // seen, good, weight of the good
+  micro_batches[0] += 1.0;
+  if (skips(*verdict.const_data_ptr<int64_t>())) {
+    return;
+  }
+  // Until a micro-batch is good the sums hold the gradients of a bad one.
+  const bool first = micro_batches[1] == 0.0;
+  micro_batches[1] += 1.0;
+  micro_batches[2] += weight;
+
+  std::vector<Dense> tensors;
+  std::vector<Tensor> sources;
+  std::vector<Span> to, from;
+  for (size_t i = 0; i < sums.size(); ++i) {
+    tensors.push_back(densify(sums[i]));
+    sources.push_back(laid_out_as(grads[i], tensors.back().tensor));
+    tensors.back().tensor.mutable_data_ptr();  // makes a copy-on-write tensor its own
+    to.push_back(span_of(tensors.back().tensor));
+    from.push_back(span_of(sources.back()));
+  }
+  const std::vector<Chunk> chunks = cut(to);
+  const GradientKernels& kernels = gradient_kernels();
+  for_each_chunk(chunks, [&](int64_t c) {
+    const Chunk& chunk = chunks[c];
+    const Span& sum = to[chunk.span];
+    const auto& accumulate = first ? kernels.copy : kernels.add;
+    pick(accumulate, sum.dtype)(data_of(sum, chunk), data_of(from[chunk.span], chunk), chunk.size);
+  });
+  for (size_t i = 0; i < sums.size(); ++i) {
+    if (tensors[i].copied) {
+      Tensor sum = sums[i];
+      torch::stable::copy_(sum, tensors[i].tensor);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace fastguard
+
+STABLE_TORCH_LIBRARY_IMPL(fastguard, CPU, m) {
+  m.impl("accumulate_", TORCH_BOX(&fastguard::accumulate_cpu));
+}

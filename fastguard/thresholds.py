@@ -1,0 +1,156 @@
+"""Where :class:`fastguard.GradGuard` begins to clip: a fixed norm, or one that it learns.
+
+``max_norm`` always caps the learnt threshold, and holds alone until ``warmup`` norms were accepted.
+Each threshold learns from accepted steps only: one NaN in the statistics would end ZClip's and
+AutoClip's clipping for the rest of a run. The arithmetic is in csrc/decide.h, for every device.
+"""
+
+import dataclasses
+import enum
+import math
+from typing import ClassVar
+
+
+class Kind(enum.IntEnum):
+    """The numbers are those of csrc/decide.h."""
+
+    FIXED = 0
+    ZCLIP = 1
+    RUNNING_MEDIAN = 2
+    AUTOCLIP = 3
+    ADAGC = 4
+
+
+class Threshold:
+    """What the native code needs to know; the classes below differ in meaning only."""
+
+    kind: ClassVar[Kind]
+    warmup: int
+
+    @property
+    def options(self) -> list[float]:
+        """Two parameters, then the warm-up."""
+        a, b = (*self._parameters(), 0.0, 0.0)[:2]
+        return [float(a), float(b), float(self.warmup)]
+
+    def _parameters(self) -> tuple[float, ...]:
+        return ()
+
+    def _check(self, name: str, low: float, high: float = math.inf) -> None:
+        value = getattr(self, name)
+        if not low <= value <= high:
+            upper = "" if high == math.inf else f" and <= {high:g}"
+            raise ValueError(
+                f"{type(self).__name__}: {name} must be a number >= {low:g}{upper}, got {value}"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class Fixed(Threshold):
+    """Clip to ``max_norm``: what ``clip_grad_norm_`` does."""
+
+    kind: ClassVar[Kind] = Kind.FIXED
+    warmup: ClassVar[int] = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class ZClip(Threshold):
+    """Clip a norm that lies ``z`` standard deviations above the mean of the accepted ones.
+
+    Down to ``mean + z * deviation * (z / z_of_the_norm)``: the larger the spike, the nearer to the
+    mean. Mean and variance are those of the first ``warmup`` norms, from there exponential moving
+    averages with factor ``alpha``, of norms as clipped by this threshold.
+
+    Source: Kumar, Owen, Chowdhury, Güra, "ZClip: Adaptive Spike Mitigation for LLM Pre-Training",
+    arXiv 2504.02507.
+
+    Raises:
+        ValueError: ``z`` < 0, ``alpha`` outside [0, 1], ``warmup`` < 2.
+    """
+
+    z: float = 2.5
+    alpha: float = 0.97
+    warmup: int = 25
+    kind: ClassVar[Kind] = Kind.ZCLIP
+
+    def __post_init__(self):
+        self._check("z", 0.0)
+        self._check("alpha", 0.0, 1.0)
+        self._check("warmup", 2)
+
+    def _parameters(self):
+        return self.z, self.alpha
+
+
+@dataclasses.dataclass(frozen=True)
+class RunningMedian(Threshold):
+    """Clip to ``factor`` times the median of the last accepted norms (the guard's window).
+
+    Source: icefall's ScaledAdam, ``clipping_scale=2.0``.
+
+    Raises:
+        ValueError: ``factor`` < 0, ``warmup`` < 1.
+    """
+
+    factor: float = 2.0
+    warmup: int = 16
+    kind: ClassVar[Kind] = Kind.RUNNING_MEDIAN
+
+    def __post_init__(self):
+        self._check("factor", 0.0)
+        self._check("warmup", 1)
+
+    def _parameters(self):
+        return (self.factor,)
+
+
+@dataclasses.dataclass(frozen=True)
+class AutoClip(Threshold):
+    """Clip to a percentile of the last accepted norms (the guard's window).
+
+    Source: Seetharaman, Wichern, Pardo, Le Roux, "AutoClip: Adaptive Gradient Clipping for Source
+    Separation Networks", MLSP 2020; there of all norms since the start of the training.
+
+    Raises:
+        ValueError: ``percentile`` outside [0, 100], ``warmup`` < 1.
+    """
+
+    percentile: float = 10.0
+    warmup: int = 16
+    kind: ClassVar[Kind] = Kind.AUTOCLIP
+
+    def __post_init__(self):
+        self._check("percentile", 0.0, 100.0)
+        self._check("warmup", 1)
+
+    def _parameters(self):
+        return (self.percentile,)
+
+
+@dataclasses.dataclass(frozen=True)
+class AdaGC(Threshold):
+    """Clip each parameter's gradient to ``relative`` times a moving average of its own norm.
+
+    The average has factor ``beta`` and takes in norms as clipped. During the ``warmup`` the global
+    norm is clipped to ``max_norm`` and the average is the smallest norm so far; after it
+    ``max_norm`` plays no part.
+
+    Source: Wang et al., "AdaGC: Improving Training Stability for Large Language Model
+    Pretraining", arXiv 2502.11034.
+
+    Raises:
+        ValueError: ``relative`` < 0, ``beta`` outside [0, 1], ``warmup`` < 1.
+    """
+
+    relative: float = 1.05
+    beta: float = 0.98
+    warmup: int = 100
+    kind: ClassVar[Kind] = Kind.ADAGC
+
+    def __post_init__(self):
+        self._check("relative", 0.0)
+        self._check("beta", 0.0, 1.0)
+        self._check("warmup", 1)
+
+    def _parameters(self):
+        return self.relative, self.beta

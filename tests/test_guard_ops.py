@@ -1,0 +1,311 @@
+"""The operators of GradGuard: the decision with its statistics, buffers and micro-batches."""
+
+import math
+import statistics
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fastguard import ops
+from fastguard.ops import Verdict
+from fastguard.thresholds import AdaGC, AutoClip, Fixed, RunningMedian, ZClip
+
+from .drawn import DTYPES, gradients
+from .test_clip import assert_same_bits, bits
+from .test_ops import needs_kernel, owned
+
+THRESHOLDS = [
+    Fixed(),
+    ZClip(warmup=5),
+    RunningMedian(warmup=4),
+    AutoClip(warmup=3),
+    AdaGC(warmup=4),
+]
+
+
+def double(value):
+    return None if value is None else torch.tensor(value, dtype=torch.float64)
+
+
+def fresh(window=128, n=3):
+    return ops.Statistics(
+        torch.zeros(3, dtype=torch.float64),
+        torch.zeros(window, dtype=torch.float64),
+        torch.full((n,), math.inf, dtype=torch.float64),
+    )
+
+
+def measured(*norms):
+    norms = double(list(norms))
+    return ops.GradNorm(norms.square().sum().sqrt(), norms, None)
+
+
+def decide(found, known, threshold, max_norm=1.0, skip_norm=math.inf, accept=True, **scalars):
+    unscale, loss = (double(scalars.get(name)) for name in ("unscale", "loss"))
+    return ops.guard_decide_(found, unscale, loss, known, threshold, max_norm, skip_norm, accept)
+
+
+norm = st.one_of(st.floats(0, 5), st.sampled_from([0.0, 1e-40, 30.0, 1e30, math.nan, math.inf]))
+step = st.tuples(
+    norm,
+    norm,
+    norm,
+    st.sampled_from([None, 0.5, 3.0]),
+    st.sampled_from([None, None, 1.0, math.nan, -math.inf]),
+    st.booleans(),
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(step, max_size=60), st.sampled_from([1, 7, 128]))
+@pytest.mark.parametrize("threshold", THRESHOLDS, ids=lambda t: type(t).__name__)
+def test_the_native_decision_is_that_of_the_reference(threshold, steps, window):
+    ours, reference = fresh(window), fresh(window)
+    for *norms, unscale, loss, accept in steps:
+        found = measured(*norms)
+        here = decide(found, ours, threshold, 1.5, 8.0, accept, unscale=unscale, loss=loss)
+        there = ops.guard_decide_ref_(
+            found.total_norm,
+            found.norms,
+            double(unscale),
+            double(loss),
+            *reference,
+            threshold.kind,
+            1.5,
+            8.0,
+            threshold.options,
+            accept,
+        )
+        for a, b in zip((*here, *ours), (*there, *reference), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=0, equal_nan=True)
+        assert torch.isfinite(ours.moments).all()
+        assert torch.isfinite(ours.history).all()
+        assert not ours.ema_norms.isnan().any()
+
+
+def limits(threshold, norms, max_norm=math.inf):
+    """The threshold in force at each of these norms, all of which are accepted."""
+    known = fresh(n=1)
+    return [decide(measured(n), known, threshold, max_norm).record[3].item() for n in norms]
+
+
+def test_zclip_as_published():
+    """Against the paper's algorithm in Python floats."""
+    generator = torch.Generator().manual_seed(0)
+    norms = (1 + 0.1 * torch.randn(60, generator=generator, dtype=torch.float64)).tolist()
+    norms[30], norms[45] = 9.0, 100.0
+    mean = statistics.fmean(norms[:10])
+    variance = statistics.pvariance(norms[:10])
+    expected = [math.inf] * 10
+    for norm in norms[10:]:
+        z = (norm - mean) / math.sqrt(variance)
+        expected.append(mean + 2.5 * math.sqrt(variance) / (z / 2.5) if z > 2.5 else math.inf)
+        clipped = min(norm, expected[-1])
+        mean = 0.9 * mean + 0.1 * clipped
+        variance = 0.9 * variance + 0.1 * (clipped - mean) ** 2
+    found = limits(ZClip(z=2.5, alpha=0.9, warmup=10), norms)
+    assert found == pytest.approx(expected, rel=1e-9)
+    assert found[30] < 2
+    assert found[45] < 2
+
+
+def test_running_median_and_autoclip_against_python():
+    norms = [float(i * 37 % 50 + 1) for i in range(200)]
+    medians = [statistics.median(norms[max(0, i - 128) : i]) for i in range(16, 200)]
+    assert limits(RunningMedian(factor=2.0), norms)[16:] == [2 * m for m in medians]
+    deciles = [
+        torch.quantile(double(norms[max(0, i - 128) : i]), 0.1).item() for i in range(16, 200)
+    ]
+    assert limits(AutoClip(percentile=10), norms)[16:] == pytest.approx(deciles)
+
+
+@pytest.mark.parametrize("threshold", THRESHOLDS[1:4], ids=lambda t: type(t).__name__)
+def test_max_norm_caps_what_is_learnt_and_holds_during_the_warm_up(threshold):
+    found = limits(threshold, [5.0, 6.0, 7.0, 500.0] * 10, max_norm=2.0)
+    assert set(found) == {2.0}
+
+
+def test_adagc_clips_the_one_tensor_that_spikes():
+    known = fresh(n=3)
+    threshold = AdaGC(relative=1.05, beta=0.9, warmup=2)
+    for _ in range(2):
+        decide(measured(0.3, 0.2, 0.0), known, threshold)
+    assert known.ema_norms.tolist() == [0.3, 0.2, math.inf]
+    coefs, verdict, record = decide(measured(0.3, 20.0, 0.1), known, threshold)
+    assert coefs.tolist() == pytest.approx([1.0, 1.05 * 0.2 / 20.0, 1.0])
+    assert verdict == Verdict.CLIP
+    assert record[1] == coefs.min()
+    assert known.ema_norms.tolist() == pytest.approx([0.3, 0.9 * 0.2 + 0.1 * 0.21, 0.1])
+
+
+def test_adagc_clips_the_global_norm_while_it_warms_up():
+    known = fresh(n=2)
+    coefs = decide(measured(3.0, 4.0), known, AdaGC(warmup=2), max_norm=1.0).grad_coef
+    assert coefs.tolist() == pytest.approx([0.2, 0.2], rel=1e-5)
+    assert known.ema_norms.tolist() == pytest.approx([0.6, 0.8], rel=1e-5)
+
+
+@pytest.mark.parametrize("threshold", THRESHOLDS, ids=lambda t: type(t).__name__)
+def test_statistics_never_take_in_what_was_skipped(threshold):
+    """One NaN ends ZClip's clipping for ever, and OLMo-core's for the next 128 steps."""
+    clean, hit = fresh(), fresh()
+    for i in range(60):
+        normal = measured(1.0 + i % 5 / 10, 0.1, 0.1)
+        bad = measured(*[(math.nan, 1.0, 1.0), (1.0, math.inf, 1.0), (1e30, 1.0, 1.0)][i % 3])
+        if i > 20:
+            assert decide(bad, hit, threshold, skip_norm=5.0).verdict >= Verdict.SKIP_NONFINITE
+            skipped = decide(normal, hit, threshold, loss=math.nan)
+            assert skipped.verdict == Verdict.SKIP_NONFINITE
+        here, there = (decide(normal, known, threshold, skip_norm=5.0) for known in (clean, hit))
+        assert_same_bits(bits(here), bits(there))
+    assert_same_bits(bits(clean), bits(hit))
+
+
+def test_the_coefficient_unscales_too():
+    known = fresh(n=1)
+    coef, _, record = decide(measured(1000.0), known, Fixed(), max_norm=1.0, unscale=1 / 256)
+    assert record[2].item() == 1000 / 256
+    assert coef.item() == pytest.approx(1 / 1000, rel=1e-5)
+    assert record[1].item() == pytest.approx(256 / 1000, rel=1e-5)
+    assert known.history[0].item() == 1000 / 256
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"found": ops.GradNorm(torch.tensor(1.0), torch.ones(3).double(), None)},
+        {"known": fresh()._replace(moments=torch.zeros(2, dtype=torch.float64))},
+        {"known": fresh(n=2), "threshold": AdaGC()},
+    ],
+)
+@needs_kernel
+def test_guard_decide_refuses(wrong):
+    arguments = {"found": measured(1.0, 1.0, 1.0), "known": fresh(), "threshold": Fixed()} | wrong
+    with pytest.raises(RuntimeError, match=r"guard_decide_: .*(must|needs).*got"):
+        decide(**arguments)
+
+
+APPLY, SKIP = torch.tensor(int(Verdict.APPLY)), torch.tensor(int(Verdict.SKIP_OUTLIER))
+
+
+def buffers():
+    return [
+        torch.randn(5),
+        torch.tensor(7),
+        torch.randn(3, 4).t(),
+        torch.randn(6, 2)[:, 0],
+        torch.tensor([True, False]),
+        torch.zeros(0),
+    ]
+
+
+@pytest.mark.parametrize("function", [ops.settle_, ops.settle_ref_])
+@pytest.mark.parametrize("verdict", Verdict)
+def test_settle(function, verdict):
+    current, saved = buffers(), [b.clone() for b in buffers()]
+    current[0][1] = math.nan
+    expected = bits(saved if verdict.skipped else current)
+    function(current, saved, torch.tensor(int(verdict)))
+    assert_same_bits(bits(current), expected)
+    assert_same_bits(bits(saved), expected)
+
+
+@needs_kernel
+def test_settle_refuses_lists_that_do_not_match():
+    before = [torch.zeros(2), torch.zeros(2)]
+    saved = [torch.ones(2), torch.ones(3)]
+    with pytest.raises(RuntimeError, match="buffer 1 and its saved copy differ"):
+        ops.settle_(before, saved, SKIP)
+    with pytest.raises(RuntimeError, match="2 buffers but 1 saved"):
+        ops.settle_(before, saved[:1], SKIP)
+    assert torch.stack(before).eq(0).all()
+
+
+@settings(max_examples=60, deadline=None)
+@given(gradients(magnitudes=False, nonfinite=False), st.lists(st.booleans(), max_size=5))
+@pytest.mark.parametrize("function", [ops.accumulate_, ops.accumulate_ref_])
+def test_accumulate_is_the_sum_of_the_good_ones(function, grads, good):
+    """Bit for bit what backward would have added up, had it never seen the bad ones."""
+    grads = owned(grads)
+    expected = None
+    sums = [torch.full_like(g, math.nan) for g in grads]
+    window = torch.zeros(3, dtype=torch.float64)
+    for i, is_good in enumerate(good):
+        micro = [g * (i + 1) if is_good else g * math.nan for g in grads]
+        function(sums, micro, APPLY if is_good else SKIP, window, 0.5)
+        if is_good:
+            expected = (
+                micro if expected is None else [a + b for a, b in zip(expected, micro, strict=True)]
+            )
+    assert window.tolist() == [len(good), sum(good), 0.5 * sum(good)]
+    if expected is not None:
+        for total, right in zip(sums, expected, strict=True):
+            torch.testing.assert_close(total, right, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_accumulate_many_chunks_of_another_layout(dtype):
+    sums, grads = torch.randn(300, 200).to(dtype), torch.randn(200, 300).to(dtype).t()
+    expected = sums + grads
+    window = double([1.0, 1.0, 1.0])
+    ops.accumulate_([sums], [grads], APPLY, window, 1.0)
+    assert torch.equal(sums, expected)
+
+
+@needs_kernel
+def test_accumulate_refuses_before_it_counts():
+    window = torch.zeros(3, dtype=torch.float64)
+    for sums, grads, message in (
+        ([torch.ones(2)], [], "as many gradients as sums"),
+        ([torch.ones(2)], [torch.ones(3)], "sum 0 and its gradient differ"),
+        ([torch.ones(1).expand(4)], [torch.ones(4)], "sum|single memory location"),
+        ([torch.ones(2).int()], [torch.ones(2).int()], "tensor 0 has dtype"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            ops.accumulate_(sums, grads, APPLY, window, 1.0)
+    assert window.tolist() == [0, 0, 0]
+
+
+@needs_kernel
+@pytest.mark.parametrize("threshold", THRESHOLDS, ids=lambda t: type(t).__name__)
+def test_opcheck_guard_decide(threshold):
+    found = measured(1.0, 2.0, 3.0)
+    for scalars in ((double(0.5), double(1.0)), (None, double(1.0))):  # opcheck takes NaN != NaN
+        torch.library.opcheck(
+            torch.ops.fastguard.guard_decide_.default,
+            (
+                *(found.total_norm, found.norms, *scalars, *fresh(), int(threshold.kind)),
+                *(1.0, 5.0, threshold.options, True),
+            ),
+        )
+
+
+@needs_kernel
+@pytest.mark.parametrize("verdict", [APPLY, SKIP])
+def test_opcheck_settle_and_accumulate(verdict):
+    torch.library.opcheck(
+        torch.ops.fastguard.settle_.default, (buffers(), [b.clone() for b in buffers()], verdict)
+    )
+    window = torch.zeros(3, dtype=torch.float64)
+    torch.library.opcheck(
+        torch.ops.fastguard.accumulate_.default,
+        ([torch.ones(3)], [torch.randn(3)], verdict, window, 1.0),
+    )
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: ZClip(z=-1), "ZClip: z must be a number >= 0, got -1"),
+        (lambda: ZClip(alpha=1.5), "ZClip: alpha must be a number >= 0 and <= 1, got 1.5"),
+        (lambda: ZClip(warmup=1), "ZClip: warmup must be a number >= 2, got 1"),
+        (lambda: RunningMedian(factor=math.nan), "RunningMedian: factor .* got nan"),
+        (lambda: AutoClip(percentile=101), "AutoClip: percentile .* <= 100, got 101"),
+        (lambda: AdaGC(beta=-0.1), "AdaGC: beta .* got -0.1"),
+    ],
+)
+def test_thresholds_name_what_they_refuse(build, message):
+    with pytest.raises(ValueError, match=message):
+        build()
