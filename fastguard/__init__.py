@@ -2,14 +2,17 @@
 
 from .attention import ClampedMultiheadAttention, clamped_attention
 from .clip import clip_grad_norm_
-from .guard import GradGuard, GradientExplosionError, StepReport
+from .diagnose import GradientExplosionError, StepReport
+from .guard import GradGuard
 from .init import stable_init_
 from .ops import Verdict
+from .rollback import Rollback
 
 __all__ = [
     "ClampedMultiheadAttention",
     "GradGuard",
     "GradientExplosionError",
+    "Rollback",
     "StepReport",
     "Verdict",
     "clamped_attention",

@@ -1,87 +1,38 @@
-"""The guard: measure the gradients, decide, apply. Three lines in any PyTorch loop."""
+"""The guard: measure the gradients, decide, apply. Three lines in any PyTorch loop.
 
-import collections
-import dataclasses
-import logging
+The way of a step is :meth:`GradGuard.step`; each of its words has a module: parameters, measure,
+thresholds, buffers, apply, accumulate, diagnose, rollback.
+"""
+
 import math
 import statistics
-from collections.abc import Iterable, Iterator
+import weakref
+from collections import deque
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from . import ops
-from .clip import check_threshold, readable, scale_
-from .ops import Verdict
-
-logger = logging.getLogger(__name__)
+from .accumulate import Window, check_summable
+from .apply import already_unscaled, scale_of, step_optimizer, update_scaler
+from .buffers import Buffers
+from .clip import check_threshold, readable
+from .diagnose import (
+    BadStepFiles,
+    GradientExplosionError,
+    PendingReport,
+    StepReport,
+    log_skip,
+)
+from .measure import BackwardMeasure
+from .parameters import Watched, check_gradients
+from .rollback import Rollback, Snapshots
+from .thresholds import Fixed, Kind, Threshold
 
 _WINDOW = 128  # accepted norms whose median arms skip_norm; llm.c's and OLMo-core's window
-_ARMED_AFTER = 16  # a median of fewer says little
-
-
-@dataclasses.dataclass(frozen=True)
-class StepReport:
-    """What the guard saw in one step and what it did."""
-
-    step: int
-    batch_id: object
-    verdict: Verdict
-    #: L2 norm of all gradients before clipping, after unscaling.
-    total_norm: float
-    #: Factor the gradients were multiplied by; 1.0 where nothing was written.
-    clip_coef: float
-    #: Names of the parameters with a NaN or Inf gradient, in the model's order.
-    nonfinite: tuple[str, ...] = ()
-    #: Where the first of them has its first NaN or Inf: "name[flat index]". None where all
-    #: elements are finite, also if the norm of float64 gradients overflowed.
-    first_nonfinite: str | None = None
-
-    @property
-    def skipped(self) -> bool:
-        return self.verdict.skipped
-
-    @property
-    def batch(self) -> object:
-        """The batch's id, or the number of the step where none was given."""
-        return self.step if self.batch_id is None else self.batch_id
-
-
-class GradientExplosionError(RuntimeError):
-    """``patience`` steps in a row were skipped. ``reports`` holds what each of them looked like."""
-
-    def __init__(self, reports: list[StepReport], skip_norm: float):
-        self.reports = reports
-        self.skip_norm = skip_norm
-        bad = [r for r in reports if r.first_nonfinite is not None]
-        large = [r for r in reports if r.first_nonfinite is None]
-        seen, cures = [], []
-        if bad:
-            places = dict.fromkeys(r.first_nonfinite for r in bad)
-            seen.append(f"{len(bad)} had a NaN or Inf gradient, first at {_shorten(places)}")
-            cures.append(
-                "look for corrupt or silent inputs and for targets longer than their inputs in "
-                "these batches; run in fp32; lower the learning rate; restart from a checkpoint "
-                "older than the first of them"
-            )
-        if large:
-            norms = _shorten(f"{r.total_norm:.3g}" for r in large)
-            seen.append(f"{len(large)} had a norm above skip_norm={skip_norm:g} ({norms})")
-            cures.append(
-                "raise skip_norm or set it to inf, so that large finite gradients are clipped; "
-                "lower the learning rate"
-            )
-        super().__init__(
-            f"{len(reports)} steps in a row were skipped, steps {reports[0].step} to "
-            f"{reports[-1].step}: {'; '.join(seen)}.\n"
-            f"  batches: {_shorten(r.batch for r in reports)}\n"
-            f"  parameters that were non-finite first: "
-            f"{_shorten(bad[0].nonfinite) if bad else 'none'}\n"
-            f"  what to try: {'; '.join(cures)}."
-        )
-
-    def __reduce__(self):  # exceptions are pickled by their message, and rebuilt from it
-        return type(self), (self.reports, self.skip_norm)
 
 
 class GradGuard:
@@ -94,60 +45,96 @@ class GradGuard:
         loss.backward()
         report = guard.step(optimizer)      # in place of clip_grad_norm_ and optimizer.step
 
-    A step is skipped when the norm of all gradients is NaN or Inf. It is skipped as an outlier when
-    the norm is finite and above ``skip_norm`` while that threshold is *armed*: while the median of
-    the last 128 accepted norms (of at least 16) lies below it. Unarmed, as at the start of a
-    training, such a norm is clipped; a rule "skip whatever is above 10" would skip for ever where
-    10 is an ordinary norm.
+    A step is skipped when the norm of all gradients (or the loss, if it is given) is NaN or Inf. It
+    is skipped as an outlier when the norm is finite and above ``skip_norm`` while that threshold is
+    *armed*: while the median of the last 128 accepted norms (of at least 16) lies below it.
+    Unarmed, as at the start of a training, such a norm is clipped; a rule "skip whatever is above
+    10" would skip for ever where 10 is an ordinary norm.
 
-    A skipped step leaves parameters and optimizer state as they are, and, where the guard was given
-    a module, sets its buffers back to what they were after the last accepted step (or the last
-    ``load_state_dict``): a NaN activation gets into BatchNorm's running statistics before any
-    gradient exists, and would stay there for ever.
+    A skipped step leaves parameters and optimizer state as they are, bit for bit, and, where the
+    guard was given a module, sets its buffers back to what they were after the last accepted step
+    (or the last ``load_state_dict``).
+
+    The decision is taken and carried out on the gradients' device. The host learns of it later,
+    when it looks at the report or in :meth:`poll`, which every step calls; on the CPU that is at
+    once, on a GPU at most ``max_lag`` steps later. With :class:`fastguard.AdamW`, and with torch's
+    ``fused=True`` optimizers, no step waits for the device; any other optimizer needs the host to
+    know the verdict before it is called.
+
+    The norm is that of every gradient among the guard's parameters, whichever optimizer holds them.
 
     Args:
-        params_or_model: a module, whose parameters are looked up at every step; or a parameter, or
-            an iterable of parameters or of (name, parameter) pairs.
+        params_or_model: a module; or a parameter, or an iterable of parameters or of (name,
+            parameter) pairs. A module's parameters are looked up again when those of the optimizer
+            change and after ``load_state_dict``.
         max_norm: largest norm let through unclipped; inf turns clipping off.
         skip_norm: norm above which an outlier is skipped; inf turns that off.
         patience: this many skips in a row raise :class:`GradientExplosionError`. An fp16
             GradScaler that starts at 65536 may need 16 to find its scale.
+        threshold: one of :mod:`fastguard.thresholds`, which learns where to clip below
+            ``max_norm``; ``Fixed()`` by default.
+        measure: "step" reads the gradients in :meth:`step`; "backward" measures each while it is
+            still in the cache, by hooks (not with DistributedDataParallel, whose all-reduce comes
+            after the hook).
+        on_patience: "rollback" goes back to an earlier state instead of raising.
+        rollback: how; by default ``Rollback()`` where ``on_patience`` is "rollback".
+        report_dir: a folder for one JSON file per bad step: names of the non-finite parameters,
+            the norms of all, the batch's id.
+        max_lag: reports that may be on their way before a step waits for the oldest.
 
     Raises:
-        ValueError: no parameters, a negative or NaN threshold, ``patience`` < 1.
+        ValueError: no parameters, a negative or NaN threshold, ``patience`` or ``max_lag`` < 1, an
+            unknown word, a ``rollback`` that nothing would use.
+        TypeError: something that is no parameter, or no threshold.
     """
 
     def __init__(
         self,
-        params_or_model: nn.Module | Iterable[Tensor] | Iterable[tuple[str, Tensor]],
+        params_or_model: nn.Module | Tensor | Iterable[Tensor] | Iterable[tuple[str, Tensor]],
         max_norm: float = 1.0,
         skip_norm: float = math.inf,
         patience: int = 25,
+        *,
+        threshold: Threshold | None = None,
+        measure: Literal["step", "backward"] = "step",
+        on_patience: Literal["raise", "rollback"] = "raise",
+        rollback: Rollback | None = None,
+        report_dir: str | Path | None = None,
+        max_lag: int = 8,
     ):
         self.max_norm = check_threshold("max_norm", max_norm)
         self.skip_norm = check_threshold("skip_norm", skip_norm)
-        if patience < 1:
-            raise ValueError(f"patience must be at least 1 step, got {patience}")
-        self.patience = patience
-        self._module = params_or_model if isinstance(params_or_model, nn.Module) else None
-        self._named = [] if self._module is not None else _name(params_or_model)
-        self._buffers = _Buffers(self._module)
-        if not self._named_parameters():
-            raise ValueError(
-                "GradGuard got no parameters; pass the module, or its parameters() as a list if a "
-                "generator was used up before"
-            )
-        self._accepted: collections.deque[float] = collections.deque(maxlen=_WINDOW)
-        self._skips_in_a_row: list[StepReport] = []
-        self._steps = 0
+        self.patience = _at_least_one("patience", patience)
+        self.max_lag = _at_least_one("max_lag", max_lag)
+        self.threshold = Fixed() if threshold is None else threshold
+        if not isinstance(self.threshold, Threshold):
+            raise TypeError(f"threshold must be one of fastguard.thresholds, got {threshold!r}")
+        _one_of("measure", measure, "step", "backward")
+        _one_of("on_patience", on_patience, "raise", "rollback")
+        if rollback is not None and on_patience != "rollback":
+            raise ValueError('a Rollback was given, but on_patience is "raise"; set "rollback"')
 
-    @property
-    def armed(self) -> bool:
-        """Whether a norm above ``skip_norm`` is an outlier by now."""
-        return (
-            len(self._accepted) >= _ARMED_AFTER
-            and statistics.median(self._accepted) < self.skip_norm
-        )
+        self._watched = Watched(params_or_model)
+        self._buffers = Buffers(self._watched.module)
+        if self._watched.module is not None:
+            _call_on_load(self._watched.module, weakref.WeakMethod(self._on_load))
+        self._measure = BackwardMeasure() if measure == "backward" else None
+        if self._measure is not None:
+            self._measure.watch(self._watched.parameters)
+        self._rollback = Rollback() if rollback is None else rollback
+        self._snapshots = Snapshots(self._rollback) if on_patience == "rollback" else None
+        self._files = BadStepFiles(report_dir)
+
+        self._statistics = _fresh_statistics(self._watched.parameters[0].device)
+        self._ema_norms: dict[str, Tensor] = {}  # of the parameters that had a gradient yet
+        self._window: Window | None = None
+        self._pending: deque[PendingReport] = deque()
+        self._skips_in_a_row: list[StepReport] = []
+        self._spent: list[StepReport] = []  # the skips that used up the patience
+        self._steps = 0
+        self._batches_to_skip = 0
+
+    # --- a step ---------------------------------------------------------------------------------
 
     @torch.no_grad()
     def step(
@@ -155,178 +142,338 @@ class GradGuard:
         optimizer: torch.optim.Optimizer,
         *,
         scaler: torch.amp.GradScaler | None = None,
+        loss: Tensor | float | None = None,
         batch_id: object = None,
-    ) -> StepReport:
+    ) -> PendingReport:
         """Clip and call ``optimizer.step()``, or skip; gradients stay for ``zero_grad`` to clear.
+
+        :class:`fastguard.AdamW` leaves the gradients as they are, torch's ``fused=True`` optimizers
+        write back what they used, and for others they are scaled in place where that changes them.
 
         Args:
             optimizer: any torch optimizer whose step needs no closure.
-            scaler: the GradScaler that scaled the loss, if one did; the guard unscales the
-                gradients, steps through it and updates it.
+            scaler: the GradScaler that scaled the loss, if one did. The guard unscales, steps and
+                updates it; do not call its ``step`` and ``update`` yourself.
+            loss: of this batch, one number, unscaled; NaN or Inf skips the step. Where several
+                processes train together it must be the same in all, or their weights diverge.
             batch_id: anything that names the batch in reports, warnings and errors.
 
+        Returns:
+            A report that reads like a :class:`StepReport` and waits for the device when it is read.
+
         Raises:
-            GradientExplosionError: this was the ``patience``-th skip in a row.
-            ValueError: the optimizer holds a gradient that the guard does not watch, or the
-                gradients are on several devices.
+            GradientExplosionError: ``patience`` skips in a row. This step is done then.
+            ValueError: the optimizer needs a closure or holds a gradient that the guard does not
+                watch; gradients of an unsupported dtype, on several devices or DTensors; a loss
+                that is not one number. Nothing was changed then.
         """
-        named = self._gradients_of(optimizer)
-        grads = [grad for _, grad in named]
-        if scaler is not None:
-            scaler.unscale_(optimizer)
-        measured = ops.grad_norm(readable(grads))
-        decision = ops.decide(
-            measured.total_norm, self.max_norm, self.skip_norm if self.armed else math.inf
-        )
-        report = StepReport(
-            self._steps,
-            batch_id,
-            Verdict(int(decision.verdict)),
-            measured.total_norm.item(),
-            decision.clip_coef.item(),
-            *_offenders(named, measured),
+        if self._watched.check(optimizer) and self._measure is not None:
+            self._measure.watch(self._watched.parameters)
+        names, parameters = self._watched.with_gradients()
+        if self._window is not None and parameters:  # of a last micro-batch
+            self.accumulate(scaler=scaler, loss=loss, batch_id=batch_id)
+            loss = None
+        window, self._window = self._window, None
+        if window is not None:
+            names, parameters = window.hand_over()
+        names, grads = _once(names, [p.grad for p in parameters])
+        check_gradients(names, grads)
+        device = grads[0].device if grads else self._statistics.moments.device
+        loss = _scalar(loss, device)
+        measured = self._measured(grads)
+        scale = None if already_unscaled(scaler, optimizer) else scale_of(scaler, device)
+        unscale = _unscale(scale, None if window is None else window.weight)
+        decision = self._decide(names, measured, unscale, loss)
+        self._buffers.settle(decision.verdict)
+        step_optimizer(optimizer, grads, decision)
+        update_scaler(scaler, optimizer, measured.total_norm)
+
+        micro_batches = () if window is None else window.reports
+        report = PendingReport(
+            self._steps, batch_id, decision.record, measured, unscale, names, loss, micro_batches
         )
         self._steps += 1
-        if report.skipped:
-            self._buffers.restore()
-        else:
-            self._buffers.commit()
-            scale_(grads, decision.clip_coef)
-            optimizer.step() if scaler is None else scaler.step(optimizer)
-        if scaler is not None:
-            scaler.update()
-        self._account(report)
+        self._pending.append(report)
+        self._stepped = optimizer, scaler
+        self.poll()
+        self._take_snapshot()
         return report
 
-    def _named_parameters(self) -> list[tuple[str, Tensor]]:
-        # Anew each time: layers are unfrozen, added, and replaced by load_state_dict(assign=True).
-        return self._named if self._module is None else list(self._module.named_parameters())
+    @torch.no_grad()
+    def accumulate(
+        self,
+        *,
+        scaler: torch.amp.GradScaler | None = None,
+        loss: Tensor | float | None = None,
+        batch_id: object = None,
+        weight: float = 1.0,
+    ) -> PendingReport:
+        """Take a micro-batch's gradients out of ``.grad`` and add them up, unless they are bad.
 
-    def _gradients_of(self, optimizer: torch.optim.Optimizer) -> list[tuple[str, Tensor]]:
-        named = self._named_parameters()
-        watched = {id(p) for _, p in named}
-        for p in (p for group in optimizer.param_groups for p in group["params"]):
-            if id(p) not in watched and p.grad is not None:
-                raise ValueError(
-                    f"the optimizer holds a parameter of shape {tuple(p.shape)} with a gradient "
-                    "that the guard does not watch; give GradGuard the module or all parameters"
-                )
-        # By gradient, not by parameter: two parameters may share one.
-        once = {id(p.grad): (name, p.grad) for name, p in reversed(named) if p.grad is not None}
-        gradients = list(reversed(once.values()))
-        if len(devices := {str(grad.device) for _, grad in gradients}) > 1:
-            raise ValueError(
-                f"gradients on several devices, {sorted(devices)}: GradGuard takes one"
-            )
-        return gradients
+        ::
 
-    def _account(self, report: StepReport) -> None:
-        if not report.skipped:
-            if report.total_norm > 0:  # a step without gradients says nothing about their size
-                self._accepted.append(report.total_norm)
-            self._skips_in_a_row.clear()
+            for micro_batch in window:
+                loss(model, micro_batch).backward()     # not divided by the number of micro-batches
+                guard.accumulate(batch_id=micro_batch.id)
+            guard.step(optimizer)                        # applies the mean of the good ones
+
+        A micro-batch is bad where a step with its gradients alone would be skipped; its
+        contribution, also to the module's buffers, is as if it had never been. A window of bad ones
+        only is a skipped step. The sums take the memory of one more set of gradients.
+
+        Args:
+            scaler, loss, batch_id: as for :meth:`step`.
+            weight: share of this micro-batch in the mean: 1 for losses that are means, the number
+                of items for losses that are sums over items.
+
+        Returns:
+            What would have become of a step with these gradients alone.
+
+        Raises:
+            ValueError: a weight that is not a positive number; gradients that are sparse or shared
+                by two parameters, or that :meth:`step` would refuse. Nothing was changed then.
+        """
+        if not 0 < weight < math.inf:
+            raise ValueError(f"weight must be a positive number, got {weight}")
+        names, parameters = self._watched.with_gradients()
+        grads = [p.grad for p in parameters]
+        check_gradients(names, grads)
+        check_summable(names, grads)
+        device = grads[0].device if grads else self._statistics.moments.device
+        loss = _scalar(loss, device)
+        if self._window is None:
+            self._window = Window(self._buffers.copy(), device)
+        measured = self._measured(grads)
+        unscale = _unscale(scale_of(scaler, device), weight)
+        decision = self._decide(names, measured, unscale, loss, accept=False)
+        batch_id = f"micro-batch {len(self._window.reports)}" if batch_id is None else batch_id
+        report = PendingReport(
+            self._steps, batch_id, decision.record, measured, unscale, names, loss
+        )
+        self._window.add(names, parameters, decision.verdict, weight, report)
+        return report
+
+    def poll(self, wait: bool = False) -> list[StepReport]:
+        """Learn what became of earlier steps: warn, write files, go back or raise.
+
+        Every :meth:`step` does so without waiting, unless more than ``max_lag`` reports are on
+        their way. Call it with ``wait`` at the end of a training, lest the last steps go unnoticed.
+
+        Returns:
+            The reports that had not been seen before, in order.
+
+        Raises:
+            GradientExplosionError: ``patience`` skips in a row, and no copy to go back to.
+        """
+        learnt = self._learn(wait)
+        if self._spent:
+            reports, self._spent = self._spent, []
+            if not self._snapshots:
+                raise GradientExplosionError(reports, self.skip_norm)
+            self._go_back()
+        return learnt
+
+    @property
+    def armed(self) -> bool:
+        """Whether a norm above ``skip_norm`` is an outlier by now; waits for the device."""
+        accepted = self._accepted()
+        return len(accepted) >= ops.ARMED_AFTER and statistics.median(accepted) < self.skip_norm
+
+    def skip_batch(self) -> bool:
+        """Whether to pass over the next batch, as the first ones after a rollback are.
+
+        A loop that asks before it computes a batch saves the work; in one that does not,
+        :meth:`step` discards the gradients of these batches.
+        """
+        skip = self._batches_to_skip > 0
+        self._batches_to_skip -= skip
+        return skip
+
+    # --- what a step is made of -------------------------------------------------------------------
+
+    def _measured(self, grads: list[Tensor]) -> ops.GradNorm:
+        values = readable(grads)
+        return ops.grad_norm(values) if self._measure is None else self._measure.collect(values)
+
+    def _decide(self, names, measured, unscale, loss, accept=True) -> ops.GuardDecision:
+        if accept and self.skip_batch():
+            return _discarded(measured, unscale, loss)
+        known, threshold = self._statistics, self.threshold if accept else Fixed()
+        if known.moments.device != measured.total_norm.device:
+            known = ops.Statistics(*(t.to(measured.total_norm.device) for t in known))
+        if threshold.kind is Kind.ADAGC:
+            unseen = measured.norms.new_full((), math.inf)
+            ema_norms = [self._ema_norms.get(name, unseen) for name in names]
+            known = known._replace(ema_norms=torch.stack(ema_norms) if names else unseen[None][:0])
+        decision = ops.guard_decide_(
+            measured, unscale, loss, known, threshold, self.max_norm, self.skip_norm, accept
+        )
+        self._statistics = known
+        if threshold.kind is Kind.ADAGC:
+            self._ema_norms |= zip(names, known.ema_norms.unbind(), strict=True)
+        return decision
+
+    # --- what the host learns ---------------------------------------------------------------------
+
+    def _learn(self, wait: bool) -> list[StepReport]:
+        learnt = []
+        while self._pending and (
+            wait or len(self._pending) > self.max_lag or self._pending[0].ready
+        ):
+            pending = self._pending.popleft()
+            learnt.append(pending.result())
+            self._account(pending, learnt[-1])
+        return learnt
+
+    def _account(self, pending: PendingReport, report: StepReport) -> None:
+        for micro_batch in report.quarantined:
+            log_skip(micro_batch, self.skip_norm)
+        if report.skipped:
+            log_skip(report, self.skip_norm)
+        if report.verdict is ops.Verdict.SKIP_ROLLBACK:
             return
-        if report.verdict is Verdict.SKIP_NONFINITE:
-            logger.warning(
-                "Infinite gradient, skipping batch %s (norm %s, first at %s)",
-                report.batch,
-                report.total_norm,
-                report.first_nonfinite or "none: the sum of the squares overflows",
-            )
-        else:
-            logger.warning(
-                "Large gradient norm: %.4g at batch %s, skipping (skip_norm %g)",
-                report.total_norm,
-                report.batch,
-                self.skip_norm,
-            )
+        if report.skipped or report.quarantined:
+            self._files.write(pending)
+        if not report.skipped:
+            self._skips_in_a_row = []
+            return
         self._skips_in_a_row.append(report)
         if len(self._skips_in_a_row) >= self.patience:
-            reports, self._skips_in_a_row = self._skips_in_a_row, []
-            raise GradientExplosionError(reports, self.skip_norm)
+            self._spent, self._skips_in_a_row = self._skips_in_a_row, []
+
+    def _accepted(self) -> list[float]:
+        """The last accepted norms, the oldest first."""
+        count, history = int(self._statistics.moments[0]), self._statistics.history.tolist()
+        return [history[i % _WINDOW] for i in range(max(0, count - _WINDOW), count)]
+
+    # --- going back -------------------------------------------------------------------------------
+
+    def _take_snapshot(self) -> None:
+        # Parameters are good whatever the last verdict was: a skip left them alone.
+        if self._snapshots is None or self._skips_in_a_row or not self._snapshots.due(self._steps):
+            return
+        own = {
+            "statistics": [t.clone() for t in self._statistics],
+            "ema_norms": {name: norm.clone() for name, norm in self._ema_norms.items()},
+            "buffers": self._buffers.copy(),
+        }
+        self._snapshots.take(self._steps, self._watched.parameters, *self._stepped, own)
+
+    @torch.no_grad()
+    def _go_back(self) -> None:
+        own = self._snapshots.restore(self._steps, *self._stepped)
+        self._statistics = ops.Statistics(*own["statistics"])
+        self._ema_norms = own["ema_norms"]
+        self._buffers = own["buffers"]
+        self._buffers.restore()
+        self._pending.clear()
+        self._window = None
+        self._batches_to_skip = self._rollback.skip_batches
+
+    # --- checkpoints ------------------------------------------------------------------------------
 
     def state_dict(self) -> dict:
-        """What the next decision depends on, as plain numbers; thresholds are not part of it."""
+        """What the next decision depends on, as plain numbers; waits for the device.
+
+        Thresholds are not part of it, nor are a window that :meth:`accumulate` has begun and the
+        copies that rollback goes back to: these start anew.
+        """
+        self._learn(wait=True)
         return {
             "steps": self._steps,
-            "accepted": list(self._accepted),
-            "skips_in_a_row": [
-                {**dataclasses.asdict(r), "verdict": int(r.verdict), "batch_id": str(r.batch)}
-                for r in self._skips_in_a_row
-            ],
+            "moments": self._statistics.moments.tolist(),
+            "accepted": self._accepted(),
+            "ema_norms": {name: norm.item() for name, norm in self._ema_norms.items()},
+            "skips_in_a_row": [r.to_dict() for r in self._spent or self._skips_in_a_row],
+            "batches_to_skip": self._batches_to_skip,
         }
 
     def load_state_dict(self, state: dict) -> None:
-        self._steps = state["steps"]
-        self._accepted = collections.deque(state["accepted"], maxlen=_WINDOW)
-        self._skips_in_a_row = [
-            StepReport(
-                **{**r, "verdict": Verdict(r["verdict"]), "nonfinite": tuple(r["nonfinite"])}
-            )
-            for r in state["skips_in_a_row"]
-        ]
+        """Go on as the guard did whose :meth:`state_dict` this is.
+
+        Raises:
+            ValueError: it is not one. Nothing was changed then.
+        """
+        try:
+            (count, mean, variance), accepted = state["moments"], state["accepted"]
+            skips = [StepReport.from_dict(report) for report in state["skips_in_a_row"]]
+            steps, to_skip = int(state["steps"]), int(state["batches_to_skip"])
+            new = _fresh_statistics(self._statistics.moments.device)
+            new.moments.copy_(torch.tensor([count, mean, variance], dtype=torch.float64))
+            for i, norm in enumerate(accepted, start=int(count) - len(accepted)):
+                new.history[i % _WINDOW] = norm
+            ema_norms = {name: new.moments.new_tensor(n) for name, n in state["ema_norms"].items()}
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"this is no state of a GradGuard: {error!r}") from error
+        self._steps, self._batches_to_skip, self._skips_in_a_row = steps, to_skip, skips
+        self._statistics, self._ema_norms = new, ema_norms
+        self._pending.clear()
+        self._spent = []
+
+    def _on_load(self) -> None:
+        """The module got another state: its buffers are good, its parameters may be new objects."""
+        self._buffers.commit()
+        self._watched.stale = True
 
 
-class _Buffers:
-    """Copies of a module's buffers as they were after the last accepted step.
+def _call_on_load(module: nn.Module, method: weakref.WeakMethod) -> None:
+    def hook(module, incompatible_keys):
+        if (on_load := method()) is not None:  # the guard may be gone
+            on_load()
 
-    All are copied each time: torch's own batch normalisation writes its running statistics without
-    counting it in ``_version``, so there is no telling what changed.
-    """
-
-    def __init__(self, module: nn.Module | None):
-        self._module = module
-        self._saved: dict[tuple[nn.Module, str], tuple[Tensor, Tensor] | None] = {}
-        self.commit()
-        if module is not None:
-            module.register_load_state_dict_post_hook(lambda module, keys: self.commit())
-
-    def commit(self) -> None:
-        """What is in the buffers now is good."""
-        saved = {}
-        for key, buffer in self._current():
-            old = self._saved.get(key)
-            if buffer is None:
-                saved[key] = None
-            elif old is not None and old[0] is buffer and old[1].shape == buffer.shape:
-                saved[key] = (buffer, old[1].copy_(buffer))
-            else:
-                saved[key] = (buffer, buffer.detach().clone())
-        self._saved = saved
-
-    def restore(self) -> None:
-        """Undo what was written into the buffers, or put in their place, since the last commit."""
-        for (module, name), saved in self._saved.items():
-            module._buffers[name] = None if saved is None else saved[0].copy_(saved[1])
-
-    def _current(self) -> Iterator[tuple[tuple[nn.Module, str], Tensor | None]]:
-        for module in self._module.modules() if self._module is not None else ():
-            for name, buffer in module._buffers.items():
-                if not nn.parameter.is_lazy(buffer):
-                    yield (module, name), buffer
+    module.register_load_state_dict_post_hook(hook)
 
 
-def _name(
-    parameters: Tensor | Iterable[Tensor] | Iterable[tuple[str, Tensor]],
-) -> list[tuple[str, Tensor]]:
-    if isinstance(parameters, Tensor):
-        parameters = [parameters]
-    return [
-        item if isinstance(item, tuple) else (f"parameter {i}", item)
-        for i, item in enumerate(parameters)
-    ]
+def _fresh_statistics(device: torch.device) -> ops.Statistics:
+    return ops.Statistics(
+        torch.zeros(3, dtype=torch.float64, device=device),
+        torch.zeros(_WINDOW, dtype=torch.float64, device=device),
+        torch.zeros(0, dtype=torch.float64, device=device),
+    )
 
 
-def _offenders(named, measured: ops.GradNorm) -> tuple[tuple[str, ...], str | None]:
-    tensor, index = measured.first_nonfinite.tolist()
-    if tensor < 0:
-        return (), None
-    counts = measured.nonfinite_counts.tolist()
-    names = tuple(name for (name, _), count in zip(named, counts, strict=True) if count)
-    return names, f"{named[tensor][0]}[{index}]"
+def _once(names: list[str], grads: list[Tensor]) -> tuple[list[str], list[Tensor]]:
+    """Two parameters may share a gradient: it counts once, under the first name."""
+    if len(set(map(id, grads))) == len(grads):
+        return names, grads
+    once: dict[int, tuple[str, Tensor]] = {}
+    for name, grad in zip(names, grads, strict=True):
+        once.setdefault(id(grad), (name, grad))
+    return [name for name, _ in once.values()], [grad for _, grad in once.values()]
 
 
-def _shorten(items: Iterable, at_most: int = 8) -> str:
-    words = [str(item) for item in items]
-    more = f", ... ({len(words)} in all)" if len(words) > at_most else ""
-    return ", ".join(words[:at_most]) + more
+def _scalar(loss: Tensor | float | None, device: torch.device) -> Tensor | None:
+    if loss is None:
+        return None
+    if isinstance(loss, Tensor) and loss.numel() != 1:
+        raise ValueError(f"loss must be one number, got a tensor of shape {tuple(loss.shape)}")
+    return torch.as_tensor(loss, dtype=torch.float64).detach().reshape(()).to(device)
+
+
+def _unscale(scale: Tensor | None, weight: Tensor | float | None) -> Tensor | None:
+    """The factor that undoes the GradScaler's scale and makes a sum a mean; None for 1."""
+    if scale is None:
+        if not isinstance(weight, Tensor):
+            return None if weight in (None, 1.0) else torch.tensor(1 / weight, dtype=torch.float64)
+        scale = torch.ones_like(weight)
+    return (scale if weight is None else scale * weight).reciprocal()
+
+
+def _discarded(measured, unscale, loss) -> ops.GuardDecision:
+    """The decision about a batch that a rollback passes over."""
+    one = torch.ones_like(measured.total_norm)
+    verdict = torch.full_like(one, int(ops.Verdict.SKIP_ROLLBACK), dtype=torch.int64)
+    norm = measured.total_norm if unscale is None else measured.total_norm * unscale
+    record = [verdict.double(), one, norm, one * math.inf, one * math.nan if loss is None else loss]
+    return ops.GuardDecision(one, verdict, torch.stack(record))
+
+
+def _at_least_one(name: str, value: int) -> int:
+    if not value >= 1:
+        raise ValueError(f"{name} must be at least 1 step, got {value}")
+    return value
+
+
+def _one_of(name: str, value: str, *words: str) -> None:
+    if value not in words:
+        raise ValueError(f"{name} must be one of {', '.join(words)}; got {value!r}")

@@ -15,7 +15,8 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from . import checkpoint
 from .config import Config
-from .guard import GradGuard, StepReport
+from .diagnose import StepReport
+from .guard import GradGuard
 from .init import stable_init_
 from .ops import Verdict
 from .report import EpochMetrics, MetricsFile, StepMetrics, epoch_table, summarize

@@ -1,0 +1,83 @@
+"""Gradient accumulation that leaves bad micro-batches out."""
+
+import torch
+from torch import Tensor
+
+from . import ops
+from .buffers import Buffers
+from .clip import readable
+from .diagnose import PendingReport
+
+
+class Window:
+    """The micro-batches of one step: the sums of the good ones' gradients, and their weight.
+
+    Which are good is decided on the device and not known here.
+
+    Args:
+        buffers: a copy of the guard's, as they were before the first micro-batch.
+    """
+
+    def __init__(self, buffers: Buffers, device: torch.device):
+        self.reports: list[PendingReport] = []
+        self._buffers = buffers
+        #: Micro-batches seen, the good ones, and the weight of the good ones.
+        self._counts = torch.zeros(3, dtype=torch.float64, device=device)
+        self._sums: dict[Tensor, tuple[str, Tensor]] = {}
+
+    @property
+    def weight(self) -> Tensor:
+        return self._counts[2]
+
+    def add(
+        self,
+        names: list[str],
+        parameters: list[Tensor],
+        verdict: Tensor,
+        weight: float,
+        report: PendingReport,
+    ) -> None:
+        """Move the parameters' gradients into the sums, if the verdict is good."""
+        if not self.reports:
+            # The first micro-batch gives its tensors away. They may hold anything until there is a
+            # good micro-batch, which is copied, not added, if it is the first good one.
+            self._sums = {p: (name, p.grad) for name, p in zip(names, parameters, strict=True)}
+            ops.accumulate_([], [], verdict, self._counts, weight)
+        else:
+            for name, p in zip(names, parameters, strict=True):
+                self._sums.setdefault(p, (name, None))
+            self._sums = {
+                p: (name, torch.zeros_like(p.grad) if total is None else total)
+                for p, (name, total) in self._sums.items()
+            }
+            sums = [total for _, total in self._sums.values()]
+            grads = [
+                torch.zeros_like(total) if p.grad is None else p.grad
+                for p, (_, total) in self._sums.items()
+            ]
+            ops.accumulate_(readable(sums), readable(grads), verdict, self._counts, weight)
+        for p in parameters:
+            p.grad = None
+        self._buffers.settle(verdict)
+        self.reports.append(report)
+
+    def hand_over(self) -> tuple[list[str], list[Tensor]]:
+        """Put the sums in the parameters' ``.grad``."""
+        for p, (_, total) in self._sums.items():
+            p.grad = total
+        return [name for name, _ in self._sums.values()], list(self._sums)
+
+
+def check_summable(names: list[str], grads: list[Tensor]) -> None:
+    """ValueError for gradients that can not be added up in place."""
+    for name, grad in zip(names, grads, strict=True):
+        if grad.layout != torch.strided:
+            raise ValueError(
+                f"the gradient of {name} is sparse: GradGuard.accumulate takes dense ones; use "
+                "sparse=False"
+            )
+    if len(set(map(id, grads))) < len(grads):
+        raise ValueError(
+            "two parameters share one gradient tensor: GradGuard.accumulate can not tell whose "
+            "sum it is; give each its own"
+        )

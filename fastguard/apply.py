@@ -1,0 +1,82 @@
+"""Carrying a decision out: the optimizer steps by it, the GradScaler learns of it."""
+
+import torch
+from torch import Tensor
+
+from . import ops, optim
+from .clip import scale_
+
+
+def step_optimizer(
+    optimizer: torch.optim.Optimizer, grads: list[Tensor], decision: ops.GuardDecision
+) -> None:
+    """Step with the gradients times ``decision.grad_coef``, or leave everything as it is.
+
+    fastguard's optimizers and torch's fused ones read the decision on the device; for any other the
+    host has to know the verdict.
+    """
+    one_coef = decision.grad_coef.dim() == 0
+    if isinstance(optimizer, (optim.Adam, optim.AdamW)):
+        optimizer.decision = decision
+        optimizer.decision_index = None if one_coef else {id(g): i for i, g in enumerate(grads)}
+        try:
+            optimizer.step()
+        finally:
+            optimizer.decision = optimizer.decision_index = None
+    elif one_coef and _is_fused(optimizer):
+        _step_fused(optimizer, decision)
+    elif not ops.Verdict(int(decision.verdict)).skipped:
+        scale_(grads, decision.grad_coef)
+        optimizer.step()
+
+
+def _is_fused(optimizer: torch.optim.Optimizer) -> bool:
+    return getattr(optimizer, "_step_supports_amp_scaling", False) and all(
+        group.get("fused") for group in optimizer.param_groups
+    )
+
+
+def _step_fused(optimizer: torch.optim.Optimizer, decision: ops.GuardDecision) -> None:
+    """By way of what torch made for its GradScaler.
+
+    Its kernels divide by ``grad_scale`` and skip if ``found_inf`` is 1, exactly, and of shape ().
+    """
+    skip = decision.verdict >= int(ops.Verdict.SKIP_NONFINITE)
+    largest = torch.finfo(torch.float32).max
+    optimizer.grad_scale = decision.grad_coef.reciprocal().clamp(max=largest).float()
+    optimizer.found_inf = skip.float()
+    try:
+        optimizer.step()
+    finally:
+        del optimizer.grad_scale, optimizer.found_inf
+
+
+def scale_of(scaler: torch.amp.GradScaler | None, device: torch.device) -> Tensor | None:
+    """What the scaler multiplied the loss by, float64, shape (); None for 1."""
+    if scaler is None or not scaler.is_enabled():
+        return None
+    return scaler.scale(torch.ones((), device=device)).double()
+
+
+def already_unscaled(scaler: torch.amp.GradScaler | None, optimizer: torch.optim.Optimizer) -> bool:
+    """Whether ``scaler.unscale_(optimizer)`` was called since the last update."""
+    if scaler is None or not scaler.is_enabled():
+        return False
+    return scaler._per_optimizer_states[id(optimizer)]["stage"].name == "UNSCALED"
+
+
+def update_scaler(
+    scaler: torch.amp.GradScaler | None, optimizer: torch.optim.Optimizer, total_norm: Tensor
+) -> None:
+    """Let the scale grow, or shrink after gradients with a NaN or Inf.
+
+    ``unscale_`` would find that out by reading and writing all gradients once more, and has no
+    bf16 on CUDA; the norm has told already. GradScaler has no public way to take it.
+    """
+    if scaler is None or not scaler.is_enabled():
+        return
+    found_inf = (~total_norm.isfinite()).float()
+    scaler._per_optimizer_states[id(optimizer)]["found_inf_per_device"] = {
+        total_norm.device: found_inf
+    }
+    scaler.update()

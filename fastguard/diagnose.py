@@ -1,0 +1,324 @@
+"""What the guard saw: reports of steps, the error that ends a run, and files about bad steps."""
+
+import dataclasses
+import json
+import logging
+import math
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .ops import GradNorm, Verdict
+
+logger = logging.getLogger(__name__)
+
+_MAX_FILES = 100  # of one guard: a run that skips every other batch must not fill the disk
+
+
+@dataclasses.dataclass(frozen=True)
+class Offender:
+    """A parameter whose gradient is not finite."""
+
+    name: str
+    nans: int
+    infs: int
+    #: Flat row-major index of the first NaN or Inf.
+    first_index: int
+
+    @property
+    def kind(self) -> str:
+        return " and ".join(k for k, n in (("NaN", self.nans), ("Inf", self.infs)) if n)
+
+    def __str__(self) -> str:
+        return f"{self.name}[{self.first_index}]"
+
+
+@dataclasses.dataclass(frozen=True)
+class StepReport:
+    """What the guard saw in one step and what it did."""
+
+    step: int
+    batch_id: object
+    verdict: Verdict
+    #: L2 norm of all gradients before clipping, after unscaling.
+    total_norm: float
+    #: Factor the gradients were clipped by, with AdaGC the smallest one; 1.0 where none was.
+    clip_coef: float
+    #: The clipping threshold in force; inf where AdaGC has one for each parameter.
+    max_norm: float = math.inf
+    #: As given to the guard.
+    loss: float | None = None
+    #: The parameters with a NaN or Inf gradient, in the model's order.
+    offenders: tuple[Offender, ...] = ()
+    #: On a step with offenders the stretches of finite and of non-finite parameters in the model's
+    #: order: (finite, name of the first, name of the last). The fault lies where they meet.
+    bracket: tuple[tuple[bool, str, str], ...] = ()
+    #: The micro-batches of this step whose gradients were left out.
+    quarantined: tuple["StepReport", ...] = ()
+    #: How many micro-batches there were, 0 without ``GradGuard.accumulate``.
+    micro_batches: int = 0
+
+    @property
+    def skipped(self) -> bool:
+        return self.verdict.skipped
+
+    @property
+    def batch(self) -> object:
+        """The batch's id, or the number of the step where none was given."""
+        return self.step if self.batch_id is None else self.batch_id
+
+    @property
+    def nonfinite(self) -> tuple[str, ...]:
+        """Names of the parameters with a NaN or Inf gradient, in the model's order."""
+        return tuple(offender.name for offender in self.offenders)
+
+    @property
+    def first_nonfinite(self) -> str | None:
+        """Where the first of them has its first NaN or Inf: "name[flat index]".
+
+        None where all elements are finite, also if the norm of float64 gradients overflowed or the
+        loss alone was not finite.
+        """
+        return str(self.offenders[0]) if self.offenders else None
+
+    def to_dict(self) -> dict:
+        """As plain values; the batch's id as text."""
+        values = dataclasses.asdict(self)
+        values["verdict"] = int(self.verdict)
+        values["batch_id"] = None if self.batch_id is None else str(self.batch_id)
+        values["quarantined"] = [report.to_dict() for report in self.quarantined]
+        return values
+
+    @classmethod
+    def from_dict(cls, values: dict) -> "StepReport":
+        return cls(
+            **{
+                **values,
+                "verdict": Verdict(values["verdict"]),
+                "offenders": tuple(Offender(**offender) for offender in values["offenders"]),
+                "bracket": tuple(map(tuple, values["bracket"])),
+                "quarantined": tuple(map(cls.from_dict, values["quarantined"])),
+            }
+        )
+
+
+class PendingReport:
+    """A :class:`StepReport` that is still on its way from the device.
+
+    It has the attributes of a StepReport; the first look at one of them (other than ``step`` and
+    ``batch_id``) waits for the device. ``ready`` tells whether it would have to wait.
+    """
+
+    def __init__(
+        self,
+        step: int,
+        batch_id: object,
+        record: Tensor,
+        measured: GradNorm,
+        unscale: Tensor | None,
+        names: list[str],
+        loss: Tensor | None,
+        micro_batches: Iterable["PendingReport"] = (),
+    ):
+        self.step = step
+        self.batch_id = batch_id
+        self._record = _Transfer(record)
+        self._measured = measured
+        self._unscale = unscale
+        self._loss_given = loss is not None
+        self._names = names
+        self._micro_batches = tuple(micro_batches)
+        self._result: StepReport | None = None
+
+    @property
+    def ready(self) -> bool:
+        return self._record.ready
+
+    def result(self) -> StepReport:
+        if self._result is None:
+            verdict, clip_coef, total_norm, max_norm, loss = self._record.wait()
+            verdict = Verdict(int(verdict))
+            bad = math.isnan(total_norm) or math.isinf(total_norm)
+            micro_batches = (report.result() for report in self._micro_batches)
+            self._result = StepReport(
+                self.step,
+                self.batch_id,
+                verdict,
+                total_norm,
+                clip_coef,
+                max_norm,
+                loss if self._loss_given else None,
+                *(self._offenders() if bad else ()),
+                quarantined=tuple(report for report in micro_batches if report.skipped),
+                micro_batches=len(self._micro_batches),
+            )
+        return self._result
+
+    def norms(self) -> dict[str, float]:
+        """L2 norm of each parameter's gradient before clipping, after unscaling."""
+        norms = self._measured.norms
+        norms = norms if self._unscale is None else norms * self._unscale
+        return dict(zip(self._names, norms.tolist(), strict=True))
+
+    def _offenders(self) -> tuple[tuple[Offender, ...], tuple[tuple[bool, str, str], ...]]:
+        rows = list(zip(self._names, self._measured.nonfinite.tolist(), strict=True))
+        offenders = tuple(Offender(name, *row) for name, row in rows if row[2] >= 0)
+        stretches: list[tuple[bool, str, str]] = []
+        for name, (_, _, first_index) in rows:
+            finite = first_index < 0
+            if stretches and stretches[-1][0] == finite:
+                stretches[-1] = (finite, stretches[-1][1], name)
+            else:
+                stretches.append((finite, name, name))
+        return offenders, tuple(stretches) if offenders else ()
+
+    def __getattr__(self, name: str):
+        if name.startswith("_"):  # pickle and copy look for methods before there is a result
+            raise AttributeError(name)
+        return getattr(self.result(), name)
+
+    def __repr__(self) -> str:
+        return repr(self.result()) if self.ready else f"PendingReport(step={self.step})"
+
+
+class _Transfer:
+    """A tensor on its way to the host. On the CPU it is there already."""
+
+    def __init__(self, tensor: Tensor):
+        self._host, self._event = tensor, None
+        if tensor.device.type != "cpu":
+            self._host = torch.empty_like(tensor, device="cpu", pin_memory=True)
+            self._host.copy_(tensor, non_blocking=True)
+            self._event = torch.Event(tensor.device)
+            self._event.record()
+
+    @property
+    def ready(self) -> bool:
+        return self._event is None or self._event.query()
+
+    def wait(self) -> list[float]:
+        if self._event is not None:
+            self._event.synchronize()
+        return self._host.tolist()
+
+
+class GradientExplosionError(RuntimeError):
+    """``patience`` steps in a row were skipped. ``reports`` holds what each of them looked like."""
+
+    def __init__(self, reports: list[StepReport], skip_norm: float):
+        self.reports = reports
+        self.skip_norm = skip_norm
+        bad = [r for r in reports if r.offenders]
+        large = [r for r in reports if not r.offenders and not _bad_loss(r)]
+        losses = [r for r in reports if not r.offenders and _bad_loss(r)]
+        seen, cures = [], []
+        if bad:
+            places = dict.fromkeys(f"{r.first_nonfinite} ({r.offenders[0].kind})" for r in bad)
+            seen.append(f"{len(bad)} had a NaN or Inf gradient, first at {_shorten(places)}")
+        if losses:
+            seen.append(
+                f"{len(losses)} had a loss of {_shorten({str(r.loss): None for r in losses})}"
+            )
+        if bad or losses:
+            cures.append(
+                "look for corrupt or silent inputs and for targets longer than their inputs in "
+                "these batches; run in fp32; lower the learning rate; restart from a checkpoint "
+                "older than the first of them"
+            )
+        if large:
+            norms = _shorten(f"{r.total_norm:.3g}" for r in large)
+            seen.append(f"{len(large)} had a norm above skip_norm={skip_norm:g} ({norms})")
+            cures.append(
+                "raise skip_norm or set it to inf, so that large finite gradients are clipped; "
+                "lower the learning rate"
+            )
+        super().__init__(
+            f"{len(reports)} steps in a row were skipped, steps {reports[0].step} to "
+            f"{reports[-1].step}: {'; '.join(seen)}.\n"
+            f"  batches: {_shorten(r.batch for r in reports)}\n"
+            f"  parameters that were non-finite first: "
+            f"{_shorten(bad[0].nonfinite) if bad else 'none'}\n"
+            f"  what to try: {'; '.join(cures)}."
+        )
+
+    def __reduce__(self):  # exceptions are pickled by their message, and rebuilt from it
+        return type(self), (self.reports, self.skip_norm)
+
+
+class BadStepFiles:
+    """One JSON file per bad step, ``bad_step_<number>.json``, in a folder that may be absent yet.
+
+    It holds the report, the batch's id, the bracket and the norm of every parameter. At most 100
+    are written; a folder that can not be written costs a warning, not the run.
+    """
+
+    def __init__(self, folder: str | Path | None):
+        self._folder = None if folder is None else Path(folder)
+        self._left = _MAX_FILES
+
+    def write(self, report: PendingReport) -> None:
+        if self._folder is None or self._left == 0:
+            return
+        self._left -= 1
+        content = report.result().to_dict()
+        content["verdict"] = report.verdict.name.lower()
+        content["norms"] = report.norms()
+        path = self._folder / f"bad_step_{report.step:06d}.json"
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(_strict(content), indent=1) + "\n")
+        except OSError as error:
+            logger.warning("No report on step %d: %s", report.step, error)
+        if self._left == 0:
+            logger.warning("%d bad steps were written to %s; no more", _MAX_FILES, self._folder)
+
+
+def log_skip(report: StepReport, skip_norm: float) -> None:
+    """A warning in the words of the trainer's logs."""
+    if report.verdict is Verdict.SKIP_OUTLIER:
+        logger.warning(
+            "Large gradient norm: %.4g at batch %s, skipping (skip_norm %g)",
+            report.total_norm,
+            report.batch,
+            skip_norm,
+        )
+    elif report.micro_batches and len(report.quarantined) == report.micro_batches:
+        logger.warning(
+            "All %d micro-batches were bad, skipping batch %s", report.micro_batches, report.batch
+        )
+    elif report.verdict is Verdict.SKIP_ROLLBACK:
+        logger.warning("Skipping batch %s after the rollback", report.batch)
+    elif _bad_loss(report) and not report.offenders:
+        logger.warning("Infinite loss, skipping batch %s (loss %s)", report.batch, report.loss)
+    else:
+        logger.warning(
+            "Infinite gradient, skipping batch %s (norm %s, first at %s)",
+            report.batch,
+            report.total_norm,
+            report.first_nonfinite or "none: the sum of the squares overflows",
+        )
+
+
+def _bad_loss(report: StepReport) -> bool:
+    return (
+        report.verdict is Verdict.SKIP_NONFINITE
+        and math.isfinite(report.total_norm)
+        and report.loss is not None
+    )
+
+
+def _strict(value):
+    """JSON has no NaN and no Infinity: they become text."""
+    if isinstance(value, dict):
+        return {key: _strict(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_strict(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _shorten(items: Iterable, at_most: int = 8) -> str:
+    words = [str(item) for item in items]
+    more = f", ... ({len(words)} in all)" if len(words) > at_most else ""
+    return ", ".join(words[:at_most]) + more

@@ -1,0 +1,149 @@
+"""Which parameters a guard watches, and which of them have gradients."""
+
+import inspect
+import operator
+import weakref
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from . import ops
+
+_COMPLEX = {torch.complex64: torch.float32, torch.complex128: torch.float64}
+
+
+class Watched:
+    """The parameters of a module, or those given, by name and in order; each one once.
+
+    A module is walked again when the parameters of an optimizer are not those of its last step, and
+    when ``stale`` is set; not each time, for a walk of many parameters takes longer than reading
+    their gradients.
+
+    Raises:
+        ValueError: there are none.
+        TypeError: one is no tensor.
+    """
+
+    def __init__(
+        self, params_or_model: nn.Module | Tensor | Iterable[Tensor] | Iterable[tuple[str, Tensor]]
+    ):
+        self.module = params_or_model if isinstance(params_or_model, nn.Module) else None
+        self._given = [] if self.module is not None else _name(params_or_model)
+        # Of each optimizer: the parameters that it held last, and those that are not watched.
+        self._checked: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+        self._look_up()
+        if not self.parameters:
+            raise ValueError(
+                "GradGuard got no parameters; pass the module, or its parameters() as a list if a "
+                "generator was used up before"
+            )
+
+    def _look_up(self) -> None:
+        named = self._given if self.module is None else self.module.named_parameters()
+        once: dict[int, tuple[str, Tensor]] = {}
+        for name, parameter in named:
+            once.setdefault(id(parameter), (name, parameter))
+        self.names = [name for name, _ in once.values()]
+        self.parameters = [parameter for _, parameter in once.values()]
+        self._ids = once.keys()
+        self.stale = False
+
+    def check(self, optimizer: torch.optim.Optimizer) -> bool:
+        """ValueError if a step with this optimizer can not be guarded; True after a new walk."""
+        held = [p for group in optimizer.param_groups for p in group["params"]]
+        seen, strangers = self._checked.get(optimizer, (None, []))
+        walk = seen is None or self.stale or not _same(seen, held)
+        if walk:
+            _check_no_closure(optimizer)
+            if self.module is not None:
+                self._look_up()
+            strangers = [p for p in held if id(p) not in self._ids]
+            self._checked[optimizer] = held, strangers
+        for p in strangers:
+            if p.grad is not None:
+                raise ValueError(
+                    f"the optimizer holds a parameter of shape {tuple(p.shape)} with a gradient "
+                    "that the guard does not watch; give GradGuard the module or all parameters"
+                )
+        return walk
+
+    def with_gradients(self) -> tuple[list[str], list[Tensor]]:
+        """Names of the parameters that have a gradient, and the parameters."""
+        if all([p.grad is not None for p in self.parameters]):  # a list: twice as fast
+            return self.names, self.parameters
+        present = [i for i, p in enumerate(self.parameters) if p.grad is not None]
+        if not present:
+            self._check_not_replaced()
+        return [self.names[i] for i in present], [self.parameters[i] for i in present]
+
+    def _check_not_replaced(self) -> None:
+        # No gradient anywhere: either backward did not run, or it ran for other parameters.
+        if self.module is None:
+            return
+        for name, parameter in self.module.named_parameters():
+            if parameter.grad is not None and id(parameter) not in self._ids:
+                raise ValueError(
+                    f"{name} has a gradient, but no parameter that the optimizer holds has one: "
+                    "the module's parameters were replaced after the optimizer was built (by "
+                    "load_state_dict(assign=True)?); build the optimizer anew"
+                )
+
+
+def check_gradients(names: list[str], grads: list[Tensor]) -> None:
+    """ValueError for gradients that the guard can not measure, with the parameter's name."""
+    if {type(grad) for grad in grads} - {Tensor, nn.Parameter}:
+        name, kind = next(
+            (n, type(g)) for n, g in zip(names, grads, strict=True) if type(g) is not Tensor
+        )
+        raise ValueError(
+            f"the gradient of {name} is a {kind.__name__}: GradGuard takes plain tensors only; "
+            "fastguard.clip_grad_norm_ takes DTensors"
+        )
+    if not {grad.dtype for grad in grads} <= {*ops.DTYPES, *_COMPLEX}:
+        name, dtype = next(
+            (n, g.dtype) for n, g in zip(names, grads, strict=True) if g.dtype not in ops.DTYPES
+        )
+        raise ValueError(
+            f"the gradient of {name} has dtype {dtype}; float32, float64, bfloat16, float16 and "
+            "complex ones of these are supported"
+        )
+    if len(devices := {grad.device for grad in grads}) > 1:
+        raise ValueError(
+            f"gradients on several devices, {sorted(map(str, devices))}: GradGuard takes one; "
+            "use a guard for each, or fastguard.clip_grad_norm_"
+        )
+
+
+def _same(a: list[Tensor], b: list[Tensor]) -> bool:
+    return len(a) == len(b) and all(map(operator.is_, a, b))
+
+
+def _check_no_closure(optimizer: torch.optim.Optimizer) -> None:
+    for parameter in inspect.signature(optimizer.step).parameters.values():
+        if parameter.default is parameter.empty and parameter.kind not in (
+            parameter.VAR_POSITIONAL,
+            parameter.VAR_KEYWORD,
+        ):
+            raise ValueError(
+                f"{type(optimizer).__name__}.step needs a {parameter.name}: it evaluates the model "
+                "several times per step, and the guard would see but one of its gradients"
+            )
+
+
+def _name(
+    parameters: Tensor | Iterable[Tensor] | Iterable[tuple[str, Tensor]],
+) -> list[tuple[str, Tensor]]:
+    if isinstance(parameters, Tensor):
+        parameters = [parameters]
+    named = [
+        item if isinstance(item, tuple) else (f"parameter {i}", item)
+        for i, item in enumerate(parameters)
+    ]
+    for name, parameter in named:
+        if not isinstance(parameter, Tensor):
+            raise TypeError(
+                f"GradGuard takes a module, parameters or (name, parameter) pairs; {name} is a "
+                f"{type(parameter).__name__}"
+            )
+    return named

@@ -1,0 +1,194 @@
+"""GradGuard.accumulate: a bad micro-batch is as if it had never been."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+import fastguard
+from fastguard import GradGuard, Verdict
+
+from .test_clip import assert_same_bits
+from .test_guard import everything, set_gradient_norms, small_model
+
+
+def window(model, guard, optimizer, batches, **kwargs):
+    """One step whose micro-batches are ``batches``."""
+    optimizer.zero_grad()
+    for x in batches:
+        model(x).square().mean().backward()
+        guard.accumulate(**kwargs)
+    return guard.step(optimizer)
+
+
+def batch(seed, bad=None):
+    x = torch.randn(6, 4, generator=torch.Generator().manual_seed(seed))
+    if bad is not None:
+        x[seed % 6, seed % 4] = bad
+    return x
+
+
+@pytest.mark.parametrize("measure", ["step", "backward"])
+@pytest.mark.parametrize("make", [fastguard.AdamW, torch.optim.SGD])
+@pytest.mark.parametrize("bad_places", [[0], [1], [2], [0, 1], [1, 2], [0, 2]])
+def test_a_bad_micro_batch_leaves_no_trace(make, bad_places, measure):
+    """NeMo's skip_nan_grad zeroes the whole window; here the others count, as their mean."""
+    runs = []
+    for bad in (True, False):
+        model = small_model()
+        optimizer = make(model.parameters(), lr=0.1)
+        guard = GradGuard(model, max_norm=0.5, measure=measure)
+        for step in range(4):
+            places = bad_places if step % 2 else []
+            batches = [
+                batch(3 * step + i, math.inf if i in places else None)
+                for i in range(3)
+                if bad or i not in places
+            ]
+            report = window(model, guard, optimizer, batches)
+            assert not report.skipped
+            assert len(report.quarantined) == (len(places) if bad else 0)
+        runs.append((everything(model, optimizer), report.total_norm))
+    assert_same_bits(runs[0][0], runs[1][0])
+    assert runs[0][1] == runs[1][1]
+
+
+def test_the_mean_of_the_good_ones_is_what_torch_computes():
+    ours, theirs = small_model(), small_model()
+    ours_opt, theirs_opt = (torch.optim.SGD(m.parameters(), lr=0.1) for m in (ours, theirs))
+    guard = GradGuard(ours, max_norm=0.1)
+    for step in range(3):
+        batches = [batch(4 * step + i) for i in range(4)]
+        report = window(ours, guard, ours_opt, batches)
+        theirs_opt.zero_grad()
+        for x in batches:
+            (theirs(x).square().mean() / 4).backward()
+        norm = nn.utils.clip_grad_norm_(theirs.parameters(), 0.1)
+        theirs_opt.step()
+        assert report.total_norm == pytest.approx(norm.item(), rel=1e-5)
+        assert report.micro_batches == 4
+    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_weights_make_a_mean_over_items_of_sums():
+    weight = nn.Parameter(torch.zeros(3))
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    guard = GradGuard([weight], max_norm=math.inf)
+    for items, total in ((2, 10.0), (3, math.nan), (6, 6.0)):
+        weight.grad = torch.full((3,), total)
+        guard.accumulate(weight=items)
+    guard.step(optimizer)
+    assert weight.tolist() == [-16.0 / 8] * 3
+
+
+def test_a_window_of_bad_ones_is_a_skipped_step(caplog):
+    model = small_model()
+    optimizer = fastguard.AdamW(model.parameters())
+    guard = GradGuard(model)
+    window(model, guard, optimizer, [batch(1)])
+    before = everything(model, optimizer)
+    report = window(model, guard, optimizer, [batch(2, math.nan), batch(3, math.inf)])
+    assert report.verdict is Verdict.SKIP_NONFINITE
+    assert_same_bits(before, everything(model, optimizer))
+    assert [r.getMessage().split("(")[0] for r in caplog.records] == [
+        "Infinite gradient, skipping batch micro-batch 0 ",
+        "Infinite gradient, skipping batch micro-batch 1 ",
+        "All 2 micro-batches were bad, skipping batch 1",
+    ]
+    assert not window(model, guard, optimizer, [batch(4)]).skipped
+
+
+def test_an_outlier_among_micro_batches_is_left_out_while_armed():
+    parameters = [nn.Parameter(torch.zeros(10))]
+    optimizer = torch.optim.SGD(parameters, lr=1.0)
+    guard = GradGuard(parameters, max_norm=math.inf, skip_norm=10.0)
+    for _ in range(16):
+        set_gradient_norms(parameters, 1.0)
+        guard.step(optimizer)
+    before = parameters[0].detach().clone()
+    for norm in (2.0, 1e30, 4.0):
+        set_gradient_norms(parameters, norm)
+        guard.accumulate()
+    report = guard.step(optimizer)
+    assert report.total_norm == pytest.approx(3.0)
+    assert [r.verdict for r in report.quarantined] == [Verdict.SKIP_OUTLIER]
+    assert (before - parameters[0].detach()).norm().item() == pytest.approx(3.0, rel=1e-5)
+
+
+def test_buffers_of_a_skipped_window_go_back_to_before_its_good_micro_batches():
+    model = small_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    guard = GradGuard(model)
+    window(model, guard, optimizer, [batch(1)])
+    before = everything(model, optimizer)
+    optimizer.zero_grad()
+    model(batch(2)).square().mean().backward()
+    assert not guard.accumulate().skipped
+    assert guard.step(optimizer, loss=math.nan).verdict is Verdict.SKIP_NONFINITE
+    assert_same_bits(before, everything(model, optimizer))
+
+
+def test_gradients_that_were_not_accumulated_are_the_last_micro_batch():
+    weight = nn.Parameter(torch.zeros(1))
+    guard = GradGuard([weight], max_norm=math.inf)
+    for value in (1.0, 5.0):
+        weight.grad = torch.tensor([value])
+        if value == 1.0:
+            guard.accumulate(batch_id="a")
+    report = guard.step(torch.optim.SGD([weight], lr=1.0), batch_id="b")
+    assert weight.item() == -3.0
+    assert report.micro_batches == 2
+
+
+def test_parameters_that_only_some_micro_batches_reach():
+    one, two = nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([one, two], lr=1.0)
+    for bad_first in (False, True):
+        guard = GradGuard([one, two], max_norm=math.inf)
+        with torch.no_grad():
+            one.zero_()
+            two.zero_()
+        for p, value in ((one, math.nan if bad_first else 2.0), (two, 6.0)):
+            optimizer.zero_grad()
+            p.grad = torch.tensor([value])
+            guard.accumulate()
+        guard.step(optimizer)
+        assert (one.item(), two.item()) == ((0.0, -6.0) if bad_first else (-1.0, -3.0))
+
+
+def test_with_a_grad_scaler():
+    model = small_model()
+    optimizer = fastguard.AdamW(model.parameters(), lr=0.1)
+    guard = GradGuard(model, max_norm=math.inf)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    for seed, bad in ((1, None), (2, math.inf), (3, None)):
+        scaler.scale(model(batch(seed, bad)).square().mean()).backward()
+        guard.accumulate(scaler=scaler)
+    report = guard.step(optimizer, scaler=scaler)
+    plain = small_model()
+    for seed in (1, 3):
+        (plain(batch(seed)).square().mean() / 2).backward()
+    norm = torch.linalg.vector_norm(torch.cat([p.grad.flatten() for p in plain.parameters()]))
+    assert report.total_norm == pytest.approx(norm.item(), rel=1e-5)
+    assert scaler.get_scale() == 1024.0
+
+
+def test_refuses_and_leaves_the_gradients():
+    weight, other = nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(2))
+    guard = GradGuard([("weight", weight), ("other", other)])
+    weight.grad = torch.ones(2)
+    for bad_weight in (0.0, -1.0, math.nan, math.inf):
+        with pytest.raises(ValueError, match=f"weight must be a positive number, got {bad_weight}"):
+            guard.accumulate(weight=bad_weight)
+    with pytest.raises(ValueError, match=r"loss must be one number, got a tensor of shape \(2,\)"):
+        guard.accumulate(loss=torch.ones(2))
+    other.grad = weight.grad
+    with pytest.raises(ValueError, match="two parameters share one gradient"):
+        guard.accumulate()
+    other.grad = torch.ones(2).to_sparse()
+    with pytest.raises(ValueError, match="the gradient of other is sparse"):
+        guard.accumulate()
+    assert weight.grad.tolist() == [1.0, 1.0]
+    assert guard._window is None

@@ -1,0 +1,163 @@
+"""The host does not wait on the way of a step, and learns what happened with bounded lag."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import fastguard
+from fastguard import GradGuard, GradientExplosionError, Rollback, Verdict, diagnose
+from fastguard.thresholds import AdaGC, AutoClip, Fixed, RunningMedian, ZClip
+
+from .test_guard import set_gradient_norms, small_model, train_step
+
+aten = torch.ops.aten
+HOST_READS = {aten._local_scalar_dense, aten.is_nonzero, aten.equal, aten.item}
+
+
+class Ops(TorchDispatchMode):
+    """The operators that ran, in order; reads of a tensor's values by the host among them."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.overloadpacket)
+        return func(*args, **(kwargs or {}))
+
+
+def optimizers(parameters):
+    return {
+        "fastguard": fastguard.AdamW(parameters, lr=0.1),
+        "fused": torch.optim.AdamW(parameters, lr=0.1, fused=True),
+        "foreign": torch.optim.SGD(parameters, lr=0.1),
+    }
+
+
+def slow(monkeypatch):
+    """As on a GPU whose queue is long: no report arrives unless one waits for it."""
+    monkeypatch.setattr(diagnose._Transfer, "ready", property(lambda self: False))
+
+
+@pytest.mark.parametrize("measure", ["step", "backward"])
+@pytest.mark.parametrize(
+    "threshold", [Fixed(), ZClip(), RunningMedian(), AutoClip(), AdaGC()], ids=lambda t: t.kind.name
+)
+@pytest.mark.parametrize("name", ["fastguard", "fused", "foreign"])
+def test_host_reads_of_a_step(name, threshold, measure, monkeypatch):
+    """None, but the one that an optimizer needs which knows neither the guard nor found_inf."""
+    slow(monkeypatch)
+    model = small_model()
+    optimizer = optimizers(model.parameters())[name]
+    guard = GradGuard(model, 0.01, 5.0, threshold=threshold, measure=measure)
+    scaler = torch.amp.GradScaler("cpu")
+    for bad in (False, True, False):
+        optimizer.zero_grad()
+        loss = model(torch.full((6, 4), math.nan if bad else 1.0)).square().mean()
+        scaler.scale(loss).backward()
+        with Ops() as ops:
+            guard.step(optimizer, scaler=scaler, loss=loss)
+        reads = sum(op in HOST_READS for op in ops.names)
+        if name == "foreign" or (name == "fused" and threshold.kind.name == "ADAGC"):
+            assert reads == 1
+        elif name == "fastguard":
+            assert reads == 0
+        else:  # torch's fused AdamW reads each parameter's step counter on the CPU
+            assert reads <= sum(1 for _ in model.parameters())
+
+
+@pytest.mark.parametrize("threshold", [Fixed(), ZClip(), AutoClip(), AdaGC()])
+def test_nothing_reads_values_that_are_not_there(threshold, monkeypatch):
+    """Fake tensors have no values: whatever looked at one would raise."""
+    slow(monkeypatch)
+    with FakeTensorMode():
+        model = small_model()
+        guard = GradGuard(model, 1.0, 10.0, threshold=threshold, max_lag=100)
+        optimizer = fastguard.AdamW(model.parameters())
+        for _ in range(3):
+            optimizer.zero_grad()
+            for _ in range(2):
+                loss = model(torch.randn(6, 4)).square().mean()
+                loss.backward()
+                guard.accumulate(loss=loss)
+            guard.step(optimizer)
+            train_step(model, optimizer, guard, torch.randn(6, 4))
+
+
+def test_reports_are_read_at_most_max_lag_steps_late(monkeypatch):
+    slow(monkeypatch)
+    parameters = [nn.Parameter(torch.zeros(10))]
+    guard = GradGuard(parameters, max_lag=3)
+    optimizer = fastguard.AdamW(parameters)
+    looked = []
+    result = diagnose.PendingReport.result
+    monkeypatch.setattr(
+        diagnose.PendingReport, "result", lambda self: looked.append(self.step) or result(self)
+    )
+    for step in range(6):
+        set_gradient_norms(parameters, 1.0)
+        guard.step(optimizer)
+        assert looked == list(range(step - 2))
+    assert [r.step for r in guard.poll()] == []
+    assert [r.step for r in guard.poll(wait=True)] == [3, 4, 5]
+
+
+def test_patience_works_with_the_lag(monkeypatch):
+    slow(monkeypatch)
+    parameters = [nn.Parameter(torch.ones(10))]
+    before = parameters[0].detach().clone()
+    guard = GradGuard(parameters, patience=4, max_lag=3)
+    optimizer = fastguard.AdamW(parameters, lr=0.1)
+    with pytest.raises(GradientExplosionError) as caught:
+        for step in range(20):
+            set_gradient_norms(parameters, math.nan)
+            guard.step(optimizer, batch_id=step)
+    assert step == 4 + 3 - 1
+    assert [r.batch for r in caught.value.reports] == [0, 1, 2, 3]
+    assert torch.equal(parameters[0].detach(), before)
+
+
+def test_a_checkpoint_flushes_and_the_error_is_not_lost(monkeypatch):
+    """pocket-tts rotated its good checkpoints away before it noticed that the weights were NaN."""
+    slow(monkeypatch)
+    parameters = [nn.Parameter(torch.ones(10))]
+    guard = GradGuard(parameters, patience=3, max_lag=100)
+    optimizer = fastguard.AdamW(parameters, lr=0.1)
+    for _ in range(3):
+        set_gradient_norms(parameters, math.inf)
+        guard.step(optimizer)
+    assert len(guard.state_dict()["skips_in_a_row"]) == 3
+    with pytest.raises(GradientExplosionError, match="3 steps in a row"):
+        guard.poll()
+
+
+def test_rollback_works_with_the_lag(monkeypatch):
+    slow(monkeypatch)
+    parameters = [nn.Parameter(torch.ones(10))]
+    guard = GradGuard(
+        parameters, patience=2, max_lag=2, on_patience="rollback", rollback=Rollback(every=1)
+    )
+    optimizer = fastguard.AdamW(parameters, lr=0.1)
+    for norm in (1.0, 1.0, 1.0, math.nan, math.nan, math.nan, math.nan, math.nan):
+        set_gradient_norms(parameters, norm)
+        guard.step(optimizer)
+    assert optimizer.param_groups[0]["lr"] == 0.05
+    assert parameters[0].isfinite().all()
+
+
+def test_a_report_is_a_step_report_that_waits():
+    model = small_model()
+    guard = GradGuard(model)
+    report = train_step(model, torch.optim.SGD(model.parameters(), lr=0.1), guard, torch.ones(6, 4))
+    assert report.ready
+    assert report.verdict is Verdict.APPLY or report.verdict is Verdict.CLIP
+    assert report.result().total_norm == report.total_norm
+    assert set(report.norms()) == {name for name, _ in model.named_parameters()}
+    assert math.hypot(*report.norms().values()) == pytest.approx(report.total_norm)
+    assert "StepReport" in repr(report)
+    with pytest.raises(AttributeError, match="no_such_thing"):
+        _ = report.no_such_thing
