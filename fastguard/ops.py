@@ -463,6 +463,198 @@ def _fake_scale_(grads, clip_coef):
     return None
 
 
+# --- adamw_ -------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def adamw_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    max_exp_avg_sqs: Sequence[Tensor],
+    state_steps: Sequence[Tensor],
+    grad_coef: Tensor,
+    verdict: Tensor,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    weight_decay: float,
+    eps: float,
+    decoupled_weight_decay: bool,
+    amsgrad: bool,
+    maximize: bool,
+) -> None:
+    """One Adam or AdamW step of N parameters, unless the verdict is a skip.
+
+    ::
+
+        if verdict not in (Verdict.APPLY, Verdict.CLIP):
+            return                                          # nothing is written, bit for bit
+        for each parameter p with its gradient, m, v, v_max and step t:
+            t += 1
+            g = gradient * grad_coef                        # the product in float64
+            g = -g if maximize else g
+            g = g if decoupled_weight_decay else g + weight_decay * p
+            m = beta1 * m + (1 - beta1) * g
+            v = beta2 * v + (1 - beta2) * g * g
+            v_max = max(v_max, v) if amsgrad else v
+            decay = lr * weight_decay * p if decoupled_weight_decay else 0
+            p -= decay + lr / (1 - beta1**t) * m / (sqrt(v_max / (1 - beta2**t)) + eps)
+
+    in float32, for float64 parameters in float64, the bias corrections in float64. Gradients are
+    only read. The result does not depend on the number of threads, nor on the CPU's instruction
+    set. Where a gradient or a moment lies otherwise in memory than its parameter, or the parameter
+    has gaps, copies are made.
+
+    Source: Kingma & Ba, "Adam: A Method for Stochastic Optimization", ICLR 2015; Loshchilov &
+    Hutter, "Decoupled Weight Decay Regularization", ICLR 2019; amsgrad: Reddi et al., "On the
+    Convergence of Adam and Beyond", ICLR 2018.
+
+    Args:
+        params: N >= 0 dense tensors of one device, of float32, float64, bfloat16 or float16, none
+            of which overlaps itself or another.
+        grads: N tensors of the parameters' shapes, of their dtypes or float32.
+        exp_avgs, exp_avg_sqs: m and v, N tensors of the parameters' shapes; float64 for float64
+            parameters, float32 for all others.
+        max_exp_avg_sqs: v_max, the same; empty without amsgrad.
+        state_steps: t, N float32 tensors of shape ().
+        grad_coef: float64, shape () or (N,): factor for all gradients, or for each.
+        verdict: a :class:`Verdict`, int64, shape ().
+
+    Raises:
+        RuntimeError: lists of other lengths, or a tensor of another dtype, shape or device, or one
+            to be written that is expanded; nothing is written then.
+    """
+    params, grads = list(params), list(grads)
+    exp_avgs, exp_avg_sqs = list(exp_avgs), list(exp_avg_sqs)
+    max_exp_avg_sqs, state_steps = list(max_exp_avg_sqs), list(state_steps)
+    tensors = (params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, state_steps)
+    options = (lr, beta1, beta2, weight_decay, eps, decoupled_weight_decay, amsgrad, maximize)
+    if params and _has_kernel(params[0], cuda=False):
+        torch.ops.fastguard.adamw_.default(*tensors, grad_coef, verdict, *options)
+        for written in (params, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, state_steps):
+            torch.autograd.graph.increment_version(written)
+    else:
+        adamw_ref_(*tensors, grad_coef, verdict, *options)
+
+
+@torch.no_grad()
+def adamw_ref_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    max_exp_avg_sqs: Sequence[Tensor],
+    state_steps: Sequence[Tensor],
+    grad_coef: Tensor,
+    verdict: Tensor,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    weight_decay: float,
+    eps: float,
+    decoupled_weight_decay: bool,
+    amsgrad: bool,
+    maximize: bool,
+) -> None:
+    """:func:`adamw_` in plain torch; on a skip it writes what was there, lest the host wait."""
+    lists = (params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, state_steps)
+    _check_adamw(*lists, grad_coef, verdict, amsgrad)
+    skip = (verdict != int(Verdict.APPLY)) & (verdict != int(Verdict.CLIP))
+    coefs = (-grad_coef if maximize else grad_coef).expand(len(params)).unbind()
+    for i, (p, m, v, step) in enumerate(
+        zip(params, exp_avgs, exp_avg_sqs, state_steps, strict=True)
+    ):
+        new_step = step + 1
+        t = new_step.double()
+        step_size = (lr / (1 - beta1**t)).to(m.dtype)
+        root_factor = (1 / (1 - beta2**t).sqrt()).to(m.dtype)
+        old = p.to(m.dtype)
+        g = (grads[i].double() * coefs[i]).to(m.dtype)
+        if weight_decay != 0 and not decoupled_weight_decay:
+            g = g + weight_decay * old
+        new_m = beta1 * m + (1 - beta1) * g
+        new_v = beta2 * v + (1 - beta2) * g * g
+        under_root = torch.maximum(max_exp_avg_sqs[i], new_v) if amsgrad else new_v
+        move = step_size * (new_m / (under_root.sqrt() * root_factor + eps))
+        if decoupled_weight_decay:
+            move = (lr * weight_decay) * old + move
+        written = [(p, (old - move).to(p.dtype)), (m, new_m), (v, new_v), (step, new_step)]
+        for tensor, new in [*written, (max_exp_avg_sqs[i], under_root)] if amsgrad else written:
+            tensor.copy_(torch.where(skip, tensor, new))
+
+
+def _check_adamw(
+    params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, state_steps, grad_coef, verdict, amsgrad
+):
+    n = len(params)
+    lists = {
+        "grads": grads,
+        "exp_avgs": exp_avgs,
+        "exp_avg_sqs": exp_avg_sqs,
+        "max_exp_avg_sqs": max_exp_avg_sqs,
+        "state_steps": state_steps,
+    }
+    for name, tensors in lists.items():
+        wanted = 0 if name == "max_exp_avg_sqs" and not amsgrad else n
+        if len(tensors) != wanted:
+            raise RuntimeError(
+                f"adamw_: {name} has {len(tensors)} tensors; with {n} params and "
+                f"amsgrad={amsgrad} it must have {wanted}"
+            )
+    if grad_coef.dtype != torch.float64 or grad_coef.shape not in ((), (n,)):
+        raise RuntimeError(
+            f"adamw_: grad_coef must be a float64 tensor of shape () or ({n},), one factor for all "
+            f"gradients or one for each; got {grad_coef.dtype} of shape {tuple(grad_coef.shape)}"
+        )
+    if verdict.dtype != torch.int64 or verdict.dim() != 0:
+        raise RuntimeError(
+            "adamw_: verdict must be an int64 tensor of shape (), as decide returns it; got "
+            f"{verdict.dtype} of shape {tuple(verdict.shape)}"
+        )
+    for i, p in enumerate(params):
+        if p.dtype not in DTYPES:
+            raise RuntimeError(
+                f"adamw_: params[{i}] has dtype {p.dtype}; float32, float64, bfloat16 and float16 "
+                "are supported"
+            )
+        moment = torch.float64 if p.dtype == torch.float64 else torch.float32
+        fits = {"grads": {p.dtype, moment}}
+        for name in ("grads", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs")[: 4 if amsgrad else 3]:
+            tensor, dtypes = lists[name][i], fits.get(name, {moment})
+            if tensor.shape != p.shape:
+                raise RuntimeError(
+                    f"adamw_: {name}[{i}] has shape {tuple(tensor.shape)}, its parameter "
+                    f"{tuple(p.shape)}; make it with torch.zeros_like"
+                )
+            if tensor.dtype not in dtypes:
+                raise RuntimeError(
+                    f"adamw_: {name}[{i}] has dtype {tensor.dtype}, its parameter {p.dtype}; it "
+                    f"must be {' or '.join(sorted(map(str, dtypes)))}"
+                )
+        for name in ("params", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs")[: 4 if amsgrad else 3]:
+            tensor = p if name == "params" else lists[name][i]
+            if tensor.numel() and any(
+                stride == 0 and size > 1
+                for stride, size in zip(tensor.stride(), tensor.shape, strict=True)
+            ):
+                raise RuntimeError(
+                    f"adamw_: {name}[{i}] is expanded or overlaps itself: several of its elements "
+                    "share a single memory location; clone it"
+                )
+        step = state_steps[i]
+        if step.dtype != torch.float32 or step.dim() != 0:
+            raise RuntimeError(
+                f"adamw_: state_steps[{i}] must be a float32 tensor of shape (); got {step.dtype} "
+                f"of shape {tuple(step.shape)}"
+            )
+
+
+def _fake_adamw_(*args):
+    return None
+
+
 # --- what was built -----------------------------------------------------------------------------
 
 
@@ -487,3 +679,4 @@ if _native.cpu_problem is None:
     torch.library.register_fake("fastguard::settle_", _fake_settle_)
     torch.library.register_fake("fastguard::accumulate_", _fake_accumulate_)
     torch.library.register_fake("fastguard::scale_", _fake_scale_)
+    torch.library.register_fake("fastguard::adamw_", _fake_adamw_)

@@ -1,0 +1,112 @@
+// A list of tensors as the dispatcher hands it to a kernel: bare handles. TORCH_BOX would put a
+// shared_ptr around each, and adamw_ gets five tensors per parameter.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+#include <vector>
+
+namespace fastguard {
+
+// What a kernel needs to know about a tensor, borrowed from the list that owns it.
+class TensorView {
+ public:
+  explicit TensorView(AtenTensorHandle handle) : handle_(handle) {
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dim(handle, &dim_));
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(handle, &sizes_));
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(handle, &dtype_));
+  }
+
+  AtenTensorHandle handle() const { return handle_; }
+  int64_t dim() const { return dim_; }
+  int64_t size(int64_t dim) const { return sizes_[dim]; }
+  // A number of the shim's; equal numbers are equal dtypes.
+  int32_t dtype() const { return dtype_; }
+
+  torch::headeronly::ScalarType scalar_type() const {
+    return torch::stable::detail::to<torch::headeronly::ScalarType>(
+        torch::stable::detail::from(dtype_));
+  }
+
+  int64_t numel() const {
+    int64_t numel = 1;
+    for (int64_t dim = 0; dim < dim_; ++dim) {
+      numel *= sizes_[dim];
+    }
+    return numel;
+  }
+
+  const int64_t* strides() const {
+    int64_t* strides;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(handle_, &strides));
+    return strides;
+  }
+
+  bool is_contiguous() const {
+    bool contiguous;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_is_contiguous(handle_, &contiguous));
+    return contiguous;
+  }
+
+  const void* data() const {
+    const void* data;
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_get_const_data_ptr(handle_, &data));
+    return data;
+  }
+
+  // Makes a copy-on-write tensor its own; not for several threads at once.
+  void* mutable_data() const {
+    void* data;
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_get_mutable_data_ptr(handle_, &data));
+    return data;
+  }
+
+  // The same tensor, owned.
+  torch::stable::Tensor tensor() const {
+    AtenTensorHandle handle;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_new_tensor_handle(handle_, &handle));
+    return torch::stable::Tensor(handle);
+  }
+
+ private:
+  AtenTensorHandle handle_;
+  int64_t dim_;
+  int64_t* sizes_;
+  int32_t dtype_;
+};
+
+class TensorList {
+ public:
+  // Steals the list and its tensors.
+  explicit TensorList(StableIValue value) {
+    const auto list = torch::stable::detail::to<StableListHandle>(value);
+    size_t size = 0;
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_list_size(list, &size));
+    tensors_.reserve(size);
+    for (size_t i = 0; i < size; ++i) {
+      StableIValue element;
+      STABLE_TORCH_ERROR_CODE_CHECK(torch_list_get_item(list, i, &element));
+      tensors_.emplace_back(torch::stable::detail::to<AtenTensorHandle>(element));
+    }
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_delete_list(list));
+  }
+
+  ~TensorList() {
+    for (const TensorView& tensor : tensors_) {
+      aoti_torch_delete_tensor_object(tensor.handle());
+    }
+  }
+
+  TensorList(const TensorList&) = delete;
+  TensorList& operator=(const TensorList&) = delete;
+
+  size_t size() const { return tensors_.size(); }
+  const TensorView& operator[](size_t index) const { return tensors_[index]; }
+
+ private:
+  std::vector<TensorView> tensors_;
+};
+
+}  // namespace fastguard
