@@ -6,9 +6,12 @@ from .diagnose import GradientExplosionError, StepReport
 from .guard import GradGuard
 from .init import stable_init_
 from .ops import Verdict
+from .optim import Adam, AdamW
 from .rollback import Rollback
 
 __all__ = [
+    "Adam",
+    "AdamW",
     "ClampedMultiheadAttention",
     "GradGuard",
     "GradientExplosionError",

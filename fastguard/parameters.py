@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from . import ops
 
-_COMPLEX = {torch.complex64: torch.float32, torch.complex128: torch.float64}
+_COMPLEX = (torch.complex64, torch.complex128)
 
 
 class Watched:
@@ -92,17 +92,17 @@ class Watched:
 
 def check_gradients(names: list[str], grads: list[Tensor]) -> None:
     """ValueError for gradients that the guard can not measure, with the parameter's name."""
-    if {type(grad) for grad in grads} - {Tensor, nn.Parameter}:
-        name, kind = next(
-            (n, type(g)) for n, g in zip(names, grads, strict=True) if type(g) is not Tensor
-        )
+    if any(hasattr(kind, "full_tensor") for kind in set(map(type, grads))):
+        name = next(n for n, g in zip(names, grads, strict=True) if hasattr(g, "full_tensor"))
         raise ValueError(
-            f"the gradient of {name} is a {kind.__name__}: GradGuard takes plain tensors only; "
+            f"the gradient of {name} is a DTensor: GradGuard takes plain tensors only; "
             "fastguard.clip_grad_norm_ takes DTensors"
         )
     if not {grad.dtype for grad in grads} <= {*ops.DTYPES, *_COMPLEX}:
         name, dtype = next(
-            (n, g.dtype) for n, g in zip(names, grads, strict=True) if g.dtype not in ops.DTYPES
+            (n, g.dtype)
+            for n, g in zip(names, grads, strict=True)
+            if g.dtype not in (*ops.DTYPES, *_COMPLEX)
         )
         raise ValueError(
             f"the gradient of {name} has dtype {dtype}; float32, float64, bfloat16, float16 and "
@@ -120,7 +120,9 @@ def _same(a: list[Tensor], b: list[Tensor]) -> bool:
 
 
 def _check_no_closure(optimizer: torch.optim.Optimizer) -> None:
-    for parameter in inspect.signature(optimizer.step).parameters.values():
+    # Of the class: schedulers put a wrapper in the instance.
+    _, *parameters = inspect.signature(type(optimizer).step).parameters.values()
+    for parameter in parameters:
         if parameter.default is parameter.empty and parameter.kind not in (
             parameter.VAR_POSITIONAL,
             parameter.VAR_KEYWORD,

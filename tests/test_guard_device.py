@@ -52,7 +52,7 @@ def test_host_reads_of_a_step(name, threshold, measure, monkeypatch):
     """None, but the one that an optimizer needs which knows neither the guard nor found_inf."""
     slow(monkeypatch)
     model = small_model()
-    optimizer = optimizers(model.parameters())[name]
+    optimizer = optimizers(list(model.parameters()))[name]
     guard = GradGuard(model, 0.01, 5.0, threshold=threshold, measure=measure)
     scaler = torch.amp.GradScaler("cpu")
     for bad in (False, True, False):
