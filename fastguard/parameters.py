@@ -60,6 +60,12 @@ class Watched:
                 self._look_up()
             strangers = [p for p in held if id(p) not in self._ids]
             self._checked[optimizer] = held, strangers
+        if held and len(strangers) == len(held):
+            raise ValueError(
+                "the guard watches none of the optimizer's parameters: GradGuard was given others, "
+                "or the module's were replaced after the optimizer was built (by "
+                "load_state_dict(assign=True)?); build the optimizer anew"
+            )
         for p in strangers:
             if p.grad is not None:
                 raise ValueError(
@@ -74,20 +80,8 @@ class Watched:
             return self.names, self.parameters
         present = [i for i, p in enumerate(self.parameters) if p.grad is not None]
         if not present:
-            self._check_not_replaced()
+            self.stale = True  # perhaps the module has other parameters by now
         return [self.names[i] for i in present], [self.parameters[i] for i in present]
-
-    def _check_not_replaced(self) -> None:
-        # No gradient anywhere: either backward did not run, or it ran for other parameters.
-        if self.module is None:
-            return
-        for name, parameter in self.module.named_parameters():
-            if parameter.grad is not None and id(parameter) not in self._ids:
-                raise ValueError(
-                    f"{name} has a gradient, but no parameter that the optimizer holds has one: "
-                    "the module's parameters were replaced after the optimizer was built (by "
-                    "load_state_dict(assign=True)?); build the optimizer anew"
-                )
 
 
 def check_gradients(names: list[str], grads: list[Tensor]) -> None:

@@ -1,0 +1,196 @@
+"""What the guard refuses or does with parameters that are not as it expects; nothing half-done."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+import fastguard
+from fastguard import GradGuard
+from fastguard.thresholds import ZClip
+
+from .test_clip import parameters_with
+from .test_guard import small_model, train_step
+
+
+def refused(guard, optimizer, parameters, message):
+    """``step`` raises and changes nothing; the next good step goes as if nothing had been."""
+    before = [p.detach().clone() for p in parameters]
+    state = guard.state_dict()
+    with pytest.raises(ValueError, match=message):
+        guard.step(optimizer)
+    for p, b in zip(parameters, before, strict=True):
+        assert torch.equal(p.detach(), b)
+    assert guard.state_dict() == state
+    assert not optimizer.state
+
+
+def test_parameters_without_gradients():
+    parameters = [nn.Parameter(torch.ones(3))]
+    for optimizer in (torch.optim.SGD(parameters, lr=1.0), fastguard.AdamW(parameters)):
+        report = GradGuard(parameters).step(optimizer)
+        assert report.total_norm == 0.0
+        assert not report.skipped
+    assert parameters[0].tolist() == [1.0] * 3
+
+
+@pytest.mark.parametrize("make", [torch.optim.SGD, fastguard.AdamW])
+def test_an_optimizer_of_other_parameters(make):
+    mine, other = parameters_with([torch.ones(2), torch.ones(4, 1)])
+    guard = GradGuard([mine])
+    refused(guard, make([mine, other]), [mine], r"a parameter of shape \(4, 1\).*does not watch")
+    refused(guard, make([other]), [other], "watches none of the optimizer's parameters")
+
+
+def test_a_stranger_that_gets_its_gradient_later():
+    mine, other = parameters_with([torch.ones(2), torch.ones(4, 1)])
+    other.grad = None
+    guard = GradGuard([mine])
+    optimizer = torch.optim.SGD([mine, other], lr=0.1)
+    guard.step(optimizer)
+    other.grad = torch.ones(4, 1)
+    refused(guard, optimizer, [mine, other], "does not watch")
+
+
+def test_dtypes_are_named():
+    fine = nn.Parameter(torch.ones(2))
+    fine.grad = torch.ones(2)
+    whole = torch.ones(2, dtype=torch.int64)
+    whole.grad = torch.ones(2, dtype=torch.int64)
+    guard = GradGuard([("fine", fine), ("whole", whole)])
+    optimizer = torch.optim.SGD([fine], lr=1.0)
+    refused(guard, optimizer, [fine], "the gradient of whole has dtype torch.int64; float32")
+
+
+def test_complex_gradients_are_measured():
+    wave = nn.Parameter(torch.zeros(1, dtype=torch.complex64))
+    for optimizer in (fastguard.AdamW([wave]), torch.optim.AdamW([wave])):
+        wave.grad = torch.tensor([3 + 4j])
+        assert GradGuard([wave]).step(optimizer).total_norm == 5.0
+
+
+def test_several_devices_are_named():
+    parameters = [nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2, device="meta"))]
+    for p in parameters:
+        p.grad = torch.ones_like(p)
+    guard = GradGuard(parameters)
+    optimizer = torch.optim.SGD(parameters, lr=1.0)
+    with pytest.raises(ValueError, match=r"several devices, \['cpu', 'meta'\]"):
+        guard.step(optimizer)
+
+
+def test_an_optimizer_that_needs_a_closure_is_refused():
+    parameters = parameters_with([torch.ones(2)])
+    optimizer = torch.optim.LBFGS(parameters)
+    before = parameters[0].detach().clone()
+    with pytest.raises(ValueError, match=r"LBFGS.step needs a closure"):
+        GradGuard(parameters, max_norm=0.1).step(optimizer)
+    assert parameters[0].grad.tolist() == [1.0, 1.0]
+    assert torch.equal(parameters[0].detach(), before)
+
+
+def test_a_module_whose_parameters_are_all_replaced_one_by_one():
+    model = nn.Linear(4, 1)
+    guard = GradGuard(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model.weight, model.bias = (nn.Parameter(p.detach().clone()) for p in model.parameters())
+    model(torch.ones(6, 4)).sum().backward()
+    assert guard.step(optimizer).total_norm == 0.0  # nothing is done, and it is noticed next time
+    with pytest.raises(ValueError, match="watches none of the optimizer's parameters"):
+        guard.step(optimizer)
+
+
+def test_parameters_replaced_after_the_optimizer_was_built():
+    model = small_model()
+    guard = GradGuard(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    train_step(model, optimizer, guard, torch.ones(6, 4))
+    model.load_state_dict({k: v.clone() for k, v in model.state_dict().items()}, assign=True)
+    optimizer.zero_grad()
+    model(torch.ones(6, 4)).sum().backward()
+    refused(guard, optimizer, [*model.parameters()], "watches none of the optimizer's parameters")
+    train_step(model, torch.optim.SGD(model.parameters(), lr=0.1), guard, torch.ones(6, 4))
+
+
+def test_a_layer_added_with_its_param_group():
+    model = small_model()
+    guard = GradGuard(model, max_norm=math.inf)
+    optimizer = fastguard.AdamW(model.parameters())
+    train_step(model, optimizer, guard, torch.ones(6, 4))
+    model.append(nn.Linear(1, 1))
+    optimizer.add_param_group({"params": model[4].parameters()})
+    report = train_step(model, optimizer, guard, torch.ones(6, 4))
+    assert "4.weight" in report.norms()
+    x = torch.ones(6, 4)
+    optimizer.zero_grad()
+    model(x).sum().backward()
+    model[4].weight.grad.fill_(math.nan)
+    assert guard.step(optimizer).nonfinite == ("4.weight",)
+
+
+def test_a_module_that_moved_to_another_dtype():
+    model = small_model()
+    guard = GradGuard(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    train_step(model, optimizer, guard, torch.ones(6, 4))
+    model.double()
+    assert not train_step(model, optimizer, guard, torch.ones(6, 4).double()).skipped
+    assert train_step(model, optimizer, guard, torch.full((6, 4), math.nan).double()).skipped
+    assert model[1].running_mean.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"max_norm": -1}, ValueError, "max_norm must be a number >= 0"),
+        ({"max_norm": math.nan}, ValueError, "max_norm must be a number >= 0.*nan"),
+        ({"skip_norm": math.nan}, ValueError, "skip_norm must be a number >= 0"),
+        ({"patience": 0}, ValueError, "patience must be at least 1 step, got 0"),
+        ({"max_lag": 0}, ValueError, "max_lag must be at least 1 step, got 0"),
+        ({"measure": "never"}, ValueError, "measure must be one of step, backward; got 'never'"),
+        ({"on_patience": "pray"}, ValueError, "on_patience must be one of raise, rollback"),
+        ({"threshold": 2.0}, TypeError, "threshold must be one of fastguard.thresholds, got 2.0"),
+        ({"threshold": ZClip}, TypeError, "threshold must be one of fastguard.thresholds"),
+    ],
+)
+def test_refuses_arguments_that_can_not_work(arguments, error, message):
+    with pytest.raises(error, match=message):
+        GradGuard(small_model(), **arguments)
+
+
+def test_refuses_what_is_no_list_of_parameters():
+    used_up = small_model().parameters()
+    list(used_up)
+    for empty in ([], used_up, nn.ReLU()):
+        with pytest.raises(ValueError, match="GradGuard got no parameters"):
+            GradGuard(empty)
+    with pytest.raises(TypeError, match="parameter 1 is a str"):
+        GradGuard([nn.Parameter(torch.ones(1)), "weight"])
+    with pytest.raises(TypeError, match="weight is a dict"):
+        GradGuard([("weight", {})])
+
+
+def test_a_parameter_listed_twice_counts_once():
+    """torch counts and scales it twice."""
+    p = parameters_with([torch.tensor([3.0, 4.0])])[0]
+    report = GradGuard([("a", p), ("b", p)]).step(torch.optim.SGD([p], lr=0.0))
+    assert report.total_norm == 5.0
+    assert list(report.norms()) == ["a"]
+
+
+def test_a_loss_that_is_no_number():
+    parameters = parameters_with([torch.ones(2)])
+    guard = GradGuard(parameters)
+    with pytest.raises(ValueError, match=r"loss must be one number, got a tensor of shape \(3,\)"):
+        guard.step(torch.optim.SGD(parameters, lr=1.0), loss=torch.ones(3))
+    assert guard.state_dict()["steps"] == 0
+
+
+def test_a_state_that_is_none():
+    guard = GradGuard(small_model())
+    before = guard.state_dict()
+    for wrong in ({}, {"steps": 1}, {**before, "moments": [1.0]}, {**before, "accepted": ["x"]}):
+        with pytest.raises(ValueError, match="this is no state of a GradGuard"):
+            guard.load_state_dict(wrong)
+    assert guard.state_dict() == before
