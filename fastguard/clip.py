@@ -38,8 +38,8 @@ def clip_grad_norm_(
       the host to wait, so they are multiplied by 1);
     - a gradient listed twice counts once;
     - DTensors may be mixed with tensors and come from several meshes. The norm is of the whole
-      gradients, so every rank of their meshes decides the same; a plain tensor is taken to be the
-      same on every rank.
+      gradients, so every rank of their meshes decides the same. A plain tensor is taken to be the
+      same on every rank; a DTensor counts on the ranks of its mesh only.
 
     Equivalent to :func:`get_total_norm` followed by :func:`clip_grads_with_norm_`, bit for bit.
 
@@ -329,6 +329,8 @@ def _dtensor_norms(dtensors: list[Tensor], norm_type: float) -> list[Tensor]:
     """
     groups: dict[tuple, list[Tensor]] = {}
     for dtensor in dtensors:
+        if dtensor.device_mesh.get_coordinate() is None:
+            continue  # a mesh without this rank, which holds no part and can not ask for one
         dtensor = _summed_up(dtensor)
         sharded = tuple(not placement.is_replicate() for placement in dtensor.placements)
         groups.setdefault((dtensor.device_mesh, sharded), []).append(_local(dtensor))
@@ -403,8 +405,8 @@ def scale_(grads: list[Tensor], clip_coef: Tensor) -> None:
     plain = readable(grads) is grads and not any(map(_is_dtensor, set(map(type, grads))))
     for group in by_device(grads if plain else [_memory(g) for g in grads]):
         ops.scale_(group, clip_coef.to(group[0].device))
-    if not plain:  # values of a sparse tensor and shards count their versions by themselves
-        torch.autograd.graph.increment_version(grads)
+    if not plain:  # a DTensor's version does not count what is written to its shard
+        torch.autograd.graph.increment_version([g for g in grads if _is_dtensor(g)])
 
 
 def _memory(grad: Tensor) -> Tensor:

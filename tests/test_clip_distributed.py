@@ -5,6 +5,7 @@ A case is a function below that runs on both ranks. It returns what must be equa
 
 import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -162,6 +163,31 @@ def replicas_count_once_and_partial_gradients_are_summed_first():
     return norm.to_local().item()
 
 
+def a_mesh_without_this_rank_is_passed_over():
+    """As for the other stages of a pipeline: whose ranks take part in nothing here."""
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import Shard
+
+    grads = [
+        dtensor(torch.full((4,), 2.0), [Shard(0)], DeviceMesh("cpu", [1])),
+        dtensor(torch.ones(9), [Shard(0)]),
+    ]
+    rank = torch.distributed.get_rank()
+    for norm_type, expected in (
+        (2.0, [3, 5]),
+        (1.0, [9, 17]),
+        (0.0, [1, 2]),
+        (-1.0, [1 / 9, 1 / 11]),
+    ):
+        parameters = [parameter_with(g.clone()) for g in grads]
+        norm = fastguard.clip_grad_norm_(parameters, 1e3, norm_type)
+        assert norm.item() == pytest.approx(expected[rank])
+        fastguard.clip_grads_with_norm_(parameters, 1.0, 2.0)
+        torch.testing.assert_close(parameters[1].grad.full_tensor(), torch.full((9,), 0.5))
+    alone = fastguard.clip_grad_norm_(parameters[0], 1.0)
+    assert alone.to_local().numel() == rank
+
+
 def one_reduction_whatever_the_values():
     """Ranks that disagreed on the collectives would wait for each other for ever."""
     from torch.distributed.tensor import Replicate, Shard
@@ -173,8 +199,8 @@ def one_reduction_whatever_the_values():
         grads.append(dtensor(torch.ones(3), [Replicate()]))
         with CommDebugMode() as communication:
             fastguard.clip_grad_norm_([parameter_with(g) for g in grads], 1.0)
-        counts.append(communication.get_total_counts())
-    assert counts == [1] * 4
+        counts.append({str(op): n for op, n in communication.get_comm_counts().items()})
+    assert counts == counts[:1] * 4 and sum(counts[0].values()) == 1
     return counts
 
 
@@ -205,6 +231,7 @@ CASES = [
     uneven_and_empty_shards_in_every_order,
     mixed_with_tensors_and_other_meshes,
     replicas_count_once_and_partial_gradients_are_summed_first,
+    a_mesh_without_this_rank_is_passed_over,
     one_reduction_whatever_the_values,
     in_two_steps_the_same_bits,
 ]
@@ -243,8 +270,9 @@ def main(case, store, rank):
     torch.set_num_threads(1)
     store = torch.distributed.FileStore(store, 2)
     torch.distributed.init_process_group("gloo", store=store, rank=int(rank), world_size=2)
-    print(json.dumps(globals()[case]()))
-    torch.distributed.destroy_process_group()
+    print(json.dumps(globals()[case]()), flush=True)
+    torch.distributed.barrier()
+    os._exit(0)  # gloo's threads abort about one interpreter in ten while it shuts down
 
 
 if __name__ == "__main__":
