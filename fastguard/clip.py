@@ -228,8 +228,9 @@ def _any_norm(tensors: list[Tensor], norm_type: float) -> Tensor:
     device = tensors[0].device
     if norm_type < 0:  # what has no elements has no smallest one
         tensors = [t for t in tensors if (t._nnz() if t.is_sparse else t.numel())]
-    norms = _dtensor_norms([t for t in tensors if _is_dtensor(t)], norm_type)
-    norms += _norms([t for t in tensors if not _is_dtensor(t)], norm_type)
+    kinds = {kind for kind in set(map(type, tensors)) if _is_dtensor(kind)}
+    norms = _dtensor_norms([t for t in tensors if type(t) in kinds], norm_type)
+    norms += _norms([t for t in tensors if type(t) not in kinds], norm_type)
     if not norms:
         return torch.zeros((), dtype=torch.float64, device=device)
     norms = torch.cat([n.to(device) for n in norms])
@@ -250,7 +251,7 @@ def _norms(tensors: list[Tensor], norm_type: float) -> list[Tensor]:
         groups = by_device(readable(tensors))
         return [ops.grad_norm(group).total_norm.reshape(1) for group in groups]
     neutral = math.inf if norm_type < 0 else 0.0
-    values = [_magnitudes(t) for t in tensors]
+    values = tensors if readable(tensors) is tensors else [_magnitudes(t) for t in tensors]
     values = [v if v.numel() else v.new_full((1,), neutral) for v in values]
     if 6 < abs(norm_type) < math.inf:
         norms = [[_vector_norm(v, norm_type) for v in group] for group in by_device(values)]

@@ -99,12 +99,15 @@ def test_torch_zeroes_what_we_clip():
         torch.testing.assert_close(ours[0].grad, expected, rtol=1e-3, atol=0)
 
 
-def test_float64_overflows_as_torch_does():
+@pytest.mark.parametrize("norm_type", [2.0, 3.5])
+def test_float64_overflows_as_torch_does(norm_type):
     parameters = parameters_with([torch.full((2,), 2e200, dtype=torch.float64)])
     with pytest.raises(RuntimeError, match="is inf"):
-        fastguard.clip_grad_norm_(parameters, 1.0, error_if_nonfinite=True)
+        fastguard.clip_grad_norm_(parameters, 1.0, norm_type, error_if_nonfinite=True)
+    assert parameters[0].grad.eq(2e200).all()
     fine = parameters_with([torch.full((2,), 2e22, dtype=torch.float64)])
-    fastguard.clip_grad_norm_(fine, 1.0, error_if_nonfinite=True)
+    fastguard.clip_grad_norm_(fine, 1.0, norm_type, error_if_nonfinite=True)
+    assert fine[0].grad.norm(norm_type).item() == pytest.approx(1.0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
