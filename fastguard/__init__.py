@@ -1,7 +1,7 @@
 """fastguard: make a PyTorch training step survive a gradient explosion at almost no cost."""
 
 from .attention import ClampedMultiheadAttention, clamped_attention
-from .clip import clip_grad_norm_
+from .clip import clip_grad_norm_, clip_grads_with_norm_, get_total_norm
 from .diagnose import GradientExplosionError, StepReport
 from .guard import GradGuard
 from .init import stable_init_
@@ -20,5 +20,7 @@ __all__ = [
     "Verdict",
     "clamped_attention",
     "clip_grad_norm_",
+    "clip_grads_with_norm_",
+    "get_total_norm",
     "stable_init_",
 ]

@@ -1,14 +1,133 @@
-"""Gradient clipping with torch's signature, which decides before it writes."""
+"""Gradient clipping with torch's signatures, which decides before it writes."""
 
 import math
 import types
 import warnings
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import ops
+
+_COMPLEX = (torch.complex64, torch.complex128, torch.complex32)
+_DTYPES = frozenset((*ops.DTYPES, *_COMPLEX))
+_DOUBLE = {torch.float64, torch.complex128}
+
+
+@torch.no_grad()
+def clip_grad_norm_(
+    parameters: Tensor | Iterable[Tensor],
+    max_norm: float,
+    norm_type: float = 2.0,
+    error_if_nonfinite: bool = False,
+    foreach: bool | None = None,
+    *,
+    nonfinite: str = "keep",
+) -> Tensor:
+    """Clip the norm of the gradients in place; a drop-in for ``torch.nn.utils.clip_grad_norm_``.
+
+    The same coefficient, ``max_norm / (total_norm + 1e-6)``, and these differences:
+
+    - a non-finite norm leaves every gradient as it is (torch writes NaN and zeros over the
+      finite ones, and with them over the trace of what went wrong);
+    - finite float32, bfloat16 and float16 gradients are clipped however large they are, and the
+      norm is at least float32 (torch zeroes fp16 gradients with a norm over 65504);
+    - nothing is written when the coefficient is 1 (gradients on the CPU; elsewhere that would need
+      the host to wait, so they are multiplied by 1);
+    - a gradient listed twice counts once;
+    - DTensors may be mixed with tensors and come from several meshes. The norm is of the whole
+      gradients, so every rank of their meshes decides the same. A plain tensor is taken to be the
+      same on every rank; a DTensor counts on the ranks of its mesh only.
+
+    Equivalent to :func:`get_total_norm` followed by :func:`clip_grads_with_norm_`, bit for bit
+    where the norm is below 3.4e38; above, it is Inf in float32 and only this function still clips.
+
+    Args:
+        parameters: a tensor or an iterable of tensors; those without ``grad`` are passed over.
+            Gradients may be sparse or complex, and on several devices.
+        max_norm: largest norm let through, >= 0.
+        norm_type: order of the norm, as torch takes it: also ``inf``, ``-inf``, negative and 0.
+        error_if_nonfinite: raise on a NaN or Inf norm, with every gradient untouched.
+        foreach: accepted for torch's sake, without effect.
+        nonfinite: what a NaN or Inf norm does to the gradients: ``"keep"`` leaves them, ``"torch"``
+            multiplies them as torch does (NaN: all become NaN; Inf: 0, and NaN where one was Inf).
+
+    Returns:
+        The total norm before clipping, shape (), on the first gradient's device; float32, or
+        float64 where a gradient is. (A norm above 3.4e38 is Inf in float32; gradients are clipped
+        by its true value, and it is no error.) A replicated DTensor if all gradients are DTensors
+        of one mesh, else a plain tensor.
+
+    Raises:
+        ValueError: ``max_norm`` is negative or NaN, or ``nonfinite`` is unknown.
+        RuntimeError: the norm is not finite and ``error_if_nonfinite`` is set; or a gradient is of
+            an integer type.
+    """
+    max_norm = check_threshold("max_norm", max_norm)
+    _check_nonfinite(nonfinite)
+    grads = _gradients(_listed(parameters))
+    if not grads.tensors:
+        return torch.tensor(0.0)
+    total_norm = _total_norm(grads, float(norm_type), error_if_nonfinite)
+    rounded = _rounded(total_norm, grads)
+    coming_back = rounded.double()
+    _clip_(grads, max_norm, coming_back.where(coming_back.isfinite(), total_norm), nonfinite)
+    return _returned(rounded, grads)
+
+
+@torch.no_grad()
+def get_total_norm(
+    tensors: Tensor | Iterable[Tensor],
+    norm_type: float = 2.0,
+    error_if_nonfinite: bool = False,
+    foreach: bool | None = None,
+) -> Tensor:
+    """The norm of all tensors together, as ``torch.nn.utils.get_total_norm`` takes it.
+
+    Arguments, result and errors are those of :func:`clip_grad_norm_`, whose norm this is;
+    ``tensors`` are the gradients themselves.
+    """
+    tensors = [tensors] if isinstance(tensors, Tensor) else list(tensors)
+    known = _looked_over(tensors, tensors)
+    if not tensors:
+        return torch.tensor(0.0)
+    total_norm = _total_norm(known, float(norm_type), error_if_nonfinite)
+    return _returned(_rounded(total_norm, known), known)
+
+
+@torch.no_grad()
+def clip_grads_with_norm_(
+    parameters: Tensor | Iterable[Tensor],
+    max_norm: float,
+    total_norm: Tensor | float,
+    foreach: bool | None = None,
+    *,
+    nonfinite: str = "keep",
+) -> None:
+    """Scale the gradients in place by ``max_norm / (total_norm + 1e-6)`` where that is below 1.
+
+    As ``torch.nn.utils.clip_grads_with_norm_``, except that a non-finite ``total_norm`` leaves
+    every gradient as it is; see :func:`clip_grad_norm_` for this and for the other arguments.
+
+    Args:
+        total_norm: >= 0; a number, or a tensor of one element, of any dtype and device, or DTensor.
+
+    Raises:
+        ValueError: a negative or NaN ``max_norm``, an unknown ``nonfinite``, a ``total_norm`` of
+            several elements or negative (seen only on the CPU; a GPU is not waited for).
+        RuntimeError: a gradient is of an integer type.
+    """
+    max_norm = check_threshold("max_norm", max_norm)
+    _check_nonfinite(nonfinite)
+    total_norm = _as_scalar(total_norm)
+    grads = _gradients([parameters] if isinstance(parameters, Tensor) else list(parameters))
+    if grads.tensors:
+        _clip_(grads, max_norm, total_norm, nonfinite)
+
+
+# --- arguments ----------------------------------------------------------------------------------
 
 
 def check_threshold(name: str, value: float) -> float:
@@ -19,76 +138,16 @@ def check_threshold(name: str, value: float) -> float:
     return value
 
 
-@torch.no_grad()
-def clip_grad_norm_(
-    parameters: Tensor | Iterable[Tensor],
-    max_norm: float,
-    norm_type: float = 2.0,
-    error_if_nonfinite: bool = False,
-    foreach: bool | None = None,
-) -> Tensor:
-    """Clip the norm of the gradients in place; a drop-in for ``torch.nn.utils.clip_grad_norm_``.
-
-    The same coefficient, ``max_norm / (total_norm + 1e-6)``, and these differences:
-
-    - a non-finite norm leaves every gradient as it is (torch writes NaN and zeros over the
-      finite ones, and with them over the trace of what went wrong);
-    - for the 2-norm, finite float32, bfloat16 and float16 gradients are clipped however large they
-      are, and the norm is at least float32 (torch zeroes fp16 gradients with a norm over 65504);
-    - nothing is written when the coefficient is 1 (gradients on the CPU; elsewhere that would need
-      the host to wait, so they are multiplied by 1);
-    - a gradient listed twice counts once.
-
-    DTensors are left to torch's reductions, and to its scaling once the norm is known to be finite.
-
-    Args:
-        parameters: a tensor or an iterable of tensors; those without ``grad`` are passed over.
-            Gradients may be sparse or complex, and on several devices.
-        max_norm: largest norm let through, >= 0.
-        norm_type: order of the norm, ``inf`` included; orders other than 2 use torch's kernels.
-        error_if_nonfinite: raise on a NaN or Inf norm, with every gradient untouched.
-        foreach: for the orders that torch's kernels compute; without effect for the 2-norm.
-
-    Returns:
-        The total norm before clipping, shape (), on the first gradient's device; float32, or
-        float64 where a gradient is. (A norm above 3.4e38 is Inf in float32; it is clipped by its
-        true value, and is no error.)
-
-    Raises:
-        ValueError: ``max_norm`` is negative or NaN.
-        RuntimeError: the norm is not finite and ``error_if_nonfinite`` is set.
-    """
-    max_norm = check_threshold("max_norm", max_norm)
-    norm_type = float(norm_type)
-    parameters = [parameters] if isinstance(parameters, Tensor) else _listed(parameters)
-    # By gradient, not by parameter: two parameters may share one.
-    grads = list({id(p.grad): p.grad for p in parameters if p.grad is not None}.values())
-    if not grads:
-        return torch.tensor(0.0)
-    if any(kind is not Tensor for kind in set(map(type, grads))):
-        return _clip_subclasses_(
-            parameters, grads, max_norm, norm_type, error_if_nonfinite, foreach
+def _check_nonfinite(nonfinite: str) -> None:
+    if nonfinite not in ("keep", "torch"):
+        raise ValueError(
+            f"nonfinite must be 'keep' (leave the gradients) or 'torch', got {nonfinite!r}"
         )
-    values = readable(grads)
-    if norm_type == 2.0:
-        norms = [ops.grad_norm(group).total_norm for group in by_device(values)]
-        total_norm = norms[0]
-        if len(norms) > 1:
-            total_norm = torch.linalg.vector_norm(
-                torch.stack([n.to(norms[0].device) for n in norms])
-            )
-    else:
-        total_norm = torch.nn.utils.get_total_norm(values, norm_type, foreach=foreach).double()
-    if error_if_nonfinite and not total_norm.isfinite():
-        raise RuntimeError(_nonfinite_message(total_norm, norm_type))
-    clip_coef = ops.decide(total_norm, max_norm, skip_norm=math.inf).clip_coef
-    if clip_coef.device.type != "cpu" or clip_coef != 1:  # on the CPU a look costs nothing
-        scale_(grads, clip_coef)
-    double = {torch.float64, torch.complex128} & {grad.dtype for grad in grads}
-    return total_norm if double else total_norm.float()
 
 
-def _listed(parameters: Iterable[Tensor]) -> list[Tensor]:
+def _listed(parameters: Tensor | Iterable[Tensor]) -> list[Tensor]:
+    if isinstance(parameters, Tensor):
+        return [parameters]
     listed = list(parameters)
     if isinstance(parameters, types.GeneratorType) and not listed:
         warnings.warn(
@@ -97,15 +156,155 @@ def _listed(parameters: Iterable[Tensor]) -> list[Tensor]:
     return listed
 
 
+class _Gradients(NamedTuple):
+    """What is looked at once: a property of 1000 tensors costs half of what their norm does."""
+
+    tensors: list[Tensor]
+    dtypes: set[torch.dtype]
+    #: Whether the kernels take all of them as they are, in one call.
+    plain: bool
+
+
+def _gradients(parameters: list[Tensor]) -> _Gradients:
+    grads = [grad for p in parameters if (grad := p.grad) is not None]
+    return _looked_over(grads, (p.grad for p in parameters))
+
+
+def _looked_over(tensors: list[Tensor], given: Iterable[Tensor | None]) -> _Gradients:
+    """``given``: the same tensors, by the positions that the caller knows them by."""
+    # By gradient, not by parameter: two parameters may share one.
+    if len(set(map(id, tensors))) < len(tensors):
+        tensors = list({id(t): t for t in tensors}.values())
+    dtypes = {t.dtype for t in tensors}
+    if not dtypes <= _DTYPES:
+        i, bad = next(
+            (i, t) for i, t in enumerate(given) if t is not None and t.dtype in dtypes - _DTYPES
+        )
+        raise RuntimeError(
+            f"gradient {i}, of shape {tuple(bad.shape)}, has dtype {bad.dtype}, which can not be "
+            "clipped; float32, float64, bfloat16, float16 and complex ones can. Leave its tensor "
+            "out of the list or set its grad to None"
+        )
+    plain = (
+        dtypes <= set(ops.DTYPES)
+        and not any(map(_is_dtensor, set(map(type, tensors))))
+        and {t.layout for t in tensors} == {torch.strided}
+        and len({t.device for t in tensors}) == 1
+    )
+    return _Gradients(tensors, dtypes, plain)
+
+
+def _as_scalar(total_norm: Tensor | float) -> Tensor:
+    if _is_dtensor(total_norm):
+        total_norm = total_norm.full_tensor()
+    total_norm = torch.as_tensor(total_norm, dtype=torch.float64)
+    if total_norm.numel() != 1:
+        raise ValueError(
+            f"total_norm must be one number, got a tensor of shape {tuple(total_norm.shape)}"
+        )
+    if total_norm.device.type == "cpu" and total_norm < 0:  # torch flips signs
+        raise ValueError(f"total_norm must not be negative, got {total_norm.item()}")
+    return total_norm.reshape(())
+
+
+# --- norm ---------------------------------------------------------------------------------------
+
+
+def _total_norm(grads: _Gradients, norm_type: float, error_if_nonfinite: bool) -> Tensor:
+    """float64, shape (), on the device of the first tensor, and the same on every rank."""
+    if grads.plain and norm_type == 2.0:
+        total_norm = ops.grad_norm(grads.tensors).total_norm
+    else:
+        total_norm = _any_norm(grads.tensors, norm_type)
+    if error_if_nonfinite and not total_norm.isfinite():
+        raise RuntimeError(
+            f"The total norm of order {norm_type} for gradients from `parameters` is non-finite, "
+            f"so it cannot be clipped. It is {total_norm.item()}; the gradients are unchanged. "
+            "Skip this step (fastguard.GradGuard does so, and names the parameters), or set "
+            "`error_if_nonfinite=False` to go on without this error"
+        )
+    return total_norm
+
+
+def _any_norm(tensors: list[Tensor], norm_type: float) -> Tensor:
+    device = tensors[0].device
+    if norm_type < 0:  # what has no elements has no smallest one
+        tensors = [t for t in tensors if (t._nnz() if t.is_sparse else t.numel())]
+    kinds = {kind for kind in set(map(type, tensors)) if _is_dtensor(kind)}
+    norms = _dtensor_norms([t for t in tensors if type(t) in kinds], norm_type)
+    norms += _norms([t for t in tensors if type(t) not in kinds], norm_type)
+    if not norms:
+        return torch.zeros((), dtype=torch.float64, device=device)
+    norms = torch.cat([n.to(device) for n in norms])
+    if len(norms) == 1 and norm_type != 0:
+        return norms[0]
+    return _vector_norm(norms, norm_type)
+
+
+def _norms(tensors: list[Tensor], norm_type: float) -> list[Tensor]:
+    """float64 vectors, one for each device, whose norms' norm is that of all tensors.
+
+    One number per tensor, or for the whole device where the order allows: order 0 counts, as in
+    torch, the tensors that have a non-zero element.
+    """
+    if not tensors:
+        return []
+    if norm_type == 2.0:
+        groups = by_device(readable(tensors))
+        return [ops.grad_norm(group).total_norm.reshape(1) for group in groups]
+    neutral = math.inf if norm_type < 0 else 0.0
+    values = tensors if readable(tensors) is tensors else [_magnitudes(t) for t in tensors]
+    values = [v if v.numel() else v.new_full((1,), neutral) for v in values]
+    if 6 < abs(norm_type) < math.inf:
+        norms = [[_vector_norm(v, norm_type) for v in group] for group in by_device(values)]
+    else:
+        norms = [
+            torch._foreach_norm(group, norm_type, dtype=torch.float64)
+            for group in by_device(values)
+        ]
+    return [torch.stack(list(group)) for group in norms]
+
+
+def _vector_norm(values: Tensor, norm_type: float) -> Tensor:
+    """In float64, where up to order 6 no power of a float32 over- or underflows.
+
+    Beyond, relative to the element that dominates.
+    """
+    values = values.to(torch.float64)
+    if not 6 < abs(norm_type) < math.inf:
+        return torch.linalg.vector_norm(values, norm_type)
+    unit = torch.linalg.vector_norm(values, math.copysign(math.inf, norm_type))
+    unit = torch.where(unit.isfinite() & (unit > 0), unit, 1.0)
+    return unit * torch.linalg.vector_norm(values / unit, norm_type)
+
+
 def readable(grads: list[Tensor]) -> list[Tensor]:
-    """What the norm of each gradient is of: strided and real.
+    """What the 2-norm of each gradient is of: strided and real.
 
     Of a sparse gradient the values, duplicates added up; of a complex one both parts.
     """
     if {g.layout for g in grads} == {torch.strided} and {g.dtype for g in grads} <= set(ops.DTYPES):
         return grads
-    values = [g.coalesce().values() if g.layout == torch.sparse_coo else g for g in grads]
-    return [torch.view_as_real(v) if v.is_complex() else v for v in values]
+    return [_real(_values(g)) for g in grads]
+
+
+def _values(grad: Tensor) -> Tensor:
+    if grad.layout == torch.strided:
+        return grad
+    return (grad.coalesce() if grad.layout == torch.sparse_coo else grad).values()
+
+
+def _real(tensor: Tensor) -> Tensor:
+    """Both parts of a complex tensor, in its memory; conj() is lazy, autograd leaves it so."""
+    if not tensor.is_complex():
+        return tensor
+    return torch.view_as_real(tensor.conj() if tensor.is_conj() else tensor)
+
+
+def _magnitudes(tensor: Tensor) -> Tensor:
+    """What other norms are of: an element that is complex counts by its absolute value."""
+    values = _values(tensor)
+    return values.to(torch.complex128).abs() if values.is_complex() else values
 
 
 def by_device(tensors: list[Tensor]) -> list[list[Tensor]]:
@@ -118,30 +317,108 @@ def by_device(tensors: list[Tensor]) -> list[list[Tensor]]:
     return list(groups.values())
 
 
+# --- DTensor (torch.distributed.tensor is imported only where there is one) ---------------------
+
+
+def _is_dtensor(tensor_or_type: object) -> bool:
+    return hasattr(tensor_or_type, "full_tensor")
+
+
+def _dtensor_norms(dtensors: list[Tensor], norm_type: float) -> list[Tensor]:
+    """As :func:`_norms`, over all ranks; one reduction for each mesh and set of sharded dimensions.
+
+    Which collectives, and in which order, depends on meshes and placements alone, never on a value,
+    a local shape or a verdict: all ranks take part or wait for ever.
+    """
+    groups: dict[tuple, list[Tensor]] = {}
+    for dtensor in dtensors:
+        if dtensor.device_mesh.get_coordinate() is None:
+            continue  # a mesh without this rank, which holds no part and can not ask for one
+        dtensor = _summed_up(dtensor)
+        sharded = tuple(not placement.is_replicate() for placement in dtensor.placements)
+        groups.setdefault((dtensor.device_mesh, sharded), []).append(_local(dtensor))
+    norms = []
+    for (mesh, sharded), shards in groups.items():
+        local = torch.cat([n.to(mesh.device_type) for n in _norms(shards, norm_type)])
+        norms.append(_over_ranks(local, mesh, sharded, norm_type))
+    return norms
+
+
+def _over_ranks(norms: Tensor, mesh, sharded: tuple[bool, ...], norm_type: float) -> Tensor:
+    """Norms of the whole from those of the local shards; a replicated dimension counts once."""
+    from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+
+    if not any(sharded):
+        return norms
+    if norm_type == 2.0:
+        placements = [Partial("sum") if s else Replicate() for s in sharded]
+        squares = DTensor.from_local(norms.square().sum(), mesh, placements)
+        return squares.full_tensor().sqrt().reshape(1)
+    # Any other order: the ranks' norms side by side. A sum of powers may overflow, and a maximum
+    # over ranks need not keep a NaN.
+    if norm_type != 0:
+        norms = _vector_norm(norms, norm_type).reshape(1)
+    placements = [Shard(0) if s else Replicate() for s in sharded]
+    ranks = DTensor.from_local(norms.unsqueeze(0), mesh, placements).full_tensor()
+    return ranks.amax(0) if norm_type == 0 else ranks.flatten()
+
+
+def _summed_up(dtensor: Tensor) -> Tensor:
+    """Without Partial placements: the norm of a sum is not the sum of norms."""
+    from torch.distributed.tensor import Replicate
+
+    if not any(placement.is_partial() for placement in dtensor.placements):
+        return dtensor
+    placements = [Replicate() if p.is_partial() else p for p in dtensor.placements]
+    return dtensor.redistribute(placements=placements)
+
+
+def _local(dtensor: Tensor) -> Tensor:
+    local = dtensor.to_local()
+    return local.wait() if hasattr(local, "wait") else local  # a collective may be under way
+
+
+def _rounded(total_norm: Tensor, grads: _Gradients) -> Tensor:
+    return total_norm if grads.dtypes & _DOUBLE else total_norm.float()
+
+
+def _returned(total_norm: Tensor, grads: _Gradients) -> Tensor:
+    """A replicated DTensor for DTensors of one mesh; where torch raises, the plain tensor."""
+    if grads.plain or not all(map(_is_dtensor, set(map(type, grads.tensors)))):
+        return total_norm
+    from torch.distributed.tensor import DTensor, Replicate
+
+    mesh, *more = {t.device_mesh for t in grads.tensors}
+    return total_norm if more else DTensor.from_local(total_norm, mesh, [Replicate()] * mesh.ndim)
+
+
+# --- scaling ------------------------------------------------------------------------------------
+
+
+def _clip_(grads: _Gradients, max_norm: float, total_norm: Tensor, nonfinite: str) -> None:
+    if nonfinite == "torch":
+        clip_coef = (max_norm / (total_norm + 1e-6)).clamp(max=1.0)
+    else:
+        clip_coef = ops.decide(total_norm, max_norm, skip_norm=math.inf).clip_coef
+    if clip_coef.device.type != "cpu" or clip_coef != 1:  # on the CPU a look costs nothing
+        if grads.plain:
+            ops.scale_(grads.tensors, clip_coef.to(grads.tensors[0].device))
+        else:
+            scale_(grads.tensors, clip_coef)
+
+
 def scale_(grads: list[Tensor], clip_coef: Tensor) -> None:
-    """:func:`fastguard.ops.scale_` for gradients of any layout, dtype and device."""
-    for group in by_device(grads):
-        coef = clip_coef.to(group[0].device)
-        ops.scale_(readable([g for g in group if g.layout == torch.strided]), coef)
-        for grad in group:
-            if grad.layout != torch.strided:
-                grad.mul_(coef)
+    """:func:`fastguard.ops.scale_` for gradients of any layout, dtype, device, and DTensors."""
+    plain = readable(grads) is grads and not any(map(_is_dtensor, set(map(type, grads))))
+    for group in by_device(grads if plain else [_memory(g) for g in grads]):
+        ops.scale_(group, clip_coef.to(group[0].device))
+    if not plain:  # a DTensor's version does not count what is written to its shard
+        torch.autograd.graph.increment_version([g for g in grads if _is_dtensor(g)])
 
 
-def _clip_subclasses_(parameters, grads, max_norm, norm_type, error_if_nonfinite, foreach):
-    total_norm = torch.nn.utils.get_total_norm(grads, norm_type, foreach=foreach)
-    value = total_norm.full_tensor() if hasattr(total_norm, "full_tensor") else total_norm
-    if value.isfinite():
-        parameters = [p for p in parameters if p.grad is not None]
-        torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, total_norm, foreach)
-    elif error_if_nonfinite:
-        raise RuntimeError(_nonfinite_message(value, norm_type))
-    return total_norm
-
-
-def _nonfinite_message(total_norm: Tensor, norm_type: float) -> str:
-    return (
-        f"The total norm of order {norm_type} for gradients from `parameters` is "
-        f"{total_norm.item()}, so it cannot be clipped. The gradients are unchanged; with "
-        "`error_if_nonfinite=False` they would be left so without this error"
-    )
+def _memory(grad: Tensor) -> Tensor:
+    """What there is to write of a gradient on this rank, strided and real."""
+    grad = _local(grad) if _is_dtensor(grad) else grad
+    if grad.layout == torch.sparse_coo:
+        return _real(grad._values())  # coalesce() would copy; summands scale like their sum
+    return _real(_values(grad))

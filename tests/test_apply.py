@@ -53,7 +53,7 @@ def seeded(seed, bad=None):
 
 
 def without_batch_norm():
-    # A bias before a BatchNorm has a gradient of rounding noise, which Adam blows up to a full step.
+    # A bias before a BatchNorm has a gradient of rounding noise, which Adam makes a full step of.
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1))
 

@@ -1,8 +1,6 @@
 """clip_grad_norm_ against torch's where torch is right, and against the truth where it is not."""
 
 import math
-import subprocess
-import sys
 import warnings
 
 import pytest
@@ -12,6 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import fastguard
+from fastguard import clip
 
 from .drawn import DTYPES, gradients
 
@@ -100,12 +99,15 @@ def test_torch_zeroes_what_we_clip():
         torch.testing.assert_close(ours[0].grad, expected, rtol=1e-3, atol=0)
 
 
-def test_float64_overflows_as_torch_does():
+@pytest.mark.parametrize("norm_type", [2.0, 3.5])
+def test_float64_overflows_as_torch_does(norm_type):
     parameters = parameters_with([torch.full((2,), 2e200, dtype=torch.float64)])
     with pytest.raises(RuntimeError, match="is inf"):
-        fastguard.clip_grad_norm_(parameters, 1.0, error_if_nonfinite=True)
+        fastguard.clip_grad_norm_(parameters, 1.0, norm_type, error_if_nonfinite=True)
+    assert parameters[0].grad.eq(2e200).all()
     fine = parameters_with([torch.full((2,), 2e22, dtype=torch.float64)])
-    fastguard.clip_grad_norm_(fine, 1.0, error_if_nonfinite=True)
+    fastguard.clip_grad_norm_(fine, 1.0, norm_type, error_if_nonfinite=True)
+    assert fine[0].grad.norm(norm_type).item() == pytest.approx(1.0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -173,29 +175,299 @@ def test_a_norm_beyond_float32_is_clipped_by_its_true_value():
     torch.testing.assert_close(parameters[0].grad, torch.full((1000,), 1000**-0.5))
 
 
-_DTENSOR = """
-import torch, torch.distributed as dist, fastguard
-from torch.distributed.tensor import Shard, distribute_tensor
-from torch.distributed.device_mesh import init_device_mesh
-dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
-mesh = init_device_mesh("cpu", (1,))
-for value in (1.0, float("nan")):
-    p = torch.nn.Parameter(distribute_tensor(torch.zeros(8), mesh, [Shard(0)]))
-    p.grad = distribute_tensor(torch.full((8,), value), mesh, [Shard(0)])
-    norm = fastguard.clip_grad_norm_([p], 1.0)
-    print(norm.full_tensor().item(), p.grad.full_tensor()[0].item())
-"""
+NORM_TYPES = [2.0, 1.0, 0.1, 0.5, 3, 3.5, 8, 20.0, 0, -1, -2.5, -9, math.inf, -math.inf, "inf"]
 
 
-def test_dtensor_gradients():
-    run = subprocess.run([sys.executable, "-c", _DTENSOR], capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    finite, nan = run.stdout.split("\n")[:2]
-    assert [float(x) for x in finite.split()] == pytest.approx([8**0.5, 8**-0.5], rel=1e-5)
-    assert nan == "nan nan"
+@settings(max_examples=150, deadline=None)
+@given(
+    gradients(nonfinite=False, magnitudes=False),
+    st.sampled_from(NORM_TYPES),
+    st.floats(1e-2, 2.0),
+)
+def test_every_order_is_torchs(grads, norm_type, fraction):
+    """Whose own sums are taken in float64 here, and which can not do without elements."""
+    ours, exact = parameters_with(grads), [g.double() for g in grads if g.numel()]
+    expected = nn.utils.get_total_norm(exact, norm_type) if exact else torch.tensor(0.0)
+    expected = expected.double()
+    total_norm = fastguard.get_total_norm([p.grad for p in ours], norm_type)
+    rel = 1e-9 if total_norm.dtype == torch.float64 else 1e-6
+    torch.testing.assert_close(
+        total_norm, expected.to(total_norm.dtype), rtol=rel, atol=torch.finfo().smallest_normal
+    )
+    max_norm = fraction * expected.item()
+    coef = min(1.0, max_norm / (expected.item() + 1e-6))
+    fastguard.clip_grad_norm_(ours, max_norm, norm_type)
+    for parameter, grad in zip(ours, grads, strict=True):
+        info = torch.finfo(grad.dtype)
+        torch.testing.assert_close(
+            parameter.grad.double(),
+            grad.double() * coef,
+            rtol=max(1e-9, 4 * info.eps),
+            atol=info.smallest_normal,
+        )
+
+
+@pytest.mark.parametrize("norm_type", [2.0, 1.0, 0.5, 3.5, 8, 20, math.inf, -1, -9, -math.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("end", ["max", "tiny"])
+def test_no_order_overflows_at_either_end_of_the_range(norm_type, dtype, end):
+    value = torch.full((16,), getattr(torch.finfo(dtype), end), dtype=dtype)
+    total_norm = fastguard.get_total_norm([value, value[:9]], norm_type)
+    power = 0 if math.isinf(norm_type) else 1 / norm_type
+    expected = value[0].item() * 25**power
+    if 2e-38 < expected < 3e38:  # what float32 can say
+        assert total_norm.item() == pytest.approx(expected, rel=1e-6)
+    (parameter,) = parameters_with([value])
+    fastguard.clip_grad_norm_([parameter], 0.5, norm_type)
+    assert parameter.grad.all() and parameter.grad.isfinite().all()
+
+
+@settings(max_examples=60, deadline=None)
+@given(gradients(), st.sampled_from(NORM_TYPES), st.sampled_from(["keep", "torch"]))
+def test_in_two_steps_the_same_bits(grads, norm_type, nonfinite):
+    one, two = parameters_with(grads), parameters_with(grads)
+    returned = fastguard.clip_grad_norm_(one, 0.5, norm_type, nonfinite=nonfinite)
+    total_norm = fastguard.get_total_norm([p.grad for p in two], norm_type)
+    assert total_norm.dtype == returned.dtype and total_norm.shape == ()
+    if total_norm.isinf() and all(g.isfinite().all() for g in grads):
+        return  # beyond float32: only clip_grad_norm_ knows the true norm
+    assert fastguard.clip_grads_with_norm_(two, 0.5, total_norm, nonfinite=nonfinite) is None
+    torch.testing.assert_close(
+        returned, total_norm.to(returned.dtype), rtol=0, atol=0, equal_nan=True
+    )
+    assert_same_bits(bits(p.grad for p in one), bits(p.grad for p in two))
+
+
+@pytest.mark.parametrize("norm_type", [1.0, 2.0, 3.5, 8, math.inf, -math.inf])
+def test_a_nan_stays_in_every_order(norm_type):
+    """Apex's maximum, by fmaxf, drops it. Order 0 counts it, as in torch."""
+    for place in range(3):
+        grad = torch.tensor([1.0, 2.0, 3.0])
+        grad[place] = math.nan
+        assert fastguard.get_total_norm([torch.ones(2), grad, torch.ones(2)], norm_type).isnan()
+    assert fastguard.get_total_norm([torch.ones(2), grad], 0) == 2
+
+
+@pytest.mark.parametrize("norm_type", NORM_TYPES)
+def test_gradients_without_elements_and_of_zeros(norm_type):
+    """torch raises for the former where the order is negative or infinite."""
+    assert fastguard.get_total_norm([torch.zeros(0), torch.zeros(2, 0)], norm_type) == 0
+    some = [torch.zeros(0), torch.tensor([3.0, -4.0]), torch.zeros(0, 5)]
+    expected = nn.utils.get_total_norm(some[1:2], norm_type)
+    torch.testing.assert_close(fastguard.get_total_norm(some, norm_type), expected)
+    torch.testing.assert_close(fastguard.get_total_norm(some[1], norm_type), expected)
+    parameters = parameters_with([torch.zeros(3), torch.zeros(0)])
+    before = bits(p.grad for p in parameters)
+    assert fastguard.clip_grad_norm_(parameters, 1.0, norm_type, error_if_nonfinite=True) == 0
+    assert_same_bits(before, bits(p.grad for p in parameters))
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("norm_type", [2.0, 1.0, 3.5, math.inf])
+@pytest.mark.parametrize("max_norm", [1.0, math.inf])
+def test_nonfinite_torch_is_what_torch_does(bad, norm_type, max_norm):
+    grads = [torch.ones(5), torch.tensor([-3.0, bad]), torch.ones(2, dtype=torch.float64)]
+    ours, theirs = parameters_with(grads), parameters_with(grads)
+    fastguard.clip_grad_norm_(ours, max_norm, norm_type, nonfinite="torch")
+    nn.utils.clip_grad_norm_(theirs, max_norm, norm_type)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=0, atol=0, equal_nan=True)
+
+
+def test_nonfinite_torch_clips_finite_gradients_all_the_same():
+    ours, theirs = (parameters_with([torch.full((4,), 3.0)]) for _ in range(2))
+    fastguard.clip_grad_norm_(ours, 1.5, nonfinite="torch")
+    nn.utils.clip_grad_norm_(theirs, 1.5)
+    torch.testing.assert_close(ours[0].grad, theirs[0].grad)
+    before = bits(p.grad for p in ours)
+    fastguard.clip_grad_norm_(ours, 1e3, nonfinite="torch")
+    assert_same_bits(before, bits(p.grad for p in ours))
+
+
+def test_the_error_begins_with_torchs_and_says_the_value_and_the_cure():
+    parameters = parameters_with([torch.tensor([1.0, math.inf])])
+    grads = [p.grad for p in parameters]
+    with pytest.raises(RuntimeError) as theirs:
+        nn.utils.get_total_norm(grads, 1, error_if_nonfinite=True)
+    torchs = str(theirs.value).split("To disable")[0].strip()
+    calls = (
+        lambda: fastguard.get_total_norm(grads, 1, True),
+        lambda: fastguard.clip_grad_norm_(parameters, 1.0, 1, True, nonfinite="torch"),
+    )
+    before = bits(grads)
+    for call in calls:
+        with pytest.raises(RuntimeError) as ours:
+            call()
+        assert str(ours.value).startswith(torchs)
+        assert "It is inf" in str(ours.value) and "GradGuard" in str(ours.value)
+    assert_same_bits(before, bits(grads))
+
+
+def test_writes_nothing_when_nothing_is_clipped():
+    for grads in ([torch.ones(4)], [torch.ones(4), torch.ones(2, dtype=torch.complex64)]):
+        for value in (1.0, math.nan, math.inf):
+            parameters = parameters_with([g * value for g in grads])
+            before = bits(p.grad for p in parameters)
+            versions = [p.grad._version for p in parameters]
+            fastguard.clip_grad_norm_(parameters, 100.0)
+            fastguard.clip_grads_with_norm_(parameters, 100.0, 100.0 * value - 1)
+            assert versions == [p.grad._version for p in parameters]
+            assert_same_bits(before, bits(p.grad for p in parameters))
+        parameters = parameters_with(grads)
+        versions = [p.grad._version for p in parameters]
+        fastguard.clip_grad_norm_(parameters, 0.1)
+        assert all(p.grad._version > v for p, v in zip(parameters, versions, strict=True))
+
+
+@pytest.mark.parametrize("norm_type", NORM_TYPES)
+def test_repeated_gradients_count_and_are_scaled_once(norm_type):
+    grad, other = torch.tensor([3.0, 1.0]), torch.tensor([2.0])
+    once = fastguard.get_total_norm([grad, other], norm_type)
+    assert fastguard.get_total_norm([grad, other, grad], norm_type) == once
+    one, two, three = parameters_with([grad, grad, other])
+    two.grad = one.grad
+    max_norm = once.item() / 2
+    returned = fastguard.clip_grad_norm_([one, two, three, one], max_norm, norm_type)
+    assert returned == once.float()
+    torch.testing.assert_close(one.grad, grad * (max_norm / (once.float() + 1e-6)))
+    fastguard.clip_grads_with_norm_([one, two, three], 1.0, 2.0)
+    torch.testing.assert_close(three.grad, other * (max_norm / (once.float() + 1e-6)) / 2)
+
+
+TOTAL_NORMS = [torch.tensor(4.0, dtype=dtype) for dtype in (*DTYPES, torch.int64)]
+TOTAL_NORMS += [torch.tensor([4.0]), torch.tensor(4.0, requires_grad=True), 4.0, 4]
+
+
+@pytest.mark.parametrize("total_norm", TOTAL_NORMS, ids=str)
+def test_the_total_norm_may_be_any_number(total_norm):
+    (parameter,) = parameters_with([torch.full((4,), 3.0)])
+    fastguard.clip_grads_with_norm_(parameter, 2.0, total_norm)
+    torch.testing.assert_close(parameter.grad, torch.full((4,), 1.5))
+    fastguard.clip_grads_with_norm_((p for p in [parameter]), 2.0, total_norm)
+    torch.testing.assert_close(parameter.grad, torch.full((4,), 0.75))
+    fastguard.clip_grads_with_norm_([nn.Parameter(torch.ones(2))], 2.0, total_norm)
+
+
+@pytest.mark.parametrize("total_norm", [-1.0, torch.tensor(-1.0), torch.ones(2), torch.ones(0)])
+def test_refuses_a_total_norm_that_is_none(total_norm):
+    (parameter,) = parameters_with([torch.ones(2)])
+    with pytest.raises(ValueError, match="total_norm must"):
+        fastguard.clip_grads_with_norm_(parameter, 1.0, total_norm)
+    assert parameter.grad.equal(torch.ones(2))
+
+
+@pytest.mark.parametrize("norm_type", [2.0, 1.0, 3.5, 8, 0, -1, math.inf])
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128])
+def test_a_complex_element_counts_by_its_absolute_value(norm_type, dtype):
+    grads = [torch.tensor([3 + 4j, 1j], dtype=dtype), torch.tensor([2.0])]
+    ours, theirs = parameters_with(grads), parameters_with(grads)
+    expected = nn.utils.clip_grad_norm_(theirs, 1.0, norm_type)
+    returned = fastguard.clip_grad_norm_(ours, 1.0, norm_type)
+    torch.testing.assert_close(returned, expected.to(returned.dtype))
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a.grad, b.grad)
+
+
+def test_autograd_may_leave_a_complex_gradient_lazily_conjugated():
+    torch.manual_seed(0)
+    parameter = nn.Parameter(torch.randn(3, dtype=torch.complex64))
+    (parameter.conj() * torch.randn(3)).abs().sum().backward()
+    assert parameter.grad.is_conj()
+    before = parameter.grad.clone()
+    norm = fastguard.clip_grad_norm_(parameter, 0.5)
+    torch.testing.assert_close(norm, before.norm())
+    torch.testing.assert_close(parameter.grad, before * (0.5 / norm))
+
+
+@pytest.mark.parametrize("norm_type", [2.0, 1.0, 3.5, 8, 0, -1, math.inf, -math.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.complex64])
+def test_sparse_gradients_in_every_order(norm_type, dtype):
+    """As torch: of the values that are stored, after duplicates are added up."""
+    values = torch.tensor([[1, 2], [3, 4], [5, 6]], dtype=dtype)
+    sparse = torch.sparse_coo_tensor([[1, 1, 4]], values, (6, 2), check_invariants=True)
+    empty = torch.sparse_coo_tensor(size=(3, 2), dtype=dtype, check_invariants=True)
+    expected = nn.utils.get_total_norm([sparse], norm_type)
+    grads = [sparse.clone(), sparse.coalesce(), empty]
+    for grad in grads[:2]:
+        torch.testing.assert_close(fastguard.get_total_norm([grad, empty], norm_type), expected)
+    parameters = [nn.Parameter(torch.zeros(grad.shape, dtype=dtype)) for grad in grads]
+    for parameter, grad in zip(parameters, grads, strict=True):
+        parameter.grad = grad
+    versions = [p.grad._version for p in parameters]
+    fastguard.clip_grads_with_norm_(parameters, 1.0, 2.0)
+    for parameter, version in zip(parameters[:2], versions, strict=False):
+        torch.testing.assert_close(parameter.grad.to_dense(), sparse.to_dense() / (2 + 1e-6))
+        assert parameter.grad._version > version
+    assert fastguard.get_total_norm([empty], norm_type) == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64, torch.bool])
+def test_names_a_gradient_of_an_integer_type(dtype):
+    integer = torch.zeros(3, dtype=dtype)
+    integer.grad = torch.ones(3, dtype=dtype)  # only by hand: autograd makes none
+    parameters = [nn.Parameter(torch.ones(2)), *parameters_with([torch.ones(2)]), integer]
+    message = rf"gradient 2, of shape \(3,\), has dtype {dtype}"
+    with pytest.raises(RuntimeError, match=message):
+        fastguard.clip_grad_norm_(parameters, 0.1)
+    with pytest.raises(RuntimeError, match=message):
+        fastguard.clip_grads_with_norm_(parameters, 0.1, 1.0)
+    with pytest.raises(RuntimeError, match="gradient 1, "):
+        fastguard.get_total_norm([torch.ones(2), integer.grad])
+    assert parameters[1].grad.equal(torch.ones(2))
+
+
+@pytest.mark.parametrize("norm_type", [2.0, 1.0, 8.0, -1.0])
+def test_several_devices(norm_type):
+    """With the meta device for the other one: its values are none, so not in one norm."""
+    here, there = (nn.Parameter(torch.ones(4, device=d)) for d in ("cpu", "meta"))
+    here.grad, there.grad = torch.full((4,), 3.0), torch.ones(4, device="meta")
+    norm = fastguard.clip_grad_norm_([there], 1.0, norm_type)
+    assert (norm.device.type, norm.shape, norm.dtype) == ("meta", (), torch.float32)
+    fastguard.clip_grads_with_norm_([there, here], 1.0, 2.0)
+    torch.testing.assert_close(here.grad, torch.full((4,), 1.5))
+    assert clip.by_device([there.grad, here.grad, there.grad]) == [
+        [there.grad, there.grad],
+        [here.grad],
+    ]
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("norm_type", NORM_TYPES)
+def test_on_the_gpu_and_beside_it(norm_type):
+    grads = [torch.randn(5), torch.randn(3).cuda(), torch.randn(2, 2).cuda().half()]
+    expected = fastguard.get_total_norm([g.cpu() for g in grads], norm_type)
+    total_norm = fastguard.get_total_norm(grads, norm_type)
+    assert total_norm.device.type == "cpu"
+    torch.testing.assert_close(total_norm, expected)
+    on_gpu = fastguard.get_total_norm(grads[1:], norm_type)
+    assert on_gpu.is_cuda
+    parameters = parameters_with(g.cpu() for g in grads)
+    for parameter, grad in zip(parameters, grads, strict=True):
+        parameter.data, parameter.grad = parameter.data.to(grad.device), None
+        parameter.grad = grad.clone()
+    fastguard.clip_grad_norm_(parameters, expected / 2, norm_type)
+    for parameter, grad in zip(parameters, grads, strict=True):
+        coef = expected / 2 / (expected + 1e-6)
+        torch.testing.assert_close(parameter.grad, (grad.double() * coef.item()).to(grad.dtype))
+
+
+def test_the_warning_points_at_the_caller():
+    with pytest.warns(UserWarning, match="empty generator") as caught:
+        assert fastguard.clip_grad_norm_((p for p in ()), 1.0) == 0
+    assert caught[0].filename == __file__
+    assert fastguard.get_total_norm(p for p in ()) == 0
 
 
 @pytest.mark.parametrize("max_norm", [-1.0, math.nan])
 def test_refuses_a_threshold_that_would_flip_or_poison_gradients(max_norm):
     with pytest.raises(ValueError, match=f"max_norm must be a number >= 0.*got {max_norm}"):
         fastguard.clip_grad_norm_(parameters_with([torch.ones(2)]), max_norm)
+    with pytest.raises(ValueError, match=f"max_norm must be a number >= 0.*got {max_norm}"):
+        fastguard.clip_grads_with_norm_(parameters_with([torch.ones(2)]), max_norm, 1.0)
+
+
+def test_refuses_an_unknown_word_for_nonfinite():
+    with pytest.raises(ValueError, match=r"nonfinite must be 'keep' .* got 'zero'"):
+        fastguard.clip_grad_norm_(parameters_with([torch.ones(2)]), 1.0, nonfinite="zero")
+    with pytest.raises(ValueError, match=r"nonfinite must be 'keep' .* got None"):
+        fastguard.clip_grads_with_norm_([], 1.0, 1.0, nonfinite=None)

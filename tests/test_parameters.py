@@ -94,6 +94,8 @@ def test_a_module_whose_parameters_are_all_replaced_one_by_one():
     model = nn.Linear(4, 1)
     guard = GradGuard(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    train_step(model, optimizer, guard, torch.ones(6, 4))
+    optimizer.zero_grad()
     model.weight, model.bias = (nn.Parameter(p.detach().clone()) for p in model.parameters())
     model(torch.ones(6, 4)).sum().backward()
     assert guard.step(optimizer).total_norm == 0.0  # nothing is done, and it is noticed next time
