@@ -101,7 +101,7 @@ class BuildLibraries(build_ext):
         build(target, torch_folder())
 
     def build_cpu(self, target, torch):
-        # No contraction: every instruction set must give the same bits. No errno: sqrt is vectorized.
+        # No contraction: every instruction set must give the same bits. No errno: sqrt vectorizes.
         flags = ["-O3", "-std=c++20", "-ffp-contract=off", "-fno-math-errno"]
         flags += ["-fvisibility=hidden", "-g0", "-Wall", "-Wextra"]
         if WINDOWS:

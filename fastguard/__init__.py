@@ -5,8 +5,11 @@ from .clip import clip_grad_norm_
 from .guard import GradGuard, GradientExplosionError, StepReport
 from .init import stable_init_
 from .ops import Verdict
+from .optim import Adam, AdamW
 
 __all__ = [
+    "Adam",
+    "AdamW",
     "ClampedMultiheadAttention",
     "GradGuard",
     "GradientExplosionError",
