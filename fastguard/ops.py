@@ -568,8 +568,9 @@ def adamw_ref_(
     ):
         new_step = step + 1
         t = new_step.double()
-        step_size = (lr / (1 - beta1**t)).to(m.dtype)
-        root_factor = (1 / (1 - beta2**t).sqrt()).to(m.dtype)
+        # A number divided by a tensor would be its reciprocal times the number, rounded twice.
+        step_size = (torch.full_like(t, lr) / (1 - beta1**t)).to(m.dtype)
+        root_factor = (1 - beta2**t).sqrt().reciprocal().to(m.dtype)
         old = p.to(m.dtype)
         g = (grads[i].double() * coefs[i]).to(m.dtype)
         if weight_decay != 0 and not decoupled_weight_decay:

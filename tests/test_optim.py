@@ -1,0 +1,788 @@
+"""Adam and AdamW against torch's, and adamw_ against a float64 step written out here."""
+
+import copy
+import inspect
+import io
+import math
+import os
+import pickle
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import fastguard
+from fastguard import ops
+from fastguard.ops import Verdict
+
+from .drawn import DTYPES
+from .test_ops import needs_kernel
+
+F64 = torch.float64
+FUNCTIONS = [ops.adamw_, ops.adamw_ref_]
+PAIRS = [(fastguard.Adam, torch.optim.Adam), (fastguard.AdamW, torch.optim.AdamW)]
+ROLES = ("params", "grads", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs", "state_steps")
+
+OPTIONS = {
+    "lr": 1e-2,
+    "beta1": 0.9,
+    "beta2": 0.98,
+    "weight_decay": 0.1,
+    "eps": 1e-8,
+    "decoupled_weight_decay": True,
+    "amsgrad": False,
+    "maximize": False,
+}
+
+
+def scalar(value):
+    return torch.tensor(value, dtype=F64)
+
+
+def verdict_(value):
+    return torch.tensor(int(value))
+
+
+def moment_dtype(dtype):
+    return F64 if dtype == F64 else torch.float32
+
+
+def laid_out(tensor, layout):
+    """The same values in another order or with gaps."""
+    if layout == "transposed" and tensor.dim() >= 2:
+        return tensor.transpose(0, -1).contiguous().transpose(0, -1)
+    if layout == "gaps":
+        wide = torch.full((*tensor.shape, 2), 7.0, dtype=tensor.dtype)
+        wide[..., 0] = tensor
+        return wide[..., 0]
+    if layout == "offset":
+        return torch.cat([tensor.new_zeros(1), tensor.flatten()])[1:].view(tensor.shape)
+    return tensor.clone()
+
+
+def lists(shapes, dtypes, amsgrad=False, layouts=None, seed=0, grad_dtypes=None, step=3.0):
+    """The op's six lists in the middle of a training."""
+    generator = torch.Generator().manual_seed(seed)
+    layouts = iter(layouts or ["contiguous"] * 5 * len(shapes))
+
+    def drawn(shape, dtype, positive=False):
+        values = torch.randn(shape, generator=generator, dtype=F64)
+        # Away from 0, where the quotient of the moments is all rounding.
+        values = values.square() + 0.01 if positive else values
+        return laid_out(values.to(dtype), next(layouts))
+
+    result = {name: [] for name in ROLES}
+    for shape, dtype, grad_dtype in zip(shapes, dtypes, grad_dtypes or dtypes, strict=True):
+        result["params"].append(drawn(shape, dtype))
+        result["grads"].append(drawn(shape, grad_dtype))
+        result["exp_avgs"].append(drawn(shape, moment_dtype(dtype)))
+        result["exp_avg_sqs"].append(drawn(shape, moment_dtype(dtype), positive=True))
+        largest = drawn(shape, moment_dtype(dtype), positive=True)
+        if amsgrad:
+            result["max_exp_avg_sqs"].append(largest)
+        result["state_steps"].append(torch.tensor(step))
+    return result
+
+
+def bits(tensors):
+    return [torch.cat([t.detach().reshape(-1)]).view(torch.uint8) for t in tensors]
+
+
+def assert_same_bits(these, those):
+    assert len(these) == len(those)
+    for this, that in zip(these, those, strict=True):
+        assert torch.equal(this, that)
+
+
+def everything(tensors):
+    return [t for name in ROLES for t in tensors[name]]
+
+
+def expected(tensors, coefs, **options):
+    """What one step must make of copies of the tensors, in float64."""
+    o = OPTIONS | options
+    result = {name: [] for name in ROLES}
+    for i, step in enumerate(tensors["state_steps"]):
+        t = step.item() + 1
+        p, g, m, v = (tensors[name][i].double() for name in ROLES[:4])
+        g = g * coefs[i] * (-1 if o["maximize"] else 1)
+        decay = o["weight_decay"] * p
+        if not o["decoupled_weight_decay"]:
+            g, decay = g + decay, 0.0
+        m = o["beta1"] * m + (1 - o["beta1"]) * g
+        v = o["beta2"] * v + (1 - o["beta2"]) * g * g
+        root = v
+        if o["amsgrad"]:
+            root = torch.maximum(v, tensors["max_exp_avg_sqs"][i].double())
+            result["max_exp_avg_sqs"].append(root)
+        m_hat, v_hat = m / (1 - o["beta1"] ** t), root / (1 - o["beta2"] ** t)
+        p = p - o["lr"] * (decay + m_hat / (v_hat.sqrt() + o["eps"]))
+        for name, value in zip(ROLES[:4], (p, None, m, v), strict=True):
+            result[name].append(value)
+        result["state_steps"].append(torch.tensor(t))
+    return result
+
+
+def assert_stepped(found, right, grads_before):
+    assert_same_bits(bits(found["grads"]), grads_before)
+    for name in ROLES[2:] + ROLES[:1]:
+        assert len(found[name]) == len(right[name])
+        for tensor, value in zip(found[name], right[name], strict=True):
+            eps = torch.finfo(tensor.dtype).eps
+            # A few roundings of the terms, which may cancel; they are of the size of 1 to 30.
+            torch.testing.assert_close(tensor.double(), value.double(), rtol=4 * eps, atol=60 * eps)
+
+
+layout = st.sampled_from(["contiguous", "transposed", "gaps", "offset"])
+shapes_ = st.lists(
+    st.one_of(
+        st.lists(st.integers(0, 5), max_size=4).map(tuple),
+        st.sampled_from([(1,), (255,), (257,), (16385,), (3, 11003), (40000,)]),
+    ),
+    max_size=5,
+)
+
+
+@settings(max_examples=120, deadline=None)
+@given(st.data())
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_adamw_(function, data):
+    shapes = data.draw(shapes_)
+    n = len(shapes)
+    dtypes = data.draw(st.lists(st.sampled_from(DTYPES), min_size=n, max_size=n))
+    grad_dtypes = [d if d == F64 or data.draw(st.booleans()) else torch.float32 for d in dtypes]
+    options = {
+        "amsgrad": data.draw(st.booleans()),
+        "maximize": data.draw(st.booleans()),
+        "decoupled_weight_decay": data.draw(st.booleans()),
+        "weight_decay": data.draw(st.sampled_from([0.0, 0.1])),
+        "beta1": data.draw(st.sampled_from([0.0, 0.5, 0.9])),
+        "beta2": data.draw(st.sampled_from([0.0, 0.98, 0.999])),
+        "lr": data.draw(st.sampled_from([1e-5, 1e-2])),
+    }
+    options["eps"] = 1e-8 if options["beta2"] else 0.1
+    tensors = lists(
+        shapes,
+        dtypes,
+        options["amsgrad"],
+        data.draw(st.lists(layout, min_size=5 * n, max_size=5 * n)),
+        data.draw(st.integers(0, 2**31)),
+        grad_dtypes,
+        step=float(data.draw(st.sampled_from([0, 1, 1000]))),
+    )
+    each = data.draw(st.booleans())
+    coefs = [data.draw(st.floats(0.01, 2.0)) for _ in range(n if each else 1)]
+    coef = torch.tensor(coefs, dtype=F64) if each else scalar(coefs[0])
+    verdict = verdict_(data.draw(st.sampled_from([Verdict.APPLY, Verdict.CLIP])))
+    right = expected(tensors, coefs if each else coefs * n, **options)
+    grads_before = bits(tensors["grads"])
+    function(**tensors, grad_coef=coef, verdict=verdict, **(OPTIONS | options))
+    assert_stepped(tensors, right, grads_before)
+
+
+@needs_kernel
+@pytest.mark.parametrize("amsgrad", [False, True])
+@pytest.mark.parametrize("maximize", [False, True])
+@pytest.mark.parametrize("decoupled", [False, True])
+def test_the_kernel_rounds_as_the_reference_does(amsgrad, maximize, decoupled):
+    """Moments bit for bit; parameters too, but that torch's sqrt and pow may miss the last bit."""
+    dtypes = [*DTYPES, torch.bfloat16, torch.float16]
+    grad_dtypes = [*DTYPES, torch.float32, torch.float32]
+    shapes = [(1000,), (33, 31), (7,), (20_000,), (300,), ()]
+    options = {"amsgrad": amsgrad, "maximize": maximize, "decoupled_weight_decay": decoupled}
+    results = []
+    for function in FUNCTIONS:
+        tensors = lists(shapes, dtypes, amsgrad, grad_dtypes=grad_dtypes)
+        for verdict in (Verdict.APPLY, Verdict.SKIP_OUTLIER, Verdict.CLIP):
+            function(
+                **tensors,
+                grad_coef=scalar(0.3),
+                verdict=verdict_(verdict),
+                **(OPTIONS | {**options, "weight_decay": 0.1 if decoupled else 0.0}),
+            )
+        results.append(tensors)
+    here, there = results
+    assert_close(here["params"], there["params"], ulps=1)
+    for name in ROLES[1:]:
+        assert_same_bits(bits(here[name]), bits(there[name]))
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+@pytest.mark.parametrize("verdict", [2, 3, 77, -1])
+@pytest.mark.parametrize("coef", [1.0, math.nan, math.inf])
+def test_a_skip_writes_nothing(function, verdict, coef):
+    tensors = lists([(5,), (300, 7), (40_000,), ()], DTYPES, amsgrad=True)
+    for tensor in everything(tensors):
+        if tensor.numel() > 1:
+            tensor.view(-1)[:3] = torch.tensor([math.nan, math.inf, -math.inf])
+    before = bits(everything(tensors))
+    options = OPTIONS | {"amsgrad": True}
+    function(**tensors, grad_coef=scalar(coef), verdict=verdict_(verdict), **options)
+    assert_same_bits(bits(everything(tensors)), before)
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+@pytest.mark.parametrize(
+    "size, coef", [(1e38, 1e-43), (3e38, 1e-44), (1e-30, 1e30), (1e-38, 1e40), (1e38, 3e-38)]
+)
+def test_a_coefficient_beyond_float_gives_the_right_product(function, size, coef):
+    grad = torch.tensor([1.0, -0.7, 0.3]) * size
+    tensors = {
+        "params": [torch.zeros(3)],
+        "grads": [grad],
+        "exp_avgs": [torch.zeros(3)],
+        "exp_avg_sqs": [torch.zeros(3)],
+        "max_exp_avg_sqs": [],
+        "state_steps": [torch.tensor(0.0)],
+    }
+    options = OPTIONS | {"beta1": 0.0}
+    function(**tensors, grad_coef=scalar(coef), verdict=verdict_(1), **options)
+    product = (grad.double() * coef).float()
+    assert torch.equal(tensors["exp_avgs"][0], product)
+    if size * coef > 1e-4:
+        torch.testing.assert_close(tensors["params"][0], -0.01 * grad.sign(), rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_amsgrad_does_not_swallow_a_nan(function):
+    tensors = lists([(4,)], [torch.float32], amsgrad=True)
+    tensors["exp_avg_sqs"][0][1] = math.nan
+    tensors["max_exp_avg_sqs"][0][2] = math.nan
+    options = OPTIONS | {"amsgrad": True}
+    function(**tensors, grad_coef=scalar(1.0), verdict=verdict_(0), **options)
+    assert tensors["max_exp_avg_sqs"][0].isnan().tolist() == [False, True, True, False]
+    assert tensors["params"][0].isnan().tolist() == [False, True, True, False]
+
+
+@needs_kernel
+def test_adamw_does_not_depend_on_threads():
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3, 7):
+            torch.set_num_threads(threads)
+            tensors = lists([(100_001,), (7,), (300, 65), (70_000,)], DTYPES)
+            ops.adamw_(**tensors, grad_coef=scalar(0.3), verdict=verdict_(1), **OPTIONS)
+            results.append(bits(everything(tensors)))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert_same_bits(results[0], other)
+
+
+_DUMP = """
+import hashlib, torch
+from fastguard import ops
+torch.manual_seed(1)
+sizes = (1, 7, 8, 63, 255, 257, 4097, 20_003)
+digest = hashlib.sha256()
+for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+    moment = torch.promote_types(dtype, torch.float32)
+    for amsgrad, coupled in ((False, False), (True, False), (False, True), (True, True)):
+        params, grads = ([torch.randn(n).to(dtype) for n in sizes] for _ in range(2))
+        m, v, largest = ([torch.rand(n, dtype=moment) for n in sizes] for _ in range(3))
+        steps = [torch.tensor(2.0) for _ in sizes]
+        ops.adamw_(params, grads, m, v, largest if amsgrad else [], steps,
+                   torch.tensor(0.37, dtype=torch.float64), torch.tensor(0),
+                   1e-2, 0.9, 0.98, 0.1, 1e-8, not coupled, amsgrad, False)
+        for t in (*params, *m, *v, *largest):
+            digest.update(t.view(torch.uint8).numpy().tobytes())
+print(ops.cpu_info()["chosen"], digest.hexdigest())
+"""
+
+
+@needs_kernel
+def test_every_instruction_set_steps_to_the_same_bits():
+    printed = {}
+    for capability in ops.cpu_info()["compiled"].split():
+        run = subprocess.run(
+            [sys.executable, "-c", _DUMP],
+            capture_output=True,
+            text=True,
+            check=True,
+            env={**os.environ, "FASTGUARD_CPU_CAPABILITY": capability},
+        )
+        chosen, values = run.stdout.split(" ", 1)
+        printed[chosen] = values
+    assert "default" in printed
+    assert len(set(printed.values())) == 1, printed
+
+
+def wrong_lists():
+    """(the message, what makes the last of many tensors wrong)."""
+
+    def put(name, value):
+        return lambda kwargs: kwargs[name].__setitem__(-1, value)
+
+    def drop(name):
+        return lambda kwargs: kwargs[name].pop()
+
+    def set_(name, value):
+        return lambda kwargs: kwargs.__setitem__(name, value)
+
+    yield r"grads has 6 tensors; with 7 params", drop("grads")
+    yield r"exp_avgs has 6 tensors", drop("exp_avgs")
+    yield r"exp_avg_sqs has 6 tensors", drop("exp_avg_sqs")
+    yield r"max_exp_avg_sqs has 6 tensors", drop("max_exp_avg_sqs")
+    yield r"state_steps has 6 tensors", drop("state_steps")
+    yield r"max_exp_avg_sqs has 7 .*amsgrad=False it must have 0", set_("amsgrad", False)
+    yield r"params\[6\] has dtype .*; float32, float64", put("params", torch.zeros(3).int())
+    yield r"grads\[6\] has shape \(1, 3\), its parameter \(3,\)", put("grads", torch.zeros(1, 3))
+    yield r"grads\[6\] has dtype .*its parameter", put("grads", torch.zeros(3).half())
+    yield r"exp_avgs\[6\] has dtype", put("exp_avgs", torch.zeros(3, dtype=F64))
+    yield r"exp_avg_sqs\[6\] has shape", put("exp_avg_sqs", torch.zeros(4))
+    yield r"max_exp_avg_sqs\[6\] has dtype", put("max_exp_avg_sqs", torch.zeros(3).bfloat16())
+    yield r"state_steps\[6\] must be a float32 .*shape \(1,\)", put("state_steps", torch.ones(1))
+    yield r"state_steps\[6\] must be a float32", put("state_steps", scalar(1.0))
+    yield r"params\[6\] is expanded.*clone it", put("params", torch.zeros(1).expand(3))
+    yield r"exp_avgs\[6\] is expanded.*clone it", put("exp_avgs", torch.zeros(1).expand(3))
+    yield r"grad_coef must be a float64.*\(7,\)", set_("grad_coef", torch.tensor(1.0))
+    yield r"grad_coef must be .*shape \(6,\)", set_("grad_coef", torch.ones(6, dtype=F64))
+    yield r"verdict must be an int64", set_("verdict", torch.tensor(0.0))
+    yield r"verdict must be .*shape \(1,\)", set_("verdict", torch.tensor([0]))
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+@pytest.mark.parametrize("message, spoil", list(wrong_lists()))
+def test_nothing_is_written_where_the_last_tensor_is_wrong(function, message, spoil):
+    tensors = lists([(40_000,)] * 6 + [(3,)], [torch.float32] * 7, amsgrad=True)
+    kwargs = {**tensors, "grad_coef": scalar(1.0), "verdict": verdict_(0), **OPTIONS}
+    kwargs["amsgrad"] = True
+    spoil(kwargs)
+    before = bits([t for name in ROLES for t in kwargs[name]])
+    with pytest.raises(RuntimeError, match=f"adamw_: {message}"):
+        function(**kwargs)
+    assert_same_bits(bits([t for name in ROLES for t in kwargs[name]]), before)
+
+
+def test_a_parameter_that_overlaps_itself_is_refused():
+    tensors = lists([(3, 4)], [torch.float32])
+    tensors["params"] = [torch.zeros(10).as_strided((3, 4), (2, 1))]
+    if ops._has_kernel(tensors["params"][0], cuda=False):
+        with pytest.raises(RuntimeError, match=r"params\[0\] is expanded or overlaps itself"):
+            ops.adamw_(**tensors, grad_coef=scalar(1.0), verdict=verdict_(0), **OPTIONS)
+
+
+def test_copy_on_write_tensors_are_their_own_afterwards():
+    tensors = lists([(50,)], [torch.float32])
+    before = bits(everything(tensors))
+    copies = {name: [torch._lazy_clone(t) for t in ts] for name, ts in tensors.items()}
+    ops.adamw_(**copies, grad_coef=scalar(1.0), verdict=verdict_(0), **OPTIONS)
+    assert_same_bits(bits(everything(tensors)), before)
+    assert not torch.equal(copies["params"][0], tensors["params"][0])
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_versions_are_bumped_for_what_is_written_alone(function):
+    tensors = lists([(5,)], [torch.float32], amsgrad=True)
+    before = {name: ts[0]._version for name, ts in tensors.items()}
+    options = OPTIONS | {"amsgrad": True}
+    function(**tensors, grad_coef=scalar(1.0), verdict=verdict_(0), **options)
+    bumped = {name for name, ts in tensors.items() if ts[0]._version > before[name]}
+    assert bumped == set(ROLES) - {"grads"}
+
+
+@needs_kernel
+@pytest.mark.parametrize("verdict", [0, 2])
+@pytest.mark.parametrize("amsgrad", [False, True])
+def test_opcheck_adamw_(verdict, amsgrad):
+    tensors = lists([(3,), (0,), (2, 3), ()], DTYPES, amsgrad, ["transposed"] * 20)
+    options = (1e-2, 0.9, 0.98, 0.1, 1e-8, True, amsgrad, False)
+    torch.library.opcheck(
+        torch.ops.fastguard.adamw_.default,
+        (*tensors.values(), scalar(0.5), verdict_(verdict), *options),
+    )
+
+
+# --- the optimizers -----------------------------------------------------------------------------
+
+
+def parameters(dtype=torch.float32, seed=0):
+    torch.manual_seed(seed)
+    shapes = [(5,), (4, 3, 3, 3), (0,), (), (33, 7), (70, 300)]
+    listed = [nn.Parameter(torch.randn(shape, dtype=F64).to(dtype)) for shape in shapes]
+    listed[1].data = listed[1].data.contiguous(memory_format=torch.channels_last)
+    listed[4].data = listed[4].data.t().contiguous().t()
+    return listed
+
+
+def give_grads(params, seed, scale=1.0, as_parameters=False):
+    """Row-major gradients; ``as_parameters``, laid out as autograd does it."""
+    generator = torch.Generator().manual_seed(seed)
+    for p in params:
+        values = torch.randn(p.shape, generator=generator, dtype=F64)
+        p.grad = (values * scale).to(p.dtype)
+        if as_parameters:
+            p.grad = torch.empty_like(p).copy_(p.grad)
+
+
+def run(optimizer, params, steps=range(4), **kwargs):
+    for seed in steps:
+        give_grads(params, seed, **kwargs)
+        optimizer.step()
+
+
+def assert_close(these, those, ulps=8):
+    for this, that in zip(these, those, strict=True):
+        eps = torch.finfo(this.dtype).eps
+        torch.testing.assert_close(this, that, rtol=ulps * eps, atol=ulps * eps)
+
+
+def state_bits(optimizer):
+    return bits([t for s in optimizer.state.values() for t in s.values()])
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.sampled_from([torch.float32, F64]),
+    st.fixed_dictionaries(
+        {
+            "amsgrad": st.booleans(),
+            "maximize": st.booleans(),
+            "weight_decay": st.sampled_from([0.0, 0.01, 0.3]),
+            "betas": st.sampled_from([(0.9, 0.999), (0.9, 0.98), (0.0, 0.5)]),
+            "lr": st.sampled_from([1e-5, 1e-3]),
+            "eps": st.sampled_from([1e-8, 1e-3]),
+        }
+    ),
+)
+@pytest.mark.parametrize("ours, theirs", PAIRS)
+def test_the_step_is_torchs(ours, theirs, dtype, options):
+    here, there = parameters(dtype), parameters(dtype)
+    mine, other = ours(here, **options), theirs(there, **options)
+    run(mine, here)
+    run(other, there)
+    assert_close(here, there)
+    for p, q in zip(here, there, strict=True):
+        assert mine.state[p].keys() == other.state[q].keys()
+        assert mine.state[p]["step"] == other.state[q]["step"] == 4
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_parameters_have_float32_moments(dtype):
+    here, there = parameters(dtype), [p.detach().float() for p in parameters(dtype)]
+    mine, other = fastguard.AdamW(here, 0.01), torch.optim.AdamW(there, 0.01)
+    for seed in range(4):
+        give_grads(here, seed)
+        for p, q in zip(here, there, strict=True):
+            q.grad = p.grad.float()
+            q.copy_(p.detach())  # only the parameter is rounded at every step
+        mine.step()
+        other.step()
+    for p, q in zip(here, there, strict=True):
+        assert mine.state[p]["exp_avg"].dtype == mine.state[p]["exp_avg_sq"].dtype == torch.float32
+        assert_close([p.detach()], [q.to(dtype)], ulps=1)
+
+
+def test_the_signature_is_torchs_without_the_choice_of_an_implementation():
+    for ours, theirs in PAIRS:
+        here, there = inspect.signature(ours).parameters, inspect.signature(theirs).parameters
+        dropped = {"foreach", "fused", "capturable", "differentiable", "decoupled_weight_decay"}
+        assert {k: p.default for k, p in here.items()} == {
+            k: p.default for k, p in there.items() if k not in dropped
+        }
+        keys = ours([torch.ones(1)]).param_groups[0].keys()
+        assert keys == theirs([torch.ones(1)]).param_groups[0].keys()
+        with pytest.raises(ValueError, match="Invalid learning rate"):
+            ours([torch.ones(1)], lr=-1)
+
+
+def test_a_decision_scales_or_skips():
+    here, there = parameters(), parameters()
+    mine, other = fastguard.AdamW(here), fastguard.AdamW(there)
+    mine.decision = ops.Decision(scalar(0.25), verdict_(1))
+    run(mine, here)
+    run(other, there, scale=0.25)
+    assert_same_bits(bits(here), bits(there))
+    give_grads(here, 9, scale=math.nan)
+    grads = bits([p.grad for p in here])
+    mine.decision = ops.Decision(scalar(1.0), verdict_(2))
+    state = state_bits(mine)
+    mine.step()
+    assert_same_bits(bits(here), bits(there))
+    assert_same_bits(state_bits(mine), state)
+    assert_same_bits(bits([p.grad for p in here]), grads)
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_decision_for_each_gradient(order):
+    here, there = parameters(), parameters()
+    mine = fastguard.Adam([{"params": here[:2]}, {"params": here[2:], "lr": 0.01}])
+    other = fastguard.Adam([{"params": there[:2]}, {"params": there[2:], "lr": 0.01}])
+    coefs = torch.arange(1.0, 7.0, dtype=F64)
+    for seed in range(3):
+        give_grads(here, seed)
+        give_grads(there, seed)
+        rows = dict(zip(range(6), range(6)[::order], strict=True))
+        mine.decision = ops.Decision(coefs, verdict_(1))
+        mine.decision_index = {id(p.grad): rows[i] for i, p in enumerate(here)}
+        for i, p in enumerate(there):
+            p.grad *= coefs[rows[i]]
+        mine.step()
+        other.step()
+    assert_same_bits(bits(here), bits(there))
+    mine.decision_index.popitem()
+    before = bits(here)
+    with pytest.raises(RuntimeError, match="6 coefficients, and decision_index does not say"):
+        mine.step()
+    assert_same_bits(bits(here), before)
+
+
+@pytest.mark.parametrize("shape", [(), (1,)])
+@pytest.mark.parametrize("found", [0.0, 1.0, 2.0, math.nan, math.inf])
+def test_found_inf_of_any_value_and_shape(found, shape):
+    here, there = parameters(), parameters()
+    mine, other = fastguard.AdamW(here), torch.optim.AdamW(there)
+    run(mine, here)
+    run(other, there)
+    before, state = bits(here), state_bits(mine)
+    mine.found_inf, mine.grad_scale = torch.full(shape, found), torch.full(shape, 4.0)
+    run(mine, here, [7], scale=4.0)
+    if found == 0:
+        run(other, there, [7])
+        assert_close(here, there)
+    else:
+        assert_same_bits(bits(here), before)
+        assert_same_bits(state_bits(mine), state)
+
+
+def test_a_real_grad_scaler():
+    here, there = parameters(), parameters()
+    mine, other = fastguard.AdamW(here), torch.optim.AdamW(there)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=2)
+    for seed in range(6):
+        scale = scaler.get_scale()
+        scaler.scale(torch.ones(()))  # makes the scale's tensor
+        give_grads(here, seed, scale)
+        give_grads(there, seed)
+        if seed == 3:
+            here[4].grad[2, 5] = math.inf
+            before = bits(here) + state_bits(mine)
+        if seed == 4:
+            scaler.unscale_(mine)
+        scaler.step(mine)
+        scaler.update()
+        if seed == 3:
+            assert_same_bits(bits(here) + state_bits(mine), before)
+            assert scaler.get_scale() == scale / 2
+        else:
+            other.step()
+    assert_close(here, there)
+    assert not hasattr(mine, "found_inf")
+
+
+@pytest.mark.parametrize("ours, theirs", PAIRS)
+@pytest.mark.parametrize(
+    "implementation", [{}, {"foreach": True}, {"fused": True}, {"foreach": False}]
+)
+def test_state_dicts_load_both_ways(ours, theirs, implementation):
+    # torch's fused step on the CPU takes a gradient that is laid out otherwise in memory order.
+    laid = {"as_parameters": True}
+    options = {"amsgrad": True, "betas": (0.8, 0.9), "weight_decay": 0.1}
+    here, there = parameters(), parameters()
+    other = theirs(there, **options, **implementation)
+    run(other, there, **laid)
+    for p, q in zip(here, there, strict=True):
+        p.data = q.data.clone()
+    mine = ours(here)
+    mine.load_state_dict(other.state_dict())
+    run(mine, here, range(4, 7), **laid)
+    run(other, there, range(4, 7), **laid)  # whose state is not shared
+    assert_close(here, there)
+    back = theirs(there, **implementation)
+    back.load_state_dict(copy.deepcopy(mine.state_dict()))
+    for p, q in zip(here, there, strict=True):
+        q.data = p.data.clone()
+    run(mine, here, range(7, 9), **laid)
+    run(back, there, range(7, 9), **laid)
+    assert_close(here, there)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, F64])
+@pytest.mark.parametrize("way", ["state_dict", "deepcopy", "pickle"])
+def test_our_own_state_survives(dtype, way):
+    params = parameters(dtype)
+    mine = fastguard.AdamW(params, amsgrad=True)
+    run(mine, params)
+    if way == "state_dict":
+        file = io.BytesIO()
+        torch.save(mine.state_dict(), file)
+        file.seek(0)
+        others = [nn.Parameter(p.detach().clone()) for p in params]
+        other = fastguard.AdamW(others)
+        other.register_load_state_dict_post_hook(
+            lambda o: [s["exp_avg"].add_(0) for s in o.state.values()]
+        )
+        other.load_state_dict(torch.load(file))
+    else:
+        other = copy.deepcopy(mine) if way == "deepcopy" else pickle.loads(pickle.dumps(mine))
+        others = other.param_groups[0]["params"]
+    assert other._step_supports_amp_scaling
+    assert_same_bits(state_bits(other), state_bits(mine))
+    run(mine, params, range(4, 7))
+    run(other, others, range(4, 7))
+    assert_same_bits(bits(others), bits(params))
+    assert_same_bits(state_bits(other), state_bits(mine))
+
+
+def test_torch_rounds_the_moments_of_bfloat16_that_it_loads():
+    params = parameters(torch.bfloat16)
+    mine = fastguard.AdamW(params)
+    run(mine, params)
+    other = torch.optim.AdamW(params)
+    other.load_state_dict(mine.state_dict())
+    run(other, params)
+    assert other.state[params[0]]["exp_avg"].dtype == torch.bfloat16
+
+
+def test_parameters_come_and_go():
+    """Late gradients, missing ones, new groups, replaced state and options changed on the way."""
+    here, there = parameters(), parameters()
+    mine, other = fastguard.Adam(here[:3]), torch.optim.Adam(there[:3])
+    late, early = (nn.Parameter(torch.ones(4)) for _ in range(2))
+
+    def act(params, optimizer, extra):
+        give_grads(params, 1)
+        params[1].grad = None
+        optimizer.step()
+        assert params[1] not in optimizer.state
+        give_grads(params, 2)
+        optimizer.step()
+        optimizer.add_param_group({"params": [*params[3:], extra], "lr": 0.01, "maximize": True})
+        give_grads([*params, extra], 3)
+        optimizer.step()
+        params[0].grad = None
+        optimizer.step()
+        give_grads(params, 4)
+        optimizer.state[params[0]]["exp_avg"] = torch.full_like(params[0], 0.5)
+        optimizer.step()
+        optimizer.state[params[4]] = {k: v * 2 for k, v in optimizer.state[params[4]].items()}
+        optimizer.param_groups[0]["weight_decay"] = 0.3
+        optimizer.step()
+        optimizer.param_groups[1]["params"].pop()  # extra
+        give_grads([extra], 5)
+        optimizer.step()
+
+    act(here, mine, late)
+    act(there, other, early)
+    assert_close([*here, late], [*there, early])
+    for p, q in zip(here, there, strict=True):
+        assert mine.state[p]["step"] == other.state[q]["step"]
+
+
+def test_amsgrad_turned_on_later_starts_from_zero():
+    here = parameters()
+    mine = fastguard.Adam(here)
+    run(mine, here)
+    mine.param_groups[0]["amsgrad"] = True
+    run(mine, here, [4])
+    for p in here:
+        state = mine.state[p]
+        assert torch.equal(state["max_exp_avg_sq"], state["exp_avg_sq"])
+
+
+def test_a_scheduler_with_lr_as_a_tensor_and_hooks():
+    here, there = parameters(), parameters()
+    mine = fastguard.AdamW(here, lr=torch.tensor(0.01))
+    other = torch.optim.AdamW(there, lr=0.01)
+    seen = []
+    mine.register_step_pre_hook(lambda *args: seen.append("pre"))
+    mine.register_step_post_hook(lambda *args: seen.append("post"))
+    schedules = [torch.optim.lr_scheduler.ExponentialLR(o, 0.5) for o in (mine, other)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for seed in range(4):
+            run(mine, here, [seed])
+            run(other, there, [seed])
+            for schedule in schedules:
+                schedule.step()
+    assert_close(here, there)
+    assert seen == ["pre", "post"] * 4
+
+
+def test_the_closure_has_gradients_and_its_loss_is_returned():
+    p = nn.Parameter(torch.tensor([3.0]))
+    mine = fastguard.AdamW([p], lr=0.1, weight_decay=0.0)
+
+    def closure():
+        mine.zero_grad()
+        loss = (p * p).sum()
+        loss.backward()
+        return loss
+
+    assert mine.step(closure).item() == 9.0
+    assert p.item() == pytest.approx(2.9)
+    assert mine.step() is None
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128])
+def test_complex_parameters(dtype):
+    torch.manual_seed(0)
+    start, real = torch.randn(7, 3, dtype=dtype), torch.randn(4)
+    here, there = ([nn.Parameter(start.clone()), nn.Parameter(real.clone())] for _ in range(2))
+    options = {"amsgrad": True, "maximize": True}
+    mine, other = fastguard.Adam(here, **options), torch.optim.Adam(there, **options)
+    for _ in range(3):
+        grad = torch.randn(7, 3, dtype=dtype)
+        for params in (here, there):
+            params[0].grad, params[1].grad = grad.clone(), grad.real.flatten()[:4].float()
+        mine.step()
+        other.step()
+    torch.testing.assert_close(here[0], there[0], rtol=1e-5, atol=1e-6)
+    assert_close(here[1:], there[1:])
+
+
+def test_a_sparse_gradient_is_refused_before_anything_is_written():
+    dense, sparse = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(5))
+    mine = fastguard.Adam([{"params": [dense]}, {"params": [sparse]}])
+    for _ in range(2):  # when the state is made, and when it is there already
+        dense.grad = torch.ones(3)
+        sparse.grad = torch.ones(5).to_sparse()
+        before = bits([dense])
+        with pytest.raises(
+            RuntimeError, match=r"Adam does not support sparse gradients.*sparse=False"
+        ):
+            mine.step()
+        assert_same_bits(bits([dense]), before)
+        sparse.grad = torch.ones(5)
+        mine.step()
+
+
+def test_no_parameter_has_a_gradient():
+    p = nn.Parameter(torch.ones(3))
+    mine = fastguard.AdamW([p])
+    mine.step()
+    assert not mine.state
+    mine.found_inf = 0  # what GradScaler makes of no gradients
+    mine.step()
+
+
+def test_a_parameter_given_twice_is_stepped_once():
+    p, q = (nn.Parameter(torch.ones(3)) for _ in range(2))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        mine = fastguard.Adam([p, p])
+    run(mine, [p])
+    run(fastguard.Adam([q]), [q])
+    assert torch.equal(p, q)
+
+
+def test_the_host_reads_nothing():
+    """On the meta device reading a value raises."""
+    params = [nn.Parameter(torch.empty(3, device="meta")) for _ in range(2)]
+    for p in params:
+        p.grad = torch.empty(3, device="meta")
+    mine = fastguard.AdamW(params, amsgrad=True, maximize=True)
+    mine.step()
+    mine.found_inf = mine.grad_scale = torch.empty(1, device="meta")
+    mine.step()
+    verdict = torch.empty((), dtype=torch.int64, device="meta")
+    mine.decision = ops.Decision(torch.empty(2, dtype=F64, device="meta"), verdict)
+    mine.decision_index = {id(p.grad): 1 - i for i, p in enumerate(params)}
+    mine.step()
+    with pytest.raises(RuntimeError):
+        verdict.item()
