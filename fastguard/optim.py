@@ -191,7 +191,7 @@ class _Fused:
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
-        self._buckets = None
+        self._buckets = None  # lets go of the old state
         for group in self.param_groups:
             group.update(foreach=None, capturable=False, differentiable=False, fused=True)
         for p, original in self._before_torch_cast_it():
