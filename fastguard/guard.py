@@ -19,7 +19,7 @@ from . import ops
 from .accumulate import Window, check_summable
 from .apply import already_unscaled, scale_of, step_optimizer, update_scaler
 from .buffers import Buffers
-from .clip import check_threshold, readable
+from .clip import check_threshold
 from .diagnose import (
     BadStepFiles,
     GradientExplosionError,
@@ -28,7 +28,7 @@ from .diagnose import (
     log_skip,
 )
 from .measure import BackwardMeasure
-from .parameters import Watched, check_gradients
+from .parameters import Watched, measurable
 from .rollback import Rollback, Snapshots
 from .thresholds import Fixed, Kind, Threshold
 
@@ -169,18 +169,18 @@ class GradGuard:
         """
         if self._watched.check(optimizer) and self._measure is not None:
             self._measure.watch(self._watched.parameters)
-        names, parameters = self._watched.with_gradients()
-        if self._window is not None and parameters:  # of a last micro-batch
+        device = self._watched.parameters[0].device
+        loss = _scalar(loss, device)
+        names, _, grads = self._watched.with_gradients()
+        if self._window is not None and grads:  # of a last micro-batch
             self.accumulate(scaler=scaler, loss=loss, batch_id=batch_id)
             loss = None
         window, self._window = self._window, None
         if window is not None:
-            names, parameters = window.hand_over()
-        names, grads = _once(names, [p.grad for p in parameters])
-        check_gradients(names, grads)
-        device = grads[0].device if grads else self._statistics.moments.device
-        loss = _scalar(loss, device)
-        measured = self._measured(grads)
+            names, grads = window.hand_over()
+        names, grads = _once(names, grads)
+        values = measurable(names, grads)
+        measured = self._measured(values)
         scale = None if already_unscaled(scaler, optimizer) else scale_of(scaler, device)
         unscale = _unscale(scale, None if window is None else window.weight)
         decision = self._decide(names, measured, unscale, loss)
@@ -235,15 +235,14 @@ class GradGuard:
         """
         if not 0 < weight < math.inf:
             raise ValueError(f"weight must be a positive number, got {weight}")
-        names, parameters = self._watched.with_gradients()
-        grads = [p.grad for p in parameters]
-        check_gradients(names, grads)
+        names, parameters, grads = self._watched.with_gradients()
+        values = measurable(names, grads)
         check_summable(names, grads)
-        device = grads[0].device if grads else self._statistics.moments.device
+        device = self._watched.parameters[0].device
         loss = _scalar(loss, device)
         if self._window is None:
             self._window = Window(self._buffers.copy(), device)
-        measured = self._measured(grads)
+        measured = self._measured(values)
         unscale = _unscale(scale_of(scaler, device), weight)
         decision = self._decide(names, measured, unscale, loss, accept=False)
         batch_id = f"micro-batch {len(self._window.reports)}" if batch_id is None else batch_id
@@ -291,8 +290,7 @@ class GradGuard:
 
     # --- what a step is made of -------------------------------------------------------------------
 
-    def _measured(self, grads: list[Tensor]) -> ops.GradNorm:
-        values = readable(grads)
+    def _measured(self, values: list[Tensor]) -> ops.GradNorm:
         return ops.grad_norm(values) if self._measure is None else self._measure.collect(values)
 
     def _decide(self, names, measured, unscale, loss, accept=True) -> ops.GuardDecision:
