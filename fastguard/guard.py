@@ -8,7 +8,7 @@ import math
 import statistics
 import weakref
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from . import ops
 from .accumulate import Window, check_summable
-from .apply import already_unscaled, scale_of, step_optimizer, update_scaler
+from .apply import found_by_unscaling, scale_of, step_optimizer, update_scaler
 from .buffers import Buffers
 from .clip import check_threshold
 from .diagnose import (
@@ -62,6 +62,9 @@ class GradGuard:
     know the verdict before it is called.
 
     The norm is that of every gradient among the guard's parameters, whichever optimizer holds them.
+    Networks that are stepped apart, as a GAN's, need a guard each. Where processes train together
+    every one must hold the same gradients, as with DistributedDataParallel: of shards (FSDP, ZeRO)
+    a guard would see its own only, and ranks would decide differently.
 
     Args:
         params_or_model: a module; or a parameter, or an iterable of parameters or of (name,
@@ -139,7 +142,7 @@ class GradGuard:
     @torch.no_grad()
     def step(
         self,
-        optimizer: torch.optim.Optimizer,
+        optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
         *,
         scaler: torch.amp.GradScaler | None = None,
         loss: Tensor | float | None = None,
@@ -151,7 +154,8 @@ class GradGuard:
         write back what they used, and for others they are scaled in place where that changes them.
 
         Args:
-            optimizer: any torch optimizer whose step needs no closure.
+            optimizer: any torch optimizer whose step needs no closure; or several that share one
+                verdict, as Muon for the matrices and AdamW for the rest.
             scaler: the GradScaler that scaled the loss, if one did. The guard unscales, steps and
                 updates it; do not call its ``step`` and ``update`` yourself.
             loss: of this batch, one number, unscaled; NaN or Inf skips the step. Where several
@@ -167,8 +171,10 @@ class GradGuard:
                 watch; gradients of an unsupported dtype, on several devices or DTensors; a loss
                 that is not one number. Nothing was changed then.
         """
-        if self._watched.check(optimizer) and self._measure is not None:
+        optimizers = [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else [*optimizer]
+        if self._watched.check(optimizers) and self._measure is not None:
             self._measure.watch(self._watched.parameters)
+        found_inf = found_by_unscaling(scaler, optimizers)
         device = self._watched.parameters[0].device
         loss = _scalar(loss, device)
         names, _, grads = self._watched.with_gradients()
@@ -181,12 +187,13 @@ class GradGuard:
         names, grads = _once(names, grads)
         values = measurable(names, grads)
         measured = self._measured(values)
-        scale = None if already_unscaled(scaler, optimizer) else scale_of(scaler, device)
+        scale = scale_of(scaler, device) if found_inf is None else _nan_if(found_inf)
         unscale = _unscale(scale, None if window is None else window.weight)
         decision = self._decide(names, measured, unscale, loss)
         self._buffers.settle(decision.verdict)
-        step_optimizer(optimizer, grads, decision)
-        update_scaler(scaler, optimizer, measured.total_norm)
+        for each in optimizers:
+            step_optimizer(each, grads, decision)
+        update_scaler(scaler, optimizers, measured.total_norm)
 
         micro_batches = () if window is None else window.reports
         report = PendingReport(
@@ -194,7 +201,7 @@ class GradGuard:
         )
         self._steps += 1
         self._pending.append(report)
-        self._stepped = optimizer, scaler
+        self._stepped = optimizers, scaler
         self.poll()
         self._take_snapshot()
         return report
@@ -455,6 +462,11 @@ def _unscale(scale: Tensor | None, weight: Tensor | float | None) -> Tensor | No
             return None if weight in (None, 1.0) else torch.tensor(1 / weight, dtype=torch.float64)
         scale = torch.ones_like(weight)
     return (scale if weight is None else scale * weight).reciprocal()
+
+
+def _nan_if(found_inf: Tensor) -> Tensor:
+    """1, or NaN, with which every norm is NaN: the scaler saw an Inf, perhaps on another rank."""
+    return torch.where(found_inf == 0, 1.0, math.nan).double()
 
 
 def _discarded(measured, unscale, loss) -> ops.GuardDecision:

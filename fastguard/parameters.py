@@ -52,8 +52,11 @@ class Watched:
         self._ids = once.keys()
         self.stale = False
 
-    def check(self, optimizer: torch.optim.Optimizer) -> bool:
-        """ValueError if a step with this optimizer can not be guarded; True after a new walk."""
+    def check(self, optimizers: list[torch.optim.Optimizer]) -> bool:
+        """ValueError if a step with these can not be guarded; True after a new walk."""
+        return any([self._check(optimizer) for optimizer in optimizers])
+
+    def _check(self, optimizer: torch.optim.Optimizer) -> bool:
         held = [p for group in optimizer.param_groups for p in group["params"]]
         seen, strangers = self._checked.get(optimizer, (None, []))
         walk = seen is None or self.stale or not _same(seen, held)
