@@ -188,7 +188,7 @@ class GradGuard:
         values = measurable(names, grads)
         measured = self._measured(values)
         scale = scale_of(scaler, device) if found_inf is None else _nan_if(found_inf)
-        unscale = _unscale(scale, None if window is None else window.weight)
+        unscale = _unscale(scale, 1.0 if window is None else window.weight, device)
         decision = self._decide(names, measured, unscale, loss)
         self._buffers.settle(decision.verdict)
         for each in optimizers:
@@ -250,7 +250,7 @@ class GradGuard:
         if self._window is None:
             self._window = Window(self._buffers.copy(), device)
         measured = self._measured(values)
-        unscale = _unscale(scale_of(scaler, device), weight)
+        unscale = _unscale(scale_of(scaler, device), weight, device)
         decision = self._decide(names, measured, unscale, loss, accept=False)
         batch_id = f"micro-batch {len(self._window.reports)}" if batch_id is None else batch_id
         report = PendingReport(
@@ -450,18 +450,20 @@ def _once(names: list[str], grads: list[Tensor]) -> tuple[list[str], list[Tensor
 def _scalar(loss: Tensor | float | None, device: torch.device) -> Tensor | None:
     if loss is None:
         return None
-    if isinstance(loss, Tensor) and loss.numel() != 1:
+    if not isinstance(loss, Tensor):
+        return torch.full((), loss, dtype=torch.float64, device=device)
+    if loss.numel() != 1:
         raise ValueError(f"loss must be one number, got a tensor of shape {tuple(loss.shape)}")
-    return torch.as_tensor(loss, dtype=torch.float64).detach().reshape(()).to(device)
+    return loss.detach().reshape(()).to(device, torch.float64, non_blocking=True)
 
 
-def _unscale(scale: Tensor | None, weight: Tensor | float | None) -> Tensor | None:
+def _unscale(scale: Tensor | None, weight: Tensor | float, device: torch.device) -> Tensor | None:
     """The factor that undoes the GradScaler's scale and makes a sum a mean; None for 1."""
-    if scale is None:
-        if not isinstance(weight, Tensor):
-            return None if weight in (None, 1.0) else torch.tensor(1 / weight, dtype=torch.float64)
-        scale = torch.ones_like(weight)
-    return (scale if weight is None else scale * weight).reciprocal()
+    if scale is None and not isinstance(weight, Tensor):
+        if weight == 1.0:
+            return None
+        return torch.full((), 1 / weight, dtype=torch.float64, device=device)
+    return (weight if scale is None else scale * weight).reciprocal()
 
 
 def _nan_if(found_inf: Tensor) -> Tensor:
