@@ -21,12 +21,8 @@ The peers' rows are their published sequence of calls on the gradients of one st
 - ESPnet (espnet2 trainer): clip_grad_norm_, a look at the norm on the host, then the optimizer.
 """
 
-import argparse
-import math
-from pathlib import Path
-
 import torch
-from timing import interleaved, machine, table, write_json
+from timing import arguments, interleaved, print_machine, table, write_json
 from torch import nn
 
 import fastguard
@@ -197,24 +193,16 @@ def backward_table(name, sizes, repeats, device):
 
 
 def ratio(seconds, ours):
-    return f"{seconds / ours:.2f}" if seconds and not math.isclose(seconds, 0) else "-"
+    return f"{seconds / ours:.2f}" if seconds else "-"
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--repeats", type=int, default=21)
-    parser.add_argument("--json", type=Path, help="also write the figures there")
-    args = parser.parse_args()
-    device = torch.device(args.device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: this machine has no CUDA device")
-
-    result = {"machine": machine(device), "step": {}, "step after backward": {}}
-    print("  ".join(f"{k}={v}" for k, v in result["machine"].items()), end="\n\n")
+    args = arguments(__doc__.splitlines()[0], repeats=21)
+    result = {"machine": print_machine(args.device), "step": {}, "step after backward": {}}
     for name, sizes in CASES.items():
-        result["step"][name] = step_table(name, sizes, args.repeats, device)
-        result["step after backward"][name] = backward_table(name, sizes, args.repeats, device)
+        where = name, sizes, args.repeats, args.device
+        result["step"][name] = step_table(*where)
+        result["step after backward"][name] = backward_table(*where)
     write_json(args.json, result)
 
 
