@@ -43,6 +43,10 @@ FASTGUARD_HOST_DEVICE inline Decision decide(double total_norm, double max_norm,
 
 enum class Threshold : int64_t { fixed = 0, zclip = 1, running_median = 2, autoclip = 3, adagc = 4 };
 
+// No step is taken along a gradient above this norm, clipping included: with max_norm=inf its squares
+// would make an Inf of fp32 second moments, and the parameter would never move again.
+constexpr double largest_applied = 1e18;
+
 struct Policy {
   Threshold threshold;
   double max_norm;
@@ -129,7 +133,8 @@ FASTGUARD_HOST_DEVICE inline void absorb(
 }
 
 // AdaGC's coefficient for one tensor; `ema` is updated if `accept`. An `ema` of inf was never set,
-// and a norm of 0 never sets it: nothing of this tensor would be let through ever after.
+// and a norm of 0 never sets it: nothing of this tensor would be let through ever after. What has
+// its first gradient after the warm-up is clipped to max_norm by itself.
 FASTGUARD_HOST_DEVICE inline double adagc_coef(
     const Policy& policy, bool warm, double norm, double global_coef, double& ema, bool accept) {
   if (norm == 0.0) {
@@ -137,7 +142,8 @@ FASTGUARD_HOST_DEVICE inline double adagc_coef(
   }
   const bool known = warm && ema < INFINITY;
   const double ratio = policy.a * ema / norm;
-  const double coef = known ? (ratio < 1.0 ? ratio : 1.0) : global_coef;
+  const double otherwise = warm ? clip_coef_of(norm, policy.max_norm) : global_coef;
+  const double coef = known ? (ratio < 1.0 ? ratio : 1.0) : otherwise;
   if (accept) {
     const double clipped = coef * norm;
     ema = known ? policy.b * ema + (1.0 - policy.b) * clipped : (clipped < ema ? clipped : ema);

@@ -16,9 +16,13 @@ class Window:
 
     Args:
         buffers: a copy of the guard's, as they were before the first micro-batch.
+        scaled: whether a GradScaler scales the losses.
     """
 
-    def __init__(self, buffers: Buffers, device: torch.device):
+    def __init__(self, buffers: Buffers, device: torch.device, scaled: bool):
+        self.scaled = scaled
+        #: Whether a micro-batch had a NaN or Inf: what a GradScaler has to hear of.
+        self.found_inf = torch.zeros((), dtype=torch.bool, device=device)
         self.reports: list[PendingReport] = []
         self._buffers = buffers
         #: Micro-batches seen, the good ones, and the weight of the good ones.
@@ -33,15 +37,19 @@ class Window:
         self,
         names: list[str],
         parameters: list[Tensor],
-        verdict: Tensor,
+        decision: ops.GuardDecision,
         weight: float,
         report: PendingReport,
     ) -> None:
         """Move the parameters' gradients into the sums, if the verdict is good."""
+        verdict = decision.verdict
+        self.found_inf = self.found_inf | ~decision.record[2].isfinite()
         if not self.reports:
             # The first micro-batch gives its tensors away. They may hold anything until there is a
             # good micro-batch, which is copied, not added, if it is the first good one.
-            self._sums = {p: (name, p.grad) for name, p in zip(names, parameters, strict=True)}
+            self._sums = {
+                p: (name, p.grad.resolve_conj()) for name, p in zip(names, parameters, strict=True)
+            }
             ops.accumulate_([], [], verdict, self._counts, weight)
         else:
             for name, p in zip(names, parameters, strict=True):
@@ -61,11 +69,14 @@ class Window:
         self._buffers.settle(verdict)
         self.reports.append(report)
 
-    def hand_over(self) -> tuple[list[str], list[Tensor]]:
-        """Put the sums in the parameters' ``.grad``; their names, and they."""
+    def gradients(self) -> tuple[list[str], list[Tensor]]:
+        """Names of the parameters, and the sums of their gradients."""
+        return [name for name, _ in self._sums.values()], [t for _, t in self._sums.values()]
+
+    def hand_over(self) -> None:
+        """Put the sums in the parameters' ``.grad``."""
         for p, (_, total) in self._sums.items():
             p.grad = total
-        return [name for name, _ in self._sums.values()], [t for _, t in self._sums.values()]
 
 
 def check_summable(names: list[str], grads: list[Tensor]) -> None:

@@ -40,8 +40,19 @@ def _scale_own_(optimizer: torch.optim.Optimizer, grads: list[Tensor], coef: Ten
 
 
 def _is_fused(optimizer: torch.optim.Optimizer) -> bool:
-    return getattr(optimizer, "_step_supports_amp_scaling", False) and all(
-        group.get("fused") for group in optimizer.param_groups
+    return (
+        getattr(optimizer, "_step_supports_amp_scaling", False)
+        and all(group.get("fused") for group in optimizer.param_groups)
+        and not _would_skip_into_garbage(optimizer)
+    )
+
+
+def _would_skip_into_garbage(optimizer: torch.optim.Optimizer) -> bool:
+    # torch's fused SGD allocates its momentum with empty_like, and on a skip leaves it so.
+    return any(
+        group.get("momentum") and p.grad is not None and "momentum_buffer" not in optimizer.state[p]
+        for group in optimizer.param_groups
+        for p in group["params"]
     )
 
 
@@ -49,6 +60,7 @@ def _step_fused(optimizer: torch.optim.Optimizer, decision: ops.GuardDecision) -
     """By way of what torch made for its GradScaler.
 
     Its kernels divide by ``grad_scale`` and skip if ``found_inf`` is 1, exactly, and of shape ().
+    A coefficient below 1/3.4e38 can not be said in this way: such gradients are clipped less.
     """
     skip = decision.verdict >= int(ops.Verdict.SKIP_NONFINITE)
     largest = torch.finfo(torch.float32).max
@@ -91,17 +103,16 @@ def found_by_unscaling(
 def update_scaler(
     scaler: torch.amp.GradScaler | None,
     optimizers: list[torch.optim.Optimizer],
-    total_norm: Tensor,
+    found_inf: Tensor,
 ) -> None:
-    """Let the scale grow, or shrink after gradients with a NaN or Inf.
+    """Let the scale grow, or shrink where ``found_inf`` is True: after a NaN or Inf.
 
     ``unscale_`` would find that out by reading and writing all gradients once more, and has no
     bf16 on CUDA; the norm has told already. GradScaler has no public way to take it.
     """
     if scaler is None or not scaler.is_enabled():
         return
-    found_inf = (~total_norm.isfinite()).float()
     for optimizer in optimizers:
         found = scaler._per_optimizer_states[id(optimizer)]["found_inf_per_device"]
-        found.setdefault(total_norm.device, found_inf)  # what unscale_ found stays
+        found.setdefault(found_inf.device, found_inf.float())  # what unscale_ found stays
     scaler.update()

@@ -5,11 +5,17 @@ there for ever.
 """
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from . import ops
+
+
+class _Saved(NamedTuple):
+    buffer: Tensor | None  # the object that was in the buffer's place
+    copy: Tensor | None  # its values; None also of what can not be written in place
 
 
 class Buffers:
@@ -21,82 +27,117 @@ class Buffers:
 
     def __init__(self, module: nn.Module | None):
         self._module = module
-        self._saved: dict[tuple[nn.Module, str], Tensor | None] = {}
+        self._saved: dict[tuple[nn.Module, str], _Saved] = {}
         self.commit()
 
     @torch.no_grad()
     def commit(self) -> None:
-        """What is in the buffers now is good; also looks for new ones."""
-        self._owners = [] if self._module is None else list(self._module.modules())
-        self._saved = {
-            place: None if buffer is None else buffer.detach().clone()
-            for place, buffer in self._current()
-        }
-        # A module without buffers is not looked at again before the next commit.
-        self._owners = list({owner: None for owner, _ in self._saved})
+        """What is in the buffers now is good."""
+        self.look_up()
+        copies: dict[int, Tensor] = {}  # two places may share a buffer
+        self._saved = {place: _save(buffer, copies) for place, buffer in self._current()}
+
+    def look_up(self) -> None:
+        """Find the modules that have buffers."""
+        modules = [] if self._module is None else self._module.modules()
+        self._owners = [owner for owner in modules if owner._buffers]
 
     @torch.no_grad()
     def settle(self, verdict: Tensor) -> None:
         """Put back what was saved if the verdict is a skip; else save what is there.
 
         The host does not wait, unless the forward pass put a tensor of another shape, or none, in
-        a buffer's place.
+        a buffer's place, or made a new place.
         """
-        if not self._saved:
-            return
         current = dict(self._current())
-        alike, replaced = {}, []
+        same: dict[int, tuple[Tensor, Tensor]] = {}
+        others = []
         for place in self._saved | current:
-            buffer, copy = current.get(place), self._saved.get(place)
-            if buffer is not None and copy is not None and _alike(buffer, copy):
-                alike[id(buffer)] = (buffer, copy)
-            elif buffer is not copy:
-                replaced.append(place)
-        buffers, copies = zip(*alike.values(), strict=True) if alike else ((), ())
-        ops.settle_(buffers, copies, verdict)
-        if replaced:
-            skip = ops.Verdict(int(verdict)).skipped
-            for place in replaced:
-                self._settle_replaced(place, current.get(place), skip)
+            buffer, saved = current.get(place), self._saved.get(place)
+            if place not in current or saved is None or (buffer is None) != (saved.buffer is None):
+                others.append(place)
+            elif buffer is None or not (_writable(buffer) or buffer is not saved.buffer):
+                continue
+            elif saved.copy is None or not _alike(buffer, saved.copy) or not _writable(buffer):
+                others.append(place)
+            elif buffer is saved.buffer and not buffer.is_inference():
+                same[id(buffer)] = buffer, saved.copy
+            else:
+                self._settle_replaced(place, buffer, saved.copy, verdict)
+        if same:
+            ops.settle_(*map(list, zip(*same.values(), strict=True)), verdict)
+        if others:
+            self._settle_on_host(others, current, ops.Verdict(int(verdict)).skipped)
 
     def copy(self) -> "Buffers":
         """With copies of its own, of what is saved here."""
         other = Buffers(None)
         other._module, other._owners = self._module, self._owners
-        other._saved = {k: None if c is None else c.clone() for k, c in self._saved.items()}
+        copies: dict[int, Tensor] = {}
+        for place, (buffer, copy) in self._saved.items():
+            if copy is not None:
+                copy = copies.setdefault(id(copy), copy.clone())
+            other._saved[place] = _Saved(buffer, copy)
         return other
 
     def restore(self) -> None:
         """Put back what was saved."""
-        current = dict(self._current())
-        for place in self._saved | current:
-            buffer, copy = current.get(place), self._saved.get(place)
-            if buffer is not None and copy is not None and _alike(buffer, copy):
-                buffer.copy_(copy)
-            else:
-                self._settle_replaced(place, buffer, skip=True)
+        self.settle(torch.tensor(int(ops.Verdict.SKIP_ROLLBACK)))
 
-    def _settle_replaced(self, place, buffer: Tensor | None, skip: bool) -> None:
+    def _settle_replaced(self, place, buffer: Tensor, copy: Tensor, verdict: Tensor) -> None:
+        # Not into the new tensor: it may be the user's, as a batch that a module remembers.
         owner, name = place
-        copy = self._saved.get(place)
-        if not skip:
-            self._saved[place] = None if buffer is None else buffer.detach().clone()
-        elif place in self._saved:
-            owner._buffers[name] = None if copy is None else copy.clone()
-        else:
-            del owner._buffers[name]  # registered by the forward pass
+        skip = (verdict >= int(ops.Verdict.SKIP_NONFINITE)).to(buffer.device)
+        owner._buffers[name] = torch.where(skip, copy, buffer)
+        self._saved[place] = _Saved(owner._buffers[name], owner._buffers[name].clone())
+
+    def _settle_on_host(self, places: list, current: dict, skip: bool) -> None:
+        for place in places:
+            owner, name = place
+            buffer, saved = current.get(place), self._saved.get(place)
+            if not skip:
+                if place in current:
+                    self._saved[place] = _save(buffer, {})
+                else:
+                    del self._saved[place]
+            elif saved is not None and saved.buffer is None:
+                owner._buffers[name] = None
+            elif saved is not None and saved.copy is not None:
+                owner._buffers[name] = _as(saved.copy, buffer)
+                self._saved[place] = _save(owner._buffers[name], {})
+            elif saved is None and owner in {o for o, _ in self._saved}:
+                owner._buffers.pop(name, None)  # registered by the forward pass
+            elif hasattr(owner, "reset_running_stats"):  # a lazy or a new normalisation layer
+                owner.reset_running_stats()
 
     def _current(self) -> Iterator[tuple[tuple[nn.Module, str], Tensor | None]]:
         for owner in self._owners:
             for name, buffer in owner._buffers.items():
-                if buffer is None or not (nn.parameter.is_lazy(buffer) or _expanded(buffer)):
-                    yield (owner, name), buffer
+                yield (owner, name), buffer
+
+
+def _save(buffer: Tensor | None, copies: dict[int, Tensor]) -> _Saved:
+    if buffer is None or not _writable(buffer):
+        return _Saved(buffer, None)
+    return _Saved(buffer, copies.setdefault(id(buffer), buffer.detach().clone()))
+
+
+def _as(copy: Tensor, buffer: Tensor | None) -> Tensor:
+    """The values of before in the dtype and on the device of now: the module may have moved."""
+    if buffer is None or buffer.is_floating_point() != copy.is_floating_point():
+        return copy.clone()
+    return copy.to(buffer.device, buffer.dtype, copy=True)
 
 
 def _alike(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and a.dtype == b.dtype and a.device == b.device
 
 
-def _expanded(tensor: Tensor) -> bool:
-    """Whether elements share memory; such a tensor can not be written in place, by nobody."""
-    return any(s == 0 and n > 1 for s, n in zip(tensor.stride(), tensor.shape, strict=True))
+def _writable(tensor: Tensor) -> bool:
+    """Whether it can be copied and written in place: not lazy, sparse, nested or expanded."""
+    return (
+        not nn.parameter.is_lazy(tensor)
+        and tensor.layout == torch.strided
+        and not tensor.is_nested
+        and all(s > 0 or n < 2 for s, n in zip(tensor.stride(), tensor.shape, strict=True))
+    )

@@ -70,6 +70,10 @@ class StepReport:
         return self.step if self.batch_id is None else self.batch_id
 
     @property
+    def all_quarantined(self) -> bool:
+        return 0 < self.micro_batches == len(self.quarantined)
+
+    @property
     def nonfinite(self) -> tuple[str, ...]:
         """Names of the parameters with a NaN or Inf gradient, in the model's order."""
         return tuple(offender.name for offender in self.offenders)
@@ -192,7 +196,7 @@ class _Transfer:
             self._host = torch.empty_like(tensor, device="cpu", pin_memory=True)
             self._host.copy_(tensor, non_blocking=True)
             self._event = torch.Event(tensor.device)
-            self._event.record()
+            self._event.record(torch.accelerator.current_stream(tensor.device))
 
     @property
     def ready(self) -> bool:
@@ -210,9 +214,11 @@ class GradientExplosionError(RuntimeError):
     def __init__(self, reports: list[StepReport], skip_norm: float):
         self.reports = reports
         self.skip_norm = skip_norm
-        bad = [r for r in reports if r.offenders]
-        large = [r for r in reports if not r.offenders and not _bad_loss(r)]
-        losses = [r for r in reports if not r.offenders and _bad_loss(r)]
+        # Of a step without a good micro-batch, what was wrong with these.
+        evidence = [e for r in reports for e in (r.quarantined if r.all_quarantined else (r,))]
+        bad = [r for r in evidence if r.offenders]
+        large = [r for r in evidence if not r.offenders and not _bad_loss(r)]
+        losses = [r for r in evidence if not r.offenders and _bad_loss(r)]
         seen, cures = [], []
         if bad:
             places = dict.fromkeys(f"{r.first_nonfinite} ({r.offenders[0].kind})" for r in bad)
@@ -237,7 +243,7 @@ class GradientExplosionError(RuntimeError):
         super().__init__(
             f"{len(reports)} steps in a row were skipped, steps {reports[0].step} to "
             f"{reports[-1].step}: {'; '.join(seen)}.\n"
-            f"  batches: {_shorten(r.batch for r in reports)}\n"
+            f"  batches: {_shorten(r.batch for r in evidence)}\n"
             f"  parameters that were non-finite first: "
             f"{_shorten(bad[0].nonfinite) if bad else 'none'}\n"
             f"  what to try: {'; '.join(cures)}."
@@ -284,7 +290,7 @@ def log_skip(report: StepReport, skip_norm: float) -> None:
             report.batch,
             skip_norm,
         )
-    elif report.micro_batches and len(report.quarantined) == report.micro_batches:
+    elif report.all_quarantined:
         logger.warning(
             "All %d micro-batches were bad, skipping batch %s", report.micro_batches, report.batch
         )

@@ -32,6 +32,8 @@ from .parameters import Watched, measurable
 from .rollback import Rollback, Snapshots
 from .thresholds import Fixed, Kind, Threshold
 
+_ANOTHER_SCALER = "a window's accumulate() and step() need the same GradScaler, or all of them none"
+
 _WINDOW = 128  # accepted norms whose median arms skip_norm; llm.c's and OLMo-core's window
 
 
@@ -49,11 +51,12 @@ class GradGuard:
     is skipped as an outlier when the norm is finite and above ``skip_norm`` while that threshold is
     *armed*: while the median of the last 128 accepted norms (of at least 16) lies below it.
     Unarmed, as at the start of a training, such a norm is clipped; a rule "skip whatever is above
-    10" would skip for ever where 10 is an ordinary norm.
+    10" would skip for ever where 10 is an ordinary norm. A norm that is above 1e18 after clipping
+    (with ``max_norm=inf``) is always skipped: fp32 second moments could not hold its square.
 
     A skipped step leaves parameters and optimizer state as they are, bit for bit, and, where the
     guard was given a module, sets its buffers back to what they were after the last accepted step
-    (or the last ``load_state_dict``).
+    (or the last ``load_state_dict``, or :meth:`commit_buffers`).
 
     The decision is taken and carried out on the gradients' device. The host learns of it later,
     when it looks at the report or in :meth:`poll`, which every step calls; on the CPU that is at
@@ -119,11 +122,9 @@ class GradGuard:
 
         self._watched = Watched(params_or_model)
         self._buffers = Buffers(self._watched.module)
-        if self._watched.module is not None:
-            _call_on_load(self._watched.module, weakref.WeakMethod(self._on_load))
         self._measure = BackwardMeasure() if measure == "backward" else None
-        if self._measure is not None:
-            self._measure.watch(self._watched.parameters)
+        self._listening: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+        self._found_others()
         self._rollback = Rollback() if rollback is None else rollback
         self._snapshots = Snapshots(self._rollback) if on_patience == "rollback" else None
         self._files = BadStepFiles(report_dir)
@@ -132,6 +133,7 @@ class GradGuard:
         self._ema_norms: dict[str, Tensor] = {}  # of the parameters that had a gradient yet
         self._window: Window | None = None
         self._pending: deque[PendingReport] = deque()
+        self._reports: deque[StepReport] = deque(maxlen=1000)  # for poll to return
         self._skips_in_a_row: list[StepReport] = []
         self._spent: list[StepReport] = []  # the skips that used up the patience
         self._steps = 0
@@ -168,32 +170,46 @@ class GradGuard:
         Raises:
             GradientExplosionError: ``patience`` skips in a row. This step is done then.
             ValueError: the optimizer needs a closure or holds a gradient that the guard does not
-                watch; gradients of an unsupported dtype, on several devices or DTensors; a loss
-                that is not one number. Nothing was changed then.
+                watch; gradients of an unsupported dtype, on several devices, DTensors, or not
+                accumulated as the others of their window; a loss that is not one number. Nothing
+                was changed then.
+            Exception: what an optimizer raises; its gradients may be scaled already then.
         """
         optimizers = [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else [*optimizer]
-        if self._watched.check(optimizers) and self._measure is not None:
-            self._measure.watch(self._watched.parameters)
-        found_inf = found_by_unscaling(scaler, optimizers)
+        if self._watched.check(optimizers):
+            self._found_others()
         device = self._watched.parameters[0].device
         loss = _scalar(loss, device)
         names, _, grads = self._watched.with_gradients()
-        if self._window is not None and grads:  # of a last micro-batch
-            self.accumulate(scaler=scaler, loss=loss, batch_id=batch_id)
-            loss = None
-        window, self._window = self._window, None
+        window = self._window
         if window is not None:
-            names, grads = window.hand_over()
+            _check_window(window, names, scaler)
+            names, grads = window.gradients()
+        elif not grads:
+            self._watched.stale = True  # perhaps the module has other parameters by now
         names, grads = _once(names, grads)
         values = measurable(names, grads)
+        found_inf = found_by_unscaling(scaler, optimizers)
         measured = self._measured(values)
         scale = scale_of(scaler, device) if found_inf is None else _nan_if(found_inf)
         unscale = _unscale(scale, 1.0 if window is None else window.weight, device)
+        before = [t.clone() for t in self._statistics], self._ema_norms
         decision = self._decide(names, measured, unscale, loss)
+
+        if window is not None:
+            window.hand_over()
+            self._window = None
+        try:
+            for each in optimizers:
+                step_optimizer(each, grads, decision)
+        except BaseException:
+            self._statistics, self._ema_norms = ops.Statistics(*before[0]), before[1]
+            raise
         self._buffers.settle(decision.verdict)
-        for each in optimizers:
-            step_optimizer(each, grads, decision)
-        update_scaler(scaler, optimizers, measured.total_norm)
+        infinite = ~measured.total_norm.isfinite()
+        update_scaler(
+            scaler, optimizers, infinite if window is None else infinite | window.found_inf
+        )
 
         micro_batches = () if window is None else window.reports
         report = PendingReport(
@@ -202,7 +218,7 @@ class GradGuard:
         self._steps += 1
         self._pending.append(report)
         self._stepped = optimizers, scaler
-        self.poll()
+        self._act(self._learn())
         self._take_snapshot()
         return report
 
@@ -219,17 +235,20 @@ class GradGuard:
 
         ::
 
+            optimizer.zero_grad()
             for micro_batch in window:
                 loss(model, micro_batch).backward()     # not divided by the number of micro-batches
                 guard.accumulate(batch_id=micro_batch.id)
             guard.step(optimizer)                        # applies the mean of the good ones
 
         A micro-batch is bad where a step with its gradients alone would be skipped; its
-        contribution, also to the module's buffers, is as if it had never been. A window of bad ones
-        only is a skipped step. The sums take the memory of one more set of gradients.
+        contribution, also to the module's buffers, is as if it had never been. (A parameter that
+        only bad ones reach has a gradient of zero then, not None.) A window of bad ones only is a
+        skipped step. The sums take the memory of one more set of gradients; they are the tensors
+        of the first micro-batch, so ``.grad`` must not be static memory.
 
         Args:
-            scaler, loss, batch_id: as for :meth:`step`.
+            scaler, loss, batch_id: as for :meth:`step`; with the same scaler in all calls.
             weight: share of this micro-batch in the mean: 1 for losses that are means, the number
                 of items for losses that are sums over items.
 
@@ -237,9 +256,11 @@ class GradGuard:
             What would have become of a step with these gradients alone.
 
         Raises:
-            ValueError: a weight that is not a positive number; gradients that are sparse or shared
-                by two parameters, or that :meth:`step` would refuse. Nothing was changed then.
+            ValueError: a weight that is not a positive number; another scaler than before;
+                gradients that are sparse or shared by two parameters, or that :meth:`step` would
+                refuse. Nothing was changed then.
         """
+        weight = float(weight)
         if not 0 < weight < math.inf:
             raise ValueError(f"weight must be a positive number, got {weight}")
         names, parameters, grads = self._watched.with_gradients()
@@ -247,8 +268,11 @@ class GradGuard:
         check_summable(names, grads)
         device = self._watched.parameters[0].device
         loss = _scalar(loss, device)
+        scaled = scaler is not None and scaler.is_enabled()
         if self._window is None:
-            self._window = Window(self._buffers.copy(), device)
+            self._window = Window(self._buffers.copy(), device, scaled)
+        elif self._window.scaled != scaled:
+            raise ValueError(_ANOTHER_SCALER)
         measured = self._measured(values)
         unscale = _unscale(scale_of(scaler, device), weight, device)
         decision = self._decide(names, measured, unscale, loss, accept=False)
@@ -256,28 +280,25 @@ class GradGuard:
         report = PendingReport(
             self._steps, batch_id, decision.record, measured, unscale, names, loss
         )
-        self._window.add(names, parameters, decision.verdict, weight, report)
+        self._window.add(names, parameters, decision, weight, report)
         return report
 
     def poll(self, wait: bool = False) -> list[StepReport]:
         """Learn what became of earlier steps: warn, write files, go back or raise.
 
-        Every :meth:`step` does so without waiting, unless more than ``max_lag`` reports are on
+        Every :meth:`step` does so too, without waiting unless more than ``max_lag`` reports are on
         their way. Call it with ``wait`` at the end of a training, lest the last steps go unnoticed.
 
         Returns:
-            The reports that had not been seen before, in order.
+            The reports that came since the last call, in order, the last 1000 of them.
 
         Raises:
             GradientExplosionError: ``patience`` skips in a row, and no copy to go back to.
         """
-        learnt = self._learn(wait)
-        if self._spent:
-            reports, self._spent = self._spent, []
-            if not self._snapshots:
-                raise GradientExplosionError(reports, self.skip_norm)
-            self._go_back()
-        return learnt
+        self._act(self._learn(wait))
+        reports = list(self._reports)
+        self._reports.clear()
+        return reports
 
     @property
     def armed(self) -> bool:
@@ -308,29 +329,41 @@ class GradGuard:
             known = ops.Statistics(*(t.to(measured.total_norm.device) for t in known))
         if threshold.kind is Kind.ADAGC:
             unseen = measured.norms.new_full((), math.inf)
-            ema_norms = [self._ema_norms.get(name, unseen) for name in names]
+            ema_norms = [self._ema_norms.get(name, unseen).to(unseen.device) for name in names]
             known = known._replace(ema_norms=torch.stack(ema_norms) if names else unseen[None][:0])
         decision = ops.guard_decide_(
             measured, unscale, loss, known, threshold, self.max_norm, self.skip_norm, accept
         )
         self._statistics = known
         if threshold.kind is Kind.ADAGC:
-            self._ema_norms |= zip(names, known.ema_norms.unbind(), strict=True)
+            learnt = dict(zip(names, known.ema_norms.unbind(), strict=True))
+            self._ema_norms = self._ema_norms | learnt
         return decision
 
     # --- what the host learns ---------------------------------------------------------------------
 
-    def _learn(self, wait: bool) -> list[StepReport]:
-        learnt = []
-        while self._pending and (
-            wait or len(self._pending) > self.max_lag or self._pending[0].ready
-        ):
-            pending = self._pending.popleft()
-            learnt.append(pending.result())
-            self._account(pending, learnt[-1])
-        return learnt
+    def _learn(self, wait: bool = False) -> list[StepReport]:
+        """Account for the reports that are there, up to a spent patience; its skips, or []."""
+        while self._pending and not self._spent:
+            if not (wait or len(self._pending) > self.max_lag or self._pending[0].ready):
+                break
+            self._account(self._pending.popleft())
+        return self._spent
 
-    def _account(self, pending: PendingReport, report: StepReport) -> None:
+    def _act(self, spent: list[StepReport]) -> None:
+        """Go back or raise, if the patience is spent."""
+        if not spent:
+            return
+        self._spent = []
+        if self._snapshots is not None:
+            self._snapshots.forget_since(spent[0].step)
+        if not self._snapshots:
+            raise GradientExplosionError(spent, self.skip_norm)
+        self._go_back()
+
+    def _account(self, pending: PendingReport) -> None:
+        report = pending.result()
+        self._reports.append(report)
         for micro_batch in report.quarantined:
             log_skip(micro_batch, self.skip_norm)
         if report.skipped:
@@ -354,7 +387,8 @@ class GradGuard:
     # --- going back -------------------------------------------------------------------------------
 
     def _take_snapshot(self) -> None:
-        # Parameters are good whatever the last verdict was: a skip left them alone.
+        # Whether the last verdicts were skips is not known yet, and need not be: a skip leaves
+        # everything alone. What is younger than an explosion is dropped when that is known.
         if self._snapshots is None or self._skips_in_a_row or not self._snapshots.due(self._steps):
             return
         own = {
@@ -366,12 +400,15 @@ class GradGuard:
 
     @torch.no_grad()
     def _go_back(self) -> None:
-        own = self._snapshots.restore(self._steps, *self._stepped)
+        while self._pending:  # steps after the explosion, which are undone: say what they were
+            self._learn(wait=True)
+            self._spent = []
+        own = self._snapshots.restore(self._steps)
         self._statistics = ops.Statistics(*own["statistics"])
         self._ema_norms = own["ema_norms"]
         self._buffers = own["buffers"]
         self._buffers.restore()
-        self._pending.clear()
+        self._skips_in_a_row = []
         self._window = None
         self._batches_to_skip = self._rollback.skip_batches
 
@@ -380,12 +417,13 @@ class GradGuard:
     def state_dict(self) -> dict:
         """What the next decision depends on, as plain numbers; waits for the device.
 
-        Thresholds are not part of it, nor are a window that :meth:`accumulate` has begun and the
-        copies that rollback goes back to: these start anew.
+        ``max_norm`` and its like are not part of it, nor are a window that :meth:`accumulate` has
+        begun and the copies that rollback goes back to: these start anew.
         """
         self._learn(wait=True)
         return {
             "steps": self._steps,
+            "threshold": self.threshold.kind.name.lower(),
             "moments": self._statistics.moments.tolist(),
             "accepted": self._accepted(),
             "ema_norms": {name: norm.item() for name, norm in self._ema_norms.items()},
@@ -400,33 +438,82 @@ class GradGuard:
             ValueError: it is not one. Nothing was changed then.
         """
         try:
-            (count, mean, variance), accepted = state["moments"], state["accepted"]
+            count, mean, variance = map(float, state["moments"])
+            accepted = list(map(float, state["accepted"]))
+            ema_norms = {name: float(norm) for name, norm in state["ema_norms"].items()}
             skips = [StepReport.from_dict(report) for report in state["skips_in_a_row"]]
             steps, to_skip = int(state["steps"]), int(state["batches_to_skip"])
-            new = _fresh_statistics(self._statistics.moments.device)
-            new.moments.copy_(torch.tensor([count, mean, variance], dtype=torch.float64))
-            for i, norm in enumerate(accepted, start=int(count) - len(accepted)):
-                new.history[i % _WINDOW] = norm
-            ema_norms = {name: new.moments.new_tensor(n) for name, n in state["ema_norms"].items()}
-        except (KeyError, TypeError, ValueError) as error:
+            kind = Kind[state["threshold"].upper()]
+            numbers = [count, mean, variance, *accepted, *ema_norms.values(), steps, to_skip]
+            if not all(0 <= number < math.inf for number in numbers):
+                raise ValueError("a number is negative or not finite")
+            if len(accepted) != min(int(count), _WINDOW):
+                raise ValueError(f"{int(count)} norms were accepted, but {len(accepted)} are there")
+        except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
             raise ValueError(f"this is no state of a GradGuard: {error!r}") from error
+        if kind is not self.threshold.kind and accepted:  # only ZClip keeps moments
+            mean, variance = statistics.fmean(accepted), statistics.pvariance(accepted)
+        new = _fresh_statistics(self._statistics.moments.device)
+        new.moments.copy_(torch.tensor([count, mean, variance], dtype=torch.float64))
+        for i, norm in enumerate(accepted, start=int(count) - len(accepted)):
+            new.history[i % _WINDOW] = norm
+        self._statistics = new
+        self._ema_norms = {name: new.moments.new_tensor(norm) for name, norm in ema_norms.items()}
         self._steps, self._batches_to_skip, self._skips_in_a_row = steps, to_skip, skips
-        self._statistics, self._ema_norms = new, ema_norms
+        self._spent, self._window = [], None
         self._pending.clear()
-        self._spent = []
+        self._reports.clear()
+        if self._snapshots is not None:
+            self._snapshots.clear()
+        if self._measure is not None:
+            self._measure.forget()
+
+    def commit_buffers(self) -> None:
+        """Tell the guard that what is in the module's buffers is good.
+
+        After something other than a training step wrote them: ``update_bn``, an average of weights
+        that is kept in buffers. ``load_state_dict`` of the module and its parts does it by itself.
+        """
+        self._buffers.commit()
 
     def _on_load(self) -> None:
-        """The module got another state: its buffers are good, its parameters may be new objects."""
+        """The module got another state; its parameters may be new objects."""
         self._buffers.commit()
         self._watched.stale = True
+        if self._snapshots is not None:
+            self._snapshots.clear()
+
+    def _found_others(self) -> None:
+        """The parameters were looked up anew, and the module may have other parts."""
+        self._buffers.look_up()
+        self._listen()
+        if self._measure is not None:
+            self._measure.watch(self._watched.parameters)
+
+    def _listen(self) -> None:
+        """Have :meth:`_on_load` called after a load_state_dict of the module or a part of it."""
+        for part in () if self._watched.module is None else self._watched.module.modules():
+            if part not in self._listening:
+                self._listening.add(part)
+                part.register_load_state_dict_post_hook(_OnLoad(self))
 
 
-def _call_on_load(module: nn.Module, method: weakref.WeakMethod) -> None:
-    def hook(module, incompatible_keys):
-        if (on_load := method()) is not None:  # the guard may be gone
-            on_load()
+class _OnLoad:
+    """A hook that neither keeps the guard alive nor goes with a copy of the module."""
 
-    module.register_load_state_dict_post_hook(hook)
+    def __init__(self, guard: GradGuard | None = None):
+        self._guard = _gone if guard is None else weakref.ref(guard)
+
+    def __call__(self, module: nn.Module, incompatible_keys) -> None:
+        if (guard := self._guard()) is not None:
+            guard._on_load()
+
+    def __reduce__(self):
+        return type(self), ()
+
+
+def _gone() -> None:
+    """As a reference to what is no more."""
 
 
 def _fresh_statistics(device: torch.device) -> ops.Statistics:
@@ -447,13 +534,28 @@ def _once(names: list[str], grads: list[Tensor]) -> tuple[list[str], list[Tensor
     return [name for name, _ in once.values()], [grad for _, grad in once.values()]
 
 
+def _check_window(window: Window, names: list[str], scaler) -> None:
+    if names:
+        raise ValueError(
+            f"{names[0]} has a gradient that was not accumulated: call guard.accumulate() after "
+            "each backward of the window, the last one too"
+        )
+    if window.scaled != (scaler is not None and scaler.is_enabled()):
+        raise ValueError(_ANOTHER_SCALER)
+
+
 def _scalar(loss: Tensor | float | None, device: torch.device) -> Tensor | None:
     if loss is None:
         return None
     if not isinstance(loss, Tensor):
-        return torch.full((), loss, dtype=torch.float64, device=device)
-    if loss.numel() != 1:
-        raise ValueError(f"loss must be one number, got a tensor of shape {tuple(loss.shape)}")
+        try:
+            return torch.full((), float(loss), dtype=torch.float64, device=device)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"loss must be one real number, got {loss!r}") from error
+    if loss.numel() != 1 or loss.is_complex():
+        raise ValueError(
+            f"loss must be one real number, got a {loss.dtype} tensor of shape {tuple(loss.shape)}"
+        )
     return loss.detach().reshape(()).to(device, torch.float64, non_blocking=True)
 
 

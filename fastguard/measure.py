@@ -25,12 +25,7 @@ class BackwardMeasure:
 
     def __init__(self):
         self._hooked: dict[int, weakref.ref] = {}
-        self._open: list[Tensor] = []
-        self._open_bytes = 0
-        self._norms: list[ops.GradNorm] = []
-        #: id of a gradient -> the gradient, its version and its row among all rows
-        self._rows: dict[int, tuple[Tensor, int, int]] = {}
-        self._measured = 0
+        self.forget()
 
     def watch(self, parameters: Iterable[Tensor]) -> None:
         """Register a hook on each parameter that has none yet."""
@@ -38,7 +33,7 @@ class BackwardMeasure:
 
         def hook(parameter: Tensor) -> None:
             if (measure := me()) is not None:
-                measure._note(parameter.grad)
+                measure._note(parameter)
 
         for parameter in parameters:
             if (
@@ -48,30 +43,40 @@ class BackwardMeasure:
                 parameter.register_post_accumulate_grad_hook(hook)
                 self._hooked[id(parameter)] = weakref.ref(parameter)
 
-    def _note(self, grad: Tensor) -> None:
+    def _note(self, parameter: Tensor) -> None:
+        grad = parameter.grad
         if grad.layout != torch.strided or grad.dtype not in ops.DTYPES:
             return  # the step will see to it
-        self._open.append(grad)
+        self._open[id(parameter)] = grad
         self._open_bytes += grad.nbytes
         if self._open_bytes >= _BUCKET_BYTES:
             self._close()
 
     def _close(self) -> None:
+        """Measure the open bucket. By parameter: its newest gradient counts, others may go."""
         if not self._open:
             return
-        for grad in self._open:
-            self._rows[id(grad)] = (grad, grad._version, self._measured)
-            self._measured += 1
-        self._norms.append(ops.grad_norm(self._open))
-        self._open, self._open_bytes = [], 0
+        if self._measured > 8 * len(self._rows):
+            self._measured, self._norms, self._rows = (
+                0,
+                [],
+                {},
+            )  # of batches that were never stepped
+        grads = list(self._open.values())
+        for row, (parameter, grad) in enumerate(self._open.items(), start=self._measured):
+            self._rows[parameter] = grad, grad._version, row
+        self._measured += len(grads)
+        self._norms.append(ops.grad_norm(grads))
+        self._open, self._open_bytes = {}, 0
 
     def collect(self, grads: list[Tensor]) -> ops.GradNorm:
         """What :func:`fastguard.ops.grad_norm` says of ``grads``; forgets what it knows."""
         self._close()
+        rows = {id(grad): (version, row) for grad, version, row in self._rows.values()}
         order, stale = [], []
         for grad in grads:
-            seen, version, row = self._rows.get(id(grad), (None, 0, 0))
-            if seen is grad and version == grad._version:
+            version, row = rows.get(id(grad), (None, 0))
+            if version == grad._version:
                 order.append(row)
             else:
                 order.append(self._measured + len(stale))
@@ -84,10 +89,16 @@ class BackwardMeasure:
             return ops.grad_norm([])
         norms = torch.cat([bucket.norms for bucket in found])
         nonfinite = torch.cat([bucket.nonfinite for bucket in found])
-        rows = torch.tensor(order, device=norms.device)
-        norms, nonfinite = norms[rows], nonfinite[rows]
+        if order != list(range(len(norms))):
+            rows = torch.tensor(order, device=norms.device)
+            norms, nonfinite = norms[rows], nonfinite[rows]
         return ops.GradNorm(torch.linalg.vector_norm(norms), norms, nonfinite)
 
     def forget(self) -> None:
-        self._open, self._open_bytes, self._norms = [], 0, []
-        self._rows, self._measured = {}, 0
+        #: id of a parameter -> its gradient, not measured yet
+        self._open: dict[int, Tensor] = {}
+        self._open_bytes = 0
+        self._norms: list[ops.GradNorm] = []
+        #: id of a parameter -> its gradient, the gradient's version, its row in all of _norms
+        self._rows: dict[int, tuple[Tensor, int, int]] = {}
+        self._measured = 0

@@ -19,6 +19,9 @@ from .thresholds import Kind, Threshold
 #: ``skip_norm`` is not armed before as many norms were accepted: a median of fewer says little.
 ARMED_AFTER = 16
 
+#: The largest norm that is let through, after clipping: beyond, fp32 second moments overflow.
+LARGEST_APPLIED = 1e18
+
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -94,7 +97,8 @@ def grad_norm_ref(grads: Sequence[Tensor]) -> GradNorm:
     _check_dtypes("grad_norm", grads)
     device = grads[0].device if grads else None
     norms = torch.zeros(len(grads), dtype=torch.float64, device=device)
-    nonfinite = torch.tensor([[0, 0, -1]] * len(grads), device=device).reshape(-1, 3)
+    nonfinite = torch.zeros(len(grads), 3, dtype=torch.int64, device=device)
+    nonfinite[:, 2] = -1
     for i, grad in enumerate(grads):
         if grad.numel() == 0:
             continue
@@ -275,15 +279,20 @@ def guard_decide_ref_(
     verdict = torch.where(armed & (norm > skip_norm), int(Verdict.SKIP_OUTLIER), verdict)
     finite = norm.isfinite() if loss is None else norm.isfinite() & loss.isfinite()
     verdict = torch.where(finite, verdict, int(Verdict.SKIP_NONFINITE))
-    skip = verdict >= int(Verdict.SKIP_NONFINITE)
     coef = torch.where(verdict == int(Verdict.CLIP), coef, 1.0)
+    if kind is not Kind.ADAGC:
+        too_large = (norm * coef > LARGEST_APPLIED) & finite
+        verdict = torch.where(too_large, int(Verdict.SKIP_OUTLIER), verdict)
+    skip = verdict >= int(Verdict.SKIP_NONFINITE)
+    coef = torch.where(skip, 1.0, coef)
     absorbed = ~skip & (norm > 0) if accept else torch.zeros_like(skip)
 
     coefs = coef
     if kind is Kind.ADAGC:
         each = norms * factor
         seen = warm & ema_norms.isfinite()
-        coefs = torch.where(seen, (a * ema_norms / each).clamp(max=1), coef)
+        alone = torch.where(warm, (max_norm / (each + 1e-6)).clamp(max=1), coef)
+        coefs = torch.where(seen, (a * ema_norms / each).clamp(max=1), alone)
         coefs = torch.where(skip | (each == 0), 1.0, coefs)
         ema = torch.where(
             seen, b * ema_norms + (1 - b) * coefs * each, ema_norms.minimum(coefs * each)
@@ -351,7 +360,7 @@ def settle_(buffers: Sequence[Tensor], saved: Sequence[Tensor], verdict: Tensor)
     Raises:
         RuntimeError: the lists differ in length, shapes or dtypes.
     """
-    if buffers and _has_kernel(buffers[0], cuda=False):
+    if all(_has_kernel(tensor, cuda=False) for tensor in (verdict, *buffers)):
         torch.ops.fastguard.settle_.default(buffers, saved, verdict)
     else:
         settle_ref_(buffers, saved, verdict)

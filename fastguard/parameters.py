@@ -36,6 +36,9 @@ class Watched:
         # Of each optimizer: the parameters that it held last, and those that are not watched.
         self._checked: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
         self._look_up()
+        if len(set(self.names)) < len(self.names):
+            twice = next(name for i, name in enumerate(self.names) if name in self.names[:i])
+            raise ValueError(f"two parameters have the name {twice!r}; reports could not tell them")
         if not self.parameters:
             raise ValueError(
                 "GradGuard got no parameters; pass the module, or its parameters() as a list if a "
@@ -47,9 +50,10 @@ class Watched:
         once: dict[int, tuple[str, Tensor]] = {}
         for name, parameter in named:
             once.setdefault(id(parameter), (name, parameter))
-        self.names = [name for name, _ in once.values()]
+        # torch.compile's wrapper puts a prefix before every name.
+        self.names = [name.replace("_orig_mod.", "") for name, _ in once.values()]
         self.parameters = [parameter for _, parameter in once.values()]
-        self._ids = once.keys()
+        self._ids = set(once)
         self.stale = False
 
     def check(self, optimizers: list[torch.optim.Optimizer]) -> bool:
@@ -86,8 +90,6 @@ class Watched:
         if all(map(operator.is_not, grads, itertools.repeat(None))):
             return self.names, self.parameters, grads
         present = [i for i, grad in enumerate(grads) if grad is not None]
-        if not present:
-            self.stale = True  # perhaps the module has other parameters by now
         return tuple([items[i] for i in present] for items in (self.names, self.parameters, grads))
 
 
@@ -147,7 +149,7 @@ def _name(
     if isinstance(parameters, Tensor):
         parameters = [parameters]
     named = [
-        item if isinstance(item, tuple) else (f"parameter {i}", item)
+        item if isinstance(item, tuple) and len(item) == 2 else (f"parameter {i}", item)
         for i, item in enumerate(parameters)
     ]
     for name, parameter in named:

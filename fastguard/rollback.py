@@ -20,7 +20,7 @@ class Rollback:
 
     The state of parameters, optimizer, buffers, scheduler, GradScaler, guard and random number
     generators (torch's, of the CPU and the current accelerator, Python's and numpy's) is copied to
-    host memory every ``every`` accepted steps; ``keep`` copies are held. Restoring is exact: it
+    host memory every ``every`` steps; ``keep`` copies are held. Restoring is exact: it
     copies, it does not undo arithmetic. Each copy serves once; a run that explodes again goes
     further back, and ends with :class:`fastguard.GradientExplosionError` when there is none left.
     The position in the data is not turned back: the run goes on with new batches, as PaLM's did
@@ -55,27 +55,31 @@ class Snapshots:
     def __init__(self, rollback: Rollback):
         self._rollback = rollback
         self._ring: deque[dict] = deque(maxlen=rollback.keep)
-        self._newest_step: int | None = None
+        self._last_step: int | None = None
         self._lr_factor = 1.0  # of all rollbacks so far
 
     def __len__(self) -> int:
         return len(self._ring)
 
+    def clear(self) -> None:
+        self._ring.clear()
+        self._last_step = None
+
     def due(self, step: int) -> bool:
-        return self._newest_step is None or step - self._newest_step >= self._rollback.every
+        return self._last_step is None or step - self._last_step >= self._rollback.every
 
     def take(self, step: int, parameters: list[Tensor], optimizers, scaler, guard: dict) -> None:
-        """Copy the state after ``step``; ``guard`` is kept as it is."""
+        """Copy the state after ``step`` steps; ``guard`` is kept as it is."""
         scheduler = self._rollback.scheduler
-        self._newest_step = step
+        self._last_step = step
+        held = [p for o in optimizers for group in o.param_groups for p in group["params"]]
+        unique = {id(p): p for p in (*parameters, *held)}.values()
         self._ring.append(
             {
                 "step": step,
-                "parameters": [
-                    (p, _to_host(p.detach())) for p in _with_held(parameters, optimizers)
-                ],
-                "optimizers": [_to_host(optimizer.state_dict()) for optimizer in optimizers],
-                "scaler": None if scaler is None else copy.deepcopy(scaler.state_dict()),
+                "parameters": [(p, _to_host(p.detach())) for p in unique],
+                "optimizers": [(o, _groups_of(o), _to_host(o.state_dict())) for o in optimizers],
+                "scaler": None if scaler is None else (scaler, copy.deepcopy(scaler.state_dict())),
                 "scheduler": None if scheduler is None else copy.deepcopy(scheduler.state_dict()),
                 "guard": guard,
                 "generators": _generators(),
@@ -83,42 +87,74 @@ class Snapshots:
             }
         )
 
+    def forget_since(self, step: int) -> None:
+        """Drop copies that are younger than the explosion, or of optimizers with other groups."""
+        fitting = [
+            s
+            for s in self._ring
+            if s["step"] <= step and all(_groups_of(o) == then for o, then, _ in s["optimizers"])
+        ]
+        self._ring.clear()
+        self._ring.extend(fitting)
+
     @torch.no_grad()
-    def restore(self, step: int, optimizers, scaler) -> dict:
+    def restore(self, step: int) -> dict:
         """Go back to the newest copy and drop it; returns the guard's state of that time."""
         snapshot = self._ring.pop()
-        self._newest_step = step  # the next copy comes when it has gone well for a while
+        self._last_step = step  # the next copy comes when it has gone well for a while
         self._lr_factor *= self._rollback.lr_factor
+        ratio = self._lr_factor / snapshot["lr_factor"]
         for parameter, saved in snapshot["parameters"]:
             parameter.copy_(saved)
-        for optimizer, saved in zip(optimizers, snapshot["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
-        if scaler is not None and snapshot["scaler"]:
-            scaler.load_state_dict(snapshot["scaler"])
-        ratio = self._lr_factor / snapshot["lr_factor"]
-        scheduler = self._rollback.scheduler
-        if scheduler is not None:
-            scheduler.load_state_dict(snapshot["scheduler"])
-            scheduler.base_lrs = [lr * ratio for lr in scheduler.base_lrs]
-        groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+        for optimizer, _, saved in snapshot["optimizers"]:
+            _load_exactly(optimizer, saved)
+        if snapshot["scaler"] is not None:
+            scaler, saved = snapshot["scaler"]
+            if saved:  # {} of one that is disabled
+                scaler.load_state_dict(saved)
+        groups = [group for o, _, _ in snapshot["optimizers"] for group in o.param_groups]
+        if self._rollback.scheduler is not None:
+            self._rollback.scheduler.load_state_dict(snapshot["scheduler"])
+            _lower_scheduler(self._rollback.scheduler, ratio)
         for group in groups:
-            group["lr"] = group["lr"] * ratio
+            for name in _RATES & group.keys():
+                group[name] = group[name] * ratio
         _set_generators(snapshot["generators"])
-        rates = ", ".join(f"{float(group['lr']):.3g}" for group in groups)
         logger.warning(
             "Rolled back to the state after step %d; learning rate %s from here, the next %d "
             "batches are skipped",
             snapshot["step"],
-            rates,
+            ", ".join(f"{float(group['lr']):.3g}" for group in groups),
             self._rollback.skip_batches,
         )
         return snapshot["guard"]
 
 
-def _with_held(parameters: list[Tensor], optimizers) -> list[Tensor]:
-    groups = (group for optimizer in optimizers for group in optimizer.param_groups)
-    held = (p for group in groups for p in group["params"])
-    return list({id(p): p for p in (*parameters, *held)}.values())
+#: What optimizers and schedulers keep of learning rates: in the groups, and in themselves.
+_RATES = {"lr", "initial_lr", "max_lr", "min_lr"}
+_SCHEDULER_RATES = ("base_lrs", "max_lrs", "min_lrs", "_last_lr")
+
+
+def _lower_scheduler(scheduler, ratio: float) -> None:
+    for part in (scheduler, *getattr(scheduler, "_schedulers", ())):  # SequentialLR and its like
+        for name in _SCHEDULER_RATES:
+            if isinstance(rates := getattr(part, name, None), list):
+                setattr(part, name, [rate * ratio for rate in rates])
+
+
+def _groups_of(optimizer) -> list[list[int]]:
+    return [list(map(id, group["params"])) for group in optimizer.param_groups]
+
+
+def _load_exactly(optimizer, saved: dict) -> None:
+    """``load_state_dict`` without its cast of all state to the parameter's dtype."""
+    optimizer.load_state_dict(saved)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for number, entries in saved["state"].items():
+        state = optimizer.state[parameters[number]]
+        for name, value in entries.items():
+            if isinstance(value, Tensor) and state[name].dtype != value.dtype:
+                state[name] = value.to(state[name].device, copy=True)
 
 
 def _to_host(value):

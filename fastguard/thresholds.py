@@ -84,9 +84,10 @@ class ZClip(Threshold):
 
 @dataclasses.dataclass(frozen=True)
 class RunningMedian(Threshold):
-    """Clip to ``factor`` times the median of the last accepted norms (the guard's window).
+    """Clip to ``factor`` times the median of the last 128 accepted norms.
 
-    Source: icefall's ScaledAdam, ``clipping_scale=2.0``.
+    After icefall's ScaledAdam with ``clipping_scale=2.0``, which takes norms relative to the
+    parameters' and renews its median every 100 steps.
 
     Raises:
         ValueError: ``factor`` < 0, ``warmup`` < 1.
@@ -106,10 +107,11 @@ class RunningMedian(Threshold):
 
 @dataclasses.dataclass(frozen=True)
 class AutoClip(Threshold):
-    """Clip to a percentile of the last accepted norms (the guard's window).
+    """Clip to a percentile of the last 128 accepted norms.
 
     Source: Seetharaman, Wichern, Pardo, Le Roux, "AutoClip: Adaptive Gradient Clipping for Source
-    Separation Networks", MLSP 2020; there of all norms since the start of the training.
+    Separation Networks", MLSP 2020; there of all norms since the start of the training, the
+    present one among them.
 
     Raises:
         ValueError: ``percentile`` outside [0, 100], ``warmup`` < 1.

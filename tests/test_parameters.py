@@ -184,15 +184,28 @@ def test_a_parameter_listed_twice_counts_once():
 def test_a_loss_that_is_no_number():
     parameters = parameters_with([torch.ones(2)])
     guard = GradGuard(parameters)
-    with pytest.raises(ValueError, match=r"loss must be one number, got a tensor of shape \(3,\)"):
+    with pytest.raises(ValueError, match=r"loss must be one real.*float32 tensor of shape \(3,\)"):
         guard.step(torch.optim.SGD(parameters, lr=1.0), loss=torch.ones(3))
+    with pytest.raises(ValueError, match=r"loss must be one real number, got \[1.0, 2.0\]"):
+        guard.step(torch.optim.SGD(parameters, lr=1.0), loss=[1.0, 2.0])
     assert guard.state_dict()["steps"] == 0
 
 
 def test_a_state_that_is_none():
     guard = GradGuard(small_model())
     before = guard.state_dict()
-    for wrong in ({}, {"steps": 1}, {**before, "moments": [1.0]}, {**before, "accepted": ["x"]}):
+    for wrong in (
+        {},
+        {"steps": 1},
+        {**before, "moments": [1.0]},
+        {**before, "moments": [math.inf, 0, 0]},
+        {**before, "moments": [100, 0, 0]},
+        {**before, "accepted": ["x"]},
+        {**before, "accepted": [math.nan], "moments": [1, 0, 0]},
+        {**before, "ema_norms": [1.0]},
+        {**before, "steps": -4},
+        {**before, "threshold": "none"},
+    ):
         with pytest.raises(ValueError, match="this is no state of a GradGuard"):
             guard.load_state_dict(wrong)
     assert guard.state_dict() == before

@@ -60,6 +60,10 @@ std::tuple<Tensor, Tensor, Tensor> guard_decide_cpu(
   const double limit = per_tensor && warm ? INFINITY : std::min(max_norm, adaptive);
   const double skip_above = armed(known, sorted, skip_norm) ? skip_norm : INFINITY;
   Decision decision = decide(std::isfinite(value_or(loss, 0.0)) ? norm : NAN, limit, skip_above);
+  if (std::isfinite(norm) && norm * decision.clip_coef > largest_applied && !per_tensor &&
+      decision.verdict != Verdict::skip_nonfinite) {
+    decision = {1.0, Verdict::skip_outlier};
+  }
   accept = accept && !skips(static_cast<int64_t>(decision.verdict));
 
   Tensor grad_coef = torch::stable::empty(
