@@ -8,6 +8,7 @@ from torch import nn
 
 import fastguard
 from fastguard import GradGuard, Verdict
+from fastguard.thresholds import ZClip
 
 from .test_clip import assert_same_bits
 from .test_guard import everything, set_gradient_norms, small_model
@@ -222,3 +223,17 @@ def test_refuses_and_leaves_the_gradients():
         guard.accumulate()
     assert weight.grad.tolist() == [1.0, 1.0]
     assert guard._window is None
+
+
+def test_a_spike_is_judged_by_skip_norm_alone_whatever_the_threshold():
+    weight = nn.Parameter(torch.zeros(4))
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    guard = GradGuard([weight], max_norm=10.0, threshold=ZClip(warmup=2))
+    for norm in (1.0, 1.1, 0.9):
+        set_gradient_norms([weight], norm)
+        guard.step(optimizer)
+    set_gradient_norms([weight], 5.0)
+    micro_batch = guard.accumulate()
+    assert micro_batch.max_norm == 10.0
+    assert micro_batch.clip_coef == 1.0
+    assert guard.step(optimizer).clip_coef < 0.5

@@ -271,3 +271,33 @@ def test_what_unscaling_found_elsewhere_is_heeded(make):
     assert GradGuard([weight]).step(optimizer, scaler=scaler).verdict is Verdict.SKIP_NONFINITE
     assert weight.tolist() == [1.0] * 3
     assert scaler.get_scale() == 2.0
+
+
+def test_fused_sgd_does_not_skip_into_uninitialised_momentum():
+    weight = nn.Parameter(torch.zeros(100_000))
+    optimizer = torch.optim.SGD([weight], lr=1.0, momentum=0.9, fused=True)
+    guard = GradGuard([weight])
+    dirty = [torch.full((100_000,), 7e30) for _ in range(4)]
+    del dirty  # what the allocator gives next
+    for value in (math.nan, 0.0):
+        weight.grad = torch.full_like(weight, value)
+        guard.step(optimizer)
+    assert weight.abs().max() == 0
+
+
+def test_an_optimizer_that_is_fused_in_part():
+    one, two = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
+    groups = [{"params": [one], "fused": True}, {"params": [two], "fused": False}]
+    optimizer = torch.optim.AdamW(groups)
+    one.grad, two.grad = torch.ones(2), torch.full((2,), math.nan)
+    assert GradGuard([one, two]).step(optimizer).skipped
+    assert one.tolist() == two.tolist() == [1.0, 1.0]
+
+
+def test_a_max_norm_of_zero(make):
+    weight = nn.Parameter(torch.ones(2))
+    optimizer = make([weight])
+    optimizer.param_groups[0]["weight_decay"] = 0.0
+    weight.grad = torch.ones(2)
+    GradGuard([weight], max_norm=0.0).step(optimizer)
+    assert weight.isfinite().all()

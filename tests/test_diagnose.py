@@ -141,3 +141,18 @@ def test_reports_as_plain_values_and_back():
     assert repr(pickle.loads(pickle.dumps(report))) == repr(report)
     assert report.loss == 1.0
     assert report.verdict is Verdict.SKIP_NONFINITE
+
+
+def test_the_error_says_what_was_wrong_with_the_micro_batches():
+    weight = nn.Parameter(torch.zeros(2))
+    guard = GradGuard([("weight", weight)], patience=2)
+    with pytest.raises(GradientExplosionError) as caught:
+        for step in range(2):
+            for i in range(2):
+                weight.grad = torch.tensor([1.0, math.nan])
+                guard.accumulate(batch_id=f"{step}.{i}")
+            guard.step(torch.optim.SGD([weight], lr=1.0))
+    message = str(caught.value)
+    assert "4 had a NaN or Inf gradient, first at weight[1] (NaN)" in message
+    assert "batches: 0.0, 0.1, 1.0, 1.1" in message
+    assert "skip_norm" not in message

@@ -11,7 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+import fastguard
 from fastguard import GradGuard, GradientExplosionError, Verdict
+from fastguard.thresholds import AdaGC, AutoClip, Fixed, RunningMedian, ZClip
 
 from .drawn import gradients
 from .test_clip import assert_same_bits, bits, parameters_with
@@ -430,3 +432,77 @@ def test_refuses_arguments_that_can_not_work(arguments, message):
 def test_refuses_an_empty_list_of_parameters():
     with pytest.raises(ValueError, match="GradGuard got no parameters"):
         GradGuard([])
+
+
+def stepped(guard, optimizer, parameters, *norms):
+    for norm in norms:
+        set_gradient_norms(parameters, norm)
+        report = guard.step(optimizer)
+    return report
+
+
+def test_the_edges_of_skip_norm():
+    """A norm of skip_norm itself is accepted; a median of skip_norm does not arm."""
+    parameters = [nn.Parameter(torch.zeros(4))]  # norms of halves are exact
+    optimizer = torch.optim.SGD(parameters, lr=0.0)
+    guard = GradGuard(parameters, skip_norm=8.0)
+    stepped(guard, optimizer, parameters, *[1.0] * 16)
+    assert not stepped(guard, optimizer, parameters, 8.0).skipped
+    assert stepped(guard, optimizer, parameters, 8.001).skipped
+    guard = GradGuard(parameters, skip_norm=8.0)
+    assert not stepped(guard, optimizer, parameters, *[8.0] * 16, 9.0).skipped
+
+
+@pytest.mark.parametrize("max_norm", [math.inf, 1e19])
+def test_what_second_moments_can_not_hold_is_skipped(max_norm):
+    """Otherwise exp_avg_sq is Inf for ever and the parameter never moves again."""
+    parameters = [nn.Parameter(torch.ones(4))]
+    optimizer = fastguard.AdamW(parameters)
+    guard = GradGuard(parameters, max_norm=max_norm)
+    assert stepped(guard, optimizer, parameters, 1e30).verdict is Verdict.SKIP_OUTLIER
+    stepped(guard, optimizer, parameters, 1e17)
+    assert optimizer.state[parameters[0]]["exp_avg_sq"].isfinite().all()
+
+
+def test_adagc_clips_a_parameter_that_has_its_first_gradient_after_the_warm_up():
+    one, two = nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1))
+    guard = GradGuard([one, two], max_norm=1.0, threshold=AdaGC(warmup=2))
+    optimizer = torch.optim.SGD([one, two], lr=1.0)
+    for _ in range(3):
+        one.grad = torch.tensor([0.5])
+        guard.step(optimizer)
+    two.grad = torch.tensor([1e30])
+    guard.step(optimizer)
+    assert two.item() == pytest.approx(-1.0)
+    assert guard.state_dict()["ema_norms"]["parameter 1"] == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("then", [ZClip(), RunningMedian(), AutoClip(), AdaGC(), Fixed()])
+@pytest.mark.parametrize("first", [Fixed(), ZClip(), AdaGC()])
+def test_a_state_may_go_to_a_guard_with_another_threshold(first, then):
+    parameters = [nn.Parameter(torch.zeros(4))]
+    optimizer = torch.optim.SGD(parameters, lr=0.0)
+    old = GradGuard(parameters, max_norm=math.inf, threshold=first)
+    stepped(old, optimizer, parameters, *[0.9, 1.1] * 64)
+    new = GradGuard(parameters, max_norm=math.inf, threshold=then)
+    new.load_state_dict(old.state_dict())
+    report = stepped(new, optimizer, parameters, 1.0)
+    assert report.clip_coef > 0.85
+    stepped(new, optimizer, parameters, *[1.0] * 20)
+    if then.kind.name != "FIXED":
+        assert stepped(new, optimizer, parameters, 1000.0).clip_coef < 0.01
+
+
+def test_names_are_those_of_the_model_under_torch_compile():
+    model = small_model()
+    compiled = torch.compile(model, backend="eager")
+    assert GradGuard(compiled)._watched.names == [name for name, _ in model.named_parameters()]
+    with pytest.raises(ValueError, match="two parameters have the name 'a'"):
+        GradGuard([("a", nn.Parameter(torch.ones(1))), ("a", nn.Parameter(torch.ones(1)))])
+
+
+def test_guards_can_be_copied():
+    model = small_model()
+    guard = GradGuard(model, threshold=ZClip())
+    train_step(model, fastguard.AdamW(model.parameters()), guard, torch.ones(6, 4))
+    assert copy.deepcopy(guard).state_dict() == guard.state_dict()

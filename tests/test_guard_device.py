@@ -139,18 +139,71 @@ def test_a_checkpoint_flushes_and_the_error_is_not_lost(monkeypatch):
         guard.poll()
 
 
-def test_rollback_works_with_the_lag(monkeypatch):
-    slow(monkeypatch)
+def guarded_slowly(norms, **options):
+    """The guard after steps with these norms, its reports on their way for three steps."""
     parameters = [nn.Parameter(torch.ones(10))]
-    guard = GradGuard(
-        parameters, patience=2, max_lag=2, on_patience="rollback", rollback=Rollback(every=1)
-    )
+    guard = GradGuard(parameters, max_lag=3, **options)
     optimizer = fastguard.AdamW(parameters, lr=0.1)
-    for norm in (1.0, 1.0, 1.0, math.nan, math.nan, math.nan, math.nan, math.nan):
+    weights = []
+    for norm in norms:
         set_gradient_norms(parameters, norm)
         guard.step(optimizer)
+        weights.append(parameters[0].detach().clone())
+    return guard, optimizer, weights
+
+
+def test_rollback_works_with_the_lag(monkeypatch, caplog):
+    """Back to before the explosion, though copies were taken while it was on its way."""
+    slow(monkeypatch)
+    nan = math.nan
+    guard, optimizer, weights = guarded_slowly(
+        [1.0, 1.0, nan, nan, nan, nan, nan],
+        patience=2,
+        on_patience="rollback",
+        rollback=Rollback(every=1, keep=9),
+    )
     assert optimizer.param_groups[0]["lr"] == 0.05
-    assert parameters[0].isfinite().all()
+    assert torch.equal(weights[-1], weights[1])
+    assert "Rolled back to the state after step 2" in caplog.text
+    # What was on its way was said, too, and counts for nothing after it.
+    assert [r.step for r in guard.poll()] == [0, 1, 2, 3, 4, 5, 6]
+    assert guard.state_dict()["skips_in_a_row"] == []
+
+
+def test_two_explosions_learnt_at_once_are_two(monkeypatch):
+    slow(monkeypatch)
+    nan = math.nan
+    guard, *_ = guarded_slowly([1.0, nan, nan, 1.0], patience=2)
+    with pytest.raises(GradientExplosionError) as caught:
+        guard.poll(wait=True)
+    assert [r.step for r in caught.value.reports] == [1, 2]
+    assert [r.step for r in guard.poll(wait=True)] == [0, 1, 2, 3]
+
+
+def test_reports_are_learnt_in_order(monkeypatch):
+    """The newest is there, the oldest is not: nothing is looked at."""
+    parameters = [nn.Parameter(torch.ones(10))]
+    guard = GradGuard(parameters, max_lag=100)
+    optimizer = fastguard.AdamW(parameters)
+    late = []
+    monkeypatch.setattr(
+        diagnose._Transfer, "ready", property(lambda self: self not in late and bool(late))
+    )
+    for _ in range(3):
+        set_gradient_norms(parameters, 1.0)
+        report = guard.step(optimizer)
+        late.append(report._record) if not late else None
+    assert guard.poll() == []
+    late[:] = [None]
+    assert [r.step for r in guard.poll()] == [0, 1, 2]
+
+
+def test_a_loaded_state_forgets_what_was_on_its_way(monkeypatch):
+    slow(monkeypatch)
+    fresh = GradGuard([nn.Parameter(torch.ones(10))]).state_dict()
+    guard, *_ = guarded_slowly([math.nan] * 3, patience=3)
+    guard.load_state_dict(fresh)
+    assert guard.poll(wait=True) == []
 
 
 def test_a_report_is_a_step_report_that_waits():

@@ -69,8 +69,12 @@ def test_gradients_are_read_in_buckets_and_not_again(monkeypatch):
     assert len(calls) == 4
 
 
+@pytest.mark.parametrize("bucket_bytes", [1, 1 << 22])
 @pytest.mark.parametrize("change", ["in place", "replaced", "accumulated", "dropped", "nan"])
-def test_gradients_that_change_after_their_hook_are_measured_again(change):
+def test_gradients_that_change_after_their_hook_are_measured_again(
+    change, bucket_bytes, monkeypatch
+):
+    monkeypatch.setattr(measure, "_BUCKET_BYTES", bucket_bytes)
     model = small_model()
     guard = GradGuard(model, measure="backward", max_norm=math.inf)
     model(torch.randn(6, 4)).square().mean().backward()
@@ -141,3 +145,40 @@ def test_skips_leave_no_trace():
         report = train_step(model, optimizer, guard, torch.full((6, 4), math.inf))
         assert report.verdict is Verdict.SKIP_NONFINITE
         assert_same_bits(before, everything(model, optimizer))
+
+
+def test_parameters_that_come_later_are_measured_in_backward_too(monkeypatch):
+    model = small_model()
+    guard = GradGuard(model, measure="backward")
+    model.append(nn.Linear(1, 1))
+    optimizer = fastguard.AdamW(model.parameters())
+    train_step(model, optimizer, guard, torch.randn(6, 4))  # finds the new ones
+    monkeypatch.setattr(measure, "_BUCKET_BYTES", 1)
+    calls = []
+    real = ops.grad_norm
+    monkeypatch.setattr(ops, "grad_norm", lambda grads: calls.append(len(grads)) or real(grads))
+    optimizer.zero_grad()
+    model(torch.randn(6, 4)).sum().backward()
+    assert len(calls) == 8
+
+
+def test_complex_gradients():
+    wave = nn.Parameter(torch.zeros(1, dtype=torch.complex64))
+    guard = GradGuard([wave], measure="backward", max_norm=math.inf)
+    (wave * (3 - 4j)).real.sum().backward()
+    assert guard.step(torch.optim.SGD([wave], lr=1.0)).total_norm == 5.0
+
+
+@pytest.mark.parametrize("bucket_bytes", [1, 1 << 22])
+def test_gradients_that_never_came_to_a_step_are_not_kept(bucket_bytes, monkeypatch):
+    monkeypatch.setattr(measure, "_BUCKET_BYTES", bucket_bytes)
+    model = small_model()
+    guard = GradGuard(model, measure="backward")
+    seen = []
+    for _ in range(30):
+        model.zero_grad()
+        model(torch.randn(6, 4)).sum().backward()
+        seen += [weakref.ref(p.grad) for p in model.parameters()]
+    gc.collect()
+    assert sum(ref() is not None for ref in seen) <= 6
+    assert len(guard._measure._norms) < 60

@@ -10,6 +10,7 @@ from torch import nn
 
 import fastguard
 from fastguard import GradGuard, GradientExplosionError, Rollback, Verdict
+from fastguard.thresholds import AdaGC
 
 from .test_clip import assert_same_bits, bits
 from .test_guard import everything, set_gradient_norms, small_model, train_step
@@ -146,3 +147,126 @@ def test_refuses(arguments, message):
         Rollback(**arguments)
     with pytest.raises(ValueError, match='on_patience is "raise"'):
         GradGuard(small_model(), rollback=Rollback())
+
+
+def test_learnt_statistics_and_skipped_batches_go_back_and_into_the_state():
+    parameters = [nn.Parameter(torch.zeros(4)), nn.Parameter(torch.zeros(4))]
+    optimizer = torch.optim.SGD(parameters, lr=0.1)
+    make = lambda: GradGuard(  # noqa: E731
+        parameters,
+        patience=2,
+        on_patience="rollback",
+        rollback=Rollback(every=2, skip_batches=2),
+        threshold=AdaGC(warmup=1),
+    )
+    guard = make()
+    states = []
+    for norm in (1.0, 2.0, 3.0, 4.0, math.nan, math.nan):
+        set_gradient_norms(parameters, norm)
+        guard.step(optimizer)
+        states.append(guard.state_dict())
+    assert states[-1]["ema_norms"] == states[2]["ema_norms"] != states[3]["ema_norms"]
+    resumed = make()
+    resumed.load_state_dict(states[-1])
+    assert [resumed.skip_batch() for _ in range(3)] == [True, True, False]
+    with pytest.raises(GradientExplosionError):  # the copies are of another run
+        for _ in range(2):
+            set_gradient_norms(parameters, math.nan)
+            resumed.step(optimizer)
+
+
+class Keeps(torch.optim.Optimizer):
+    """With state that torch's load_state_dict would cast to the parameter's dtype."""
+
+    def __init__(self, params):
+        super().__init__(params, {"lr": 0.1})
+
+    @torch.no_grad()
+    def step(self):
+        for p in self.param_groups[0]["params"]:
+            state = self.state[p]
+            state.setdefault("master", p.detach().float().clone()).sub_(p.grad.float() * 0.001)
+            state["calls"] = state.get("calls", torch.zeros((), dtype=torch.int64)) + 1
+            p.copy_(state["master"])
+
+
+def test_optimizer_state_of_other_dtypes_is_restored_exactly():
+    parameters = [nn.Parameter(torch.ones(4, dtype=torch.bfloat16))]
+    optimizer = Keeps(parameters)
+    guard = guarded(parameters)
+    for norm in (1.0, math.nan, math.nan):
+        set_gradient_norms(parameters, norm)
+        guard.step(optimizer)
+    state = optimizer.state[parameters[0]]
+    torch.testing.assert_close(state["master"], torch.full((4,), 1 - 0.5 * 0.001))
+    assert state["calls"].dtype == torch.int64 and state["calls"] == 1
+
+
+@pytest.mark.parametrize("kind", ["onecycle", "cyclic", "plateau", "sequential", "cosine"])
+def test_every_kind_of_scheduler_goes_on_lower(kind):
+    def build():
+        parameters = [nn.Parameter(torch.zeros(4))]
+        optimizer = torch.optim.SGD(parameters, lr=1.0, momentum=0.9)
+        lrs = torch.optim.lr_scheduler
+        scheduler = {
+            "onecycle": lambda: lrs.OneCycleLR(optimizer, max_lr=2.0, total_steps=40),
+            "cyclic": lambda: lrs.CyclicLR(optimizer, 0.5, 2.0, step_size_up=5),
+            "plateau": lambda: lrs.ReduceLROnPlateau(optimizer, patience=1),
+            "sequential": lambda: lrs.SequentialLR(
+                optimizer,
+                [lrs.LinearLR(optimizer, 0.1, total_iters=4), lrs.ExponentialLR(optimizer, 0.9)],
+                milestones=[4],
+            ),
+            "cosine": lambda: lrs.CosineAnnealingLR(optimizer, 30),
+        }[kind]()
+        return parameters, optimizer, scheduler
+
+    def advance(optimizer, scheduler):
+        optimizer.step()
+        scheduler.step(1.0) if kind == "plateau" else scheduler.step()
+        return optimizer.param_groups[0]["lr"]
+
+    parameters, optimizer, scheduler = build()
+    guard = guarded(parameters, lr_factor=0.1, scheduler=scheduler)
+    set_gradient_norms(parameters, 1.0)
+    guard.step(optimizer)
+    for _ in range(2):
+        set_gradient_norms(parameters, math.nan)
+        guard.step(optimizer)
+    _, reference, plain = build()
+    for _ in range(8):
+        assert advance(optimizer, scheduler) == pytest.approx(0.1 * advance(reference, plain))
+
+
+def test_an_optimizer_that_has_grown_ends_the_run_whole():
+    model = small_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    guard = guarded(model)
+    train_step(model, optimizer, guard, torch.ones(6, 4))
+    optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1))]})
+    with pytest.raises(GradientExplosionError):
+        explode(model, optimizer, guard)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.1, 0.1]
+
+
+@pytest.mark.parametrize("assign", [True, False])
+def test_a_loaded_state_is_not_rolled_back_to_another_run(assign):
+    model = small_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    guard = guarded(model)
+    train_step(model, optimizer, guard, torch.ones(6, 4))
+    model.load_state_dict({k: v.clone() for k, v in model.state_dict().items()}, assign=assign)
+    with pytest.raises(GradientExplosionError):
+        explode(model, torch.optim.SGD(model.parameters(), lr=0.1), guard)
+
+
+def test_parameters_that_only_the_optimizer_holds_go_back_too():
+    mine, other = nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(2))
+    optimizer = torch.optim.SGD([mine, other], lr=0.1)
+    guard = guarded([mine])
+    for norm in (1.0, math.nan, math.nan):
+        set_gradient_norms([mine], norm)
+        guard.step(optimizer)
+        with torch.no_grad():
+            other.add_(1.0)
+    assert other.tolist() == [1.0, 1.0]
