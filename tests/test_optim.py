@@ -936,6 +936,30 @@ def test_packing_anew_keeps_the_values_bit_for_bit(change):
         assert len(storages(optimizer)) == 1
 
 
+@pytest.mark.parametrize("steps", [1, 3])
+def test_an_equal_entry_is_not_the_same(steps):
+    p = nn.Parameter(torch.ones(1))
+    optimizer = fastguard.AdamW([p])
+    run(optimizer, [p], range(steps))
+    for name, entry in list(optimizer.state[p].items()):
+        mine = optimizer.state[p][name] = entry.clone()
+        run(optimizer, [p], [9])
+        assert optimizer.state[p][name] is not mine  # it was copied into a pack that is stepped
+        assert optimizer.state[p][name] != mine
+
+
+def test_entries_of_others_in_the_state_move_nothing():
+    params = parameters()
+    optimizer = fastguard.AdamW(params)
+    run(optimizer, params)
+    before = [optimizer.state[p]["exp_avg"] for p in params]
+    for calls in (torch.zeros(3), torch.ones(3), 5):
+        for p in params:
+            optimizer.state[p]["calls"] = calls
+        run(optimizer, params, [1])
+        assert all(optimizer.state[p]["exp_avg"] is m for p, m in zip(params, before, strict=True))
+
+
 def test_packs_that_need_not_change_stay():
     params = parameters()
     optimizer = fastguard.AdamW([{"params": params[:3]}, {"params": params[3:]}])
