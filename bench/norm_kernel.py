@@ -8,12 +8,10 @@ and `dot` of the tensor with itself. On a machine that is busy otherwise torch's
 they open a parallel region per tensor: look at the load in the first line.
 """
 
-import argparse
 import itertools
-from pathlib import Path
 
 import torch
-from timing import interleaved, machine, table, write_json
+from timing import arguments, interleaved, print_machine, table, write_json
 from torch import nn
 
 import fastguard
@@ -75,17 +73,9 @@ def _always_clipping(function, parameters):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--repeats", type=int, default=31)
-    parser.add_argument("--json", type=Path, help="also write the figures there")
-    args = parser.parse_args()
-    device = torch.device(args.device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: this machine has no CUDA device")
-
-    result = {"machine": machine(device), "cases": {}}
-    print("  ".join(f"{k}={v}" for k, v in result["machine"].items()), end="\n\n")
+    args = arguments(__doc__.splitlines()[0], repeats=31)
+    device = args.device
+    result = {"machine": print_machine(device), "cases": {}}
     for name, parameters in cases(device):
         functions = contenders(parameters) | clipping_contenders(parameters)
         medians = interleaved(functions, args.repeats, device)

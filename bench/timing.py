@@ -1,5 +1,6 @@
 """Interleaved timing, tables and JSON, shared by the benchmarks."""
 
+import argparse
 import json
 import os
 import platform
@@ -10,6 +11,26 @@ from pathlib import Path
 
 import torch
 from tqdm import tqdm
+
+
+def arguments(description: str, repeats: int) -> argparse.Namespace:
+    """--device, --repeats and --json, which every benchmark takes."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--repeats", type=int, default=repeats)
+    parser.add_argument("--json", type=Path, help="also write the figures there")
+    args = parser.parse_args()
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: this machine has no CUDA device")
+    args.device = torch.device(args.device)
+    return args
+
+
+def print_machine(device: torch.device) -> dict[str, str | int]:
+    """The first line of every benchmark: what a figure is worth nothing without."""
+    facts = machine(device)
+    print("  ".join(f"{k}={v}" for k, v in facts.items()), end="\n\n")
+    return facts
 
 
 def interleaved(
@@ -48,7 +69,6 @@ def table(title: str, header: list[str], rows: list[list[str]]) -> str:
 
 
 def machine(device: torch.device) -> dict[str, str | int]:
-    """What a figure is worth nothing without."""
     cpu = platform.processor() or platform.machine()
     if (info := Path("/proc/cpuinfo")).exists():
         names = [line for line in info.read_text().splitlines() if line.startswith("model name")]

@@ -62,10 +62,10 @@ class Window:
         self.reports.append(report)
 
     def hand_over(self) -> tuple[list[str], list[Tensor]]:
-        """Put the sums in the parameters' ``.grad``."""
+        """Put the sums in the parameters' ``.grad``; their names, and they."""
         for p, (_, total) in self._sums.items():
             p.grad = total
-        return [name for name, _ in self._sums.values()], list(self._sums)
+        return [name for name, _ in self._sums.values()], [t for _, t in self._sums.values()]
 
 
 def check_summable(names: list[str], grads: list[Tensor]) -> None:

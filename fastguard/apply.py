@@ -26,8 +26,17 @@ def step_optimizer(
     elif one_coef and _is_fused(optimizer):
         _step_fused(optimizer, decision)
     elif not ops.Verdict(int(decision.verdict)).skipped:
-        scale_(grads, decision.grad_coef)
+        _scale_own_(optimizer, grads, decision.grad_coef)
         optimizer.step()
+
+
+def _scale_own_(optimizer: torch.optim.Optimizer, grads: list[Tensor], coef: Tensor) -> None:
+    """Scale the gradients among ``grads`` that this optimizer is to use; others may share them."""
+    held = {id(p.grad) for group in optimizer.param_groups for p in group["params"]}
+    rows = [i for i, grad in enumerate(grads) if id(grad) in held]
+    if coef.dim() > 0 and len(rows) < len(grads):
+        coef = coef[torch.tensor(rows, device=coef.device)]
+    scale_([grads[i] for i in rows], coef)
 
 
 def _is_fused(optimizer: torch.optim.Optimizer) -> bool:
@@ -58,15 +67,31 @@ def scale_of(scaler: torch.amp.GradScaler | None, device: torch.device) -> Tenso
     return scaler.scale(torch.ones((), device=device)).double()
 
 
-def already_unscaled(scaler: torch.amp.GradScaler | None, optimizer: torch.optim.Optimizer) -> bool:
-    """Whether ``scaler.unscale_(optimizer)`` was called since the last update."""
+def found_by_unscaling(
+    scaler: torch.amp.GradScaler | None, optimizers: list[torch.optim.Optimizer]
+) -> Tensor | None:
+    """What ``scaler.unscale_`` found, non-zero for an Inf or NaN, if it was called since the last
+    update; ShardedGradScaler has asked all ranks for it. None if it was not called.
+
+    Raises:
+        ValueError: it was called for some of the optimizers only.
+    """
     if scaler is None or not scaler.is_enabled():
-        return False
-    return scaler._per_optimizer_states[id(optimizer)]["stage"].name == "UNSCALED"
+        return None
+    states = [scaler._per_optimizer_states[id(optimizer)] for optimizer in optimizers]
+    unscaled = {state["stage"].name == "UNSCALED" for state in states}
+    if unscaled == {True, False}:
+        raise ValueError("scaler.unscale_ was called for some of the optimizers; call it for none")
+    if True not in unscaled:
+        return None
+    found = [f for state in states for f in state["found_inf_per_device"].values()]
+    return torch.stack([f.reshape(()).to(found[0].device) for f in found]).sum()
 
 
 def update_scaler(
-    scaler: torch.amp.GradScaler | None, optimizer: torch.optim.Optimizer, total_norm: Tensor
+    scaler: torch.amp.GradScaler | None,
+    optimizers: list[torch.optim.Optimizer],
+    total_norm: Tensor,
 ) -> None:
     """Let the scale grow, or shrink after gradients with a NaN or Inf.
 
@@ -76,7 +101,7 @@ def update_scaler(
     if scaler is None or not scaler.is_enabled():
         return
     found_inf = (~total_norm.isfinite()).float()
-    scaler._per_optimizer_states[id(optimizer)]["found_inf_per_device"] = {
-        total_norm.device: found_inf
-    }
+    for optimizer in optimizers:
+        found = scaler._per_optimizer_states[id(optimizer)]["found_inf_per_device"]
+        found.setdefault(total_norm.device, found_inf)  # what unscale_ found stays
     scaler.update()

@@ -187,7 +187,7 @@ def _looked_over(tensors: list[Tensor], given: Iterable[Tensor | None]) -> _Grad
         )
     plain = (
         dtypes <= set(ops.DTYPES)
-        and not any(map(_is_dtensor, set(map(type, tensors))))
+        and not any(map(is_dtensor, set(map(type, tensors))))
         and {t.layout for t in tensors} == {torch.strided}
         and len({t.device for t in tensors}) == 1
     )
@@ -195,7 +195,7 @@ def _looked_over(tensors: list[Tensor], given: Iterable[Tensor | None]) -> _Grad
 
 
 def _as_scalar(total_norm: Tensor | float) -> Tensor:
-    if _is_dtensor(total_norm):
+    if is_dtensor(total_norm):
         total_norm = total_norm.full_tensor()
     total_norm = torch.as_tensor(total_norm, dtype=torch.float64)
     if total_norm.numel() != 1:
@@ -230,7 +230,7 @@ def _any_norm(tensors: list[Tensor], norm_type: float) -> Tensor:
     device = tensors[0].device
     if norm_type < 0:  # what has no elements has no smallest one
         tensors = [t for t in tensors if (t._nnz() if t.is_sparse else t.numel())]
-    kinds = {kind for kind in set(map(type, tensors)) if _is_dtensor(kind)}
+    kinds = {kind for kind in set(map(type, tensors)) if is_dtensor(kind)}
     norms = _dtensor_norms([t for t in tensors if type(t) in kinds], norm_type)
     norms += _norms([t for t in tensors if type(t) not in kinds], norm_type)
     if not norms:
@@ -320,7 +320,7 @@ def by_device(tensors: list[Tensor]) -> list[list[Tensor]]:
 # --- DTensor (torch.distributed.tensor is imported only where there is one) ---------------------
 
 
-def _is_dtensor(tensor_or_type: object) -> bool:
+def is_dtensor(tensor_or_type: object) -> bool:
     return hasattr(tensor_or_type, "full_tensor")
 
 
@@ -384,7 +384,7 @@ def _rounded(total_norm: Tensor, grads: _Gradients) -> Tensor:
 
 def _returned(total_norm: Tensor, grads: _Gradients) -> Tensor:
     """A replicated DTensor for DTensors of one mesh; where torch raises, the plain tensor."""
-    if grads.plain or not all(map(_is_dtensor, set(map(type, grads.tensors)))):
+    if grads.plain or not all(map(is_dtensor, set(map(type, grads.tensors)))):
         return total_norm
     from torch.distributed.tensor import DTensor, Replicate
 
@@ -409,16 +409,16 @@ def _clip_(grads: _Gradients, max_norm: float, total_norm: Tensor, nonfinite: st
 
 def scale_(grads: list[Tensor], clip_coef: Tensor) -> None:
     """:func:`fastguard.ops.scale_` for gradients of any layout, dtype, device, and DTensors."""
-    plain = readable(grads) is grads and not any(map(_is_dtensor, set(map(type, grads))))
+    plain = readable(grads) is grads and not any(map(is_dtensor, set(map(type, grads))))
     for group in by_device(grads if plain else [_memory(g) for g in grads]):
         ops.scale_(group, clip_coef.to(group[0].device))
     if not plain:  # a DTensor's version does not count what is written to its shard
-        torch.autograd.graph.increment_version([g for g in grads if _is_dtensor(g)])
+        torch.autograd.graph.increment_version([g for g in grads if is_dtensor(g)])
 
 
 def _memory(grad: Tensor) -> Tensor:
     """What there is to write of a gradient on this rank, strided and real."""
-    grad = _local(grad) if _is_dtensor(grad) else grad
+    grad = _local(grad) if is_dtensor(grad) else grad
     if grad.layout == torch.sparse_coo:
         return _real(grad._values())  # coalesce() would copy; summands scale like their sum
     return _real(_values(grad))

@@ -8,7 +8,7 @@ import math
 import statistics
 import weakref
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from . import ops
 from .accumulate import Window, check_summable
-from .apply import already_unscaled, scale_of, step_optimizer, update_scaler
+from .apply import found_by_unscaling, scale_of, step_optimizer, update_scaler
 from .buffers import Buffers
-from .clip import check_threshold, readable
+from .clip import check_threshold
 from .diagnose import (
     BadStepFiles,
     GradientExplosionError,
@@ -28,7 +28,7 @@ from .diagnose import (
     log_skip,
 )
 from .measure import BackwardMeasure
-from .parameters import Watched, check_gradients
+from .parameters import Watched, measurable
 from .rollback import Rollback, Snapshots
 from .thresholds import Fixed, Kind, Threshold
 
@@ -62,6 +62,9 @@ class GradGuard:
     know the verdict before it is called.
 
     The norm is that of every gradient among the guard's parameters, whichever optimizer holds them.
+    Networks that are stepped apart, as a GAN's, need a guard each. Where processes train together
+    every one must hold the same gradients, as with DistributedDataParallel: of shards (FSDP, ZeRO)
+    a guard would see its own only, and ranks would decide differently.
 
     Args:
         params_or_model: a module; or a parameter, or an iterable of parameters or of (name,
@@ -139,7 +142,7 @@ class GradGuard:
     @torch.no_grad()
     def step(
         self,
-        optimizer: torch.optim.Optimizer,
+        optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
         *,
         scaler: torch.amp.GradScaler | None = None,
         loss: Tensor | float | None = None,
@@ -151,7 +154,8 @@ class GradGuard:
         write back what they used, and for others they are scaled in place where that changes them.
 
         Args:
-            optimizer: any torch optimizer whose step needs no closure.
+            optimizer: any torch optimizer whose step needs no closure; or several that share one
+                verdict, as Muon for the matrices and AdamW for the rest.
             scaler: the GradScaler that scaled the loss, if one did. The guard unscales, steps and
                 updates it; do not call its ``step`` and ``update`` yourself.
             loss: of this batch, one number, unscaled; NaN or Inf skips the step. Where several
@@ -167,26 +171,29 @@ class GradGuard:
                 watch; gradients of an unsupported dtype, on several devices or DTensors; a loss
                 that is not one number. Nothing was changed then.
         """
-        if self._watched.check(optimizer) and self._measure is not None:
+        optimizers = [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else [*optimizer]
+        if self._watched.check(optimizers) and self._measure is not None:
             self._measure.watch(self._watched.parameters)
-        names, parameters = self._watched.with_gradients()
-        if self._window is not None and parameters:  # of a last micro-batch
+        found_inf = found_by_unscaling(scaler, optimizers)
+        device = self._watched.parameters[0].device
+        loss = _scalar(loss, device)
+        names, _, grads = self._watched.with_gradients()
+        if self._window is not None and grads:  # of a last micro-batch
             self.accumulate(scaler=scaler, loss=loss, batch_id=batch_id)
             loss = None
         window, self._window = self._window, None
         if window is not None:
-            names, parameters = window.hand_over()
-        names, grads = _once(names, [p.grad for p in parameters])
-        check_gradients(names, grads)
-        device = grads[0].device if grads else self._statistics.moments.device
-        loss = _scalar(loss, device)
-        measured = self._measured(grads)
-        scale = None if already_unscaled(scaler, optimizer) else scale_of(scaler, device)
-        unscale = _unscale(scale, None if window is None else window.weight)
+            names, grads = window.hand_over()
+        names, grads = _once(names, grads)
+        values = measurable(names, grads)
+        measured = self._measured(values)
+        scale = scale_of(scaler, device) if found_inf is None else _nan_if(found_inf)
+        unscale = _unscale(scale, 1.0 if window is None else window.weight, device)
         decision = self._decide(names, measured, unscale, loss)
         self._buffers.settle(decision.verdict)
-        step_optimizer(optimizer, grads, decision)
-        update_scaler(scaler, optimizer, measured.total_norm)
+        for each in optimizers:
+            step_optimizer(each, grads, decision)
+        update_scaler(scaler, optimizers, measured.total_norm)
 
         micro_batches = () if window is None else window.reports
         report = PendingReport(
@@ -194,7 +201,7 @@ class GradGuard:
         )
         self._steps += 1
         self._pending.append(report)
-        self._stepped = optimizer, scaler
+        self._stepped = optimizers, scaler
         self.poll()
         self._take_snapshot()
         return report
@@ -235,16 +242,15 @@ class GradGuard:
         """
         if not 0 < weight < math.inf:
             raise ValueError(f"weight must be a positive number, got {weight}")
-        names, parameters = self._watched.with_gradients()
-        grads = [p.grad for p in parameters]
-        check_gradients(names, grads)
+        names, parameters, grads = self._watched.with_gradients()
+        values = measurable(names, grads)
         check_summable(names, grads)
-        device = grads[0].device if grads else self._statistics.moments.device
+        device = self._watched.parameters[0].device
         loss = _scalar(loss, device)
         if self._window is None:
             self._window = Window(self._buffers.copy(), device)
-        measured = self._measured(grads)
-        unscale = _unscale(scale_of(scaler, device), weight)
+        measured = self._measured(values)
+        unscale = _unscale(scale_of(scaler, device), weight, device)
         decision = self._decide(names, measured, unscale, loss, accept=False)
         batch_id = f"micro-batch {len(self._window.reports)}" if batch_id is None else batch_id
         report = PendingReport(
@@ -291,8 +297,7 @@ class GradGuard:
 
     # --- what a step is made of -------------------------------------------------------------------
 
-    def _measured(self, grads: list[Tensor]) -> ops.GradNorm:
-        values = readable(grads)
+    def _measured(self, values: list[Tensor]) -> ops.GradNorm:
         return ops.grad_norm(values) if self._measure is None else self._measure.collect(values)
 
     def _decide(self, names, measured, unscale, loss, accept=True) -> ops.GuardDecision:
@@ -445,18 +450,25 @@ def _once(names: list[str], grads: list[Tensor]) -> tuple[list[str], list[Tensor
 def _scalar(loss: Tensor | float | None, device: torch.device) -> Tensor | None:
     if loss is None:
         return None
-    if isinstance(loss, Tensor) and loss.numel() != 1:
+    if not isinstance(loss, Tensor):
+        return torch.full((), loss, dtype=torch.float64, device=device)
+    if loss.numel() != 1:
         raise ValueError(f"loss must be one number, got a tensor of shape {tuple(loss.shape)}")
-    return torch.as_tensor(loss, dtype=torch.float64).detach().reshape(()).to(device)
+    return loss.detach().reshape(()).to(device, torch.float64, non_blocking=True)
 
 
-def _unscale(scale: Tensor | None, weight: Tensor | float | None) -> Tensor | None:
+def _unscale(scale: Tensor | None, weight: Tensor | float, device: torch.device) -> Tensor | None:
     """The factor that undoes the GradScaler's scale and makes a sum a mean; None for 1."""
-    if scale is None:
-        if not isinstance(weight, Tensor):
-            return None if weight in (None, 1.0) else torch.tensor(1 / weight, dtype=torch.float64)
-        scale = torch.ones_like(weight)
-    return (scale if weight is None else scale * weight).reciprocal()
+    if scale is None and not isinstance(weight, Tensor):
+        if weight == 1.0:
+            return None
+        return torch.full((), 1 / weight, dtype=torch.float64, device=device)
+    return (weight if scale is None else scale * weight).reciprocal()
+
+
+def _nan_if(found_inf: Tensor) -> Tensor:
+    """1, or NaN, with which every norm is NaN: the scaler saw an Inf, perhaps on another rank."""
+    return torch.where(found_inf == 0, 1.0, math.nan).double()
 
 
 def _discarded(measured, unscale, loss) -> ops.GuardDecision:

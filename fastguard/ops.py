@@ -310,8 +310,9 @@ def _quantile(ascending: Tensor, size: Tensor, q: float) -> Tensor:
     """Linear between neighbours, of the first ``size`` elements; anything where there is none."""
     place = q * (size - 1).clamp(min=0)
     below = place.long()
-    low = ascending[below]
-    high = ascending[torch.minimum(below + 1, (size - 1).clamp(min=0).long())]
+    above = torch.minimum(below + 1, (size - 1).clamp(min=0).long())
+    # Not by indexing: an index of shape () is read by the host.
+    low, high = ascending.gather(0, torch.stack([below, above])).unbind()
     return low + (high - low) * (place - below)
 
 

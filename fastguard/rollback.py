@@ -64,7 +64,7 @@ class Snapshots:
     def due(self, step: int) -> bool:
         return self._newest_step is None or step - self._newest_step >= self._rollback.every
 
-    def take(self, step: int, parameters: list[Tensor], optimizer, scaler, guard: dict) -> None:
+    def take(self, step: int, parameters: list[Tensor], optimizers, scaler, guard: dict) -> None:
         """Copy the state after ``step``; ``guard`` is kept as it is."""
         scheduler = self._rollback.scheduler
         self._newest_step = step
@@ -72,9 +72,9 @@ class Snapshots:
             {
                 "step": step,
                 "parameters": [
-                    (p, _to_host(p.detach())) for p in _with_held(parameters, optimizer)
+                    (p, _to_host(p.detach())) for p in _with_held(parameters, optimizers)
                 ],
-                "optimizer": _to_host(optimizer.state_dict()),
+                "optimizers": [_to_host(optimizer.state_dict()) for optimizer in optimizers],
                 "scaler": None if scaler is None else copy.deepcopy(scaler.state_dict()),
                 "scheduler": None if scheduler is None else copy.deepcopy(scheduler.state_dict()),
                 "guard": guard,
@@ -84,14 +84,15 @@ class Snapshots:
         )
 
     @torch.no_grad()
-    def restore(self, step: int, optimizer, scaler) -> dict:
+    def restore(self, step: int, optimizers, scaler) -> dict:
         """Go back to the newest copy and drop it; returns the guard's state of that time."""
         snapshot = self._ring.pop()
         self._newest_step = step  # the next copy comes when it has gone well for a while
         self._lr_factor *= self._rollback.lr_factor
         for parameter, saved in snapshot["parameters"]:
             parameter.copy_(saved)
-        optimizer.load_state_dict(snapshot["optimizer"])
+        for optimizer, saved in zip(optimizers, snapshot["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
         if scaler is not None and snapshot["scaler"]:
             scaler.load_state_dict(snapshot["scaler"])
         ratio = self._lr_factor / snapshot["lr_factor"]
@@ -99,10 +100,11 @@ class Snapshots:
         if scheduler is not None:
             scheduler.load_state_dict(snapshot["scheduler"])
             scheduler.base_lrs = [lr * ratio for lr in scheduler.base_lrs]
-        for group in optimizer.param_groups:
+        groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+        for group in groups:
             group["lr"] = group["lr"] * ratio
         _set_generators(snapshot["generators"])
-        rates = ", ".join(f"{float(group['lr']):.3g}" for group in optimizer.param_groups)
+        rates = ", ".join(f"{float(group['lr']):.3g}" for group in groups)
         logger.warning(
             "Rolled back to the state after step %d; learning rate %s from here, the next %d "
             "batches are skipped",
@@ -113,8 +115,9 @@ class Snapshots:
         return snapshot["guard"]
 
 
-def _with_held(parameters: list[Tensor], optimizer) -> list[Tensor]:
-    held = (p for group in optimizer.param_groups for p in group["params"])
+def _with_held(parameters: list[Tensor], optimizers) -> list[Tensor]:
+    groups = (group for optimizer in optimizers for group in optimizer.param_groups)
+    held = (p for group in groups for p in group["params"])
     return list({id(p): p for p in (*parameters, *held)}.values())
 
 

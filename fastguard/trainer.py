@@ -15,10 +15,11 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from . import checkpoint
 from .config import Config
-from .diagnose import StepReport
+from .diagnose import PendingReport, StepReport
 from .guard import GradGuard
 from .init import stable_init_
 from .ops import Verdict
+from .optim import AdamW
 from .report import EpochMetrics, MetricsFile, StepMetrics, epoch_table, summarize
 from .speech.batching import Batch, BucketBatchSampler, SpeechDataset, collate
 from .speech.corpora import Corpus, load_corpus
@@ -54,14 +55,7 @@ class Trainer:
         self.corpus = self._load_corpus()
         self.tokenizer = CharTokenizer.from_texts(u.text for u in self.corpus.utterances)
         self.model = self._build_model().to(self.device)
-        self.optimizer = torch.optim.AdamW(
-            self.model.parameters(),
-            lr=config.optim.lr,
-            betas=config.optim.betas,
-            eps=config.optim.eps,
-            weight_decay=config.optim.weight_decay,
-            fused=True,
-        )
+        self.optimizer = self._build_optimizer()
         self.stepper = self._build_stepper()
         self.scaler = torch.amp.GradScaler(self.device.type) if config.precision == "fp16" else None
         self.sampler, self.train_loader = self._loader("train", config.batch_size)
@@ -107,10 +101,29 @@ class Trainer:
         )
         return model
 
+    def _build_optimizer(self) -> torch.optim.AdamW:
+        """fastguard's beside the guard; without it torch's, so that runs show what both change."""
+        optim = self.config.optim
+        options = {
+            "lr": optim.lr,
+            "betas": optim.betas,
+            "eps": optim.eps,
+            "weight_decay": optim.weight_decay,
+        }
+        if self.config.guard.enabled:
+            return AdamW(self.model.parameters(), **options)
+        return torch.optim.AdamW(self.model.parameters(), fused=True, **options)
+
     def _build_stepper(self) -> "GradGuard | PlainClip":
         guard = self.config.guard
         if guard.enabled:
-            return GradGuard(self.model, guard.max_norm, guard.skip_norm, guard.patience)
+            return GradGuard(
+                self.model,
+                guard.max_norm,
+                guard.skip_norm,
+                guard.patience,
+                report_dir=self.run_dir,
+            )
         return PlainClip(self.model, guard.max_norm)
 
     def _loader(self, split: str, batch_size: int) -> tuple[BucketBatchSampler, DataLoader]:
@@ -183,6 +196,7 @@ class Trainer:
             if self._finished():
                 break
         bar.close()
+        self.stepper.poll(wait=True)
         if self.stopping:
             return False
         rates = self.evaluate(self.evaluation_split)
@@ -204,14 +218,17 @@ class Trainer:
         self.epochs.append(ended)
         return best
 
-    def _train_step(self, batch: Batch, number: int) -> tuple[float, StepReport]:
+    def _train_step(self, batch: Batch, number: int) -> tuple[float, StepReport | PendingReport]:
         self.optimizer.zero_grad()
         with self._autocast():
             log_probs, output_lengths = self.model(batch.features, batch.feature_lengths)
         loss = ctc_loss(log_probs, output_lengths, batch.targets, batch.target_lengths)
         (loss if self.scaler is None else self.scaler.scale(loss)).backward()
         report = self.stepper.step(
-            self.optimizer, scaler=self.scaler, batch_id=f"{number} [{', '.join(batch.ids)}]"
+            self.optimizer,
+            scaler=self.scaler,
+            loss=loss,
+            batch_id=f"{number} [{', '.join(batch.ids)}]",
         )
         self.step += 1
         return loss.item(), report
@@ -299,7 +316,7 @@ class PlainClip:
         self.max_norm = max_norm
         self.steps = 0
 
-    def step(self, optimizer, *, scaler=None, batch_id=None) -> StepReport:
+    def step(self, optimizer, *, scaler=None, loss=None, batch_id=None) -> StepReport:
         if scaler is not None:
             scaler.unscale_(optimizer)
         norm = nn.utils.clip_grad_norm_(self.parameters, self.max_norm).item()
@@ -314,6 +331,9 @@ class PlainClip:
         self.steps += 1
         verdict = Verdict.CLIP if coef < 1 else Verdict.APPLY
         return StepReport(self.steps - 1, batch_id, verdict, norm, coef)
+
+    def poll(self, wait: bool = False) -> list[StepReport]:
+        return []  # it has kept nothing back
 
     def state_dict(self) -> dict:
         return {"steps": self.steps}

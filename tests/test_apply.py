@@ -217,3 +217,57 @@ def test_what_an_optimizer_raises_leaves_no_decision_behind():
         train_step(model, optimizer, guard, seeded(1))
     assert_same_bits(before, bits(p.detach() for p in model.parameters()))
     assert optimizer.decision is None
+
+
+def two_optimizers(kind):
+    torch.manual_seed(0)
+    one, two = nn.Parameter(torch.randn(4)), nn.Parameter(torch.randn(3, 2))
+    return [one, two], [kind([one]), kind([two])]
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_several_optimizers_share_one_verdict(make, scaled):
+    (one, two), optimizers = two_optimizers(make)
+    guard = GradGuard([one, two], max_norm=1.0)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=1)
+    (reference_one, reference_two), _ = two_optimizers(make)
+    whole = make([reference_one, reference_two])
+    for bad in (False, True, False):
+        one.grad, two.grad = torch.full((4,), 3.0), torch.full((3, 2), math.nan if bad else 1.0)
+        factor = scaler.scale(torch.ones(())) if scaled else 1.0
+        for p in (one, two):
+            p.grad *= factor
+        report = guard.step(optimizers, scaler=scaler if scaled else None)
+        assert report.skipped == bad
+        if not bad:
+            assert report.total_norm == pytest.approx(math.sqrt(42), rel=1e-6)
+            reference_one.grad, reference_two.grad = torch.full((4,), 3.0), torch.ones(3, 2)
+            nn.utils.clip_grad_norm_([reference_one, reference_two], 1.0)
+            whole.step()
+    for p, right in ((one, reference_one), (two, reference_two)):
+        torch.testing.assert_close(p, right, rtol=1e-5, atol=1e-6)
+    if scaled:
+        assert scaler.get_scale() == 1024.0 * 2 / 2 * 2
+
+
+def test_unscaled_for_one_of_two_optimizers_only():
+    (one, two), optimizers = two_optimizers(fastguard.AdamW)
+    scaler = torch.amp.GradScaler("cpu")
+    scaler.scale(one.sum() + two.sum()).backward()
+    scaler.unscale_(optimizers[0])
+    with pytest.raises(ValueError, match="for some of the optimizers"):
+        GradGuard([one, two]).step(optimizers, scaler=scaler)
+
+
+def test_what_unscaling_found_elsewhere_is_heeded(make):
+    """ShardedGradScaler has asked the other ranks; a guard that sees its own shard could not."""
+    weight = nn.Parameter(torch.ones(3))
+    optimizer = make([weight])
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    scaler.scale(weight.sum()).backward()
+    scaler.unscale_(optimizer)
+    state = scaler._per_optimizer_states[id(optimizer)]
+    state["found_inf_per_device"] = {torch.device("cpu"): torch.ones(1)}
+    assert GradGuard([weight]).step(optimizer, scaler=scaler).verdict is Verdict.SKIP_NONFINITE
+    assert weight.tolist() == [1.0] * 3
+    assert scaler.get_scale() == 2.0

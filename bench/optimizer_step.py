@@ -1,0 +1,210 @@
+"""Time of an optimizer step with its guard: fastguard beside torch and beside what peers' loops do.
+
+    python bench/optimizer_step.py [--device cpu|cuda] [--repeats N] [--json FILE]
+
+First table of each case: gradients are there, what does the step cost. All rows take turns in one
+run, each on parameters, gradients and optimizer state of its own; the figures are medians. No row
+clips or skips; clipping costs neither fastguard.AdamW nor torch's clip_grad_norm_ anything more.
+Bytes per parameter are counted from what each sequence of calls reads and writes, not measured. The
+floor of a row is the time that its bytes take at the bandwidth of one `a.add_(b)` over as much
+memory, measured in the same run; a share of the floor above 100 % says that caches served a part.
+
+Second table: the same after a backward pass that does nothing but write gradients, less the time of
+that pass alone: there `measure="backward"` can show what it saves, and has to pay for its hooks.
+
+The peers' rows are their published sequence of calls on the gradients of one step:
+
+- SpeechBrain (core.py, optimizers_step and check_gradients): clip_grad_norm_, then isfinite().all()
+  of each gradient, one after the other, then the optimizer.
+- NeMo (ASR, skip_nan_grad): isfinite().all() of each gradient, then Lightning's clip_grad_norm_,
+  then the optimizer.
+- ESPnet (espnet2 trainer): clip_grad_norm_, a look at the norm on the host, then the optimizer.
+"""
+
+import torch
+from timing import arguments, interleaved, print_machine, table, write_json
+from torch import nn
+
+import fastguard
+
+MAX_NORM = 1e30  # nothing exceeds it
+
+CASES = {
+    "45 M fp32 in 600 tensors (300 matrices, 300 vectors)": [149_616, 384] * 300,
+    "2000 tensors of 64 fp32": [64] * 2000,
+}
+
+
+class Contender:
+    """Parameters with gradients, an optimizer, and a step."""
+
+    def __init__(self, step, optimizer, bytes_per_parameter, sizes, device, **guard):
+        self.parameters = [nn.Parameter(torch.randn(n, device=device) * 0.02) for n in sizes]
+        for p in self.parameters:
+            p.grad = torch.randn_like(p) * 1e-3
+        self.optimizer = optimizer(self.parameters)
+        self.guard = fastguard.GradGuard(self.parameters, MAX_NORM, **guard)
+        self.bytes_per_parameter = bytes_per_parameter
+        self._step = step
+
+    def __call__(self):
+        self._step(self)
+
+    def after(self, backward):
+        """The step with a backward pass before it."""
+
+        def both():
+            backward(self.parameters)
+            self._step(self)
+
+        return both
+
+
+def guarded(c):
+    c.guard.step(c.optimizer)
+
+
+def torch_clip(c):
+    nn.utils.clip_grad_norm_(c.parameters, MAX_NORM)
+    c.optimizer.step()
+
+
+def speechbrain(c):
+    nn.utils.clip_grad_norm_(c.parameters, MAX_NORM)
+    for p in c.parameters:
+        if p.requires_grad and p.grad is not None and not torch.isfinite(p.grad).all():
+            p.grad = None
+    c.optimizer.step()
+
+
+def nemo(c):
+    valid = True
+    for p in c.parameters:
+        if p.grad is not None:
+            valid = bool(torch.isfinite(p.grad).all())
+            if not valid:
+                break
+    if not valid:
+        c.optimizer.zero_grad()
+    nn.utils.clip_grad_norm_(c.parameters, MAX_NORM)
+    c.optimizer.step()
+
+
+def espnet(c):
+    norm = nn.utils.clip_grad_norm_(c.parameters, MAX_NORM)
+    if torch.isfinite(norm):
+        c.optimizer.step()
+
+
+def ours(parameters):
+    return fastguard.AdamW(parameters)
+
+
+def fused(parameters):
+    return torch.optim.AdamW(parameters, fused=True)
+
+
+def default(parameters):
+    return torch.optim.AdamW(parameters)
+
+
+FUSED_BASELINE = "clip_grad_norm_ + AdamW(fused=True)"
+DEFAULT_BASELINE = "clip_grad_norm_ + AdamW()"
+OURS = "guard.step(fastguard.AdamW)"
+OURS_IN_BACKWARD = 'guard.step(fastguard.AdamW), measure="backward"'
+
+# step, optimizer, bytes per fp32 parameter: norm 4, clip 8 (always, in torch), fused AdamW 28 (and
+# 4 where it writes gradients back), default AdamW 80, isfinite 5 (it writes a bool), its all() 1.
+ROWS = {
+    OURS: (guarded, ours, 4 + 28),
+    "guard.step(torch AdamW(fused=True))": (guarded, fused, 4 + 28 + 4),
+    FUSED_BASELINE: (torch_clip, fused, 12 + 28),
+    DEFAULT_BASELINE: (torch_clip, default, 12 + 80),
+    "as SpeechBrain, AdamW(fused=True)": (speechbrain, fused, 12 + 6 + 28),
+    "as NeMo, AdamW(fused=True)": (nemo, fused, 6 + 12 + 28),
+    "as ESPnet, AdamW(fused=True)": (espnet, fused, 12 + 28),
+}
+
+
+class Backward:
+    """Writes a gradient for each parameter, one after the other, and does nothing else."""
+
+    def __init__(self, sizes, device):
+        self._inputs = [torch.randn(n, device=device) * 1e-3 for n in sizes]
+
+    def __call__(self, parameters):
+        for p in parameters:
+            p.grad = None
+        loss = sum(torch.dot(p, x) for p, x in zip(parameters, self._inputs, strict=True))
+        loss.backward()
+
+
+def bandwidth(count, repeats, device):
+    """Bytes per second of ``a.add_(b)``: two reads and a write, all of it streaming."""
+    a, b = torch.zeros(count, device=device), torch.ones(count, device=device)
+    return 12 * count / interleaved({"add_": lambda: a.add_(b)}, repeats, device)["add_"]
+
+
+def step_table(name, sizes, repeats, device):
+    contenders = {row: Contender(*spec, sizes, device) for row, spec in ROWS.items()}
+    medians = interleaved(contenders, repeats, device)
+    speed = bandwidth(max(sum(sizes), 45_000_000), 15, device)
+    rows = []
+    for row, seconds in medians.items():
+        bytes_moved = contenders[row].bytes_per_parameter
+        floor = bytes_moved * sum(sizes) / speed
+        rows.append(
+            [
+                row,
+                f"{seconds * 1e3:.3f}",
+                f"{seconds / medians[OURS]:.2f}",
+                str(bytes_moved),
+                f"{floor / seconds:.0%}",
+            ]
+        )
+    header = ["step", "ms", "/ ours", "bytes/param", "floor / time"]
+    print(table(f"{name}   (add_: {speed / 1e9:.1f} GB/s)", header, rows), end="\n\n")
+    return {"seconds": medians, "bytes_per_second_of_add_": speed}
+
+
+def backward_table(name, sizes, repeats, device):
+    backward = Backward(sizes, device)
+    specs = {
+        OURS_IN_BACKWARD: (*ROWS[OURS][:2], 28),
+        OURS: ROWS[OURS],
+        FUSED_BASELINE: ROWS[FUSED_BASELINE],
+        DEFAULT_BASELINE: ROWS[DEFAULT_BASELINE],
+    }
+    alone = Contender(None, ours, 0, sizes, device)
+    functions = {"backward alone": lambda: backward(alone.parameters)}
+    for row, spec in specs.items():
+        measure = "backward" if row == OURS_IN_BACKWARD else "step"
+        functions[row] = Contender(*spec, sizes, device, measure=measure).after(backward)
+    medians = interleaved(functions, repeats, device)
+    base = medians["backward alone"]
+    rest = {row: seconds - base for row, seconds in medians.items()}
+    rows = [
+        [row, f"{s * 1e3:.3f}", f"{rest[row] * 1e3:.3f}", ratio(rest[row], rest[OURS_IN_BACKWARD])]
+        for row, s in medians.items()
+    ]
+    header = ["step after backward", "ms", "less backward", "/ ours in backward"]
+    print(table(name, header, rows), end="\n\n")
+    return {"seconds": medians}
+
+
+def ratio(seconds, ours):
+    return f"{seconds / ours:.2f}" if seconds else "-"
+
+
+def main():
+    args = arguments(__doc__.splitlines()[0], repeats=21)
+    result = {"machine": print_machine(args.device), "step": {}, "step after backward": {}}
+    for name, sizes in CASES.items():
+        where = name, sizes, args.repeats, args.device
+        result["step"][name] = step_table(*where)
+        result["step after backward"][name] = backward_table(*where)
+    write_json(args.json, result)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,143 @@
+"""What a bad step leaves behind: names, places, the bracket, and one JSON file."""
+
+import json
+import math
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+import fastguard
+from fastguard import GradGuard, GradientExplosionError, StepReport, Verdict, diagnose
+from fastguard.diagnose import Offender
+
+from .test_guard import small_model, train_step
+
+
+def deep():
+    torch.manual_seed(0)
+    return nn.Sequential(*[nn.Linear(3, 3, bias=False) for _ in range(5)])
+
+
+def bad_step(model, optimizer, guard, x=None, **kwargs):
+    """A fault between the third and the fourth layer, as a broken kernel there would be."""
+    optimizer.zero_grad()
+    hidden = model[2](model[1](model[0](torch.ones(2, 3) if x is None else x)))
+    hidden.register_hook(lambda grad: grad.index_fill(1, torch.tensor([1]), math.nan))
+    model[4](model[3](hidden)).sum().backward()
+    return guard.step(optimizer, **kwargs)
+
+
+def test_the_bracket_shows_between_which_parameters_the_fault_lies():
+    model = deep()
+    report = bad_step(model, torch.optim.SGD(model.parameters(), lr=0.1), GradGuard(model))
+    assert report.nonfinite == ("0.weight", "1.weight", "2.weight")
+    assert report.bracket == ((False, "0.weight", "2.weight"), (True, "3.weight", "4.weight"))
+    assert report.first_nonfinite == "0.weight[0]"
+    assert report.offenders[2] == Offender("2.weight", nans=3, infs=0, first_index=3)
+    norms = report.norms()
+    assert math.isnan(norms["2.weight"])
+    assert norms["3.weight"] == pytest.approx(model[3].weight.grad.double().norm().item())
+
+
+def test_nan_and_inf_are_told_apart():
+    weight, bias = nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(2))
+    weight.grad = torch.tensor([1.0, math.inf, -math.inf])
+    bias.grad = torch.tensor([math.nan, math.inf])
+    guard = GradGuard([("weight", weight), ("bias", bias)])
+    report = guard.step(torch.optim.SGD([weight, bias], lr=1.0))
+    assert [(str(o), o.kind) for o in report.offenders] == [
+        ("weight[1]", "Inf"),
+        ("bias[0]", "NaN and Inf"),
+    ]
+
+
+def test_good_steps_materialise_nothing(monkeypatch, tmp_path):
+    looked = []
+    monkeypatch.setattr(diagnose.PendingReport, "_offenders", lambda self: looked.append(1))
+    model = small_model()
+    guard = GradGuard(model, report_dir=tmp_path / "run")
+    optimizer = fastguard.AdamW(model.parameters())
+    assert train_step(model, optimizer, guard, torch.randn(6, 4)).result().offenders == ()
+    assert not looked
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("scale", [1.0, 1024.0])
+def test_one_file_for_a_bad_step(tmp_path, scale):
+    model = deep()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    guard = GradGuard(model, report_dir=tmp_path / "run")
+    scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+    bad_step(model, optimizer, guard, torch.ones(2, 3) * scale, scaler=scaler, batch_id="a, b")
+    (file,) = (tmp_path / "run").iterdir()
+    assert file.name == "bad_step_000000.json"
+    found = json.loads(file.read_text(), parse_constant=pytest.fail)  # strict JSON: no NaN
+    assert found["verdict"] == "skip_nonfinite"
+    assert found["batch_id"] == "a, b"
+    assert found["total_norm"] == "nan"
+    assert found["offenders"][0] == {"name": "0.weight", "nans": 9, "infs": 0, "first_index": 0}
+    assert found["bracket"] == [[False, "0.weight", "2.weight"], [True, "3.weight", "4.weight"]]
+    norm = model[4].weight.grad.double().norm().item() / scale
+    assert found["norms"]["4.weight"] == pytest.approx(norm)
+    assert list(found["norms"]) == [f"{i}.weight" for i in range(5)]
+
+
+def test_quarantined_micro_batches_are_in_the_file(tmp_path):
+    weight = nn.Parameter(torch.zeros(2))
+    guard = GradGuard([("weight", weight)], report_dir=tmp_path)
+    for value in (1.0, math.inf, 2.0):
+        weight.grad = torch.tensor([value, 0.0])
+        guard.accumulate(batch_id=f"utterance {value}")
+    assert not guard.step(torch.optim.SGD([weight], lr=1.0)).skipped
+    found = json.loads((tmp_path / "bad_step_000000.json").read_text())
+    assert found["verdict"] == "clip"
+    assert [q["batch_id"] for q in found["quarantined"]] == ["utterance inf"]
+    assert found["quarantined"][0]["offenders"][0]["infs"] == 1
+
+
+def test_a_folder_that_can_not_be_written_costs_a_warning(tmp_path, caplog):
+    (tmp_path / "file").write_text("")
+    weight = nn.Parameter(torch.zeros(2))
+    guard = GradGuard([weight], report_dir=tmp_path / "file")
+    weight.grad = torch.full((2,), math.nan)
+    assert guard.step(torch.optim.SGD([weight], lr=1.0)).skipped
+    assert "No report on step 0" in caplog.text
+
+
+def test_the_files_have_an_end(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(diagnose, "_MAX_FILES", 3)
+    weight = nn.Parameter(torch.zeros(2))
+    guard = GradGuard([weight], report_dir=tmp_path)
+    for _ in range(5):
+        weight.grad = torch.full((2,), math.nan)
+        guard.step(torch.optim.SGD([weight], lr=1.0))
+    assert len(list(tmp_path.iterdir())) == 3
+    assert "3 bad steps were written" in caplog.text
+
+
+def test_a_bad_loss_alone(caplog):
+    """CTC's zero_infinity gives a finite gradient to an infinite loss."""
+    weight = nn.Parameter(torch.ones(2))
+    guard = GradGuard([weight], patience=2)
+    optimizer = fastguard.AdamW([weight])
+    with pytest.raises(GradientExplosionError, match="2 had a loss of inf"):
+        for _ in range(2):
+            weight.grad = torch.ones(2)
+            guard.step(optimizer, loss=torch.tensor(math.inf), batch_id="x")
+    assert weight.tolist() == [1.0, 1.0]
+    assert "Infinite loss, skipping batch x (loss inf)" in caplog.text
+
+
+def test_reports_as_plain_values_and_back():
+    model = deep()
+    pending = bad_step(
+        model, torch.optim.SGD(model.parameters(), lr=0.1), GradGuard(model), loss=1.0, batch_id="b"
+    )
+    report = pending.result()
+    assert repr(StepReport.from_dict(report.to_dict())) == repr(report)
+    assert json.dumps(report.to_dict())
+    assert repr(pickle.loads(pickle.dumps(report))) == repr(report)
+    assert report.loss == 1.0
+    assert report.verdict is Verdict.SKIP_NONFINITE

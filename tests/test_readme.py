@@ -1,0 +1,104 @@
+"""What the README says of the guard runs, and does what it says."""
+
+import math
+import re
+import statistics
+import types
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import fastguard
+from fastguard import GradGuard, GradientExplosionError, thresholds
+
+from .test_clip import assert_same_bits
+from .test_guard import everything
+
+README = (Path(__file__).parent.parent / "README.md").read_text()
+SECTION = README[README.index("## The guard") : README.index("## What it costs")]
+THREE_LINES, EQUIVALENT, ACCUMULATION = re.findall(r"```python\n(.*?)```", SECTION, re.DOTALL)
+
+
+def model():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 1))
+
+
+def batches(n, bad=()):
+    for i in range(n):
+        x = torch.randn(6, 4, generator=torch.Generator().manual_seed(i))
+        if i in bad:
+            x[0, 0] = math.nan
+        yield types.SimpleNamespace(id=f"batch {i}", x=x)
+
+
+def loss(model, batch):
+    return 10 * model(batch.x).square().mean()
+
+
+def names(**more):
+    return {"model": model(), "loss": loss, "torch": torch, "statistics": statistics} | more
+
+
+def test_three_lines():
+    here = names(loader=batches(20, bad=[3, 19]))
+    exec(THREE_LINES, here)
+    assert here["report"].skipped
+    assert here["report"].batch_id == "batch 19"
+    assert all(p.isfinite().all() for p in here["model"].parameters())
+
+
+def test_what_it_is_equivalent_to():
+    """The block beside torch's AdamW, against the three lines beside fastguard's."""
+    bad = [2, 7, 20]
+    ours = names(loader=batches(40, bad))
+    exec(THREE_LINES, ours)
+    plain = names(accepted_norms=[], skips_in_a_row=0, patience=25, max_norm=0.5, skip_norm=10.0)
+    optimizer = torch.optim.AdamW(plain["model"].parameters(), lr=1e-3)
+
+    def set_back(buffers):
+        for buffer, saved in zip(buffers, good, strict=True):
+            buffer.copy_(saved)
+
+    plain |= {"optimizer": optimizer, "set_back": set_back}
+    plain["GradientExplosionError"] = GradientExplosionError
+    for batch in batches(40, bad):
+        good = [b.clone() for b in plain["model"].buffers()]
+        optimizer.zero_grad()
+        loss(plain["model"], batch).backward()
+        with torch.no_grad():
+            exec(EQUIVALENT, plain)
+    assert len(plain["accepted_norms"]) == 37
+    # What comes before the BatchNorm has a bias with gradients of rounding noise, which Adam blows
+    # up; the rest agrees.
+    for (name, a), b in zip(
+        plain["model"].named_parameters(), ours["model"].parameters(), strict=True
+    ):
+        if name != "0.bias":
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+def test_accumulation():
+    ends = []
+    for bad in ([5], []):
+        here = names()
+        here["optimizer"] = fastguard.AdamW(here["model"].parameters())
+        here["guard"] = GradGuard(here["model"], max_norm=0.5)
+        given = list(batches(12, bad))
+        given = given if bad else given[:5] + given[6:]
+        here["windows"] = [given[:3], given[3 : 6 - (not bad)], given[6 - (not bad) :]]
+        exec(ACCUMULATION, here)
+        ends.append(everything(here["model"], here["optimizer"]))
+    assert_same_bits(*ends)
+
+
+@pytest.mark.parametrize("word", re.findall(r"(ZClip|RunningMedian|AutoClip|AdaGC)`", SECTION))
+def test_the_thresholds_it_names(word):
+    GradGuard(model(), threshold=getattr(thresholds, word)())
+
+
+def test_the_files_it_names():
+    for path in re.findall(r"`((?:tests|bench|fastguard|configs)/[\w/]+\.\w+)`", README):
+        assert (Path(__file__).parent.parent / path).exists(), path
