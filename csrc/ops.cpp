@@ -28,10 +28,12 @@ STABLE_TORCH_LIBRARY(fastguard, m) {
       "accumulate_(Tensor(a!)[] sums, Tensor[] grads, Tensor verdict, Tensor(b!) window, "
       "float weight) -> ()");
 
-  // Writes nothing when the verdict is a skip. grad_coef f64 () or (N,), verdict i64 ().
+  // Writes nothing when the verdict is a skip. The state is packed, see csrc/cpu/packed.h: moments
+  // f32 or f64 (offsets[N],), max_exp_avg_sq (0,) without amsgrad, state_steps f32 (N,).
+  // grad_coef f64 () or (N,), verdict i64 ().
   m.def(
-      "adamw_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, "
-      "Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] max_exp_avg_sqs, Tensor(e!)[] state_steps, "
+      "adamw_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, "
+      "Tensor(d!) max_exp_avg_sq, Tensor(e!) state_steps, "
       "Tensor grad_coef, Tensor verdict, float lr, float beta1, float beta2, float weight_decay, "
       "float eps, bool decoupled_weight_decay, bool amsgrad, bool maximize) -> ()");
 

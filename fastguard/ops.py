@@ -6,8 +6,9 @@ for a device.
 """
 
 import enum
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -475,15 +476,43 @@ def _fake_scale_(grads, clip_coef):
 
 # --- adamw_ -------------------------------------------------------------------------------------
 
+#: Elements; 64 bytes of float32. Twin: packed_alignment in csrc/cpu/packed.h.
+_PACKED_ALIGNMENT = 16
+
+
+def packed_offsets(numels: Iterable[int]) -> list[int]:
+    """Where the moments of each parameter start in packed state, and at the end its whole size."""
+    rounded = (-(-numel // _PACKED_ALIGNMENT) * _PACKED_ALIGNMENT for numel in numels)
+    return list(itertools.accumulate(rounded, initial=0))
+
+
+def packed_strides(param: Tensor) -> tuple[int, ...]:
+    """The strides of a parameter's moments: its own, or row-major ones where it has gaps."""
+    if not param.is_contiguous():
+        inner = 1
+        for stride, size in sorted(zip(param.stride(), param.shape, strict=True)):
+            if size == 1:
+                continue
+            if stride != inner:
+                return torch.empty(param.shape, device="meta").stride()
+            inner *= size
+    return param.stride()
+
+
+def packed_view(pack: Tensor, param: Tensor, offset: int) -> Tensor:
+    """The part of packed moments that begins at ``offset``, with the parameter's shape."""
+    part = pack.narrow(0, offset, param.numel())
+    return part.as_strided(param.shape, packed_strides(param))
+
 
 @torch.no_grad()
 def adamw_(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    max_exp_avg_sqs: Sequence[Tensor],
-    state_steps: Sequence[Tensor],
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    max_exp_avg_sq: Tensor,
+    state_steps: Tensor,
     grad_coef: Tensor,
     verdict: Tensor,
     lr: float,
@@ -514,49 +543,52 @@ def adamw_(
 
     in float32, for float64 parameters in float64, the bias corrections in float64. Gradients are
     only read. The result does not depend on the number of threads, nor on the CPU's instruction
-    set. Where a gradient or a moment lies otherwise in memory than its parameter, or the parameter
-    has gaps, copies are made.
+    set. Where a gradient lies otherwise in memory than its parameter, or the parameter has gaps,
+    copies are made.
+
+    The state is packed, one tensor for all parameters: the moments of parameter i start at
+    ``packed_offsets(p.numel() for p in params)[i]`` and lie in the order of the parameter's memory
+    (row-major where that has gaps), so that parameter and moments are read straight through.
 
     Source: Kingma & Ba, "Adam: A Method for Stochastic Optimization", ICLR 2015; Loshchilov &
     Hutter, "Decoupled Weight Decay Regularization", ICLR 2019; amsgrad: Reddi et al., "On the
     Convergence of Adam and Beyond", ICLR 2018.
 
     Args:
-        params: N >= 0 dense tensors of one device, of float32, float64, bfloat16 or float16, none
-            of which overlaps itself or another.
+        params: N >= 0 dense tensors of one device, either all of float64, or of float32, bfloat16
+            and float16; none overlaps itself or another.
         grads: N tensors of the parameters' shapes, of their dtypes or float32.
-        exp_avgs, exp_avg_sqs: m and v, N tensors of the parameters' shapes; float64 for float64
-            parameters, float32 for all others.
-        max_exp_avg_sqs: v_max, the same; empty without amsgrad.
-        state_steps: t, N float32 tensors of shape ().
+        exp_avg, exp_avg_sq: m and v, contiguous, 1-D and of the last of ``packed_offsets``
+            elements; float64 for float64 parameters, else float32.
+        max_exp_avg_sq: v_max, the same; of shape (0,) without amsgrad.
+        state_steps: t, float32, shape (N,), contiguous.
         grad_coef: float64, shape () or (N,): factor for all gradients, or for each.
         verdict: a :class:`Verdict`, int64, shape ().
 
     Raises:
-        RuntimeError: lists of other lengths, or a tensor of another dtype, shape or device, or one
-            to be written that is expanded; nothing is written then.
+        RuntimeError: a tensor of another number, dtype, shape or device, or one to be written that
+            is expanded; nothing is written then.
     """
-    params, grads = list(params), list(grads)
-    exp_avgs, exp_avg_sqs = list(exp_avgs), list(exp_avg_sqs)
-    max_exp_avg_sqs, state_steps = list(max_exp_avg_sqs), list(state_steps)
-    tensors = (params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, state_steps)
+    params = params if isinstance(params, list) else list(params)
+    grads = grads if isinstance(grads, list) else list(grads)
+    state = (exp_avg, exp_avg_sq, max_exp_avg_sq, state_steps)
     options = (lr, beta1, beta2, weight_decay, eps, decoupled_weight_decay, amsgrad, maximize)
     if params and _has_kernel(params[0], cuda=False):
-        torch.ops.fastguard.adamw_.default(*tensors, grad_coef, verdict, *options)
-        for written in (params, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, state_steps):
-            torch.autograd.graph.increment_version(written)
+        torch.ops.fastguard.adamw_.default(params, grads, *state, grad_coef, verdict, *options)
+        torch.autograd.graph.increment_version(params)
+        torch.autograd.graph.increment_version(state)
     else:
-        adamw_ref_(*tensors, grad_coef, verdict, *options)
+        adamw_ref_(params, grads, *state, grad_coef, verdict, *options)
 
 
 @torch.no_grad()
 def adamw_ref_(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    max_exp_avg_sqs: Sequence[Tensor],
-    state_steps: Sequence[Tensor],
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    max_exp_avg_sq: Tensor,
+    state_steps: Tensor,
     grad_coef: Tensor,
     verdict: Tensor,
     lr: float,
@@ -569,13 +601,17 @@ def adamw_ref_(
     maximize: bool,
 ) -> None:
     """:func:`adamw_` in plain torch; on a skip it writes what was there, lest the host wait."""
-    lists = (params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, state_steps)
-    _check_adamw(*lists, grad_coef, verdict, amsgrad)
+    moments = {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq, "max_exp_avg_sq": max_exp_avg_sq}
+    _check_adamw(params, grads, moments, state_steps, grad_coef, verdict, amsgrad)
     skip = (verdict != int(Verdict.APPLY)) & (verdict != int(Verdict.CLIP))
     coefs = (-grad_coef if maximize else grad_coef).expand(len(params)).unbind()
-    for i, (p, m, v, step) in enumerate(
-        zip(params, exp_avgs, exp_avg_sqs, state_steps, strict=True)
-    ):
+    offsets = packed_offsets(p.numel() for p in params)
+    for i, p in enumerate(params):
+        step, m, v = (
+            state_steps[i],
+            packed_view(exp_avg, p, offsets[i]),
+            packed_view(exp_avg_sq, p, offsets[i]),
+        )
         new_step = step + 1
         t = new_step.double()
         # A number divided by a tensor would be its reciprocal times the number, rounded twice.
@@ -587,33 +623,25 @@ def adamw_ref_(
             g = g + weight_decay * old
         new_m = beta1 * m + (1 - beta1) * g
         new_v = beta2 * v + (1 - beta2) * g * g
-        under_root = torch.maximum(max_exp_avg_sqs[i], new_v) if amsgrad else new_v
+        written = [(m, new_m), (v, new_v), (step, new_step)]
+        under_root = new_v
+        if amsgrad:
+            largest = packed_view(max_exp_avg_sq, p, offsets[i])
+            under_root = torch.maximum(largest, new_v)
+            written.append((largest, under_root))
         move = step_size * (new_m / (under_root.sqrt() * root_factor + eps))
         if decoupled_weight_decay:
             move = (lr * weight_decay) * old + move
-        written = [(p, (old - move).to(p.dtype)), (m, new_m), (v, new_v), (step, new_step)]
-        for tensor, new in [*written, (max_exp_avg_sqs[i], under_root)] if amsgrad else written:
+        for tensor, new in [*written, (p, (old - move).to(p.dtype))]:
             tensor.copy_(torch.where(skip, tensor, new))
 
 
-def _check_adamw(
-    params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, state_steps, grad_coef, verdict, amsgrad
-):
+def _check_adamw(params, grads, moments, state_steps, grad_coef, verdict, amsgrad):
     n = len(params)
-    lists = {
-        "grads": grads,
-        "exp_avgs": exp_avgs,
-        "exp_avg_sqs": exp_avg_sqs,
-        "max_exp_avg_sqs": max_exp_avg_sqs,
-        "state_steps": state_steps,
-    }
-    for name, tensors in lists.items():
-        wanted = 0 if name == "max_exp_avg_sqs" and not amsgrad else n
-        if len(tensors) != wanted:
-            raise RuntimeError(
-                f"adamw_: {name} has {len(tensors)} tensors; with {n} params and "
-                f"amsgrad={amsgrad} it must have {wanted}"
-            )
+    if len(grads) != n:
+        raise RuntimeError(
+            f"adamw_: grads has {len(grads)} tensors; with {n} params it must have as many"
+        )
     if grad_coef.dtype != torch.float64 or grad_coef.shape not in ((), (n,)):
         raise RuntimeError(
             f"adamw_: grad_coef must be a float64 tensor of shape () or ({n},), one factor for all "
@@ -624,41 +652,52 @@ def _check_adamw(
             "adamw_: verdict must be an int64 tensor of shape (), as decide returns it; got "
             f"{verdict.dtype} of shape {tuple(verdict.shape)}"
         )
-    for i, p in enumerate(params):
+    moment = torch.float64 if n and params[0].dtype == torch.float64 else torch.float32
+    for i, (p, grad) in enumerate(zip(params, grads, strict=True)):
         if p.dtype not in DTYPES:
             raise RuntimeError(
                 f"adamw_: params[{i}] has dtype {p.dtype}; float32, float64, bfloat16 and float16 "
                 "are supported"
             )
-        moment = torch.float64 if p.dtype == torch.float64 else torch.float32
-        fits = {"grads": {p.dtype, moment}}
-        for name in ("grads", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs")[: 4 if amsgrad else 3]:
-            tensor, dtypes = lists[name][i], fits.get(name, {moment})
-            if tensor.shape != p.shape:
-                raise RuntimeError(
-                    f"adamw_: {name}[{i}] has shape {tuple(tensor.shape)}, its parameter "
-                    f"{tuple(p.shape)}; make it with torch.zeros_like"
-                )
-            if tensor.dtype not in dtypes:
-                raise RuntimeError(
-                    f"adamw_: {name}[{i}] has dtype {tensor.dtype}, its parameter {p.dtype}; it "
-                    f"must be {' or '.join(sorted(map(str, dtypes)))}"
-                )
-        for name in ("params", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs")[: 4 if amsgrad else 3]:
-            tensor = p if name == "params" else lists[name][i]
-            if tensor.numel() and any(
-                stride == 0 and size > 1
-                for stride, size in zip(tensor.stride(), tensor.shape, strict=True)
-            ):
-                raise RuntimeError(
-                    f"adamw_: {name}[{i}] is expanded or overlaps itself: several of its elements "
-                    "share a single memory location; clone it"
-                )
-        step = state_steps[i]
-        if step.dtype != torch.float32 or step.dim() != 0:
+        if (p.dtype == torch.float64) != (moment == torch.float64):
             raise RuntimeError(
-                f"adamw_: state_steps[{i}] must be a float32 tensor of shape (); got {step.dtype} "
-                f"of shape {tuple(step.shape)}"
+                f"adamw_: params[{i}] has dtype {p.dtype}, params[0] {params[0].dtype}; float64 "
+                "parameters need a call of their own, for one call has one dtype of moments"
+            )
+        if p.numel() and any(
+            stride == 0 and size > 1 for stride, size in zip(p.stride(), p.shape, strict=True)
+        ):
+            raise RuntimeError(
+                f"adamw_: params[{i}] is expanded or overlaps itself: several of its elements "
+                "share a single memory location; clone it"
+            )
+        if grad.layout != torch.strided:
+            raise RuntimeError(f"adamw_: grads[{i}] is {grad.layout}; make it dense with to_dense")
+        if grad.shape != p.shape:
+            raise RuntimeError(
+                f"adamw_: grads[{i}] has shape {tuple(grad.shape)}, its parameter "
+                f"{tuple(p.shape)}; make it with torch.zeros_like"
+            )
+        if grad.dtype not in (p.dtype, moment):
+            raise RuntimeError(
+                f"adamw_: grads[{i}] has dtype {grad.dtype}, its parameter {p.dtype}; it must be "
+                f"{' or '.join(sorted({str(p.dtype), str(moment)}))}"
+            )
+    size = packed_offsets(p.numel() for p in params)[-1]
+    packed = [
+        (name, tensor, moment, size, "the last of packed_offsets")
+        if amsgrad or name != "max_exp_avg_sq"
+        else (name, tensor, moment, 0, "as amsgrad is off")
+        for name, tensor in moments.items()
+    ]
+    steps = ("state_steps", state_steps, torch.float32, n, "one step for each parameter")
+    for name, tensor, dtype, numel, why in [*packed, steps]:
+        contiguous = tensor.is_contiguous()
+        if tensor.dtype != dtype or tensor.shape != (numel,) or not contiguous:
+            raise RuntimeError(
+                f"adamw_: {name} must be a contiguous {dtype} tensor of shape ({numel},), {why}; "
+                f"got {tensor.dtype} of shape {tuple(tensor.shape)}"
+                + ("" if contiguous else ", not contiguous")
             )
 
 

@@ -1,15 +1,18 @@
 """Adam and AdamW whose step takes the guard's decision: one pass that clips as it reads, or none.
 
 They are torch's classes with another ``step``: param groups, state and state dicts have torch's
-keys, so that either loads what the other saved.
+keys, so that either loads what the other saved. The state of a group lies packed in a few tensors,
+as :func:`fastguard.ops.adamw_` takes it; the entries of ``state`` are views of these.
 """
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from itertools import repeat
-from operator import is_, is_not, itemgetter
+from operator import is_
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from . import ops
 
@@ -59,95 +62,84 @@ class _Fused:
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        work = self._collect()
+        grads = self._collect()
         # What fails here fails before the first bucket is stepped.
-        decisions = self._decide(work)
-        options = [bucket.options() for bucket, *_ in work]
-        for (_, grads, lists), decision, option in zip(work, decisions, options, strict=True):
-            params, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps = lists
-            ops.adamw_(
-                params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, *decision, *option
-            )
+        decisions = self._decide(grads)
+        options = [bucket.options() for bucket in self._buckets]
+        for bucket, *arguments in zip(self._buckets, grads, decisions, options, strict=True):
+            bucket.step(*arguments)
         return loss
 
-    def _collect(self) -> "list[tuple[_Bucket, list[Tensor], tuple[list[Tensor], ...]]]":
-        """The buckets of the moment, each with its gradients and its lists."""
+    def _collect(self) -> list[list[Tensor]]:
+        """The gradients of each bucket, after the buckets were brought up to date."""
         if self._buckets is None or not self._unchanged():
             self._fill_buckets()
         grads = [bucket.grads() for bucket in self._buckets]
-        try:
-            if not all(all(map(is_not, listed, repeat(None))) for listed in grads):
-                raise KeyError  # a parameter has lost its gradient
-            lists = [bucket.lists() for bucket in self._buckets]
-        except KeyError:  # or the state an entry; amsgrad may have been turned on, too
+        if any(any(map(is_, listed, repeat(None))) for listed in grads):
             self._fill_buckets()
             grads = [bucket.grads() for bucket in self._buckets]
-            lists = [bucket.lists() for bucket in self._buckets]
-        for listed in grads:
-            if any(grad.layout is not torch.strided for grad in listed):
-                raise RuntimeError(_SPARSE)
-        for i, bucket in enumerate(self._buckets):
-            if bucket.complex:
-                grads[i] = _real(grads[i])
-                lists[i] = tuple(map(_real, lists[i]))
-        return list(zip(self._buckets, grads, lists, strict=True))
+        # A single bucket's op looks itself before it writes, see _Bucket.step.
+        if len(grads) > 1:
+            for listed in grads:
+                _check_dense(listed)
+        return grads
 
     def _unchanged(self) -> bool:
-        """Whether groups, parameters and the state's dicts are those that filled the buckets."""
+        """Whether groups, parameters and state are those that filled the buckets."""
         return (
             _same(self.param_groups, self._groups)
             and all(_same(group["params"], kept) for group, kept in self._params)
             and _same(self.state.values(), self._states)
+            and all(bucket.unchanged() for bucket in self._buckets)
             and all(p.grad is None for p in self._without_grad)
         )
 
     def _fill_buckets(self) -> None:
-        """Sort the parameters with gradients by group and device, and make the state they lack."""
-        self._buckets = None
-        buckets: list[_Bucket] = []
+        """Sort the parameters with gradients by group, device and dtype, and pack their state.
+
+        The values stay, bit for bit; what lies in the right place already is not moved.
+        """
+        before, self._buckets = self._buckets or [], None
+        sorted_: dict[tuple, list[Tensor]] = {}
         without_grad: list[Tensor] = []
-        for group in self.param_groups:
-            by_device: dict[torch.device, _Bucket] = {}
+        for number, group in enumerate(self.param_groups):
             # Once each: torch only warns about a parameter that is in a group twice.
             for p in {id(p): p for p in group["params"]}.values():
                 if p.grad is None:
                     without_grad.append(p)
                     continue
-                if p.grad.layout != torch.strided:
-                    raise RuntimeError(_SPARSE)
-                if p.device not in by_device:
-                    by_device[p.device] = _Bucket(group, p.device)
-                by_device[p.device].add(p, self._state_of(p, group["amsgrad"]))
-            buckets += by_device.values()
+                _check_dense([p.grad])
+                key = (number, p.device, _moment_dtype(p).to_real())
+                sorted_.setdefault(key, []).append(p)
+        buckets = []
+        for (number, device, dtype), params in sorted_.items():
+            group = self.param_groups[number]
+            kept = (b for b in before if b.group is group and _same(params, b.params))
+            bucket = next(kept, None)
+            states = [self.state[p] for p in params]
+            if bucket is None or not _same(states, bucket.states) or not bucket.unchanged():
+                bucket = _Bucket(group, number, device, dtype, params, states)
+            buckets.append(bucket)
+        for p in without_grad:
+            _leave_the_pack(self.state.get(p, {}))
         self._groups = list(self.param_groups)
         self._params = [(group, list(group["params"])) for group in self.param_groups]
         self._states = list(self.state.values())
         self._without_grad = without_grad
         self._buckets = buckets
 
-    def _state_of(self, p: Tensor, amsgrad: bool) -> dict[str, Tensor]:
-        state = self.state[p]
-        if "step" not in state:
-            state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
-        for name in _MOMENTS if amsgrad else _MOMENTS[:2]:
-            if name not in state:
-                state[name] = torch.zeros_like(
-                    p, dtype=_moment_dtype(p), memory_format=torch.preserve_format
-                )
-        return state
-
-    def _decide(self, work) -> list[tuple[Tensor, Tensor]]:
+    def _decide(self, grads: list[list[Tensor]]) -> list[tuple[Tensor, Tensor]]:
         """grad_coef and verdict for each bucket, on its device."""
         if self.decision is None:
-            by_device = {b.device: self._scaler_decision(b.device) for b, *_ in work}
-            return [by_device[bucket.device] for bucket, *_ in work]
+            by_device = {b.device: self._scaler_decision(b.device) for b in self._buckets}
+            return [by_device[bucket.device] for bucket in self._buckets]
         coef, verdict = self.decision[:2]
         return [
             (
-                _to(coef if coef.dim() == 0 else coef[self._rows(bucket, coef)], bucket.device),
+                _to(coef if coef.dim() == 0 else coef[self._rows(listed, coef)], bucket.device),
                 _to(verdict, bucket.device),
             )
-            for bucket, *_ in work
+            for bucket, listed in zip(self._buckets, grads, strict=True)
         ]
 
     def _scaler_decision(self, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -161,9 +153,9 @@ class _Fused:
             verdict = found.to(torch.int64) * int(ops.Verdict.SKIP_NONFINITE)
         return coef, verdict
 
-    def _rows(self, bucket: "_Bucket", coef: Tensor) -> slice | Tensor:
+    def _rows(self, grads: list[Tensor], coef: Tensor) -> slice | Tensor:
         try:
-            rows = [self.decision_index[id(grad)] for grad in bucket.grads()]
+            rows = [self.decision_index[id(grad)] for grad in grads]
         except (KeyError, TypeError):
             raise RuntimeError(
                 f"the decision has {len(coef)} coefficients, and decision_index does not say which "
@@ -189,6 +181,13 @@ class _Fused:
             handle.remove()
             self._loading = None
 
+    def __getstate__(self) -> dict:
+        """For pickle, which would write the whole pack once for each view of it."""
+        state = defaultdict(dict)
+        for p, entries in self.state.items():
+            state[p] = {k: v.clone() if _shares(v) else v for k, v in entries.items()}
+        return super().__getstate__() | {"state": state}
+
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
         self._buckets = None  # lets go of the old state
@@ -212,31 +211,118 @@ class _Fused:
                         yield p, self._loading["state"][number]
 
 
-class _Bucket:
-    """The parameters of one group on one device that have a gradient, with their state."""
+class _NoComparison(TorchFunctionMode):
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        raise TypeError(f"{function} of tensors that should be the same object")
 
-    def __init__(self, group: dict, device: torch.device):
+
+class _Bucket:
+    """The parameters of one group that have a gradient, of one device and one dtype of moments.
+
+    Builds the packed state from whatever state there is, and puts views of it in its place.
+    """
+
+    def __init__(
+        self,
+        group: dict,
+        number: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        params: list[Tensor],
+        states: list[dict[str, Tensor]],
+    ):
         self.group = group
         self.device = device
-        self.params: list[Tensor] = []
-        self.states: list[dict[str, Tensor]] = []
-        self.complex = False
+        self.params = params
+        self.states = states
+        self.complex = any(p.is_complex() for p in params)
+        self.amsgrad = bool(group["amsgrad"])
+        self._contiguous = [p for p in params if p.is_contiguous()]
+        self._numels = list(map(Tensor.numel, self._contiguous))
+        self._others = [p for p in params if not p.is_contiguous()]
+        self._layouts = list(map(_layout, self._others))
+        names = _MOMENTS if self.amsgrad else _MOMENTS[:2]
+        for p, state in zip(params, states, strict=True):
+            if problem := _problem(p, state, names):
+                index = next(i for i, q in enumerate(group["params"]) if q is p)
+                raise RuntimeError(f"parameter {index} of group {number}: {problem}")
+        real = _real(params) if self.complex else params
+        offsets = ops.packed_offsets(p.numel() for p in real)
+        self._packs = {
+            name: torch.zeros(offsets[-1] if name in names else 0, dtype=dtype, device=device)
+            for name in _MOMENTS
+        }
+        self._packs["step"] = torch.zeros(len(params), dtype=torch.float32, device=device)
+        self._views = {
+            name: [
+                torch.view_as_complex(view) if p.is_complex() else view
+                for view, p in zip(
+                    map(ops.packed_view, repeat(self._packs[name]), real, offsets),
+                    params,
+                    strict=False,  # the last of the offsets is the end
+                )
+            ]
+            for name in names
+        }
+        self._views["step"] = [self._packs["step"][i] for i in range(len(params))]
+        for name in ("step", *names):
+            for view, state in zip(self._views[name], states, strict=True):
+                if name in state:
+                    view.copy_(state[name])
+                state[name] = view
+        self._copies = list(map(dict, states))
 
-    def add(self, p: Tensor, state: dict[str, Tensor]) -> None:
-        self.params.append(p)
-        self.states.append(state)
-        self.complex = self.complex or p.is_complex()
+    def unchanged(self) -> bool:
+        """Whether the state's entries are the views, and parameters lie in memory as they did."""
+        return (
+            bool(self.group["amsgrad"]) == self.amsgrad
+            and self._holds_the_views()
+            and self._in_place()
+        )
+
+    def _holds_the_views(self) -> bool:
+        # Dicts are equal where their values are the same objects, found at a third of the price of
+        # three passes; where they are not, tensors would be compared, and that is an answer too.
+        try:
+            with _NoComparison():
+                if self.states == self._copies:
+                    return True
+        except Exception:
+            pass
+        same = all(
+            all(map(is_, map(dict.get, self.states, repeat(name)), views))
+            for name, views in self._views.items()
+        )
+        if same:  # what changed is an entry of somebody else's
+            self._copies = list(map(dict, self.states))
+        return same
+
+    def _in_place(self) -> bool:
+        # Contiguous and of one number of elements says enough, at half the price of the strides.
+        return (
+            all(map(Tensor.is_contiguous, self._contiguous))
+            and list(map(Tensor.numel, self._contiguous)) == self._numels
+            and list(map(_layout, self._others)) == self._layouts
+        )
 
     def grads(self) -> list[Tensor | None]:
         return [p.grad for p in self.params]
 
-    def lists(self) -> tuple[list[Tensor], ...]:
-        """Anew at each step, so that whoever replaces an entry of the state is heard."""
-        names = _MOMENTS if self.group["amsgrad"] else _MOMENTS[:2]
-        moments = [list(map(itemgetter(name), self.states)) for name in names]
-        if len(moments) == 2:
-            moments.append([])
-        return self.params, *moments, list(map(itemgetter("step"), self.states))
+    def step(
+        self,
+        grads: list[Tensor],
+        decision: tuple[Tensor, Tensor],
+        options: tuple[float | bool, ...],
+    ) -> None:
+        params = self.params
+        state = (*(self._packs[name] for name in _MOMENTS), self._packs["step"])
+        try:
+            if self.complex:
+                params, grads = _real(params), _real(grads)
+            ops.adamw_(params, grads, *state, *decision, *options)
+        except RuntimeError:
+            _check_dense(grads)
+            raise
 
     def options(self) -> tuple[float | bool, ...]:
         """The options of :func:`fastguard.ops.adamw_`, in its order."""
@@ -245,6 +331,51 @@ class _Bucket:
         numbers = (group["lr"], beta1, beta2, group["weight_decay"], group["eps"])
         flags = (group["decoupled_weight_decay"], group["amsgrad"], group["maximize"])
         return *map(float, numbers), *map(bool, flags)
+
+
+def _problem(p: Tensor, state: dict[str, Tensor], names: tuple[str, ...]) -> str | None:
+    """What is wrong with state that was there already."""
+    for name in ("step", *names):
+        shape, dtype = p.shape, _moment_dtype(p)
+        if name == "step":
+            shape, dtype = torch.Size(), torch.float32
+        if name in state:
+            entry = state[name]
+            found = type(entry).__name__
+            if isinstance(entry, Tensor):
+                if entry.shape == shape and entry.dtype == dtype:
+                    continue
+                found = f"{entry.dtype} of shape {tuple(entry.shape)}"
+            return (
+                f"its {name} must be a {dtype} tensor of shape {tuple(shape)}, got {found}; "
+                "delete it from the state to start from zero, or load it with load_state_dict"
+            )
+    return None
+
+
+def _check_dense(grads: list[Tensor]) -> None:
+    if any(grad.layout is not torch.strided for grad in grads):
+        raise RuntimeError(_SPARSE)
+
+
+def _layout(p: Tensor) -> tuple[torch.Size, tuple[int, ...]]:
+    return p.shape, p.stride()
+
+
+def _shares(value: object) -> bool:
+    """Whether a tensor is part of a larger one."""
+    return (
+        isinstance(value, Tensor)
+        and value.layout == torch.strided
+        and value.untyped_storage().nbytes() > value.numel() * value.element_size()
+    )
+
+
+def _leave_the_pack(state: dict[str, Tensor]) -> None:
+    """Lest the state of one idle parameter keep the whole of an old pack in memory."""
+    for name in ("step", *_MOMENTS):
+        if _shares(state.get(name)):
+            state[name] = state[name].clone()
 
 
 def _remember(optimizer: _Fused, state_dict: dict) -> None:
@@ -289,7 +420,11 @@ _ARGUMENTS = """
 
     Its state, per parameter: ``step``, float32 of shape () on the parameter's device, and
     ``exp_avg``, ``exp_avg_sq`` and with amsgrad ``max_exp_avg_sq`` of the parameter's shape, in
-    float32 for bfloat16 and float16 parameters too, where torch's are in the parameter's dtype.
+    float32 for bfloat16 and float16 parameters too, where torch's are in the parameter's dtype. All
+    are views of a few packed tensors; an entry that is replaced is copied into these at the next
+    step. ``torch.save`` writes a packed tensor once, and all of it even where the state of a single
+    parameter is saved: clone that first. So does plain ``pickle``, and once for each view: pickle
+    the optimizer, which takes care of that, or a deep copy made of clones, not its state dict.
 
     Raises:
         ValueError: an option outside of its range, or no parameters.

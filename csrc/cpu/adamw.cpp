@@ -3,13 +3,14 @@
 // Reference: adamw_ref_ in fastguard/ops.py.
 //
 // It is bound by memory: 28 bytes per fp32 parameter, four arrays read and three written. Where the
-// parameters are small it is bound by the lists: of 2 ms for 2000 parameters of 64 elements, half
-// goes into the dispatcher's conversion of the five lists.
+// parameters are small it is bound by the dispatcher's conversion of lists, 0.2 us a tensor: so the
+// state comes packed, one tensor for all parameters.
 
 #include "adamw_kernel.h"
 #include "capability.h"
 #include "decide.h"
 #include "gradients.h"
+#include "packed.h"
 #include "tensor_list.h"
 
 #include <array>
@@ -33,25 +34,27 @@ struct Options {
   bool maximize;
 };
 
-// The tensors of one parameter, in the order of the op's arguments.
-enum Role { param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, roles };
-constexpr const char* names[] = {
-    "params", "grads", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs", "state_steps"};
+// The packed state, in the order of the op's arguments.
+enum Role { exp_avg, exp_avg_sq, max_exp_avg_sq, roles };
+constexpr const char* names[] = {"exp_avg", "exp_avg_sq", "max_exp_avg_sq"};
 
-struct Lists {
-  explicit Lists(StableIValue* stack)
-      : tensors{
-            TensorList(stack[0]),
-            TensorList(stack[1]),
-            TensorList(stack[2]),
-            TensorList(stack[3]),
-            TensorList(stack[4])},
-        state_steps(stack[5]) {}
+struct Arguments {
+  explicit Arguments(StableIValue* stack)
+      : params(stack[0]),
+        grads(stack[1]),
+        moments{owned(stack[2]), owned(stack[3]), owned(stack[4])},
+        state_steps(owned(stack[5])),
+        grad_coef(owned(stack[6])),
+        verdict(owned(stack[7])) {}
 
-  const TensorList& operator[](int role) const { return tensors[role]; }
+  static Tensor owned(StableIValue value) { return torch::stable::detail::to<Tensor>(value); }
 
-  std::array<TensorList, roles> tensors;
-  TensorList state_steps;
+  TensorList params;
+  TensorList grads;
+  std::array<Tensor, roles> moments;
+  Tensor state_steps;
+  Tensor grad_coef;
+  Tensor verdict;
 };
 
 std::string shape_of(const TensorView& tensor) {
@@ -114,26 +117,6 @@ bool may_overlap(const TensorView& tensor) {
   return false;
 }
 
-void check_lengths(const Lists& lists, bool amsgrad) {
-  const size_t n = lists[param].size();
-  for (int role = grad; role <= roles; ++role) {
-    const size_t size = role == roles ? lists.state_steps.size() : lists[role].size();
-    const size_t wanted = role == max_exp_avg_sq && !amsgrad ? 0 : n;
-    STD_TORCH_CHECK(
-        size == wanted,
-        "adamw_: ",
-        names[role],
-        " has ",
-        size,
-        " tensors; with ",
-        n,
-        " params and amsgrad=",
-        amsgrad ? "True" : "False",
-        " it must have ",
-        wanted);
-  }
-}
-
 void check_scalars(const TensorView& grad_coef, const TensorView& verdict, size_t n) {
   STD_TORCH_CHECK(
       grad_coef.scalar_type() == ScalarType::Double &&
@@ -153,48 +136,28 @@ void check_scalars(const TensorView& grad_coef, const TensorView& verdict, size_
       shape_of(verdict));
 }
 
-void check_role(
-    const TensorView& tensor,
-    const TensorView& of,
-    Role role,
-    size_t index,
-    bool dtype_fits,
-    const char* dtype_wanted) {
+void check_packed(
+    const Tensor& tensor, const char* name, ScalarType dtype, int64_t size, const char* why) {
+  const TensorView view(tensor.get());
   STD_TORCH_CHECK(
-      same_shape(tensor, of),
+      view.dim() == 1 && view.size(0) == size && view.scalar_type() == dtype &&
+          view.is_contiguous(),
       "adamw_: ",
-      names[role],
-      "[",
-      index,
-      "] has shape ",
-      shape_of(tensor),
-      ", its parameter ",
-      shape_of(of),
-      "; make it with torch.zeros_like");
-  STD_TORCH_CHECK(
-      dtype_fits,
-      "adamw_: ",
-      names[role],
-      "[",
-      index,
-      "] has dtype ",
-      dtype_of(tensor),
-      ", its parameter ",
-      dtype_of(of),
-      "; it must be ",
-      dtype_wanted);
-  STD_TORCH_CHECK(
-      role == grad || tensor.is_contiguous() || !may_overlap(tensor),
-      "adamw_: ",
-      names[role],
-      "[",
-      index,
-      "] is expanded or overlaps itself: several of its elements share a single memory location; "
-      "clone it");
+      name,
+      " must be a contiguous ",
+      torch::headeronly::toString(dtype),
+      " tensor of shape (",
+      size,
+      ",), ",
+      why,
+      "; got ",
+      dtype_of(view),
+      " of shape ",
+      shape_of(view),
+      view.is_contiguous() ? "" : ", not contiguous");
 }
 
-void check_tensors(const Lists& lists, size_t index, bool amsgrad) {
-  const TensorView& p = lists[param][index];
+void check_tensors(const TensorView& p, const TensorView& g, size_t index, bool wide) {
   const ScalarType dtype = p.scalar_type();
   STD_TORCH_CHECK(
       dtype == ScalarType::Float || dtype == ScalarType::Double || dtype == ScalarType::BFloat16 ||
@@ -204,83 +167,79 @@ void check_tensors(const Lists& lists, size_t index, bool amsgrad) {
       "] has dtype ",
       dtype_of(p),
       "; float32, float64, bfloat16 and float16 are supported");
-  check_role(p, p, param, index, true, "");
-  const int32_t float32 = aoti_torch_dtype_float32();
-  const bool wide = dtype == ScalarType::Double;
-  const TensorView& g = lists[grad][index];
-  check_role(
-      g,
-      p,
-      grad,
-      index,
-      g.dtype() == p.dtype() || (g.dtype() == float32 && !wide),
-      wide ? "float64" : "the parameter's or float32");
-  const int32_t moment = wide ? aoti_torch_dtype_float64() : float32;
-  for (const Role role : {exp_avg, exp_avg_sq, max_exp_avg_sq}) {
-    if (role != max_exp_avg_sq || amsgrad) {
-      const TensorView& m = lists[role][index];
-      check_role(m, p, role, index, m.dtype() == moment, wide ? "float64" : "float32");
-    }
-  }
-  const TensorView& step = lists.state_steps[index];
   STD_TORCH_CHECK(
-      step.dim() == 0 && step.dtype() == float32,
-      "adamw_: state_steps[",
+      (dtype == ScalarType::Double) == wide,
+      "adamw_: params[",
       index,
-      "] must be a float32 tensor of shape (); got ",
-      dtype_of(step),
-      " of shape ",
-      shape_of(step));
+      "] has dtype ",
+      dtype_of(p),
+      ", params[0] ",
+      wide ? "Double" : "another",
+      "; float64 parameters need a call of their own, for one call has one dtype of moments");
+  STD_TORCH_CHECK(
+      p.is_contiguous() || !may_overlap(p),
+      "adamw_: params[",
+      index,
+      "] is expanded or overlaps itself: several of its elements share a single memory location; "
+      "clone it");
+  STD_TORCH_CHECK(
+      same_shape(g, p),
+      "adamw_: grads[",
+      index,
+      "] has shape ",
+      shape_of(g),
+      ", its parameter ",
+      shape_of(p),
+      "; make it with torch.zeros_like");
+  STD_TORCH_CHECK(
+      g.dtype() == p.dtype() || (g.dtype() == aoti_torch_dtype_float32() && !wide),
+      "adamw_: grads[",
+      index,
+      "] has dtype ",
+      dtype_of(g),
+      ", its parameter ",
+      dtype_of(p),
+      "; it must be ",
+      wide ? "float64" : "the parameter's or float32");
 }
 
-// Stretches of memory with the tensors of each parameter, all in the same order. Where a tensor
-// lies otherwise than its parameter, or the parameter has gaps, a copy stands in for it.
-class Stretches {
+// One parameter's stretch of memory and the gradient's, in the same order: the parameter's own, or
+// row-major where it has gaps, as its moments lie.
+struct Stretch {
+  char* param;
+  const char* grad;
+  int64_t moments;  // where its moments start, in elements
+  int8_t param_bytes;  // of one element
+  int8_t grad_bytes;
+  AdamwFunction* function;
+  AdamwStep step;
+};
+
+// Copies that stand in for a parameter with gaps, or a gradient that lies otherwise.
+class StandIns {
  public:
-  struct Stretch {
-    char* data[roles];  // the last is null without amsgrad
-    int8_t param_bytes;  // of one element
-    int8_t grad_bytes;
-    int8_t moment_bytes;
-    AdamwFunction* function;
-    AdamwStep step;
-
-    void run(int64_t begin, int64_t n, const AdamwRule& rule) const {
-      char* largest = data[max_exp_avg_sq];
-      function(
-          data[param] + begin * param_bytes,
-          data[grad] + begin * grad_bytes,
-          data[exp_avg] + begin * moment_bytes,
-          data[exp_avg_sq] + begin * moment_bytes,
-          largest == nullptr ? nullptr : largest + begin * moment_bytes,
-          n,
-          step,
-          rule);
+  void place(const TensorView& p, const TensorView& g, Stretch& stretch) {
+    if (p.is_contiguous() && g.is_contiguous()) {
+      stretch.param = static_cast<char*>(p.mutable_data());
+      stretch.grad = static_cast<const char*>(g.data());
+      return;
     }
-  };
-
-  Stretches(const Lists& lists, bool amsgrad) : used_(amsgrad ? roles : max_exp_avg_sq) {
-    stretches_.resize(lists[param].size());
-    for (size_t i = 0; i < stretches_.size(); ++i) {
-      bool contiguous = true;
-      for (int role = param; role < used_; ++role) {
-        contiguous = contiguous && lists[role][i].is_contiguous();
-      }
-      if (contiguous) {
-        for (int role = param; role < used_; ++role) {
-          const TensorView& tensor = lists[role][i];
-          stretches_[i].data[role] = static_cast<char*>(
-              role == grad ? const_cast<void*>(tensor.data()) : tensor.mutable_data());
-        }
-      } else {
-        stand_in(lists, i);
-      }
+    const Tensor given = p.tensor();
+    const Dense dense = densify(given);
+    if (dense.copied) {
+      written_.emplace_back(given, dense.tensor);
     }
+    stretch.param = static_cast<char*>(dense.tensor.mutable_data_ptr());
+    if (same_layout(g, dense.tensor)) {
+      stretch.grad = static_cast<const char*>(g.data());
+      return;
+    }
+    const Tensor copy = like(dense.tensor, g.scalar_type());
+    torch::stable::copy_(kept_.emplace_back(copy), g.tensor());
+    stretch.grad = static_cast<const char*>(copy.const_data_ptr());
   }
 
-  Stretch& operator[](size_t index) { return stretches_[index]; }
-
-  // What was written into a stand-in is written into the tensor that it stands in for.
+  // What was written into a stand-in is written into the parameter that it stands in for.
   void copy_back() {
     for (auto& [tensor, copy] : written_) {
       torch::stable::copy_(tensor, copy);
@@ -288,36 +247,11 @@ class Stretches {
   }
 
  private:
-  void stand_in(const Lists& lists, size_t index) {
-    const Tensor given = lists[param][index].tensor();
-    const Dense dense = densify(given);
-    if (dense.copied) {
-      written_.emplace_back(given, dense.tensor);
-    }
-    stretches_[index].data[param] = static_cast<char*>(dense.tensor.mutable_data_ptr());
-    for (int role = grad; role < used_; ++role) {
-      Tensor tensor = lists[role][index].tensor();
-      if (!same_layout(lists[role][index], dense.tensor)) {
-        Tensor copy = like(dense.tensor, tensor.scalar_type());
-        torch::stable::copy_(copy, tensor);
-        if (role != grad) {
-          written_.emplace_back(tensor, copy);
-        }
-        kept_.push_back(copy);
-        tensor = copy;
-      }
-      stretches_[index].data[role] = static_cast<char*>(
-          role == grad ? const_cast<void*>(tensor.const_data_ptr()) : tensor.mutable_data_ptr());
-    }
-  }
-
   static Tensor like(const Tensor& tensor, ScalarType dtype) {
     const Tensor empty = torch::stable::empty_like(tensor);
     return tensor.scalar_type() == dtype ? empty : torch::stable::to(empty, dtype);
   }
 
-  int used_;
-  std::vector<Stretch> stretches_;
   std::vector<Tensor> kept_;
   std::vector<std::pair<Tensor, Tensor>> written_;
 };
@@ -367,22 +301,52 @@ class BiasCorrection {
   double root_factor_ = 0.0;
 };
 
-void adamw(const Lists& lists, const Tensor& coef, const Tensor& verdict, const Options& options) {
-  const size_t n = lists[param].size();
-  check_lengths(lists, options.amsgrad);
-  check_scalars(TensorView(coef.get()), TensorView(verdict.get()), n);
+void check(
+    const Arguments& given, const std::vector<int64_t>& offsets, bool wide, bool amsgrad) {
+  const size_t n = given.params.size();
+  STD_TORCH_CHECK(
+      given.grads.size() == n,
+      "adamw_: grads has ",
+      given.grads.size(),
+      " tensors; with ",
+      n,
+      " params it must have as many");
+  check_scalars(TensorView(given.grad_coef.get()), TensorView(given.verdict.get()), n);
   for (size_t i = 0; i < n; ++i) {
-    check_tensors(lists, i, options.amsgrad);
+    check_tensors(given.params[i], given.grads[i], i, wide);
   }
-  const int64_t decided = *verdict.const_data_ptr<int64_t>();
+  const ScalarType moment = wide ? ScalarType::Double : ScalarType::Float;
+  for (int role = exp_avg; role < roles; ++role) {
+    const bool unused = role == max_exp_avg_sq && !amsgrad;
+    check_packed(
+        given.moments[role],
+        names[role],
+        moment,
+        unused ? 0 : offsets.back(),
+        unused ? "as amsgrad is off" : "the last of packed_offsets");
+  }
+  check_packed(
+      given.state_steps,
+      "state_steps",
+      ScalarType::Float,
+      static_cast<int64_t>(n),
+      "one step for each parameter");
+}
+
+void adamw(const Arguments& given, const Options& options) {
+  const TensorList& params = given.params;
+  const size_t n = params.size();
+  const bool wide = n > 0 && params[0].scalar_type() == ScalarType::Double;
+  const std::vector<int64_t> offsets = packed_offsets(params);
+  check(given, offsets, wide, options.amsgrad);
+  const int64_t decided = *given.verdict.const_data_ptr<int64_t>();
   if (decided != static_cast<int64_t>(Verdict::apply) &&
       decided != static_cast<int64_t>(Verdict::clip)) {
     return;
   }
-  const double* coefs = coef.const_data_ptr<double>();
-  const int64_t next_coef = coef.dim() == 0 ? 0 : coef.stride(0);
+  const double* coefs = given.grad_coef.const_data_ptr<double>();
+  const int64_t next_coef = given.grad_coef.dim() == 0 ? 0 : given.grad_coef.stride(0);
   const AdamwKernels& kernels = adamw_kernels();
-  Stretches stretches(lists, options.amsgrad);
   BiasCorrection bias_correction(options);
   const AdamwRule rule{
       options.beta1,
@@ -390,42 +354,58 @@ void adamw(const Lists& lists, const Tensor& coef, const Tensor& verdict, const 
       options.eps,
       options.weight_decay * (options.decoupled_weight_decay ? options.lr : 1.0),
       !options.decoupled_weight_decay && options.weight_decay != 0.0};
+  std::array<char*, roles> moments{};  // the last stays null without amsgrad
+  for (int role = exp_avg; role < (options.amsgrad ? roles : max_exp_avg_sq); ++role) {
+    moments[role] = static_cast<char*>(given.moments[role].mutable_data_ptr());
+  }
+  const int64_t moment_bytes = wide ? sizeof(double) : sizeof(float);
+  float* const steps = static_cast<float*>(given.state_steps.mutable_data_ptr());
+  StandIns stand_ins;
+  std::vector<Stretch> stretches(n);
   std::vector<Span> spans(n);
-  std::vector<float*> steps(n);
   for (size_t i = 0; i < n; ++i) {
-    const TensorView& p = lists[param][i];
-    Stretches::Stretch& stretch = stretches[i];
-    spans[i] = {stretch.data[param], p.numel(), p.scalar_type()};
+    const TensorView& p = params[i];
+    const TensorView& g = given.grads[i];
+    Stretch& stretch = stretches[i];
+    stand_ins.place(p, g, stretch);
+    stretch.moments = offsets[i];
     stretch.param_bytes = bytes_of(p);
-    stretch.grad_bytes = bytes_of(lists[grad][i]);
-    stretch.moment_bytes = bytes_of(lists[exp_avg][i]);
-    steps[i] = static_cast<float*>(lists.state_steps[i].mutable_data());
-    stretch.function = pick_function(kernels, p, lists[grad][i]);
+    stretch.grad_bytes = bytes_of(g);
+    stretch.function = pick_function(kernels, p, g);
     const double factor = coefs[static_cast<int64_t>(i) * next_coef];
     stretch.step.grad_coef = options.maximize ? -factor : factor;
-    bias_correction.at(static_cast<double>(*steps[i]) + 1.0, stretch.step);
+    bias_correction.at(static_cast<double>(steps[i]) + 1.0, stretch.step);
+    spans[i] = {stretch.param, p.numel(), p.scalar_type()};
   }
   const std::vector<Chunk> chunks = cut(spans);
   // Nothing was written so far, and nothing throws from here on.
-  for (float* step : steps) {
-    *step += 1.0f;
+  for (size_t i = 0; i < n; ++i) {
+    steps[i] += 1.0f;
   }
   for_each_chunk(chunks, [&](int64_t c) {
-    stretches[chunks[c].span].run(chunks[c].begin, chunks[c].size, rule);
+    const Chunk& chunk = chunks[c];
+    const Stretch& stretch = stretches[chunk.span];
+    const int64_t first = (stretch.moments + chunk.begin) * moment_bytes;
+    char* largest = moments[max_exp_avg_sq];
+    stretch.function(
+        stretch.param + chunk.begin * stretch.param_bytes,
+        stretch.grad + chunk.begin * stretch.grad_bytes,
+        moments[exp_avg] + first,
+        moments[exp_avg_sq] + first,
+        largest == nullptr ? nullptr : largest + first,
+        chunk.size,
+        stretch.step,
+        rule);
   });
-  stretches.copy_back();
+  stand_ins.copy_back();
 }
 
 // What TORCH_BOX would write, but for the lists.
 void adamw_boxed(StableIValue* stack, uint64_t, uint64_t) {
   using torch::stable::detail::to;
-  const Lists lists(stack);
-  const auto coef = to<Tensor>(stack[6]);
-  const auto verdict = to<Tensor>(stack[7]);
+  const Arguments given(stack);
   adamw(
-      lists,
-      coef,
-      verdict,
+      given,
       {to<double>(stack[8]),
        to<double>(stack[9]),
        to<double>(stack[10]),

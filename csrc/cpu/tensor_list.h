@@ -1,5 +1,5 @@
 // A list of tensors as the dispatcher hands it to a kernel: bare handles. TORCH_BOX would put a
-// shared_ptr around each, and adamw_ gets five tensors per parameter.
+// shared_ptr around each, twice per parameter of adamw_.
 #pragma once
 
 #include <torch/csrc/stable/library.h>

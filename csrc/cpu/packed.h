@@ -1,0 +1,27 @@
+// How the optimizer's state lies in memory: the moments of all parameters of a call in one tensor.
+// Twin: packed_offsets in fastguard/ops.py.
+#pragma once
+
+#include "tensor_list.h"
+
+#include <cstdint>
+#include <vector>
+
+namespace fastguard {
+
+constexpr int64_t packed_alignment = 16;  // elements: 64 bytes of float32, a cache line
+
+// Where the moments of each parameter start, and at the end the size of the whole.
+inline std::vector<int64_t> packed_offsets(const TensorList& params) {
+  std::vector<int64_t> offsets;
+  offsets.reserve(params.size() + 1);
+  int64_t next = 0;
+  for (size_t i = 0; i < params.size(); ++i) {
+    offsets.push_back(next);
+    next += (params[i].numel() + packed_alignment - 1) / packed_alignment * packed_alignment;
+  }
+  offsets.push_back(next);
+  return offsets;
+}
+
+}  // namespace fastguard
