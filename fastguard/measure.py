@@ -8,7 +8,7 @@ from torch import Tensor
 
 from . import ops
 
-_BUCKET_BYTES = 4 << 20
+_BUCKET_BYTES = 16 << 20  # what caches hold; smaller ones cost more in calls than they save
 
 
 def _gone() -> None:
