@@ -34,12 +34,20 @@ def print_machine(device: torch.device) -> dict[str, str | int]:
 
 
 def interleaved(
-    functions: Mapping[str, Callable[[], object]], repeats: int, device: torch.device
+    functions: Mapping[str, Callable[[], object]],
+    repeats: int,
+    device: torch.device,
+    before: Mapping[str, Callable[[], object]] | None = None,
 ) -> dict[str, float]:
-    """Median seconds of each function; they take turns, so that a busy spell hits all alike."""
+    """Median seconds of each function; they take turns, so that a busy spell hits all alike.
+
+    ``before`` holds what is to be called, but not timed, before each function of the same name.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     for repeat in tqdm(range(-2, repeats), desc="repeats", leave=False, disable=None):
         for name, function in functions.items():
+            if before is not None:
+                before[name]()
             synchronize(device)
             start = time.perf_counter()
             function()

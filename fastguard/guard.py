@@ -188,9 +188,8 @@ class GradGuard:
         elif not grads:
             self._watched.stale = True  # perhaps the module has other parameters by now
         names, grads = _once(names, grads)
-        values = measurable(names, grads)
         found_inf = found_by_unscaling(scaler, optimizers)
-        measured = self._measured(values)
+        measured = self._measured(names, grads)
         scale = scale_of(scaler, device) if found_inf is None else _nan_if(found_inf)
         unscale = _unscale(scale, 1.0 if window is None else window.weight, device)
         before = [t.clone() for t in self._statistics], self._ema_norms
@@ -264,7 +263,7 @@ class GradGuard:
         if not 0 < weight < math.inf:
             raise ValueError(f"weight must be a positive number, got {weight}")
         names, parameters, grads = self._watched.with_gradients()
-        values = measurable(names, grads)
+        measurable(names, grads)
         check_summable(names, grads)
         device = self._watched.parameters[0].device
         loss = _scalar(loss, device)
@@ -273,7 +272,7 @@ class GradGuard:
             self._window = Window(self._buffers.copy(), device, scaled)
         elif self._window.scaled != scaled:
             raise ValueError(_ANOTHER_SCALER)
-        measured = self._measured(values)
+        measured = self._measured(names, grads)
         unscale = _unscale(scale_of(scaler, device), weight, device)
         decision = self._decide(names, measured, unscale, loss, accept=False)
         batch_id = f"micro-batch {len(self._window.reports)}" if batch_id is None else batch_id
@@ -318,8 +317,13 @@ class GradGuard:
 
     # --- what a step is made of -------------------------------------------------------------------
 
-    def _measured(self, values: list[Tensor]) -> ops.GradNorm:
-        return ops.grad_norm(values) if self._measure is None else self._measure.collect(values)
+    def _measured(self, names: list[str], grads: list[Tensor]) -> ops.GradNorm:
+        measure = ops.grad_norm if self._measure is None else self._measure.collect
+        try:
+            # To look at dtype, layout and device of 2000 tensors first takes as long as this.
+            return measure(grads)
+        except RuntimeError:  # the operator takes no sparse, complex and distributed tensors
+            return measure(measurable(names, grads))
 
     def _decide(self, names, measured, unscale, loss, accept=True) -> ops.GuardDecision:
         if accept and self.skip_batch():

@@ -62,6 +62,8 @@ def _has_kernel(tensor: Tensor, cuda: bool) -> bool:
 
 def _check_dtypes(op: str, tensors: Sequence[Tensor]) -> None:
     for i, tensor in enumerate(tensors):
+        if tensor.layout != torch.strided:
+            raise RuntimeError(f"{op}: tensor {i} has layout {tensor.layout}; it must be strided")
         if tensor.dtype not in DTYPES:
             raise RuntimeError(
                 f"{op}: tensor {i} has dtype {tensor.dtype}; float32, float64, bfloat16 and "
@@ -113,6 +115,8 @@ def grad_norm_ref(grads: Sequence[Tensor]) -> GradNorm:
 def _fake_grad_norm(grads):
     n = len(grads)
     like = grads[0]
+    if len(devices := {grad.device for grad in grads}) > 1:  # the dispatcher takes CPU and meta
+        raise RuntimeError(f"grad_norm: tensors on several devices, {sorted(map(str, devices))}")
     return (
         like.new_empty((), dtype=torch.float64),
         like.new_empty(n, dtype=torch.float64),

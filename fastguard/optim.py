@@ -238,7 +238,6 @@ class _Bucket:
         self.complex = any(p.is_complex() for p in params)
         self.amsgrad = bool(group["amsgrad"])
         self._contiguous = [p for p in params if p.is_contiguous()]
-        self._numels = list(map(Tensor.numel, self._contiguous))
         self._others = [p for p in params if not p.is_contiguous()]
         self._layouts = list(map(_layout, self._others))
         names = _MOMENTS if self.amsgrad else _MOMENTS[:2]
@@ -298,10 +297,9 @@ class _Bucket:
         return same
 
     def _in_place(self) -> bool:
-        # Contiguous and of one number of elements says enough, at half the price of the strides.
+        # Contiguous says enough, at half the price of the strides: the op looks at the sizes.
         return (
             all(map(Tensor.is_contiguous, self._contiguous))
-            and list(map(Tensor.numel, self._contiguous)) == self._numels
             and list(map(_layout, self._others)) == self._layouts
         )
 

@@ -61,21 +61,22 @@ class Watched:
         return any([self._check(optimizer) for optimizer in optimizers])
 
     def _check(self, optimizer: torch.optim.Optimizer) -> bool:
-        held = [p for group in optimizer.param_groups for p in group["params"]]
+        groups = [group["params"] for group in optimizer.param_groups]
         seen, strangers = self._checked.get(optimizer, (None, []))
-        walk = seen is None or self.stale or not _same(seen, held)
+        walk = seen is None or self.stale or not _same(seen, groups)
         if walk:
             _check_no_closure(optimizer)
             if self.module is not None:
                 self._look_up()
+            held = [p for group in groups for p in group]
             strangers = [p for p in held if id(p) not in self._ids]
-            self._checked[optimizer] = held, strangers
-        if held and len(strangers) == len(held):
-            raise ValueError(
-                "the guard watches none of the optimizer's parameters: GradGuard was given others, "
-                "or the module's were replaced after the optimizer was built (by "
-                "load_state_dict(assign=True)?); build the optimizer anew"
-            )
+            if held and len(strangers) == len(held):
+                raise ValueError(
+                    "the guard watches none of the optimizer's parameters: GradGuard was given "
+                    "others, or the module's were replaced after the optimizer was built (by "
+                    "load_state_dict(assign=True)?); build the optimizer anew"
+                )
+            self._checked[optimizer] = [list(group) for group in groups], strangers
         for p in strangers:
             if p.grad is not None:
                 raise ValueError(
@@ -99,7 +100,6 @@ def measurable(names: list[str], grads: list[Tensor]) -> list[Tensor]:
     Raises:
         ValueError: DTensors, other dtypes, several devices; with the parameter's name.
     """
-    # A property of 2000 tensors costs as much time as a quarter of what their norm does.
     kinds, dtypes = set(map(type, grads)), {grad.dtype for grad in grads}
     if any(map(is_dtensor, kinds)):
         name = next(n for n, g in zip(names, grads, strict=True) if is_dtensor(g))
@@ -125,8 +125,10 @@ def measurable(names: list[str], grads: list[Tensor]) -> list[Tensor]:
     return readable(grads)
 
 
-def _same(a: list[Tensor], b: list[Tensor]) -> bool:
-    return len(a) == len(b) and all(map(operator.is_, a, b))
+def _same(a: list[list[Tensor]], b: list[list[Tensor]]) -> bool:
+    return list(map(len, a)) == list(map(len, b)) and all(
+        all(map(operator.is_, x, y)) for x, y in zip(a, b, strict=True)
+    )
 
 
 def _check_no_closure(optimizer: torch.optim.Optimizer) -> None:
