@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Iterable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,6 +36,14 @@ class Offender:
         return f"{self.name}[{self.first_index}]"
 
 
+class Stretch(NamedTuple):
+    """Parameters that follow each other in the model, whose gradients are all finite or all not."""
+
+    finite: bool
+    first: str
+    last: str
+
+
 @dataclasses.dataclass(frozen=True)
 class StepReport:
     """What the guard saw in one step and what it did."""
@@ -53,8 +62,8 @@ class StepReport:
     #: The parameters with a NaN or Inf gradient, in the model's order.
     offenders: tuple[Offender, ...] = ()
     #: On a step with offenders the stretches of finite and of non-finite parameters in the model's
-    #: order: (finite, name of the first, name of the last). The fault lies where they meet.
-    bracket: tuple[tuple[bool, str, str], ...] = ()
+    #: order. The fault lies where they meet.
+    bracket: tuple[Stretch, ...] = ()
     #: The micro-batches of this step whose gradients were left out.
     quarantined: tuple["StepReport", ...] = ()
     #: How many micro-batches there were, 0 without ``GradGuard.accumulate``.
@@ -91,6 +100,7 @@ class StepReport:
         """As plain values; the batch's id as text."""
         values = dataclasses.asdict(self)
         values["verdict"] = int(self.verdict)
+        values["bracket"] = [stretch._asdict() for stretch in self.bracket]
         values["batch_id"] = None if self.batch_id is None else str(self.batch_id)
         values["quarantined"] = [report.to_dict() for report in self.quarantined]
         return values
@@ -102,7 +112,7 @@ class StepReport:
                 **values,
                 "verdict": Verdict(values["verdict"]),
                 "offenders": tuple(Offender(**offender) for offender in values["offenders"]),
-                "bracket": tuple(map(tuple, values["bracket"])),
+                "bracket": tuple(Stretch(**stretch) for stretch in values["bracket"]),
                 "quarantined": tuple(map(cls.from_dict, values["quarantined"])),
             }
         )
@@ -166,16 +176,16 @@ class PendingReport:
         norms = norms if self._unscale is None else norms * self._unscale
         return dict(zip(self._names, norms.tolist(), strict=True))
 
-    def _offenders(self) -> tuple[tuple[Offender, ...], tuple[tuple[bool, str, str], ...]]:
+    def _offenders(self) -> tuple[tuple[Offender, ...], tuple[Stretch, ...]]:
         rows = list(zip(self._names, self._measured.nonfinite.tolist(), strict=True))
         offenders = tuple(Offender(name, *row) for name, row in rows if row[2] >= 0)
-        stretches: list[tuple[bool, str, str]] = []
+        stretches: list[Stretch] = []
         for name, (_, _, first_index) in rows:
             finite = first_index < 0
-            if stretches and stretches[-1][0] == finite:
-                stretches[-1] = (finite, stretches[-1][1], name)
+            if stretches and stretches[-1].finite == finite:
+                stretches[-1] = stretches[-1]._replace(last=name)
             else:
-                stretches.append((finite, name, name))
+                stretches.append(Stretch(finite, name, name))
         return offenders, tuple(stretches) if offenders else ()
 
     def __getattr__(self, name: str):
@@ -264,12 +274,15 @@ class BadStepFiles:
         self._folder = None if folder is None else Path(folder)
         self._left = _MAX_FILES
 
-    def write(self, report: PendingReport) -> None:
+    def write(self, report: PendingReport, skip_norm: float) -> None:
         if self._folder is None or self._left == 0:
             return
         self._left -= 1
         content = report.result().to_dict()
         content["verdict"] = report.verdict.name.lower()
+        content["skip_norm"] = skip_norm
+        for offender, found in zip(content["offenders"], report.offenders, strict=True):
+            offender["kind"] = found.kind
         content["norms"] = report.norms()
         path = self._folder / f"bad_step_{report.step:06d}.json"
         try:

@@ -139,6 +139,13 @@ class GradGuard:
         self._steps = 0
         self._batches_to_skip = 0
 
+    def __repr__(self) -> str:
+        return (
+            f"GradGuard(max_norm={self.max_norm:g}, skip_norm={self.skip_norm:g}, "
+            f"patience={self.patience}, threshold={self.threshold}; "
+            f"{len(self._watched.parameters)} parameters, {self._steps} steps)"
+        )
+
     # --- a step ---------------------------------------------------------------------------------
 
     @torch.no_grad()
@@ -375,7 +382,7 @@ class GradGuard:
         if report.verdict is ops.Verdict.SKIP_ROLLBACK:
             return
         if report.skipped or report.quarantined:
-            self._files.write(pending)
+            self._files.write(pending, self.skip_norm)
         if not report.skipped:
             self._skips_in_a_row = []
             return

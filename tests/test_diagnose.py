@@ -77,8 +77,13 @@ def test_one_file_for_a_bad_step(tmp_path, scale):
     assert found["verdict"] == "skip_nonfinite"
     assert found["batch_id"] == "a, b"
     assert found["total_norm"] == "nan"
-    assert found["offenders"][0] == {"name": "0.weight", "nans": 9, "infs": 0, "first_index": 0}
-    assert found["bracket"] == [[False, "0.weight", "2.weight"], [True, "3.weight", "4.weight"]]
+    offender = {"name": "0.weight", "nans": 9, "infs": 0, "first_index": 0, "kind": "NaN"}
+    assert found["offenders"][0] == offender
+    assert found["bracket"] == [
+        {"finite": False, "first": "0.weight", "last": "2.weight"},
+        {"finite": True, "first": "3.weight", "last": "4.weight"},
+    ]
+    assert found["skip_norm"] == "inf"
     norm = model[4].weight.grad.double().norm().item() / scale
     assert found["norms"]["4.weight"] == pytest.approx(norm)
     assert list(found["norms"]) == [f"{i}.weight" for i in range(5)]

@@ -506,3 +506,11 @@ def test_guards_can_be_copied():
     guard = GradGuard(model, threshold=ZClip())
     train_step(model, fastguard.AdamW(model.parameters()), guard, torch.ones(6, 4))
     assert copy.deepcopy(guard).state_dict() == guard.state_dict()
+
+
+def test_it_says_what_it_is():
+    guard = GradGuard(small_model(), max_norm=0.5, skip_norm=10.0, threshold=ZClip())
+    assert repr(guard) == (
+        "GradGuard(max_norm=0.5, skip_norm=10, patience=25, "
+        "threshold=ZClip(z=2.5, alpha=0.97, warmup=25); 6 parameters, 0 steps)"
+    )
