@@ -1,5 +1,7 @@
 """Gradient accumulation that leaves bad micro-batches out."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -16,11 +18,11 @@ class Window:
 
     Args:
         buffers: a copy of the guard's, as they were before the first micro-batch.
-        scaled: whether a GradScaler scales the losses.
+        scaler: the GradScaler that scales the losses, if one does.
     """
 
-    def __init__(self, buffers: Buffers, device: torch.device, scaled: bool):
-        self.scaled = scaled
+    def __init__(self, buffers: Buffers, device: torch.device, scaler: torch.amp.GradScaler | None):
+        self._scaled = _scales(scaler)
         #: Whether a micro-batch had a NaN or Inf: what a GradScaler has to hear of.
         self.found_inf = torch.zeros((), dtype=torch.bool, device=device)
         self.reports: list[PendingReport] = []
@@ -32,6 +34,18 @@ class Window:
     @property
     def weight(self) -> Tensor:
         return self._counts[2]
+
+    def check(self, scaler: torch.amp.GradScaler | None, left_over: Sequence[str] = ()) -> None:
+        """ValueError if this is not the window's scaler, or parameters have gradients left over."""
+        if left_over:
+            raise ValueError(
+                f"{left_over[0]} has a gradient that was not accumulated: call guard.accumulate() "
+                "after each backward of the window, the last one too"
+            )
+        if self._scaled != _scales(scaler):
+            raise ValueError(
+                "a window's accumulate() and step() need the same GradScaler, or all of them none"
+            )
 
     def add(
         self,
@@ -77,6 +91,10 @@ class Window:
         """Put the sums in the parameters' ``.grad``."""
         for p, (_, total) in self._sums.items():
             p.grad = total
+
+
+def _scales(scaler: torch.amp.GradScaler | None) -> bool:
+    return scaler is not None and scaler.is_enabled()
 
 
 def check_summable(names: list[str], grads: list[Tensor]) -> None:

@@ -4,7 +4,8 @@ A NaN activation gets into BatchNorm's running statistics before any gradient ex
 there for ever.
 """
 
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -141,3 +142,18 @@ def _writable(tensor: Tensor) -> bool:
         and not tensor.is_nested
         and all(s > 0 or n < 2 for s, n in zip(tensor.stride(), tensor.shape, strict=True))
     )
+
+
+class OnLoad:
+    """A load_state_dict hook that neither keeps its guard alive nor goes with a module's copy."""
+
+    def __init__(self, method: Callable[[], None] | None = None):
+        self._method = None if method is None else weakref.WeakMethod(method)
+
+    def __call__(self, module: nn.Module, incompatible_keys) -> None:
+        method = None if self._method is None else self._method()
+        if method is not None:
+            method()
+
+    def __reduce__(self):
+        return type(self), ()

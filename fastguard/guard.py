@@ -1,7 +1,7 @@
 """The guard: measure the gradients, decide, apply. Three lines in any PyTorch loop.
 
 The way of a step is :meth:`GradGuard.step`; each of its words has a module: parameters, measure,
-thresholds, buffers, apply, accumulate, diagnose, rollback.
+decision, thresholds, apply, buffers, accumulate, diagnose, rollback.
 """
 
 import math
@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from . import ops
 from .accumulate import Window, check_summable
 from .apply import found_by_unscaling, scale_of, step_optimizer, update_scaler
-from .buffers import Buffers
+from .buffers import Buffers, OnLoad
 from .clip import check_threshold
+from .decision import WINDOW, discarded, fresh_statistics, nan_if, scalar, unscaling
 from .diagnose import (
     BadStepFiles,
     GradientExplosionError,
@@ -31,10 +32,6 @@ from .measure import BackwardMeasure
 from .parameters import Watched, measurable
 from .rollback import Rollback, Snapshots
 from .thresholds import Fixed, Kind, Threshold
-
-_ANOTHER_SCALER = "a window's accumulate() and step() need the same GradScaler, or all of them none"
-
-_WINDOW = 128  # accepted norms whose median arms skip_norm; llm.c's and OLMo-core's window
 
 
 class GradGuard:
@@ -129,7 +126,7 @@ class GradGuard:
         self._snapshots = Snapshots(self._rollback) if on_patience == "rollback" else None
         self._files = BadStepFiles(report_dir)
 
-        self._statistics = _fresh_statistics(self._watched.parameters[0].device)
+        self._statistics = fresh_statistics(self._watched.parameters[0].device)
         self._ema_norms: dict[str, Tensor] = {}  # of the parameters that had a gradient yet
         self._window: Window | None = None
         self._pending: deque[PendingReport] = deque()
@@ -186,19 +183,19 @@ class GradGuard:
         if self._watched.check(optimizers):
             self._found_others()
         device = self._watched.parameters[0].device
-        loss = _scalar(loss, device)
+        loss = scalar(loss, device)
         names, _, grads = self._watched.with_gradients()
         window = self._window
         if window is not None:
-            _check_window(window, names, scaler)
+            window.check(scaler, left_over=names)
             names, grads = window.gradients()
         elif not grads:
             self._watched.stale = True  # perhaps the module has other parameters by now
         names, grads = _once(names, grads)
         found_inf = found_by_unscaling(scaler, optimizers)
         measured = self._measured(names, grads)
-        scale = scale_of(scaler, device) if found_inf is None else _nan_if(found_inf)
-        unscale = _unscale(scale, 1.0 if window is None else window.weight, device)
+        scale = scale_of(scaler, device) if found_inf is None else nan_if(found_inf)
+        unscale = unscaling(scale, 1.0 if window is None else window.weight, device)
         before = [t.clone() for t in self._statistics], self._ema_norms
         decision = self._decide(names, measured, unscale, loss)
 
@@ -273,14 +270,12 @@ class GradGuard:
         measurable(names, grads)
         check_summable(names, grads)
         device = self._watched.parameters[0].device
-        loss = _scalar(loss, device)
-        scaled = scaler is not None and scaler.is_enabled()
+        loss = scalar(loss, device)
         if self._window is None:
-            self._window = Window(self._buffers.copy(), device, scaled)
-        elif self._window.scaled != scaled:
-            raise ValueError(_ANOTHER_SCALER)
+            self._window = Window(self._buffers.copy(), device, scaler)
+        self._window.check(scaler)
         measured = self._measured(names, grads)
-        unscale = _unscale(scale_of(scaler, device), weight, device)
+        unscale = unscaling(scale_of(scaler, device), weight, device)
         decision = self._decide(names, measured, unscale, loss, accept=False)
         batch_id = f"micro-batch {len(self._window.reports)}" if batch_id is None else batch_id
         report = PendingReport(
@@ -334,7 +329,7 @@ class GradGuard:
 
     def _decide(self, names, measured, unscale, loss, accept=True) -> ops.GuardDecision:
         if accept and self.skip_batch():
-            return _discarded(measured, unscale, loss)
+            return discarded(measured, unscale, loss)
         known, threshold = self._statistics, self.threshold if accept else Fixed()
         if known.moments.device != measured.total_norm.device:
             known = ops.Statistics(*(t.to(measured.total_norm.device) for t in known))
@@ -393,7 +388,7 @@ class GradGuard:
     def _accepted(self) -> list[float]:
         """The last accepted norms, the oldest first."""
         count, history = int(self._statistics.moments[0]), self._statistics.history.tolist()
-        return [history[i % _WINDOW] for i in range(max(0, count - _WINDOW), count)]
+        return [history[i % WINDOW] for i in range(max(0, count - WINDOW), count)]
 
     # --- going back -------------------------------------------------------------------------------
 
@@ -458,16 +453,16 @@ class GradGuard:
             numbers = [count, mean, variance, *accepted, *ema_norms.values(), steps, to_skip]
             if not all(0 <= number < math.inf for number in numbers):
                 raise ValueError("a number is negative or not finite")
-            if len(accepted) != min(int(count), _WINDOW):
+            if len(accepted) != min(int(count), WINDOW):
                 raise ValueError(f"{int(count)} norms were accepted, but {len(accepted)} are there")
         except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
             raise ValueError(f"this is no state of a GradGuard: {error!r}") from error
         if kind is not self.threshold.kind and accepted:  # only ZClip keeps moments
             mean, variance = statistics.fmean(accepted), statistics.pvariance(accepted)
-        new = _fresh_statistics(self._statistics.moments.device)
+        new = fresh_statistics(self._statistics.moments.device)
         new.moments.copy_(torch.tensor([count, mean, variance], dtype=torch.float64))
         for i, norm in enumerate(accepted, start=int(count) - len(accepted)):
-            new.history[i % _WINDOW] = norm
+            new.history[i % WINDOW] = norm
         self._statistics = new
         self._ema_norms = {name: new.moments.new_tensor(norm) for name, norm in ema_norms.items()}
         self._steps, self._batches_to_skip, self._skips_in_a_row = steps, to_skip, skips
@@ -506,33 +501,7 @@ class GradGuard:
         for part in () if self._watched.module is None else self._watched.module.modules():
             if part not in self._listening:
                 self._listening.add(part)
-                part.register_load_state_dict_post_hook(_OnLoad(self))
-
-
-class _OnLoad:
-    """A hook that neither keeps the guard alive nor goes with a copy of the module."""
-
-    def __init__(self, guard: GradGuard | None = None):
-        self._guard = _gone if guard is None else weakref.ref(guard)
-
-    def __call__(self, module: nn.Module, incompatible_keys) -> None:
-        if (guard := self._guard()) is not None:
-            guard._on_load()
-
-    def __reduce__(self):
-        return type(self), ()
-
-
-def _gone() -> None:
-    """As a reference to what is no more."""
-
-
-def _fresh_statistics(device: torch.device) -> ops.Statistics:
-    return ops.Statistics(
-        torch.zeros(3, dtype=torch.float64, device=device),
-        torch.zeros(_WINDOW, dtype=torch.float64, device=device),
-        torch.zeros(0, dtype=torch.float64, device=device),
-    )
+                part.register_load_state_dict_post_hook(OnLoad(self._on_load))
 
 
 def _once(names: list[str], grads: list[Tensor]) -> tuple[list[str], list[Tensor]]:
@@ -543,54 +512,6 @@ def _once(names: list[str], grads: list[Tensor]) -> tuple[list[str], list[Tensor
     for name, grad in zip(names, grads, strict=True):
         once.setdefault(id(grad), (name, grad))
     return [name for name, _ in once.values()], [grad for _, grad in once.values()]
-
-
-def _check_window(window: Window, names: list[str], scaler) -> None:
-    if names:
-        raise ValueError(
-            f"{names[0]} has a gradient that was not accumulated: call guard.accumulate() after "
-            "each backward of the window, the last one too"
-        )
-    if window.scaled != (scaler is not None and scaler.is_enabled()):
-        raise ValueError(_ANOTHER_SCALER)
-
-
-def _scalar(loss: Tensor | float | None, device: torch.device) -> Tensor | None:
-    if loss is None:
-        return None
-    if not isinstance(loss, Tensor):
-        try:
-            return torch.full((), float(loss), dtype=torch.float64, device=device)
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"loss must be one real number, got {loss!r}") from error
-    if loss.numel() != 1 or loss.is_complex():
-        raise ValueError(
-            f"loss must be one real number, got a {loss.dtype} tensor of shape {tuple(loss.shape)}"
-        )
-    return loss.detach().reshape(()).to(device, torch.float64, non_blocking=True)
-
-
-def _unscale(scale: Tensor | None, weight: Tensor | float, device: torch.device) -> Tensor | None:
-    """The factor that undoes the GradScaler's scale and makes a sum a mean; None for 1."""
-    if scale is None and not isinstance(weight, Tensor):
-        if weight == 1.0:
-            return None
-        return torch.full((), 1 / weight, dtype=torch.float64, device=device)
-    return (weight if scale is None else scale * weight).reciprocal()
-
-
-def _nan_if(found_inf: Tensor) -> Tensor:
-    """1, or NaN, with which every norm is NaN: the scaler saw an Inf, perhaps on another rank."""
-    return torch.where(found_inf == 0, 1.0, math.nan).double()
-
-
-def _discarded(measured, unscale, loss) -> ops.GuardDecision:
-    """The decision about a batch that a rollback passes over."""
-    one = torch.ones_like(measured.total_norm)
-    verdict = torch.full_like(one, int(ops.Verdict.SKIP_ROLLBACK), dtype=torch.int64)
-    norm = measured.total_norm if unscale is None else measured.total_norm * unscale
-    record = [verdict.double(), one, norm, one * math.inf, one * math.nan if loss is None else loss]
-    return ops.GuardDecision(one, verdict, torch.stack(record))
 
 
 def _at_least_one(name: str, value: int) -> int:
