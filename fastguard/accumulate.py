@@ -26,7 +26,7 @@ class Window:
         #: Whether a micro-batch had a NaN or Inf: what a GradScaler has to hear of.
         self.found_inf = torch.zeros((), dtype=torch.bool, device=device)
         self.reports: list[PendingReport] = []
-        self._buffers = buffers
+        self.buffers = buffers
         #: Micro-batches seen, the good ones, and the weight of the good ones.
         self._counts = torch.zeros(3, dtype=torch.float64, device=device)
         self._sums: dict[Tensor, tuple[str, Tensor]] = {}
@@ -80,7 +80,7 @@ class Window:
             ops.accumulate_(readable(sums), readable(grads), verdict, self._counts, weight)
         for p in parameters:
             p.grad = None
-        self._buffers.settle(verdict)
+        self.buffers.settle(verdict)
         self.reports.append(report)
 
     def gradients(self) -> tuple[list[str], list[Tensor]]:
@@ -91,6 +91,11 @@ class Window:
         """Put the sums in the parameters' ``.grad``."""
         for p, (_, total) in self._sums.items():
             p.grad = total
+
+    def take_back(self) -> None:
+        """Undo :meth:`hand_over`."""
+        for p in self._sums:
+            p.grad = None
 
 
 def _scales(scaler: torch.amp.GradScaler | None) -> bool:

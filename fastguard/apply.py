@@ -16,7 +16,7 @@ def step_optimizer(
     host has to know the verdict.
     """
     one_coef = decision.grad_coef.dim() == 0
-    if isinstance(optimizer, (optim.Adam, optim.AdamW)):
+    if leaves_gradients(optimizer):
         optimizer.decision = decision
         optimizer.decision_index = None if one_coef else {id(g): i for i, g in enumerate(grads)}
         try:
@@ -28,6 +28,11 @@ def step_optimizer(
     elif not ops.Verdict(int(decision.verdict)).skipped:
         _scale_own_(optimizer, grads, decision.grad_coef)
         optimizer.step()
+
+
+def leaves_gradients(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether the optimizer reads the decision itself and writes no gradient."""
+    return isinstance(optimizer, (optim.Adam, optim.AdamW))
 
 
 def _scale_own_(optimizer: torch.optim.Optimizer, grads: list[Tensor], coef: Tensor) -> None:

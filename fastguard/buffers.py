@@ -32,11 +32,17 @@ class Buffers:
         self.commit()
 
     @torch.no_grad()
-    def commit(self) -> None:
-        """What is in the buffers now is good."""
-        self.look_up()
+    def commit(self, part: nn.Module | None = None) -> None:
+        """What is in the buffers now is good: of the module, or of one part without its parts."""
         copies: dict[int, Tensor] = {}  # two places may share a buffer
-        self._saved = {place: _save(buffer, copies) for place, buffer in self._current()}
+        if part is None:
+            self.look_up()
+            self._saved = {place: _save(buffer, copies) for place, buffer in self._current()}
+            return
+        for name, buffer in part._buffers.items():
+            self._saved[part, name] = _save(buffer, copies)
+        if part._buffers and part not in self._owners:
+            self._owners.append(part)
 
     def look_up(self) -> None:
         """Find the modules that have buffers."""
@@ -52,6 +58,7 @@ class Buffers:
         """
         current = dict(self._current())
         same: dict[int, tuple[Tensor, Tensor]] = {}
+        replaced: dict[int, _Saved] = {}
         others = []
         for place in self._saved | current:
             buffer, saved = current.get(place), self._saved.get(place)
@@ -64,7 +71,11 @@ class Buffers:
             elif buffer is saved.buffer and not buffer.is_inference():
                 same[id(buffer)] = buffer, saved.copy
             else:
-                self._settle_replaced(place, buffer, saved.copy, verdict)
+                if id(buffer) not in replaced:
+                    replaced[id(buffer)] = _settled(buffer, saved.copy, verdict)
+                owner, name = place
+                self._saved[place] = replaced[id(buffer)]
+                owner._buffers[name] = self._saved[place].buffer
         if same:
             ops.settle_(*map(list, zip(*same.values(), strict=True)), verdict)
         if others:
@@ -83,14 +94,7 @@ class Buffers:
 
     def restore(self) -> None:
         """Put back what was saved."""
-        self.settle(torch.tensor(int(ops.Verdict.SKIP_ROLLBACK)))
-
-    def _settle_replaced(self, place, buffer: Tensor, copy: Tensor, verdict: Tensor) -> None:
-        # Not into the new tensor: it may be the user's, as a batch that a module remembers.
-        owner, name = place
-        skip = (verdict >= int(ops.Verdict.SKIP_NONFINITE)).to(buffer.device)
-        owner._buffers[name] = torch.where(skip, copy, buffer)
-        self._saved[place] = _Saved(owner._buffers[name], owner._buffers[name].clone())
+        self.settle(torch.tensor(int(ops.Verdict.SKIP_ROLLBACK), device="cpu"))
 
     def _settle_on_host(self, places: list, current: dict, skip: bool) -> None:
         for place in places:
@@ -108,8 +112,8 @@ class Buffers:
                 self._saved[place] = _save(owner._buffers[name], {})
             elif saved is None and owner in {o for o, _ in self._saved}:
                 owner._buffers.pop(name, None)  # registered by the forward pass
-            elif hasattr(owner, "reset_running_stats"):  # a lazy or a new normalisation layer
-                owner.reset_running_stats()
+            elif hasattr(owner, "reset_running_stats") and not _finite(buffer):
+                owner.reset_running_stats()  # a lazy or a new normalisation layer
 
     def _current(self) -> Iterator[tuple[tuple[nn.Module, str], Tensor | None]]:
         for owner in self._owners:
@@ -121,6 +125,17 @@ def _save(buffer: Tensor | None, copies: dict[int, Tensor]) -> _Saved:
     if buffer is None or not _writable(buffer):
         return _Saved(buffer, None)
     return _Saved(buffer, copies.setdefault(id(buffer), buffer.detach().clone()))
+
+
+def _settled(buffer: Tensor, copy: Tensor, verdict: Tensor) -> _Saved:
+    """A new tensor: the one that took the buffer's place may be the user's, as a batch."""
+    skip = (verdict >= int(ops.Verdict.SKIP_NONFINITE)).to(buffer.device)
+    settled = torch.where(skip, copy, buffer)
+    return _Saved(settled, settled.clone())
+
+
+def _finite(buffer: Tensor | None) -> bool:
+    return buffer is None or not _writable(buffer) or bool(buffer.isfinite().all())
 
 
 def _as(copy: Tensor, buffer: Tensor | None) -> Tensor:
@@ -147,13 +162,13 @@ def _writable(tensor: Tensor) -> bool:
 class OnLoad:
     """A load_state_dict hook that neither keeps its guard alive nor goes with a module's copy."""
 
-    def __init__(self, method: Callable[[], None] | None = None):
+    def __init__(self, method: Callable[[nn.Module], None] | None = None):
         self._method = None if method is None else weakref.WeakMethod(method)
 
     def __call__(self, module: nn.Module, incompatible_keys) -> None:
         method = None if self._method is None else self._method()
         if method is not None:
-            method()
+            method(module)
 
     def __reduce__(self):
         return type(self), ()

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .ops import GradNorm, Verdict
+from .ops import LARGEST_APPLIED, GradNorm, Verdict
 
 logger = logging.getLogger(__name__)
 
@@ -98,7 +98,9 @@ class StepReport:
 
     def to_dict(self) -> dict:
         """As plain values; the batch's id as text."""
-        values = dataclasses.asdict(self)
+        # Without the id, which may be anything: asdict copies what it finds.
+        bare = dataclasses.replace(self, batch_id=None, quarantined=())
+        values = dataclasses.asdict(bare)
         values["verdict"] = int(self.verdict)
         values["bracket"] = [stretch._asdict() for stretch in self.bracket]
         values["batch_id"] = None if self.batch_id is None else str(self.batch_id)
@@ -245,11 +247,9 @@ class GradientExplosionError(RuntimeError):
             )
         if large:
             norms = _shorten(f"{r.total_norm:.3g}" for r in large)
-            seen.append(f"{len(large)} had a norm above skip_norm={skip_norm:g} ({norms})")
-            cures.append(
-                "raise skip_norm or set it to inf, so that large finite gradients are clipped; "
-                "lower the learning rate"
-            )
+            limit, cure = _limit_of(large[0], skip_norm)
+            seen.append(f"{len(large)} had a norm above {limit} ({norms})")
+            cures.append(f"{cure}; lower the learning rate")
         super().__init__(
             f"{len(reports)} steps in a row were skipped, steps {reports[0].step} to "
             f"{reports[-1].step}: {'; '.join(seen)}.\n"
@@ -288,7 +288,7 @@ class BadStepFiles:
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(_strict(content), indent=1) + "\n")
-        except OSError as error:
+        except (OSError, TypeError, ValueError) as error:
             logger.warning("No report on step %d: %s", report.step, error)
         if self._left == 0:
             logger.warning("%d bad steps were written to %s; no more", _MAX_FILES, self._folder)
@@ -298,10 +298,10 @@ def log_skip(report: StepReport, skip_norm: float) -> None:
     """A warning in the words of the trainer's logs."""
     if report.verdict is Verdict.SKIP_OUTLIER:
         logger.warning(
-            "Large gradient norm: %.4g at batch %s, skipping (skip_norm %g)",
+            "Large gradient norm: %.4g at batch %s, skipping (%s)",
             report.total_norm,
             report.batch,
-            skip_norm,
+            _limit_of(report, skip_norm)[0],
         )
     elif report.all_quarantined:
         logger.warning(
@@ -316,8 +316,24 @@ def log_skip(report: StepReport, skip_norm: float) -> None:
             "Infinite gradient, skipping batch %s (norm %s, first at %s)",
             report.batch,
             report.total_norm,
-            report.first_nonfinite or "none: the sum of the squares overflows",
+            report.first_nonfinite or _why_without_offenders(report),
         )
+
+
+def _limit_of(report: StepReport, skip_norm: float) -> tuple[str, str]:
+    """What a finite norm was above, and the cure."""
+    if report.total_norm > skip_norm:
+        cure = "raise skip_norm or set it to inf, so that large finite gradients are clipped"
+        return f"skip_norm={skip_norm:g}", cure
+    if math.isinf(report.total_norm):
+        return "1.8e308 in the sum of its squares", "look for what makes gradients so large"
+    return f"{LARGEST_APPLIED:g}, what fp32 moments can hold", "set a finite max_norm"
+
+
+def _why_without_offenders(report: StepReport) -> str:
+    if math.isnan(report.total_norm):
+        return "none: found by GradScaler.unscale_, perhaps on another rank"
+    return "none: the sum of the squares overflows"
 
 
 def _bad_loss(report: StepReport) -> bool:

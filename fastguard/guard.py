@@ -17,7 +17,13 @@ from torch import Tensor, nn
 
 from . import ops
 from .accumulate import Window, check_summable
-from .apply import found_by_unscaling, scale_of, step_optimizer, update_scaler
+from .apply import (
+    found_by_unscaling,
+    leaves_gradients,
+    scale_of,
+    step_optimizer,
+    update_scaler,
+)
 from .buffers import Buffers, OnLoad
 from .clip import check_threshold
 from .decision import WINDOW, discarded, fresh_statistics, nan_if, scalar, unscaling
@@ -135,6 +141,7 @@ class GradGuard:
         self._spent: list[StepReport] = []  # the skips that used up the patience
         self._steps = 0
         self._batches_to_skip = 0
+        self._discarded: int | None = None  # the last step that was, after a rollback
 
     def __repr__(self) -> str:
         return (
@@ -173,13 +180,27 @@ class GradGuard:
 
         Raises:
             GradientExplosionError: ``patience`` skips in a row. This step is done then.
-            ValueError: the optimizer needs a closure or holds a gradient that the guard does not
-                watch; gradients of an unsupported dtype, on several devices, DTensors, or not
-                accumulated as the others of their window; a loss that is not one number. Nothing
-                was changed then.
-            Exception: what an optimizer raises; its gradients may be scaled already then.
+            ValueError: no optimizer, or one twice; it needs a closure or holds a gradient that the
+                guard does not watch; gradients of an unsupported dtype, on several devices,
+                DTensors, or not accumulated as the others of their window; a loss that is not one
+                number. Nothing was changed then.
+            Exception: what an optimizer raises. Its gradients may be scaled already then, and those
+                of several that came before it have stepped.
         """
-        optimizers = [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else [*optimizer]
+        optimizers = [optimizer] if hasattr(optimizer, "param_groups") else [*optimizer]
+        if not optimizers or len(set(map(id, optimizers))) < len(optimizers):
+            raise ValueError(f"step takes one optimizer or several different ones, got {optimizer}")
+        try:
+            report = self._step(optimizers, scaler, loss, batch_id)
+        except BaseException:
+            # What the forward pass wrote must not pass for good at the next step.
+            (self._buffers if self._window is None else self._window.buffers).restore()
+            raise
+        self._act(self._learn())
+        self._take_snapshot()
+        return report
+
+    def _step(self, optimizers, scaler, loss, batch_id) -> PendingReport:
         if self._watched.check(optimizers):
             self._found_others()
         device = self._watched.parameters[0].device
@@ -199,15 +220,18 @@ class GradGuard:
         before = [t.clone() for t in self._statistics], self._ema_norms
         decision = self._decide(names, measured, unscale, loss)
 
-        if window is not None:
-            window.hand_over()
-            self._window = None
         try:
+            if window is not None:
+                window.hand_over()
             for each in optimizers:
                 step_optimizer(each, grads, decision)
         except BaseException:
             self._statistics, self._ema_norms = ops.Statistics(*before[0]), before[1]
+            if window is not None:
+                window.take_back()
+                self._window = window if all(map(leaves_gradients, optimizers)) else None
             raise
+        self._window = None
         self._buffers.settle(decision.verdict)
         infinite = ~measured.total_norm.isfinite()
         update_scaler(
@@ -221,8 +245,6 @@ class GradGuard:
         self._steps += 1
         self._pending.append(report)
         self._stepped = optimizers, scaler
-        self._act(self._learn())
-        self._take_snapshot()
         return report
 
     @torch.no_grad()
@@ -259,14 +281,18 @@ class GradGuard:
             What would have become of a step with these gradients alone.
 
         Raises:
-            ValueError: a weight that is not a positive number; another scaler than before;
-                gradients that are sparse or shared by two parameters, or that :meth:`step` would
-                refuse. Nothing was changed then.
+            ValueError: a weight that is not a positive number; another scaler than before; no
+                gradients, or some that are sparse or shared by two parameters, or that
+                :meth:`step` would refuse. Nothing was changed then.
         """
         weight = float(weight)
         if not 0 < weight < math.inf:
             raise ValueError(f"weight must be a positive number, got {weight}")
         names, parameters, grads = self._watched.with_gradients()
+        if not grads:
+            raise ValueError(
+                "no gradient to accumulate: call this after backward, before zero_grad"
+            )
         measurable(names, grads)
         check_summable(names, grads)
         device = self._watched.parameters[0].device
@@ -329,6 +355,7 @@ class GradGuard:
 
     def _decide(self, names, measured, unscale, loss, accept=True) -> ops.GuardDecision:
         if accept and self.skip_batch():
+            self._discarded = self._steps
             return discarded(measured, unscale, loss)
         known, threshold = self._statistics, self.threshold if accept else Fixed()
         if known.moments.device != measured.total_norm.device:
@@ -362,7 +389,7 @@ class GradGuard:
             return
         self._spent = []
         if self._snapshots is not None:
-            self._snapshots.forget_since(spent[0].step)
+            self._snapshots.forget_since(spent[0].step, self._stepped[0])
         if not self._snapshots:
             raise GradientExplosionError(spent, self.skip_norm)
         self._go_back()
@@ -395,7 +422,11 @@ class GradGuard:
     def _take_snapshot(self) -> None:
         # Whether the last verdicts were skips is not known yet, and need not be: a skip leaves
         # everything alone. What is younger than an explosion is dropped when that is known.
-        if self._snapshots is None or self._skips_in_a_row or not self._snapshots.due(self._steps):
+        if self._snapshots is None:
+            return
+        if self._discarded == self._steps - 1:
+            self._snapshots.postpone(self._steps)
+        if self._skips_in_a_row or not self._snapshots.due(self._steps):
             return
         own = {
             "statistics": [t.clone() for t in self._statistics],
@@ -432,10 +463,14 @@ class GradGuard:
             "threshold": self.threshold.kind.name.lower(),
             "moments": self._statistics.moments.tolist(),
             "accepted": self._accepted(),
-            "ema_norms": {name: norm.item() for name, norm in self._ema_norms.items()},
+            "ema_norms": self._seen_norms(),
             "skips_in_a_row": [r.to_dict() for r in self._spent or self._skips_in_a_row],
             "batches_to_skip": self._batches_to_skip,
         }
+
+    def _seen_norms(self) -> dict[str, float]:
+        norms = {name: norm.item() for name, norm in self._ema_norms.items()}
+        return {name: norm for name, norm in norms.items() if norm < math.inf}
 
     def load_state_dict(self, state: dict) -> None:
         """Go on as the guard did whose :meth:`state_dict` this is.
@@ -478,16 +513,23 @@ class GradGuard:
         """Tell the guard that what is in the module's buffers is good.
 
         After something other than a training step wrote them: ``update_bn``, an average of weights
-        that is kept in buffers. ``load_state_dict`` of the module and its parts does it by itself.
+        that is kept in buffers; or after layers without parameters were added, which it would not
+        find. ``load_state_dict`` of the module and its parts does it by itself.
         """
         self._buffers.commit()
+        if self._window is not None:
+            self._window.buffers.commit()
 
-    def _on_load(self) -> None:
-        """The module got another state; its parameters may be new objects."""
-        self._buffers.commit()
+    def _on_load(self, part: nn.Module) -> None:
+        """A part of the module got another state; its parameters may be new objects."""
+        self._buffers.commit(part)
+        if self._window is not None:
+            self._window.buffers.commit(part)
         self._watched.stale = True
-        if self._snapshots is not None:
-            self._snapshots.clear()
+        if part is self._watched.module:  # what is under way is of other weights
+            self._window = None
+            if self._snapshots is not None:
+                self._snapshots.clear()
 
     def _found_others(self) -> None:
         """The parameters were looked up anew, and the module may have other parts."""

@@ -45,8 +45,8 @@ class BackwardMeasure:
 
     def _note(self, parameter: Tensor) -> None:
         grad = parameter.grad
-        if grad.layout != torch.strided or grad.dtype not in ops.DTYPES:
-            return  # the step will see to it
+        if grad is None or grad.layout != torch.strided or grad.dtype not in ops.DTYPES:
+            return  # another hook took it; or the step will see to it
         self._open[id(parameter)] = grad
         self._open_bytes += grad.nbytes
         if self._open_bytes >= _BUCKET_BYTES:

@@ -285,26 +285,26 @@ def guard_decide_ref_(
     finite = norm.isfinite() if loss is None else norm.isfinite() & loss.isfinite()
     verdict = torch.where(finite, verdict, int(Verdict.SKIP_NONFINITE))
     coef = torch.where(verdict == int(Verdict.CLIP), coef, 1.0)
-    if kind is not Kind.ADAGC:
-        too_large = (norm * coef > LARGEST_APPLIED) & finite
-        verdict = torch.where(too_large, int(Verdict.SKIP_OUTLIER), verdict)
     skip = verdict >= int(Verdict.SKIP_NONFINITE)
-    coef = torch.where(skip, 1.0, coef)
-    absorbed = ~skip & (norm > 0) if accept else torch.zeros_like(skip)
-
-    coefs = coef
+    coefs, applied = coef, norm * coef
     if kind is Kind.ADAGC:
         each = norms * factor
         seen = warm & ema_norms.isfinite()
         alone = torch.where(warm, (max_norm / (each + 1e-6)).clamp(max=1), coef)
         coefs = torch.where(seen, (a * ema_norms / each).clamp(max=1), alone)
         coefs = torch.where(skip | (each == 0), 1.0, coefs)
-        ema = torch.where(
-            seen, b * ema_norms + (1 - b) * coefs * each, ema_norms.minimum(coefs * each)
-        )
-        ema_norms.copy_(torch.where(absorbed & (each > 0), ema, ema_norms))
-        coef = coefs.amin() if len(coefs) else coef
+        if len(norms):
+            coef, applied = coefs.amin(), (coefs * each).amax()
         verdict = torch.where(skip, verdict, (coef < 1).long())
+    too_large = ~skip & (applied > LARGEST_APPLIED)
+    verdict = torch.where(too_large, int(Verdict.SKIP_OUTLIER), verdict)
+    skip = skip | too_large
+    coef = torch.where(skip, 1.0, coef)
+    absorbed = ~skip & (norm > 0) if accept else torch.zeros_like(skip)
+    if kind is Kind.ADAGC:
+        clipped = coefs * each
+        ema = torch.where(seen, b * ema_norms + (1 - b) * clipped, ema_norms.minimum(clipped))
+        ema_norms.copy_(torch.where(absorbed & (each > 0), ema, ema_norms))
 
     if kind is Kind.ZCLIP:
         updated = _zclip_moments(moments, norm.minimum(adaptive), norm, b, warmup)
@@ -583,6 +583,20 @@ def adamw_(
         torch.autograd.graph.increment_version(state)
     else:
         adamw_ref_(params, grads, *state, grad_coef, verdict, *options)
+
+
+@torch.no_grad()
+def check_adamw(params, grads, exp_avg, exp_avg_sq, max_exp_avg_sq, state_steps, *rest) -> None:
+    """Raise what :func:`adamw_` would of the same arguments; nothing is written."""
+    grad_coef, verdict, *options = rest
+    state = exp_avg, exp_avg_sq, max_exp_avg_sq, state_steps
+    if params and _has_kernel(params[0], cuda=False):
+        skip = torch.full_like(verdict, int(Verdict.SKIP_NONFINITE))
+        torch.ops.fastguard.adamw_.default(params, grads, *state, grad_coef, skip, *options)
+    else:
+        moments = dict(zip(("exp_avg", "exp_avg_sq", "max_exp_avg_sq"), state, strict=False))
+        amsgrad = options[-2]
+        _check_adamw(params, grads, moments, state_steps, grad_coef, verdict, amsgrad)
 
 
 @torch.no_grad()

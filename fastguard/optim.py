@@ -63,9 +63,11 @@ class _Fused:
             with torch.enable_grad():
                 loss = closure()
         grads = self._collect()
-        # What fails here fails before the first bucket is stepped.
+        # What fails here fails before the first bucket is stepped, which looks at itself.
         decisions = self._decide(grads)
         options = [bucket.options() for bucket in self._buckets]
+        for bucket, *arguments in [*zip(self._buckets, grads, decisions, options, strict=True)][1:]:
+            bucket.step(*arguments, only_check=True)
         for bucket, *arguments in zip(self._buckets, grads, decisions, options, strict=True):
             bucket.step(*arguments)
         return loss
@@ -164,7 +166,7 @@ class _Fused:
             ) from None
         if rows == list(range(rows[0], rows[0] + len(rows))):
             return slice(rows[0], rows[0] + len(rows))
-        index = torch.tensor(rows)
+        index = torch.tensor(rows, device="cpu")
         # From memory that is not pinned the host would wait for the copy.
         return _to(index.pin_memory() if coef.is_cuda else index, coef.device)
 
@@ -238,6 +240,7 @@ class _Bucket:
         self.complex = any(p.is_complex() for p in params)
         self.amsgrad = bool(group["amsgrad"])
         self._contiguous = [p for p in params if p.is_contiguous()]
+        self._numels = list(map(Tensor.numel, self._contiguous))
         self._others = [p for p in params if not p.is_contiguous()]
         self._layouts = list(map(_layout, self._others))
         names = _MOMENTS if self.amsgrad else _MOMENTS[:2]
@@ -297,9 +300,10 @@ class _Bucket:
         return same
 
     def _in_place(self) -> bool:
-        # Contiguous says enough, at half the price of the strides: the op looks at the sizes.
+        # Contiguous and of one number of elements says enough, at half the price of the strides.
         return (
             all(map(Tensor.is_contiguous, self._contiguous))
+            and list(map(Tensor.numel, self._contiguous)) == self._numels
             and list(map(_layout, self._others)) == self._layouts
         )
 
@@ -311,13 +315,15 @@ class _Bucket:
         grads: list[Tensor],
         decision: tuple[Tensor, Tensor],
         options: tuple[float | bool, ...],
+        only_check: bool = False,
     ) -> None:
         params = self.params
         state = (*(self._packs[name] for name in _MOMENTS), self._packs["step"])
         try:
             if self.complex:
                 params, grads = _real(params), _real(grads)
-            ops.adamw_(params, grads, *state, *decision, *options)
+            step = ops.check_adamw if only_check else ops.adamw_
+            step(params, grads, *state, *decision, *options)
         except RuntimeError:
             _check_dense(grads)
             raise

@@ -19,7 +19,7 @@ class Rollback:
     """How :class:`fastguard.GradGuard` goes back when its patience is spent.
 
     The state of parameters, optimizer, buffers, scheduler, GradScaler, guard and random number
-    generators (torch's, of the CPU and the current accelerator, Python's and numpy's) is copied to
+    generators (torch's of the CPU and of CUDA, Python's and numpy's) is copied to
     host memory every ``every`` steps; ``keep`` copies are held. Restoring is exact: it
     copies, it does not undo arithmetic. Each copy serves once; a run that explodes again goes
     further back, and ends with :class:`fastguard.GradientExplosionError` when there is none left.
@@ -87,12 +87,17 @@ class Snapshots:
             }
         )
 
-    def forget_since(self, step: int) -> None:
-        """Drop copies that are younger than the explosion, or of optimizers with other groups."""
+    def postpone(self, step: int) -> None:
+        """Take no copy before there were good steps again."""
+        self._last_step = step
+
+    def forget_since(self, step: int, optimizers) -> None:
+        """Drop copies that are younger than the explosion, or of other optimizers or groups."""
+        now = [(o, _groups_of(o)) for o in optimizers]
         fitting = [
             s
             for s in self._ring
-            if s["step"] <= step and all(_groups_of(o) == then for o, then, _ in s["optimizers"])
+            if s["step"] <= step and [(o, groups) for o, groups, _ in s["optimizers"]] == now
         ]
         self._ring.clear()
         self._ring.extend(fitting)

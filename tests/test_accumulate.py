@@ -1,5 +1,6 @@
 """GradGuard.accumulate: a bad micro-batch is as if it had never been."""
 
+import copy
 import math
 
 import pytest
@@ -237,3 +238,42 @@ def test_a_spike_is_judged_by_skip_norm_alone_whatever_the_threshold():
     assert micro_batch.max_norm == 10.0
     assert micro_batch.clip_coef == 1.0
     assert guard.step(optimizer).clip_coef < 0.5
+
+
+def test_an_optimizer_that_raises_does_not_lose_the_window():
+    model = small_model()
+    optimizer = fastguard.AdamW(model.parameters(), lr=0.1)
+    guard = GradGuard(model, max_norm=math.inf)
+    window(model, guard, optimizer, [batch(0)])
+    twin = copy.deepcopy((model, optimizer))
+    optimizer.zero_grad()
+    for seed in (1, 2):
+        model(batch(seed)).square().mean().backward()
+        guard.accumulate()
+    right = optimizer.state[model[0].weight]["exp_avg"]
+    optimizer.state[model[0].weight]["exp_avg"] = torch.zeros(1)
+    with pytest.raises(RuntimeError, match="exp_avg"):
+        guard.step(optimizer)
+    optimizer.state[model[0].weight]["exp_avg"] = right
+    assert guard.step(optimizer).micro_batches == 2
+    other, other_optimizer = twin
+    report = window(other, GradGuard(other, math.inf), other_optimizer, [batch(1), batch(2)])
+    assert report.micro_batches == 2
+    assert_same_bits(everything(model, optimizer), everything(other, other_optimizer))
+
+
+def test_weights_that_are_loaded_end_the_window():
+    model = small_model()
+    guard = GradGuard(model)
+    optimizer = fastguard.AdamW(model.parameters())
+    model(batch(0)).square().mean().backward()
+    guard.accumulate()
+    model.load_state_dict({k: v + 1 for k, v in model.state_dict().items()})
+    optimizer.zero_grad()
+    model(batch(1)).square().mean().backward()
+    assert guard.step(optimizer).micro_batches == 0
+
+
+def test_nothing_to_accumulate():
+    with pytest.raises(ValueError, match="no gradient to accumulate"):
+        GradGuard(small_model()).accumulate()

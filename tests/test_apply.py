@@ -301,3 +301,13 @@ def test_a_max_norm_of_zero(make):
     weight.grad = torch.ones(2)
     GradGuard([weight], max_norm=0.0).step(optimizer)
     assert weight.isfinite().all()
+
+
+def test_no_optimizer_and_one_twice():
+    weight = nn.Parameter(torch.ones(2))
+    weight.grad = torch.ones(2)
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    for wrong in ([], [optimizer, optimizer]):
+        with pytest.raises(ValueError, match="one optimizer or several different ones"):
+            GradGuard([weight]).step(wrong)
+    assert weight.tolist() == [1.0, 1.0]

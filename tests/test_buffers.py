@@ -216,3 +216,59 @@ def test_an_average_of_weights_in_a_buffer_follows_accepted_steps_only(make):
         if not report.skipped:
             expected = expected.lerp(model[0].weight.detach(), 0.5)
         assert torch.equal(model.average, expected)
+
+
+def test_loading_a_part_does_not_commit_the_others():
+    model = small_model()
+    model.add_module("other", nn.BatchNorm1d(3))
+    guard = GradGuard(model)
+    optimizer = torch.optim.SGD(model[:4].parameters(), lr=0.1)
+    model[:4](BAD).sum().backward()
+    model.other.load_state_dict({k: v + 2 for k, v in model.other.state_dict().items()})
+    assert guard.step(optimizer).skipped
+    assert model[1].running_mean.tolist() == [0.0] * 8
+    assert model.other.running_mean.tolist() == [2.0] * 3
+
+
+def test_a_pretrained_layer_that_is_added_keeps_its_statistics():
+    model = small_model()
+    guard = GradGuard(model)
+    train_step(model, torch.optim.SGD(model.parameters(), lr=0.1), guard, GOOD)
+    model.append(nn.BatchNorm1d(1))
+    model[4].running_mean.fill_(7.0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model.eval()
+    optimizer.zero_grad()
+    model(GOOD).sum().backward()
+    assert guard.step(optimizer, loss=math.nan).skipped
+    assert model[4].running_mean.tolist() == [7.0]
+
+
+def test_what_an_exception_left_in_the_buffers_is_not_committed_later():
+    model = small_model()
+    guard = GradGuard(model)
+    optimizer = fastguard.AdamW(model.parameters())
+    train_step(model, optimizer, guard, torch.randn(6, 4))
+    mean = model[1].running_mean.clone()
+    model(BAD)
+    with pytest.raises(ValueError, match="loss must be one real number"):
+        guard.step(optimizer, loss=torch.ones(2))
+    assert torch.equal(model[1].running_mean, mean)
+
+
+def test_a_replaced_buffer_in_two_places_stays_one():
+    shared = torch.zeros(1)
+
+    class Shares(Remembers):
+        def __init__(self):
+            super().__init__(shared, lambda self, x: None)
+            self.register_buffer("again", shared)
+
+        def forward(self, x):
+            self.kept = self.again = x.sum(0)[:1].detach()
+            return super().forward(x)
+
+    model = Shares()
+    assert steps(model, GOOD, BAD) == [False, True]
+    assert model.kept is model.again
+    assert model.kept.tolist() == [6.0]

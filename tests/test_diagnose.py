@@ -161,3 +161,23 @@ def test_the_error_says_what_was_wrong_with_the_micro_batches():
     assert "4 had a NaN or Inf gradient, first at weight[1] (NaN)" in message
     assert "batches: 0.0, 0.1, 1.0, 1.1" in message
     assert "skip_norm" not in message
+
+
+def test_a_batch_id_may_be_anything(tmp_path):
+    weight = nn.Parameter(torch.zeros(2))
+    guard = GradGuard([weight], report_dir=tmp_path)
+    for batch_id in (torch.ones(2, requires_grad=True) * 2, (i for i in range(3)), object()):
+        weight.grad = torch.full((2,), math.nan)
+        assert guard.step(torch.optim.SGD([weight], lr=1.0), batch_id=batch_id).batch is batch_id
+    assert len(guard.state_dict()["skips_in_a_row"]) == 3
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_a_norm_that_moments_can_not_hold_is_called_that(caplog):
+    weight = nn.Parameter(torch.zeros(2))
+    guard = GradGuard([weight], max_norm=math.inf, patience=1)
+    weight.grad = torch.full((2,), 1e19)
+    with pytest.raises(
+        GradientExplosionError, match=r"above 1e\+18.*\n(.*\n)*.*set a finite max_norm"
+    ):
+        guard.step(fastguard.AdamW([weight]))

@@ -320,7 +320,9 @@ def test_the_error_survives_pickling_and_names_steps_where_batches_have_no_id():
 
 def test_an_overflow_of_float64_is_not_called_a_nan():
     parameters = parameters_with([torch.full((2,), 1e200, dtype=torch.float64)])
-    with pytest.raises(GradientExplosionError, match=r"1 had a norm above skip_norm=inf \(inf\)"):
+    with pytest.raises(
+        GradientExplosionError, match=r"1 had a norm above 1.8e308 in the sum of its sq"
+    ):
         GradGuard(parameters, patience=1).step(torch.optim.SGD(parameters, lr=0.1))
 
 
@@ -358,7 +360,7 @@ def test_warnings_use_the_words_of_the_logs(caplog):
             set_gradient_norms(parameters, norm)
             guard.step(optimizer)
     assert [r.getMessage() for r in caplog.records] == [
-        "Large gradient norm: 50 at batch 16, skipping (skip_norm 10)",
+        "Large gradient norm: 50 at batch 16, skipping (skip_norm=10)",
         "Infinite gradient, skipping batch 17 (norm inf, first at parameter 0[0])",
     ]
 
@@ -514,3 +516,27 @@ def test_it_says_what_it_is():
         "GradGuard(max_norm=0.5, skip_norm=10, patience=25, "
         "threshold=ZClip(z=2.5, alpha=0.97, warmup=25); 6 parameters, 0 steps)"
     )
+
+
+def test_adagc_resumes_where_a_parameter_was_never_seen():
+    parameters = [nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(2))]
+    optimizer = torch.optim.SGD(parameters, lr=0.1)
+    guard = GradGuard(parameters, threshold=AdaGC())
+    for first in (math.nan, 1.0):
+        parameters[0].grad, parameters[1].grad = torch.full((2,), first), torch.zeros(2)
+        guard.step(optimizer)
+    state = guard.state_dict()
+    assert list(state["ema_norms"]) == ["parameter 0"]
+    again = GradGuard(parameters, threshold=AdaGC())
+    again.load_state_dict(state)
+    assert again.state_dict() == state
+
+
+def test_adagc_lets_nothing_through_that_moments_can_not_hold():
+    parameters = [nn.Parameter(torch.ones(4))]
+    optimizer = fastguard.AdamW(parameters)
+    guard = GradGuard(parameters, max_norm=math.inf, threshold=AdaGC(warmup=2))
+    assert stepped(guard, optimizer, parameters, 1e21).verdict is Verdict.SKIP_OUTLIER
+    assert guard.state_dict()["ema_norms"] == {}
+    stepped(guard, optimizer, parameters, 1.0, 1.0, 1e21)
+    assert optimizer.state[parameters[0]]["exp_avg_sq"].isfinite().all()

@@ -182,3 +182,18 @@ def test_gradients_that_never_came_to_a_step_are_not_kept(bucket_bytes, monkeypa
     gc.collect()
     assert sum(ref() is not None for ref in seen) <= 6
     assert len(guard._measure._norms) < 60
+
+
+def test_another_hook_that_takes_the_gradient():
+    weight = nn.Parameter(torch.ones(2))
+    taken = []
+
+    def take(parameter):
+        taken.append(parameter.grad)
+        parameter.grad = None
+
+    weight.register_post_accumulate_grad_hook(take)
+    guard = GradGuard([weight], measure="backward")
+    weight.sum().backward()
+    assert guard.step(torch.optim.SGD([weight], lr=1.0)).total_norm == 0.0
+    assert len(taken) == 1

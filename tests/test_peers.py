@@ -257,8 +257,9 @@ def test_mixed_dtypes_and_layouts_are_one_call(what):
         assert norm == pytest.approx(exact, rel=1e-12)
         calls.append([str(op) for op in ops.names if str(op).startswith("fastguard.")])
         assert not any("_foreach_" in str(op) for op in ops.names)
-    # One step for float64 parameters, whose moments are float64, and one for all others.
-    last = ["decide", "scale_"] if what == "clip" else ["guard_decide_", "adamw_", "adamw_"]
+    # One step for float64 parameters, whose moments are float64, and one for all others; before
+    # them one that only looks whether the second can be.
+    last = ["decide", "scale_"] if what == "clip" else ["guard_decide_", *["adamw_"] * 3]
     assert calls == [[f"fastguard.{name}" for name in ("grad_norm", *last)]] * 2
 
 

@@ -270,3 +270,42 @@ def test_parameters_that_only_the_optimizer_holds_go_back_too():
         with torch.no_grad():
             other.add_(1.0)
     assert other.tolist() == [1.0, 1.0]
+
+
+@pytest.mark.parametrize("every", [1, 5])
+def test_batches_that_are_passed_over_make_no_copies(every):
+    """Or it would go back to the same state for ever, at ever lower rates."""
+    parameters = [nn.Parameter(torch.zeros(4))]
+    optimizer = torch.optim.SGD(parameters, lr=0.1)
+    guard = guarded(parameters, every=every, keep=3, skip_batches=10)
+    for _ in range(20):
+        set_gradient_norms(parameters, 1.0)
+        guard.step(optimizer)
+    with pytest.raises(GradientExplosionError):
+        for _ in range(200):
+            set_gradient_norms(parameters, math.nan)
+            guard.step(optimizer)
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.1 / 8)
+
+
+def test_a_copy_is_of_no_use_to_another_optimizer():
+    model = small_model()
+    first = torch.optim.SGD(model.parameters(), lr=0.1)
+    guard = guarded(model)
+    train_step(model, first, guard, torch.ones(6, 4))
+    with pytest.raises(GradientExplosionError):
+        explode(model, torch.optim.SGD(model.parameters(), lr=0.5), guard)
+    assert first.param_groups[0]["lr"] == 0.1
+
+
+def test_a_part_that_is_loaded_at_each_step_leaves_the_copies():
+    """As a target network is."""
+    model = small_model()
+    model.add_module("target", nn.Linear(1, 1))
+    optimizer = torch.optim.SGD(model[:4].parameters(), lr=0.1)
+    guard = guarded(model)
+    online = nn.Linear(1, 1)
+    for x in (torch.ones(6, 4), torch.full((6, 4), math.nan), torch.full((6, 4), math.nan)):
+        model.target.load_state_dict(online.state_dict())
+        train_step(model[:4], optimizer, guard, x)
+    assert optimizer.param_groups[0]["lr"] == 0.05

@@ -60,26 +60,31 @@ std::tuple<Tensor, Tensor, Tensor> guard_decide_cpu(
   const double limit = per_tensor && warm ? INFINITY : std::min(max_norm, adaptive);
   const double skip_above = armed(known, sorted, skip_norm) ? skip_norm : INFINITY;
   Decision decision = decide(std::isfinite(value_or(loss, 0.0)) ? norm : NAN, limit, skip_above);
-  if (std::isfinite(norm) && norm * decision.clip_coef > largest_applied && !per_tensor &&
-      decision.verdict != Verdict::skip_nonfinite) {
-    decision = {1.0, Verdict::skip_outlier};
-  }
-  accept = accept && !skips(static_cast<int64_t>(decision.verdict));
-
   Tensor grad_coef = torch::stable::empty(
       per_tensor ? std::vector<int64_t>{norms.numel()} : std::vector<int64_t>{}, ScalarType::Double);
   double* const coefs = grad_coef.mutable_data_ptr<double>();
   std::fill_n(coefs, grad_coef.numel(), decision.clip_coef);
+  const double* const each = norms.const_data_ptr<double>();
+  double* const ema = ema_norms.mutable_data_ptr<double>();
+  const double global_coef = decision.clip_coef;
+  double applied = norm * decision.clip_coef;
   if (per_tensor && !skips(static_cast<int64_t>(decision.verdict))) {
-    const double* each = norms.const_data_ptr<double>();
-    double* ema = ema_norms.mutable_data_ptr<double>();
+    applied = 0.0;
     for (int64_t i = 0; i < norms.numel(); ++i) {
-      coefs[i] = adagc_coef(policy, warm, each[i] * factor, decision.clip_coef, ema[i], accept);
+      coefs[i] = adagc_coef(policy, warm, each[i] * factor, global_coef, ema[i], false);
+      applied = std::max(applied, each[i] * factor * coefs[i]);
     }
     decision.clip_coef = smallest(coefs, norms.numel());
     decision.verdict = decision.clip_coef < 1.0 ? Verdict::clip : Verdict::apply;
   }
-  if (accept) {
+  if (applied > largest_applied && !skips(static_cast<int64_t>(decision.verdict))) {
+    decision = {1.0, Verdict::skip_outlier};
+    std::fill_n(coefs, grad_coef.numel(), 1.0);
+  }
+  if (accept && !skips(static_cast<int64_t>(decision.verdict))) {
+    for (int64_t i = 0; per_tensor && i < norms.numel(); ++i) {
+      adagc_coef(policy, warm, each[i] * factor, global_coef, ema[i], true);
+    }
     absorb(policy, known, accepted_norms, window, norm, adaptive);
   }
   if (!skips(static_cast<int64_t>(decision.verdict))) {
