@@ -157,7 +157,6 @@ class BuildLibraries(build_ext):
             "-std=c++20",
             "--compress-mode=size",
             "--cudart=static",
-            "--threads=0",
             *GENCODE,
             "-Xcompiler=/EHsc" if WINDOWS else "-Xcompiler=-fPIC,-fvisibility=hidden",
             "-DUSE_CUDA",
@@ -173,9 +172,12 @@ class BuildLibraries(build_ext):
             "-o",
             str(target),
         ]
-        print(" ".join(command), flush=True)
-        if subprocess.run(command, cwd=ROOT).returncode != 0:
-            raise CompileError("nvcc failed; FASTGUARD_CUDA=0 builds the CPU library only")
+        # All architectures at a time may be more than a machine has memory for.
+        for threads in ("--threads=0", "--threads=1"):
+            print(" ".join([*command, threads]), flush=True)
+            if subprocess.run([*command, threads], cwd=ROOT).returncode == 0:
+                return
+        raise CompileError("nvcc failed; FASTGUARD_CUDA=0 builds the CPU library only")
 
 
 class Wheel(bdist_wheel):

@@ -13,7 +13,7 @@ def _load(name: str) -> str | None:
     """Load one library; return None if that worked, else why not."""
     path = Path(__file__).with_name(name + _SUFFIX)
     if not path.is_file():
-        return f"{path} was not built"
+        return f"{path} was not built (`pip install -v -e .` shows why)"
     try:
         torch.ops.load_library(path)
     except OSError as error:
