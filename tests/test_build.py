@@ -184,7 +184,8 @@ def test_native_code_under_sanitizers(tmp_path):
     ubsan = run("g++", "-print-file-name=libubsan.so").stdout.strip()
     result = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "not opcheck",
-         "tests/test_ops.py", "tests/test_clip.py", "tests/test_optim.py"],
+         "tests/test_ops.py", "tests/test_guard_ops.py", "tests/test_clip.py",
+         "tests/test_optim.py"],
         cwd=folder, capture_output=True, text=True,
         env={**os.environ, "PYTHONPATH": str(folder), "LD_PRELOAD": f"{asan} {ubsan}",
              "ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "halt_on_error=1"},
