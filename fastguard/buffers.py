@@ -96,6 +96,14 @@ class Buffers:
         """Put back what was saved."""
         self.settle(torch.tensor(int(ops.Verdict.SKIP_ROLLBACK), device="cpu"))
 
+    @torch.no_grad()
+    def heal(self) -> None:
+        """Put back what was saved if a buffer that was finite no longer is; the host waits."""
+        current = dict(self._current())
+        for place, saved in self._saved.items():
+            if saved.copy is not None and _finite(saved.copy) and not _finite(current.get(place)):
+                return self.restore()
+
     def _settle_on_host(self, places: list, current: dict, skip: bool) -> None:
         for place in places:
             owner, name = place

@@ -193,8 +193,7 @@ class GradGuard:
         try:
             report = self._step(optimizers, scaler, loss, batch_id)
         except BaseException:
-            # What the forward pass wrote must not pass for good at the next step.
-            (self._buffers if self._window is None else self._window.buffers).restore()
+            self._heal_buffers()
             raise
         self._act(self._learn())
         self._take_snapshot()
@@ -285,7 +284,13 @@ class GradGuard:
                 gradients, or some that are sparse or shared by two parameters, or that
                 :meth:`step` would refuse. Nothing was changed then.
         """
-        weight = float(weight)
+        try:
+            return self._accumulate(scaler, loss, batch_id, float(weight))
+        except BaseException:
+            self._heal_buffers()
+            raise
+
+    def _accumulate(self, scaler, loss, batch_id, weight: float) -> PendingReport:
         if not 0 < weight < math.inf:
             raise ValueError(f"weight must be a positive number, got {weight}")
         names, parameters, grads = self._watched.with_gradients()
@@ -293,14 +298,14 @@ class GradGuard:
             raise ValueError(
                 "no gradient to accumulate: call this after backward, before zero_grad"
             )
-        measurable(names, grads)
+        values = measurable(names, grads)
         check_summable(names, grads)
         device = self._watched.parameters[0].device
         loss = scalar(loss, device)
         if self._window is None:
             self._window = Window(self._buffers.copy(), device, scaler)
         self._window.check(scaler)
-        measured = self._measured(names, grads)
+        measured = self._measured(names, values)
         unscale = unscaling(scale_of(scaler, device), weight, device)
         decision = self._decide(names, measured, unscale, loss, accept=False)
         batch_id = f"micro-batch {len(self._window.reports)}" if batch_id is None else batch_id
@@ -519,6 +524,10 @@ class GradGuard:
         self._buffers.commit()
         if self._window is not None:
             self._window.buffers.commit()
+
+    def _heal_buffers(self) -> None:
+        """After an exception: a NaN that the forward pass wrote must not pass for good later."""
+        (self._buffers if self._window is None else self._window.buffers).heal()
 
     def _on_load(self, part: nn.Module) -> None:
         """A part of the module got another state; its parameters may be new objects."""

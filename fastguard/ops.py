@@ -62,8 +62,12 @@ def _has_kernel(tensor: Tensor, cuda: bool) -> bool:
 
 def _check_dtypes(op: str, tensors: Sequence[Tensor]) -> None:
     for i, tensor in enumerate(tensors):
-        if tensor.layout != torch.strided:
-            raise RuntimeError(f"{op}: tensor {i} has layout {tensor.layout}; it must be strided")
+        # The dispatcher refuses these two where there is a kernel.
+        if tensor.layout != torch.strided or hasattr(tensor, "full_tensor"):
+            raise RuntimeError(
+                f"{op}: tensor {i} is a {type(tensor).__name__} of layout {tensor.layout}; it must "
+                "be a strided tensor, and a DTensor's local one"
+            )
         if tensor.dtype not in DTYPES:
             raise RuntimeError(
                 f"{op}: tensor {i} has dtype {tensor.dtype}; float32, float64, bfloat16 and "

@@ -289,8 +289,8 @@ class _Bucket:
             with _NoComparison():
                 if self.states == self._copies:
                     return True
-        except Exception:
-            pass
+        except (TypeError, ValueError, RuntimeError):
+            pass  # of an entry that can not be compared; what counts is compared below
         same = all(
             all(map(is_, map(dict.get, self.states, repeat(name)), views))
             for name, views in self._views.items()

@@ -272,3 +272,26 @@ def test_a_replaced_buffer_in_two_places_stays_one():
     assert steps(model, GOOD, BAD) == [False, True]
     assert model.kept is model.again
     assert model.kept.tolist() == [6.0]
+
+
+@pytest.mark.parametrize("x, healed", [(GOOD, False), (BAD, True)])
+def test_a_refused_micro_batch_leaves_good_buffers_and_no_nan(x, healed):
+    model = small_model()
+    guard = GradGuard(model)
+    mean = model[1].running_mean.clone()
+    model(x).sum().backward()
+    with pytest.raises(ValueError, match="weight must be a positive number"):
+        guard.accumulate(weight=0.0)
+    assert torch.equal(model[1].running_mean, mean) == healed
+    assert model[1].running_mean.isfinite().all()
+
+
+def test_a_buffer_that_is_infinite_by_nature_heals_nothing():
+    model = small_model()
+    model.register_buffer("mask", torch.tensor([0.0, -math.inf]))
+    guard = GradGuard(model)
+    model(GOOD).sum().backward()
+    mean = model[1].running_mean.clone()
+    with pytest.raises(ValueError, match="loss must be one"):
+        guard.step(fastguard.AdamW(model.parameters()), loss=torch.ones(2))
+    assert torch.equal(model[1].running_mean, mean)

@@ -165,18 +165,21 @@ grads = [(torch.randn(n, dtype=torch.float64) * s).to(dtype)
 grads[2][4000] = math.nan
 found = ops.grad_norm(grads)
 ops.scale_(grads, torch.tensor(0.7, dtype=torch.float64))
-tensors = [*found, *grads]
+sums = [torch.randn(g.shape, dtype=torch.float64).to(g.dtype) for g in grads]
+window = torch.ones(3, dtype=torch.float64)
+ops.accumulate_(sums, grads, torch.tensor(0), window, 1.0)
+tensors = [*found, *grads, *sums]
 print(ops.cpu_info()["chosen"], hashlib.sha256(b"".join(
     t.view(-1).view(torch.uint8).numpy().tobytes() for t in tensors)).hexdigest())
 """
 
 
-@needs_kernel
-def test_every_instruction_set_gives_the_same_bits():
+def assert_same_from_every_instruction_set(script):
+    """``script`` prints the instruction set that was chosen and a digest of its results."""
     printed = {}
     for capability in ops.cpu_info()["compiled"].split():
         run = subprocess.run(
-            [sys.executable, "-c", _DUMP],
+            [sys.executable, "-c", script],
             capture_output=True,
             text=True,
             check=True,
@@ -186,6 +189,11 @@ def test_every_instruction_set_gives_the_same_bits():
         printed[chosen] = values
     assert "default" in printed
     assert len(set(printed.values())) == 1, printed
+
+
+@needs_kernel
+def test_every_instruction_set_gives_the_same_bits():
+    assert_same_from_every_instruction_set(_DUMP)
 
 
 @needs_kernel

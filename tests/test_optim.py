@@ -4,10 +4,7 @@ import copy
 import inspect
 import io
 import math
-import os
 import pickle
-import subprocess
-import sys
 import warnings
 
 import pytest
@@ -21,7 +18,7 @@ from fastguard import ops
 from fastguard.ops import Verdict
 
 from .drawn import DTYPES
-from .test_ops import needs_kernel
+from .test_ops import assert_same_from_every_instruction_set, needs_kernel
 
 F64 = torch.float64
 PAIRS = [(fastguard.Adam, torch.optim.Adam), (fastguard.AdamW, torch.optim.AdamW)]
@@ -340,19 +337,7 @@ print(ops.cpu_info()["chosen"], digest.hexdigest())
 
 @needs_kernel
 def test_every_instruction_set_steps_to_the_same_bits():
-    printed = {}
-    for capability in ops.cpu_info()["compiled"].split():
-        run = subprocess.run(
-            [sys.executable, "-c", _DUMP],
-            capture_output=True,
-            text=True,
-            check=True,
-            env={**os.environ, "FASTGUARD_CPU_CAPABILITY": capability},
-        )
-        chosen, values = run.stdout.split(" ", 1)
-        printed[chosen] = values
-    assert "default" in printed
-    assert len(set(printed.values())) == 1, printed
+    assert_same_from_every_instruction_set(_DUMP)
 
 
 def packed(tensors):

@@ -153,6 +153,10 @@ def test_a_corrupt_batch_is_skipped_and_named_and_the_model_survives(tmp_path, m
         assert "tone2.wav" in step["skipped_utterances"]
         assert "head.weight" in step["nonfinite_parameters"]
         assert math.isnan(float(step["grad_norm"]))
+    for number in (step["step"] - 1 for step in skipped):  # metrics count from 1
+        found = json.loads((run_dir / f"bad_step_{number:06d}.json").read_text())
+        assert "tone2.wav" in found["batch_id"]
+        assert "head.weight" in found["norms"]
     assert [e["skipped"] for e in metrics(run_dir, "epoch")] == [1, 1]
     assert all(math.isfinite(float(e["loss"])) for e in metrics(run_dir, "epoch"))
     assert "WARNING - Infinite gradient, skipping batch" in (run_dir / "train.log").read_text()

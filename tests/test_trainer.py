@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import fastguard
 from fastguard import checkpoint, trainer
 from fastguard.config import parse
 from fastguard.guard import GradGuard
@@ -43,6 +44,7 @@ def test_every_setting_reaches_its_part(make):
     assert [group[k] for k in ("lr", "eps", "weight_decay")] == [0.5, 0.3, 0.4]
     assert tuple(group["betas"]) == (0.1, 0.2)
     assert isinstance(made.stepper, GradGuard)
+    assert isinstance(made.optimizer, fastguard.AdamW)
     assert (made.stepper.max_norm, made.stepper.skip_norm, made.stepper.patience) == (0.6, 7, 8)
     assert made.model.config.dropout == 0.25
     assert made.model.blocks[3].attention.clamp == 9
@@ -64,6 +66,7 @@ def test_convolutions_start_scaled(make):
 def test_without_the_guard_torch_clips(make):
     made = make("--guard.max_norm", "0.001", "--optim.lr", "1e-9")
     assert isinstance(made.stepper, PlainClip)
+    assert type(made.optimizer) is torch.optim.AdamW
     report = made._train_step(next(iter(made.train_loader)), 0)[1]
     grads = [p.grad for p in made.model.parameters()]
     assert torch.nn.utils.get_total_norm(grads).item() == pytest.approx(0.001, rel=1e-3)

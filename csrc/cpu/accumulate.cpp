@@ -62,30 +62,22 @@ void accumulate_cpu(
   micro_batches[1] += 1.0;
   micro_batches[2] += weight;
 
-  std::vector<Dense> tensors;
+  Written written(sums);
   std::vector<Tensor> sources;
-  std::vector<Span> to, from;
+  std::vector<Span> from;
   for (size_t i = 0; i < sums.size(); ++i) {
-    tensors.push_back(densify(sums[i]));
-    sources.push_back(laid_out_as(grads[i], tensors.back().tensor));
-    tensors.back().tensor.mutable_data_ptr();  // makes a copy-on-write tensor its own
-    to.push_back(span_of(tensors.back().tensor));
+    sources.push_back(laid_out_as(grads[i], written[i]));
     from.push_back(span_of(sources.back()));
   }
-  const std::vector<Chunk> chunks = cut(to);
+  const std::vector<Chunk> chunks = cut(written.spans);
   const GradientKernels& kernels = gradient_kernels();
   for_each_chunk(chunks, [&](int64_t c) {
     const Chunk& chunk = chunks[c];
-    const Span& sum = to[chunk.span];
+    const Span& sum = written.spans[chunk.span];
     const auto& accumulate = first ? kernels.copy : kernels.add;
     pick(accumulate, sum.dtype)(data_of(sum, chunk), data_of(from[chunk.span], chunk), chunk.size);
   });
-  for (size_t i = 0; i < sums.size(); ++i) {
-    if (tensors[i].copied) {
-      Tensor sum = sums[i];
-      torch::stable::copy_(sum, tensors[i].tensor);
-    }
-  }
+  written.copy_back();
 }
 
 }  // namespace

@@ -23,30 +23,17 @@ void scale_cpu(const std::vector<Tensor>& grads, const Tensor& clip_coef) {
   if (std::all_of(factors, factors + clip_coef.numel(), [](double f) { return f == 1.0; })) {
     return;  // nothing to write
   }
-  std::vector<Dense> tensors;
-  std::vector<Span> spans;
-  tensors.reserve(grads.size());
-  spans.reserve(grads.size());
-  for (const Tensor& grad : grads) {
-    tensors.push_back(densify(grad));
-    tensors.back().tensor.mutable_data_ptr();  // makes a copy-on-write tensor its own
-    spans.push_back(span_of(tensors.back().tensor));
-  }
-  const std::vector<Chunk> chunks = cut(spans);
+  Written written(grads);
+  const std::vector<Chunk> chunks = cut(written.spans);
   const GradientKernels& kernels = gradient_kernels();
   for_each_chunk(chunks, [&](int64_t c) {
-    const Span& span = spans[chunks[c].span];
+    const Span& span = written.spans[chunks[c].span];
     const double factor = factors[step * chunks[c].span];
     if (factor != 1.0) {
       pick(kernels.scale, span.dtype)(data_of(span, chunks[c]), chunks[c].size, factor);
     }
   });
-  for (size_t i = 0; i < grads.size(); ++i) {
-    if (tensors[i].copied) {
-      Tensor grad = grads[i];
-      torch::stable::copy_(grad, tensors[i].tensor);
-    }
-  }
+  written.copy_back();
 }
 
 }  // namespace
