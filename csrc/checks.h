@@ -31,6 +31,31 @@ inline void check_tensor(
       " dimensions");
 }
 
+inline void check_dtype(const torch::stable::Tensor& tensor, const char* op, size_t index) {
+  using torch::headeronly::ScalarType;
+  const ScalarType dtype = tensor.scalar_type();
+  STD_TORCH_CHECK(
+      dtype == ScalarType::Float || dtype == ScalarType::Double || dtype == ScalarType::BFloat16 ||
+          dtype == ScalarType::Half,
+      op,
+      ": tensor ",
+      index,
+      " has dtype number ",
+      static_cast<int>(dtype),
+      "; float32, float64, bfloat16 and float16 are supported");
+}
+
+inline void check_no_overlap(const torch::stable::Tensor& tensor, const char* op, size_t index) {
+  for (int64_t dim = 0; dim < tensor.dim(); ++dim) {
+    STD_TORCH_CHECK(
+        tensor.stride(dim) != 0 || tensor.size(dim) <= 1 || tensor.numel() == 0,
+        op,
+        ": tensor ",
+        index,
+        " is expanded: several of its elements share a single memory location; clone it");
+  }
+}
+
 inline void check_total_norm(const torch::stable::Tensor& total_norm) {
   STD_TORCH_CHECK(
       total_norm.dim() == 0 &&

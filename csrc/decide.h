@@ -63,31 +63,45 @@ struct Statistics {
   double variance;
 };
 
-// The last accepted norms in ascending order.
-struct Sorted {
-  const double* norms;
-  int64_t size;
+// Where a quantile lies among `size` norms in ascending order: linear between neighbours, as
+// numpy.percentile and statistics.median.
+struct Quantile {
+  int64_t below;
+  int64_t above;
+  double fraction;
 
-  // Linear between neighbours, as numpy.percentile and statistics.median.
-  FASTGUARD_HOST_DEVICE double quantile(double q) const {
+  FASTGUARD_HOST_DEVICE Quantile(double q, int64_t size) {
     const double place = q * static_cast<double>(size - 1);
-    const int64_t below = static_cast<int64_t>(place);
-    const double low = norms[below];
-    const double high = norms[below + 1 < size ? below + 1 : below];
-    return low + (high - low) * (place - static_cast<double>(below));
+    below = static_cast<int64_t>(place);
+    above = below + 1 < size ? below + 1 : below;
+    fraction = place - static_cast<double>(below);
+  }
+  FASTGUARD_HOST_DEVICE double between(double low, double high) const {
+    return low + (high - low) * fraction;
   }
 };
+
+// Of the last accepted norms; both 0 where there is none.
+struct Quantiles {
+  double median;
+  double chosen;  // the one that AutoClip asks for
+};
+
+FASTGUARD_HOST_DEVICE inline double chosen_quantile(const Policy& policy) {
+  return policy.threshold == Threshold::autoclip ? policy.a / 100.0 : 0.5;
+}
 
 constexpr double armed_after = 16.0;  // a median of fewer says little
 
 FASTGUARD_HOST_DEVICE inline bool armed(
-    const Statistics& statistics, const Sorted& sorted, double skip_norm) {
-  return statistics.accepted >= armed_after && sorted.quantile(0.5) < skip_norm;
+    const Statistics& statistics, const Quantiles& accepted, double skip_norm) {
+  return statistics.accepted >= armed_after && accepted.median < skip_norm;
 }
 
 // What the threshold lets through unclipped, before max_norm caps it.
 FASTGUARD_HOST_DEVICE inline double adaptive_limit(
-    const Policy& policy, const Statistics& statistics, const Sorted& sorted, double total_norm) {
+    const Policy& policy, const Statistics& statistics, const Quantiles& accepted,
+    double total_norm) {
   if (policy.threshold == Threshold::fixed || statistics.accepted < policy.warmup ||
       statistics.accepted < 1.0) {
     return INFINITY;
@@ -101,35 +115,36 @@ FASTGUARD_HOST_DEVICE inline double adaptive_limit(
           : INFINITY;
     }
     case Threshold::running_median:
-      return policy.a * sorted.quantile(0.5);
+      return policy.a * accepted.median;
     case Threshold::autoclip:
-      return sorted.quantile(policy.a / 100.0);
+      return accepted.chosen;
     default:
       return INFINITY;
   }
 }
 
-FASTGUARD_HOST_DEVICE inline void absorb(
-    const Policy& policy, Statistics& statistics, double* history, int64_t window, double norm,
-    double limit) {
+// Takes an accepted norm into the statistics; true if it belongs into the history as well, where it
+// takes the place of the oldest, accepted % window.
+FASTGUARD_HOST_DEVICE inline bool absorb(
+    const Policy& policy, Statistics& statistics, double norm, double limit) {
   if (norm == 0.0) {
-    return;  // a step without gradients says nothing about their size
+    return false;  // a step without gradients says nothing about their size
   }
-  history[static_cast<int64_t>(statistics.accepted) % window] = norm;
   statistics.accepted += 1.0;
   if (policy.threshold != Threshold::zclip) {
-    return;
+    return true;
   }
   if (statistics.accepted <= policy.warmup) {  // Welford's mean and variance
     const double delta = norm - statistics.mean;
     statistics.mean += delta / statistics.accepted;
     statistics.variance += (delta * (norm - statistics.mean) - statistics.variance) / statistics.accepted;
-    return;
+    return true;
   }
   const double clipped = norm < limit ? norm : limit;
   statistics.mean = policy.b * statistics.mean + (1.0 - policy.b) * clipped;
   const double deviation = clipped - statistics.mean;
   statistics.variance = policy.b * statistics.variance + (1.0 - policy.b) * deviation * deviation;
+  return true;
 }
 
 // AdaGC's coefficient for one tensor; `ema` is updated if `accept`. An `ema` of inf was never set,
@@ -149,6 +164,75 @@ FASTGUARD_HOST_DEVICE inline double adagc_coef(
     ema = known ? policy.b * ema + (1.0 - policy.b) * clipped : (clipped < ema ? clipped : ema);
   }
   return coef;
+}
+
+// What one decision rests on and comes to. A device fills it in this order: judge; for AdaGC
+// adagc_coef of each tensor and weigh; veto; then, if it `learns`, adagc_coef again and absorb.
+struct Judgement {
+  double factor;  // undoes the scale of what was measured
+  double norm;
+  double adaptive;
+  double limit;
+  double global_coef;
+  double applied;  // the largest norm that a step would be taken with
+  bool warm;
+  Decision decision;
+
+  FASTGUARD_HOST_DEVICE bool skipped() const {
+    return skips(static_cast<int64_t>(decision.verdict));
+  }
+  // By what the gradients are multiplied that `clip_coef` was found for.
+  FASTGUARD_HOST_DEVICE double grad_coef(double clip_coef) const {
+    return skipped() ? 1.0 : clip_coef * factor;
+  }
+};
+
+FASTGUARD_HOST_DEVICE inline Judgement judge(
+    const Policy& policy, const Statistics& statistics, const Quantiles& accepted,
+    double total_norm, double unscale, bool loss_is_finite) {
+  Judgement judged{};
+  judged.factor = unscale;
+  judged.norm = total_norm * unscale;
+  judged.adaptive = adaptive_limit(policy, statistics, accepted, judged.norm);
+  judged.warm = statistics.accepted >= policy.warmup;
+  const double capped = judged.adaptive < policy.max_norm ? judged.adaptive : policy.max_norm;
+  judged.limit = policy.threshold == Threshold::adagc && judged.warm ? INFINITY : capped;
+  const double skip_above = armed(statistics, accepted, policy.skip_norm) ? policy.skip_norm : INFINITY;
+  judged.decision = decide(loss_is_finite ? judged.norm : NAN, judged.limit, skip_above);
+  judged.global_coef = judged.decision.clip_coef;
+  judged.applied = judged.norm * judged.global_coef;
+  return judged;
+}
+
+// AdaGC has a coefficient for each tensor: `smallest` of them, `applied` the largest clipped norm.
+FASTGUARD_HOST_DEVICE inline void weigh(Judgement& judged, double smallest, double applied) {
+  judged.decision = {smallest, smallest < 1.0 ? Verdict::clip : Verdict::apply};
+  judged.applied = applied;
+}
+
+FASTGUARD_HOST_DEVICE inline void veto(Judgement& judged) {
+  if (judged.applied > largest_applied && !judged.skipped()) {
+    judged.decision = {1.0, Verdict::skip_outlier};
+  }
+}
+
+// GradScaler.update: a NaN or Inf shrinks the scale, `interval` steps without one let it grow.
+struct Growth {
+  double growth_factor;
+  double backoff_factor;
+  int64_t interval;
+};
+
+FASTGUARD_HOST_DEVICE inline void grow(
+    const Growth& growth, bool found_inf, float& scale, int32_t& growth_tracker) {
+  if (found_inf) {
+    scale = static_cast<float>(scale * growth.backoff_factor);
+    growth_tracker = 0;
+  } else if (++growth_tracker == growth.interval) {
+    const float grown = static_cast<float>(scale * growth.growth_factor);
+    scale = std::isfinite(grown) ? grown : scale;
+    growth_tracker = 0;
+  }
 }
 
 }  // namespace fastguard

@@ -28,7 +28,7 @@ STABLE_TORCH_LIBRARY(fastguard, m) {
       "accumulate_(Tensor(a!)[] sums, Tensor[] grads, Tensor verdict, Tensor(b!) window, "
       "float weight) -> ()");
 
-  // Writes nothing when the verdict is a skip. The state is packed, see csrc/cpu/packed.h: moments
+  // Writes nothing when the verdict is a skip. The state is packed, see csrc/packed.h: moments
   // f32 or f64 (offsets[N],), max_exp_avg_sq (0,) without amsgrad, state_steps f32 (N,).
   // grad_coef f64 () or (N,), verdict i64 ().
   m.def(

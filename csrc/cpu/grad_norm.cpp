@@ -4,6 +4,7 @@
 // The tensors are cut into chunks of fixed size and every chunk's sum has its place in an array, so
 // the result does not depend on which thread took which chunk, nor on how many threads there are.
 
+#include "checks.h"
 #include "gradients.h"
 
 #include <torch/csrc/stable/library.h>

@@ -2,6 +2,7 @@
 // one parallel region, and the kernel for a dtype.
 #pragma once
 
+#include "dense.h"
 #include "gradients_kernel.h"
 
 #include <torch/csrc/stable/ops.h>
@@ -36,44 +37,6 @@ struct Chunk {
   int64_t begin;  // in elements
   int64_t size;
 };
-
-inline void check_dtype(const torch::stable::Tensor& tensor, const char* op, size_t index) {
-  const ScalarType dtype = tensor.scalar_type();
-  STD_TORCH_CHECK(
-      dtype == ScalarType::Float || dtype == ScalarType::Double || dtype == ScalarType::BFloat16 ||
-          dtype == ScalarType::Half,
-      op,
-      ": tensor ",
-      index,
-      " has dtype number ",
-      static_cast<int>(dtype),
-      "; float32, float64, bfloat16 and float16 are supported");
-}
-
-inline void check_no_overlap(const torch::stable::Tensor& tensor, const char* op, size_t index) {
-  for (int64_t dim = 0; dim < tensor.dim(); ++dim) {
-    STD_TORCH_CHECK(
-        tensor.stride(dim) != 0 || tensor.size(dim) <= 1 || tensor.numel() == 0,
-        op,
-        ": tensor ",
-        index,
-        " is expanded: several of its elements share a single memory location; clone it");
-  }
-}
-
-// A tensor whose elements fill one stretch of memory, in whatever order.
-struct Dense {
-  struct Dim {
-    int64_t stride;
-    int64_t row_major_stride;  // what the tensor's stride would be if it were contiguous
-  };
-
-  torch::stable::Tensor tensor;
-  std::vector<Dim> permutation;  // from the largest stride down; empty if the order is row-major
-  bool copied;  // because the given tensor has gaps
-};
-
-Dense densify(const torch::stable::Tensor& tensor);
 
 inline Span span_of(const torch::stable::Tensor& tensor) {
   char* data = const_cast<char*>(static_cast<const char*>(tensor.const_data_ptr()));

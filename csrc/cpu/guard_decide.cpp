@@ -27,6 +27,18 @@ double smallest(const double* values, int64_t n) {
   return n == 0 ? 1.0 : *std::min_element(values, values + n);
 }
 
+Quantiles quantiles_of(const Policy& policy, std::vector<double> norms) {
+  if (norms.empty()) {
+    return {0.0, 0.0};
+  }
+  std::sort(norms.begin(), norms.end());
+  const auto value = [&](double q) {
+    const Quantile quantile(q, static_cast<int64_t>(norms.size()));
+    return quantile.between(norms[quantile.below], norms[quantile.above]);
+  };
+  return {value(0.5), value(chosen_quantile(policy))};
+}
+
 std::tuple<Tensor, Tensor, Tensor> guard_decide_cpu(
     const Tensor& total_norm,
     const Tensor& norms,
@@ -47,57 +59,53 @@ std::tuple<Tensor, Tensor, Tensor> guard_decide_cpu(
   double* const accepted_norms = history.mutable_data_ptr<double>();
   const int64_t window = history.numel();
 
-  std::vector<double> ascending(
-      accepted_norms, accepted_norms + std::min(window, static_cast<int64_t>(known.accepted)));
-  std::sort(ascending.begin(), ascending.end());
-  const Sorted sorted{ascending.data(), static_cast<int64_t>(ascending.size())};
-
-  const double factor = value_or(unscale, 1.0);
-  const double norm = *total_norm.const_data_ptr<double>() * factor;
-  const double adaptive = adaptive_limit(policy, known, sorted, norm);
+  const int64_t size = std::min(window, static_cast<int64_t>(known.accepted));
+  const Quantiles accepted = quantiles_of(policy, {accepted_norms, accepted_norms + size});
+  const double known_loss = value_or(loss, 0.0);
+  Judgement judged = judge(
+      policy,
+      known,
+      accepted,
+      *total_norm.const_data_ptr<double>(),
+      value_or(unscale, 1.0),
+      std::isfinite(known_loss));
   const bool per_tensor = policy.threshold == Threshold::adagc;
-  const bool warm = known.accepted >= policy.warmup;
-  const double limit = per_tensor && warm ? INFINITY : std::min(max_norm, adaptive);
-  const double skip_above = armed(known, sorted, skip_norm) ? skip_norm : INFINITY;
-  Decision decision = decide(std::isfinite(value_or(loss, 0.0)) ? norm : NAN, limit, skip_above);
   Tensor grad_coef = torch::stable::empty(
       per_tensor ? std::vector<int64_t>{norms.numel()} : std::vector<int64_t>{}, ScalarType::Double);
   double* const coefs = grad_coef.mutable_data_ptr<double>();
-  std::fill_n(coefs, grad_coef.numel(), decision.clip_coef);
+  std::fill_n(coefs, grad_coef.numel(), judged.global_coef);
   const double* const each = norms.const_data_ptr<double>();
   double* const ema = ema_norms.mutable_data_ptr<double>();
-  const double global_coef = decision.clip_coef;
-  double applied = norm * decision.clip_coef;
-  if (per_tensor && !skips(static_cast<int64_t>(decision.verdict))) {
-    applied = 0.0;
+  const auto adagc = [&](int64_t i, bool learn) {
+    return adagc_coef(policy, judged.warm, each[i] * judged.factor, judged.global_coef, ema[i], learn);
+  };
+  if (per_tensor && !judged.skipped()) {
+    double applied = 0.0;
     for (int64_t i = 0; i < norms.numel(); ++i) {
-      coefs[i] = adagc_coef(policy, warm, each[i] * factor, global_coef, ema[i], false);
-      applied = std::max(applied, each[i] * factor * coefs[i]);
+      coefs[i] = adagc(i, false);
+      applied = std::max(applied, each[i] * judged.factor * coefs[i]);
     }
-    decision.clip_coef = smallest(coefs, norms.numel());
-    decision.verdict = decision.clip_coef < 1.0 ? Verdict::clip : Verdict::apply;
+    weigh(judged, smallest(coefs, norms.numel()), applied);
   }
-  if (applied > largest_applied && !skips(static_cast<int64_t>(decision.verdict))) {
-    decision = {1.0, Verdict::skip_outlier};
-    std::fill_n(coefs, grad_coef.numel(), 1.0);
-  }
-  if (accept && !skips(static_cast<int64_t>(decision.verdict))) {
+  veto(judged);
+  if (accept && !judged.skipped()) {
     for (int64_t i = 0; per_tensor && i < norms.numel(); ++i) {
-      adagc_coef(policy, warm, each[i] * factor, global_coef, ema[i], true);
+      adagc(i, true);
     }
-    absorb(policy, known, accepted_norms, window, norm, adaptive);
+    const int64_t oldest = static_cast<int64_t>(known.accepted) % window;
+    if (absorb(policy, known, judged.norm, judged.adaptive)) {
+      accepted_norms[oldest] = judged.norm;
+    }
   }
-  if (!skips(static_cast<int64_t>(decision.verdict))) {
-    std::for_each(coefs, coefs + grad_coef.numel(), [&](double& coef) { coef *= factor; });
-  }
+  std::for_each(coefs, coefs + grad_coef.numel(), [&](double& coef) { coef = judged.grad_coef(coef); });
   Tensor verdict = torch::stable::empty({}, ScalarType::Long);
-  *verdict.mutable_data_ptr<int64_t>() = static_cast<int64_t>(decision.verdict);
+  *verdict.mutable_data_ptr<int64_t>() = static_cast<int64_t>(judged.decision.verdict);
   Tensor record = torch::stable::empty({5}, ScalarType::Double);
   double* const entry = record.mutable_data_ptr<double>();
-  entry[0] = static_cast<double>(decision.verdict);
-  entry[1] = decision.clip_coef;
-  entry[2] = norm;
-  entry[3] = limit;
+  entry[0] = static_cast<double>(judged.decision.verdict);
+  entry[1] = judged.decision.clip_coef;
+  entry[2] = judged.norm;
+  entry[3] = judged.limit;
   entry[4] = value_or(loss, NAN);
   return {grad_coef, verdict, record};
 }

@@ -1,0 +1,228 @@
+// adamw_: one Adam or AdamW step of all parameters in one launch, which reads verdict and
+// coefficient itself. On a skip it ends at once: no gradient is read and nothing is written.
+// Reference: adamw_ref_ in fastguard/ops.py; the rounding is that of csrc/cpu/adamw_kernel.cpp,
+// with no contraction but what is written as fma.
+#pragma once
+
+#include "adamw_options.h"
+#include "cuda/reduce.cuh"
+#include "cuda/squares.cuh"
+#include "decide.h"
+
+#include <cmath>
+
+namespace fastguard {
+
+// The packed state of csrc/packed.h.
+struct AdamwState {
+  void* exp_avg;
+  void* exp_avg_sq;
+  void* max_exp_avg_sq;  // null without amsgrad
+  float* steps;  // (tensors,)
+};
+
+struct AdamwDecision {
+  const double* grad_coef;  // () or (tensors,)
+  int32_t next_coef;  // 0 or 1
+  const int64_t* verdict;
+};
+
+// What is the same for all elements of a tensor, in the moments' precision.
+template <class Real>
+struct AdamwRule {
+  double grad_coef;
+  Real beta1, to1, beta2, to2, eps, weight_decay, step_size, root_factor;
+  bool coupled;
+};
+
+// By squaring: std::pow would be a call, for which the kernel's registers are spilled. Exact enough:
+// what it loses in t steps is below 2^-53 t, and 1 - beta^t is rounded to a float.
+__device__ inline double power(double base, double exponent) {
+  double result = 1.0;
+  for (auto n = static_cast<uint32_t>(exponent); n > 0; n /= 2) {
+    result *= n % 2 == 1 ? base : 1.0;
+    base *= base;
+  }
+  return result;
+}
+
+// lr / (1 - beta1^t) and 1 / sqrt(1 - beta2^t) for one step t after another: by one thread, for the
+// whole block, and only where t is not what it was.
+struct BiasCorrection {
+  double t = -1.0;
+  double step_size = 0.0;
+  double root_factor = 0.0;
+
+  __device__ void at(double next, const AdamwOptions& options) {
+    if (next == t) {
+      return;
+    }
+    FASTGUARD_SHARED(double, shared, 2);
+    if (threadIdx.x == 0) {
+      shared[0] = options.lr / (1.0 - power(options.beta1, next));
+      shared[1] = 1.0 / std::sqrt(1.0 - power(options.beta2, next));
+    }
+    __syncthreads();
+    t = next;
+    step_size = shared[0];
+    root_factor = shared[1];
+    __syncthreads();  // the next call writes them
+  }
+};
+
+template <class Real>
+__device__ inline AdamwRule<Real> rule_of(
+    const AdamwOptions& options, const BiasCorrection& bias, double grad_coef) {
+  const double decay = options.weight_decay * (options.decoupled_weight_decay ? options.lr : 1.0);
+  return {
+      options.maximize ? -grad_coef : grad_coef,
+      static_cast<Real>(options.beta1),
+      static_cast<Real>(1.0 - options.beta1),
+      static_cast<Real>(options.beta2),
+      static_cast<Real>(1.0 - options.beta2),
+      static_cast<Real>(options.eps),
+      static_cast<Real>(decay),
+      static_cast<Real>(bias.step_size),
+      static_cast<Real>(bias.root_factor),
+      !options.decoupled_weight_decay && options.weight_decay != 0.0};
+}
+
+template <class To, class T>
+__device__ inline To as(T x) {
+  if constexpr (sizeof(T) == sizeof(double)) {
+    return static_cast<To>(x);
+  } else {
+    return static_cast<To>(to_float(x));
+  }
+}
+
+// A gradient times its factor: the product in float64, so that neither 1e38 nor a factor of 1e-43 is
+// too much for it. At 28 bytes an element the fp64 units keep up with any GPU's memory.
+template <class Real, class T>
+__device__ inline Real scaled(T grad, double factor) {
+  return static_cast<Real>(as<double>(grad) * factor);
+}
+
+template <bool amsgrad, class Real>
+__device__ inline Real update(
+    const AdamwRule<Real>& rule, Real p, Real scaled_grad, Real& m, Real& v, Real& largest) {
+  const Real g = rule.coupled ? scaled_grad + rule.weight_decay * p : scaled_grad;
+  m = rule.beta1 * m + rule.to1 * g;
+  v = rule.beta2 * v + rule.to2 * g * g;
+  Real under_root = v;
+  if constexpr (amsgrad) {
+    under_root = v > largest ? v : largest;
+    under_root = v != v ? v : under_root;  // a NaN must stay seen
+    largest = under_root;
+  }
+  const Real move = rule.step_size * (m / (std::sqrt(under_root) * rule.root_factor + rule.eps));
+  return p - (rule.coupled ? move : rule.weight_decay * p + move);
+}
+
+template <class T>
+__device__ inline T narrow(double x) { return static_cast<T>(x); }
+template <class T>
+__device__ inline T narrow(float x) { return from_float<T>(x); }
+
+// `width` elements of each array in one instruction; consecutive threads have consecutive ones.
+template <bool amsgrad, int width, class P, class G, class Real>
+__device__ inline void step_elements(
+    const AdamwRule<Real>& rule, P* p, const G* g, Real* m, Real* v, Real* largest, int n) {
+  using Ps = Vector<P, width>;
+  using Gs = Vector<G, width>;
+  using Reals = Vector<Real, width>;
+  for (int i = threadIdx.x; within(i, n / width); i += threads) {
+    Ps params = load(reinterpret_cast<const Ps*>(p) + i);
+    const Gs grads = load_once(reinterpret_cast<const Gs*>(g) + i);
+    Reals ms = load_once(reinterpret_cast<const Reals*>(m) + i);
+    Reals vs = load_once(reinterpret_cast<const Reals*>(v) + i);
+    Reals most = {};
+    if constexpr (amsgrad) {
+      most = load_once(reinterpret_cast<const Reals*>(largest) + i);
+    }
+#pragma unroll
+    for (int j = 0; j < width; ++j) {
+      const Real grad = scaled<Real>(grads.at[j], rule.grad_coef);
+      params.at[j] = narrow<P>(
+          update<amsgrad>(rule, as<Real>(params.at[j]), grad, ms.at[j], vs.at[j], most.at[j]));
+    }
+    store(reinterpret_cast<Ps*>(p) + i, params);
+    store_once(reinterpret_cast<Reals*>(m) + i, ms);
+    store_once(reinterpret_cast<Reals*>(v) + i, vs);
+    if constexpr (amsgrad) {
+      store_once(reinterpret_cast<Reals*>(largest) + i, most);
+    }
+  }
+}
+
+template <class T>
+__device__ inline bool is_aligned(const T* x, int width) {
+  return reinterpret_cast<uintptr_t>(x) % (width * sizeof(T)) == 0;
+}
+
+// In vectors where all arrays allow it, else element by element, which is coalesced as well.
+template <bool amsgrad, class P, class G, class Real>
+__device__ inline void step_chunk(
+    const Chunk& chunk, const AdamwRule<Real>& rule, const AdamwState& state) {
+  constexpr int width = 16 / sizeof(Real);
+  const int64_t place = int64_t{chunk.place} * packed_alignment;
+  P* p = reinterpret_cast<P*>(chunk.data);
+  const G* g = reinterpret_cast<const G*>(chunk.other);
+  Real* m = static_cast<Real*>(state.exp_avg) + place;
+  Real* v = static_cast<Real*>(state.exp_avg_sq) + place;
+  Real* largest = amsgrad ? static_cast<Real*>(state.max_exp_avg_sq) + place : nullptr;
+  int done = 0;
+  if (is_aligned(p, width) && is_aligned(g, width) && is_aligned(m, width) && is_aligned(v, width) &&
+      (!amsgrad || is_aligned(largest, width))) {
+    done = chunk.size() / width * width;
+    step_elements<amsgrad, width>(rule, p, g, m, v, largest, done);
+  }
+  Real* rest = amsgrad ? largest + done : nullptr;
+  step_elements<amsgrad, 1>(
+      rule, p + done, g + done, m + done, v + done, rest, chunk.size() - done);
+}
+
+// Calls f with null pointers to the types of a parameter and its gradient.
+template <class F>
+__device__ inline void with_types(const Chunk& chunk, const F& f) {
+  with_type(chunk.type(), [&](auto* p) {
+    if constexpr (sizeof(*p) == 2) {
+      if (chunk.other_type() == Type::float32) {
+        f(p, static_cast<float*>(nullptr));
+        return;
+      }
+    }
+    f(p, p);
+  });
+}
+
+template <bool amsgrad>
+__global__ __launch_bounds__(threads, amsgrad ? 2 : 3) void adamw_kernel(
+    Plan plan, AdamwState state, AdamwDecision decision, AdamwOptions options) {
+  const int64_t verdict = load(decision.verdict);
+  if (verdict != static_cast<int64_t>(Verdict::apply) &&
+      verdict != static_cast<int64_t>(Verdict::clip)) {
+    return;
+  }
+  BiasCorrection bias;
+  for (int c = blockIdx.x; c < plan.n_chunks; c += gridDim.x) {
+    const Chunk chunk = load_chunk(plan.chunks + c);
+    bias.at(static_cast<double>(load(state.steps + chunk.tensor)) + 1.0, options);
+    const double coef = load(decision.grad_coef + int64_t{decision.next_coef} * chunk.tensor);
+    with_types(chunk, [&](auto* p, auto* g) {
+      using P = std::remove_pointer_t<decltype(p)>;
+      using G = std::remove_pointer_t<decltype(g)>;
+      using Real = std::conditional_t<std::is_same_v<P, double>, double, float>;
+      step_chunk<amsgrad, P, G>(chunk, rule_of<Real>(options, bias, coef), state);
+    });
+  }
+  // The steps are counted when no thread of any block needs the old ones any more.
+  __syncthreads();
+  if (arrives_last(plan.arrived + plan.tensors, gridDim.x)) {
+    for (int tensor = threadIdx.x; within(tensor, plan.tensors); tensor += threads) {
+      store(state.steps + tensor, load(state.steps + tensor) + 1.0f);
+    }
+  }
+}
+
+}  // namespace fastguard

@@ -1,0 +1,81 @@
+// What is done to each element by itself: scale_, accumulate_, settle_.
+// References: scale_ref_, accumulate_ref_ and settle_ref_ in fastguard/ops.py.
+#pragma once
+
+#include "cuda/squares.cuh"
+#include "decide.h"
+
+namespace fastguard {
+
+// The product in float64, rounded once: a factor of 1e-43 brings 1e38 down without losing a bit.
+// That is three instructions of the fp64 units for an element; also where a GPU has 1/64 as many of
+// them as of the fp32 ones, they take less time than its memory does.
+template <class T>
+__device__ inline T times(T x, double factor) {
+  if constexpr (sizeof(T) == sizeof(double)) {
+    return x * factor;
+  } else {
+    return from_float<T>(static_cast<float>(to_float(x) * factor));
+  }
+}
+
+template <class T>
+__device__ inline Vector<T, 16 / sizeof(T)> times(Vector<T, 16 / sizeof(T)> x, double factor) {
+#pragma unroll
+  for (int i = 0; i < 16 / static_cast<int>(sizeof(T)); ++i) {
+    x.at[i] = times(x.at[i], factor);
+  }
+  return x;
+}
+
+constexpr int scales_at_a_time = 2;  // of each thread; more would not fit into the registers
+
+// `vector(place)` is what was read of a whole vector.
+template <class T, class Read>
+__device__ inline void scale_elements(T* x, int n, double factor, const Read& vector) {
+  const Aligned<T> aligned(x, n);
+  auto* body = const_cast<typename Aligned<T>::V*>(aligned.body);
+  for (int base = 0; base < aligned.vectors; base += scales_at_a_time * threads) {
+    typename Aligned<T>::V read[scales_at_a_time];
+#pragma unroll
+    for (int i = 0; i < scales_at_a_time; ++i) {
+      const int place = base + i * threads + threadIdx.x;
+      if (within(place, aligned.vectors)) {
+        read[i] = vector(place, body + place);
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < scales_at_a_time; ++i) {
+      const int place = base + i * threads + threadIdx.x;
+      if (within(place, aligned.vectors)) {
+        store(body + place, times<T>(read[i], factor));
+      }
+    }
+  }
+  const int at = threadIdx.x;
+  if (within(at, aligned.head)) {
+    store(x + at, times(load(x + at), factor));
+  }
+  if (within(aligned.tail() + at, n)) {
+    store(x + aligned.tail() + at, times(load(x + aligned.tail() + at), factor));
+  }
+}
+
+// next_coef: 0 where all tensors have the same coefficient, else 1.
+__global__ __launch_bounds__(threads, 3) void scale_kernel(
+    Plan plan, const double* clip_coef, int32_t next_coef) {
+  for (int c = blockIdx.x; c < plan.n_chunks; c += gridDim.x) {
+    const Chunk chunk = load_chunk(plan.chunks + c);
+    const double factor = load(clip_coef + int64_t{next_coef} * chunk.tensor);
+    if (factor == 1.0) {
+      continue;
+    }
+    with_type(chunk.type(), [&](auto* type) {
+      using T = std::remove_pointer_t<decltype(type)>;
+      T* x = reinterpret_cast<T*>(chunk.data);
+      scale_elements(x, chunk.size(), factor, [](int, const auto* at) { return load(at); });
+    });
+  }
+}
+
+}  // namespace fastguard

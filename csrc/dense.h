@@ -1,0 +1,70 @@
+// A tensor as one stretch of memory, whatever the order of its elements; for every device.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <numeric>
+#include <utility>
+#include <vector>
+
+namespace fastguard {
+
+// A tensor whose elements fill one stretch of memory, in whatever order.
+struct Dense {
+  struct Dim {
+    int64_t stride;
+    int64_t row_major_stride;  // what the tensor's stride would be if it were contiguous
+  };
+
+  torch::stable::Tensor tensor;
+  std::vector<Dim> permutation;  // from the largest stride down; empty if the order is row-major
+  bool copied;  // because the given tensor has gaps
+};
+
+inline std::vector<int64_t> dims_by_stride(const torch::stable::Tensor& tensor) {
+  std::vector<int64_t> dims(tensor.dim());
+  std::iota(dims.begin(), dims.end(), 0);
+  std::stable_sort(dims.begin(), dims.end(), [&](int64_t a, int64_t b) {
+    return tensor.stride(a) > tensor.stride(b);
+  });
+  return dims;
+}
+
+// The dimensions of a transposed or channels-last tensor, whose memory can be read straight
+// through; nothing for a tensor with gaps or overlaps.
+inline std::vector<Dense::Dim> permutation_of(const torch::stable::Tensor& tensor) {
+  std::vector<int64_t> row_major(tensor.dim(), 1);
+  for (int64_t dim = tensor.dim() - 2; dim >= 0; --dim) {
+    row_major[dim] = row_major[dim + 1] * tensor.size(dim + 1);
+  }
+  const std::vector<int64_t> dims = dims_by_stride(tensor);
+  std::vector<Dense::Dim> permutation;
+  int64_t inner = 1;
+  for (auto dim = dims.rbegin(); dim != dims.rend(); ++dim) {
+    if (tensor.size(*dim) == 1) {
+      continue;
+    }
+    if (tensor.stride(*dim) != inner) {
+      return {};
+    }
+    inner *= tensor.size(*dim);
+    permutation.insert(permutation.begin(), {tensor.stride(*dim), row_major[*dim]});
+  }
+  return permutation;
+}
+
+inline Dense densify(const torch::stable::Tensor& tensor) {
+  if (tensor.is_contiguous()) {
+    return {tensor, {}, false};
+  }
+  std::vector<Dense::Dim> permutation = permutation_of(tensor);
+  if (!permutation.empty()) {
+    return {tensor, std::move(permutation), false};
+  }
+  return {torch::stable::contiguous(tensor), {}, true};
+}
+
+}  // namespace fastguard
