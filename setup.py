@@ -156,6 +156,7 @@ class BuildLibraries(build_ext):
             "-O3",
             "-std=c++20",
             "--compress-mode=size",
+            "--fmad=false",  # as on the CPU: what is to be contracted is written as fma
             "--cudart=static",
             *GENCODE,
             "-Xcompiler=/EHsc" if WINDOWS else "-Xcompiler=-fPIC,-fvisibility=hidden",

@@ -1,7 +1,9 @@
-// Without torch: for the kernels.
+// What the kernels know of adamw_, without torch.
 #pragma once
 
 namespace fastguard {
+
+constexpr int packed_alignment = 16;  // elements: 64 bytes of float32, a cache line
 
 struct AdamwOptions {
   double lr;

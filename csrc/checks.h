@@ -85,9 +85,16 @@ inline void check_coef(
       static_cast<int>(coef.scalar_type()));
 }
 
+inline void check_measured(
+    const char* op, const torch::stable::Tensor& total_norm, const torch::stable::Tensor& norms) {
+  check_tensor(total_norm, op, "total_norm", torch::headeronly::ScalarType::Double, 0);
+  check_tensor(norms, op, "norms", torch::headeronly::ScalarType::Double, 1);
+}
+
+// `tensors`: how many there are in the list of gradients.
 inline void check_guard_decide(
-    const torch::stable::Tensor& total_norm,
-    const torch::stable::Tensor& norms,
+    const char* op,
+    int64_t tensors,
     const std::optional<torch::stable::Tensor>& unscale,
     const std::optional<torch::stable::Tensor>& loss,
     const torch::stable::Tensor& statistics,
@@ -96,10 +103,7 @@ inline void check_guard_decide(
     int64_t threshold,
     const std::vector<double>& options) {
   using torch::headeronly::ScalarType;
-  constexpr const char* op = "guard_decide_";
   constexpr int64_t adagc = 4;
-  check_tensor(total_norm, op, "total_norm", ScalarType::Double, 0);
-  check_tensor(norms, op, "norms", ScalarType::Double, 1);
   if (unscale.has_value()) {
     check_tensor(*unscale, op, "unscale", ScalarType::Double, 0);
   }
@@ -111,7 +115,8 @@ inline void check_guard_decide(
   check_tensor(ema_norms, op, "ema_norms", ScalarType::Double, 1);
   STD_TORCH_CHECK(
       statistics.numel() == 3 && history.numel() >= 1 && options.size() == 3,
-      "guard_decide_: statistics, history and options must have 3, at least 1 and 3 elements; got ",
+      op,
+      ": statistics, history and options must have 3, at least 1 and 3 elements; got ",
       statistics.numel(),
       ", ",
       history.numel(),
@@ -119,16 +124,40 @@ inline void check_guard_decide(
       options.size());
   STD_TORCH_CHECK(
       threshold >= 0 && threshold <= adagc,
-      "guard_decide_: threshold must be 0 to ",
+      op,
+      ": threshold must be 0 to ",
       adagc,
       ", the numbers in fastguard/thresholds.py; got ",
       threshold);
   STD_TORCH_CHECK(
-      threshold != adagc || ema_norms.numel() == norms.numel(),
-      "guard_decide_: AdaGC needs one ema_norm for each of the ",
-      norms.numel(),
+      threshold != adagc || ema_norms.numel() == tensors,
+      op,
+      ": AdaGC needs one ema_norm for each of the ",
+      tensors,
       " gradients; got ",
       ema_norms.numel());
+}
+
+// A GradScaler's scale and growth tracker, both or neither, and growth factor, backoff factor and
+// growth interval.
+inline void check_growth(
+    const char* op,
+    const std::optional<torch::stable::Tensor>& scale,
+    const std::optional<torch::stable::Tensor>& growth_tracker,
+    const std::vector<double>& growth) {
+  using torch::headeronly::ScalarType;
+  STD_TORCH_CHECK(
+      scale.has_value() == growth_tracker.has_value() && growth.size() == 3,
+      op,
+      ": scale and growth_tracker come together, and growth has 3 numbers; got ",
+      growth.size());
+  if (scale.has_value()) {
+    STD_TORCH_CHECK(
+        scale->numel() == 1 && scale->scalar_type() == ScalarType::Float &&
+            growth_tracker->numel() == 1 && growth_tracker->scalar_type() == ScalarType::Int,
+        op,
+        ": scale and growth_tracker must be one float32 and one int32");
+  }
 }
 
 }  // namespace fastguard

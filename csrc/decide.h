@@ -4,6 +4,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <vector>
 
 #ifdef __CUDACC__
 #define FASTGUARD_HOST_DEVICE __host__ __device__
@@ -55,6 +56,12 @@ struct Policy {
   double b;
   double warmup;  // accepted norms before the threshold leaves max_norm
 };
+
+inline Policy policy_of(
+    int64_t threshold, double max_norm, double skip_norm, const std::vector<double>& options) {
+  return {
+      static_cast<Threshold>(threshold), max_norm, skip_norm, options[0], options[1], options[2]};
+}
 
 // What is remembered of accepted norms; a NaN, an Inf and a skipped norm never get in.
 struct Statistics {
@@ -222,6 +229,10 @@ struct Growth {
   double backoff_factor;
   int64_t interval;
 };
+
+inline Growth growth_of(const std::vector<double>& growth) {
+  return {growth[0], growth[1], static_cast<int64_t>(growth[2])};
+}
 
 FASTGUARD_HOST_DEVICE inline void grow(
     const Growth& growth, bool found_inf, float& scale, int32_t& growth_tracker) {

@@ -17,6 +17,20 @@ STABLE_TORCH_LIBRARY(fastguard, m) {
       "Tensor(a!) statistics, Tensor(b!) history, Tensor(c!) ema_norms, int threshold, "
       "float max_norm, float skip_norm, float[] options, bool accept) -> (Tensor, Tensor, Tensor)");
 
+  // Both in one, in one launch on CUDA, and the GradScaler's update (growth: growth factor, backoff
+  // factor, growth interval) -> the results of both
+  m.def(
+      "grad_norm_decide_(Tensor[] grads, Tensor? unscale, Tensor? loss, Tensor(a!) statistics, "
+      "Tensor(b!) history, Tensor(c!) ema_norms, int threshold, float max_norm, float skip_norm, "
+      "float[] options, bool accept, Tensor(d!)? scale, Tensor(e!)? growth_tracker, "
+      "float[] growth) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+
+  // grad_norm, decide and scale_ in one, in one launch on CUDA -> total_norm, norms, nonfinite,
+  // clip_coef, verdict
+  m.def(
+      "clip_(Tensor(a!)[] grads, float max_norm, float skip_norm) -> "
+      "(Tensor, Tensor, Tensor, Tensor, Tensor)");
+
   // Writes nothing where clip_coef is 1; its shape is () or (N,).
   m.def("scale_(Tensor(a!)[] grads, Tensor clip_coef) -> ()");
 

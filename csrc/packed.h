@@ -2,14 +2,13 @@
 // Twin: packed_offsets in fastguard/ops.py.
 #pragma once
 
+#include "adamw_options.h"
 #include "tensor_list.h"
 
 #include <cstdint>
 #include <vector>
 
 namespace fastguard {
-
-constexpr int64_t packed_alignment = 16;  // elements: 64 bytes of float32, a cache line
 
 // Where the moments of each parameter start, and at the end the size of the whole.
 inline std::vector<int64_t> packed_offsets(const TensorList& params) {

@@ -4,6 +4,8 @@
 // The tensors are cut into chunks of fixed size and every chunk's sum has its place in an array, so
 // the result does not depend on which thread took which chunk, nor on how many threads there are.
 
+#include "grad_norm.h"
+
 #include "checks.h"
 #include "gradients.h"
 
@@ -102,6 +104,8 @@ std::tuple<Tensor, Tensor, Tensor> reduce(
   return {total_norm, norms, places};
 }
 
+}  // namespace
+
 std::tuple<Tensor, Tensor, Tensor> grad_norm_cpu(const std::vector<Tensor>& grads) {
   std::vector<Dense> tensors;
   std::vector<Span> spans;
@@ -127,7 +131,6 @@ std::tuple<Tensor, Tensor, Tensor> grad_norm_cpu(const std::vector<Tensor>& grad
   return reduce(grads.size(), chunks, sums, nonfinite);
 }
 
-}  // namespace
 }  // namespace fastguard
 
 STABLE_TORCH_LIBRARY_IMPL(fastguard, CPU, m) {

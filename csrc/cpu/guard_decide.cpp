@@ -1,8 +1,10 @@
-// guard_decide_: verdict, coefficient and the statistics that the next decision rests on.
+// guard_decide_: verdict, coefficient and the statistics that the next decision rests on;
+// grad_norm_decide_: the same about gradients that it measures.
 // The policy itself is in csrc/decide.h, for every device.
 
 #include "checks.h"
 #include "decide.h"
+#include "grad_norm.h"
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -52,9 +54,18 @@ std::tuple<Tensor, Tensor, Tensor> guard_decide_cpu(
     double skip_norm,
     const std::vector<double>& options,
     bool accept) {
-  check_guard_decide(total_norm, norms, unscale, loss, statistics, history, ema_norms, threshold, options);
-  const Policy policy{
-      static_cast<Threshold>(threshold), max_norm, skip_norm, options[0], options[1], options[2]};
+  check_measured("guard_decide_", total_norm, norms);
+  check_guard_decide(
+      "guard_decide_",
+      norms.numel(),
+      unscale,
+      loss,
+      statistics,
+      history,
+      ema_norms,
+      threshold,
+      options);
+  const Policy policy = policy_of(threshold, max_norm, skip_norm, options);
   auto& known = *reinterpret_cast<Statistics*>(statistics.mutable_data_ptr<double>());
   double* const accepted_norms = history.mutable_data_ptr<double>();
   const int64_t window = history.numel();
@@ -110,9 +121,54 @@ std::tuple<Tensor, Tensor, Tensor> guard_decide_cpu(
   return {grad_coef, verdict, record};
 }
 
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> grad_norm_decide_cpu(
+    const std::vector<Tensor>& grads,
+    const std::optional<Tensor>& unscale,
+    const std::optional<Tensor>& loss,
+    Tensor statistics,
+    Tensor history,
+    Tensor ema_norms,
+    int64_t threshold,
+    double max_norm,
+    double skip_norm,
+    const std::vector<double>& options,
+    bool accept,
+    const std::optional<Tensor>& scale,
+    const std::optional<Tensor>& growth_tracker,
+    const std::vector<double>& growth) {
+  constexpr const char* op = "grad_norm_decide_";
+  const int64_t n = static_cast<int64_t>(grads.size());
+  check_guard_decide(op, n, unscale, loss, statistics, history, ema_norms, threshold, options);
+  check_growth(op, scale, growth_tracker, growth);
+  const auto [total_norm, norms, nonfinite] = grad_norm_cpu(grads);
+  const auto [grad_coef, verdict, record] = guard_decide_cpu(
+      total_norm,
+      norms,
+      unscale,
+      loss,
+      statistics,
+      history,
+      ema_norms,
+      threshold,
+      max_norm,
+      skip_norm,
+      options,
+      accept);
+  if (scale.has_value()) {
+    const bool found_inf = !std::isfinite(*total_norm.const_data_ptr<double>());
+    grow(
+        growth_of(growth),
+        found_inf,
+        *scale->mutable_data_ptr<float>(),
+        *growth_tracker->mutable_data_ptr<int32_t>());
+  }
+  return {total_norm, norms, nonfinite, grad_coef, verdict, record};
+}
+
 }  // namespace
 }  // namespace fastguard
 
 STABLE_TORCH_LIBRARY_IMPL(fastguard, CPU, m) {
   m.impl("guard_decide_", TORCH_BOX(&fastguard::guard_decide_cpu));
+  m.impl("grad_norm_decide_", TORCH_BOX(&fastguard::grad_norm_decide_cpu));
 }

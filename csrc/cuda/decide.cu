@@ -1,39 +1,71 @@
-#include "checks.h"
-#include "cuda/decide.cuh"
+// decide and guard_decide_ on CUDA.
+#include "cuda/deciding.h"
 
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
-#include <cuda_runtime.h>
-
-#include <string>
-#include <tuple>
-
+namespace fastguard {
 namespace {
 
+using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 std::tuple<Tensor, Tensor> decide_cuda(const Tensor& total_norm, double max_norm, double skip_norm) {
-  fastguard::check_total_norm(total_norm);
-  const torch::stable::accelerator::DeviceGuard guard(total_norm.get_device_index());
-  Tensor clip_coef = torch::stable::empty_like(total_norm);
-  Tensor verdict = torch::stable::new_empty(
-      total_norm, {}, torch::headeronly::ScalarType::Long);
-  void* stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(  // the name that torch 2.11 has too
-      aoti_torch_get_current_cuda_stream(total_norm.get_device_index(), &stream));
-  fastguard::decide_kernel<<<1, 1, 0, static_cast<cudaStream_t>(stream)>>>(
+  check_total_norm(total_norm);
+  const Stream on(total_norm);
+  const Tensor clip_coef = on.empty({}, ScalarType::Double);
+  const Tensor verdict = on.empty({}, ScalarType::Long);
+  launch(
+      on,
+      decide_kernel,
+      {1},
       total_norm.const_data_ptr<double>(),
       max_norm,
       skip_norm,
       clip_coef.mutable_data_ptr<double>(),
       verdict.mutable_data_ptr<int64_t>());
-  const cudaError_t error = cudaGetLastError();
-  STD_TORCH_CHECK(error == cudaSuccess, "decide: ", cudaGetErrorString(error));
   return {clip_coef, verdict};
+}
+
+std::tuple<Tensor, Tensor, Tensor> guard_decide_cuda(
+    const Tensor& total_norm,
+    const Tensor& norms,
+    const std::optional<Tensor>& unscale,
+    const std::optional<Tensor>& loss,
+    const Tensor& statistics,
+    const Tensor& history,
+    const Tensor& ema_norms,
+    int64_t threshold,
+    double max_norm,
+    double skip_norm,
+    const std::vector<double>& options,
+    bool accept) {
+  constexpr const char* op = "guard_decide_";
+  check_measured(op, total_norm, norms);
+  check_guard_decide(
+      op, norms.numel(), unscale, loss, statistics, history, ema_norms, threshold, options);
+  const Stream on(total_norm);
+  const Decided decided(on, threshold, norms.numel());
+  const Deciding deciding = deciding_of(
+      unscale,
+      loss,
+      statistics,
+      history,
+      ema_norms,
+      policy_of(threshold, max_norm, skip_norm, options),
+      accept,
+      std::nullopt,
+      std::nullopt,
+      Growth{},
+      decided);
+  launch(
+      on,
+      guard_decide_kernel,
+      {1},
+      deciding,
+      total_norm.const_data_ptr<double>(),
+      norms.const_data_ptr<double>(),
+      static_cast<int32_t>(norms.numel()));
+  return {decided.grad_coef, decided.verdict, decided.record};
 }
 
 std::string cuda_info() {
@@ -43,11 +75,13 @@ std::string cuda_info() {
 }
 
 }  // namespace
+}  // namespace fastguard
 
 STABLE_TORCH_LIBRARY_IMPL(fastguard, CUDA, m) {
-  m.impl("decide", TORCH_BOX(&decide_cuda));
+  m.impl("decide", TORCH_BOX(&fastguard::decide_cuda));
+  m.impl("guard_decide_", TORCH_BOX(&fastguard::guard_decide_cuda));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastguard, CompositeExplicitAutograd, m) {
-  m.impl("cuda_info", TORCH_BOX(&cuda_info));
+  m.impl("cuda_info", TORCH_BOX(&fastguard::cuda_info));
 }

@@ -166,9 +166,11 @@ __global__ __launch_bounds__(threads) void guard_decide_kernel(
 // The decision without a memory, for clipping.
 __global__ void decide_kernel(
     const double* total_norm, double max_norm, double skip_norm, double* clip_coef, int64_t* verdict) {
-  const Decision decision = decide(load(total_norm), max_norm, skip_norm);
-  store(clip_coef, decision.clip_coef);
-  store(verdict, static_cast<int64_t>(decision.verdict));
+  if (threadIdx.x == 0) {
+    const Decision decision = decide(load(total_norm), max_norm, skip_norm);
+    store(clip_coef, decision.clip_coef);
+    store(verdict, static_cast<int64_t>(decision.verdict));
+  }
 }
 
 }  // namespace fastguard

@@ -7,6 +7,7 @@
 // keeps them.
 #pragma once
 
+#include "adamw_options.h"
 #include "cuda/device.cuh"
 
 namespace fastguard {
@@ -14,7 +15,6 @@ namespace fastguard {
 constexpr int threads = 256;  // of every block
 constexpr int chunk_elements = 8192;  // 32 KiB of fp32: eight 16-byte reads of each thread
 constexpr int blocks_per_sm = 4;  // at least, of the kernels that stream: 64 KiB on their way to an SM
-constexpr int packed_alignment = 16;  // elements, as in csrc/packed.h
 
 enum class Type : int { float32, float64, bfloat16, float16 };
 

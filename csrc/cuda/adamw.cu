@@ -1,0 +1,72 @@
+// adamw_ on CUDA.
+#include "cuda/adamw.cuh"
+
+#include "adamw.h"
+#include "cuda/tensors.h"
+
+#include <torch/csrc/stable/library.h>
+
+namespace fastguard {
+namespace {
+
+using torch::stable::Tensor;
+
+void check_on(const TensorView& tensor, int device, const char* name, size_t index) {
+  STD_TORCH_CHECK(
+      tensor.device_type() == aoti_torch_device_type_cuda() && tensor.device_index() == device,
+      "adamw_: ",
+      name,
+      "[",
+      index,
+      "] is not on cuda:",
+      device,
+      " as the first parameter is; call it once for each device");
+}
+
+// Null where it is empty, as max_exp_avg_sq is without amsgrad.
+void* data_of(const Tensor& tensor) {
+  return tensor.numel() == 0 ? nullptr : tensor.mutable_data_ptr();
+}
+
+void step(const adamw::Arguments& given) {
+  adamw::check(given, packed_offsets(given.params));
+  const Stream on(given.params[0].tensor());
+  adamw::StandIns stand_ins;
+  std::vector<Given> tensors;
+  for (size_t i = 0; i < given.params.size(); ++i) {
+    const TensorView& p = given.params[i];
+    const TensorView& g = given.grads[i];
+    check_on(p, on.device, "params", i);
+    check_on(g, on.device, "grads", i);
+    const adamw::Places places = stand_ins.place(p, g);
+    tensors.push_back(
+        {places.param, places.grad, p.numel(), type_of(p.scalar_type()), type_of(g.scalar_type()), {}});
+  }
+  const DevicePlan prepared = plan_of(on, tensors);
+  const auto kernel = given.amsgrad ? adamw_kernel<true> : adamw_kernel<false>;
+  launch(
+      on,
+      kernel,
+      {blocks_for(on, kernel, prepared.plan.n_chunks)},
+      prepared.plan,
+      AdamwState{
+          data_of(given.moments[adamw::exp_avg]),
+          data_of(given.moments[adamw::exp_avg_sq]),
+          data_of(given.moments[adamw::max_exp_avg_sq]),
+          static_cast<float*>(given.state_steps.mutable_data_ptr())},
+      AdamwDecision{
+          given.grad_coef.const_data_ptr<double>(),
+          given.grad_coef.dim() == 0 ? 0 : static_cast<int32_t>(given.grad_coef.stride(0)),
+          given.verdict.const_data_ptr<int64_t>()},
+      given.options);
+  stand_ins.copy_back();
+}
+
+void adamw_boxed(StableIValue* stack, uint64_t, uint64_t) { step(adamw::Arguments(stack)); }
+
+}  // namespace
+}  // namespace fastguard
+
+STABLE_TORCH_LIBRARY_IMPL(fastguard, CUDA, m) {
+  m.impl("adamw_", &fastguard::adamw_boxed);
+}

@@ -1,0 +1,59 @@
+// The arguments of a decision, and where its results go, as decide.cuh takes them.
+#pragma once
+
+#include "checks.h"
+#include "cuda/decide.cuh"
+#include "cuda/launch.h"
+
+#include <optional>
+
+namespace fastguard {
+
+struct Decided {
+  Decided(const Stream& on, int64_t threshold, int64_t tensors)
+      : grad_coef(on.empty(
+            static_cast<Threshold>(threshold) == Threshold::adagc ? std::vector<int64_t>{tensors}
+                                                                  : std::vector<int64_t>{},
+            torch::headeronly::ScalarType::Double)),
+        verdict(on.empty({}, torch::headeronly::ScalarType::Long)),
+        record(on.empty({5}, torch::headeronly::ScalarType::Double)) {}
+
+  torch::stable::Tensor grad_coef, verdict, record;
+};
+
+template <class T>
+T* data_or_null(const std::optional<torch::stable::Tensor>& tensor) {
+  return tensor.has_value() ? tensor->mutable_data_ptr<T>() : nullptr;
+}
+
+// All checked before by check_guard_decide and check_growth.
+inline Deciding deciding_of(
+    const std::optional<torch::stable::Tensor>& unscale,
+    const std::optional<torch::stable::Tensor>& loss,
+    const torch::stable::Tensor& statistics,
+    const torch::stable::Tensor& history,
+    const torch::stable::Tensor& ema_norms,
+    const Policy& policy,
+    bool accept,
+    const std::optional<torch::stable::Tensor>& scale,
+    const std::optional<torch::stable::Tensor>& growth_tracker,
+    const Growth& growth,
+    const Decided& decided) {
+  return {
+      policy,
+      accept,
+      unscale.has_value() ? unscale->const_data_ptr<double>() : nullptr,
+      loss.has_value() ? loss->const_data_ptr<double>() : nullptr,
+      statistics.mutable_data_ptr<double>(),
+      history.mutable_data_ptr<double>(),
+      history.numel(),
+      ema_norms.mutable_data_ptr<double>(),
+      data_or_null<float>(scale),
+      data_or_null<int32_t>(growth_tracker),
+      growth,
+      decided.grad_coef.mutable_data_ptr<double>(),
+      decided.verdict.mutable_data_ptr<int64_t>(),
+      decided.record.mutable_data_ptr<double>()};
+}
+
+}  // namespace fastguard
