@@ -1,0 +1,67 @@
+// Global memory: what a launch may touch, and when one block sees what another has stored.
+#pragma once
+
+#include "simt/report.h"
+
+#include <cstddef>
+#include <unordered_map>
+
+namespace simt {
+
+class Memory {
+ public:
+  // What a launch may read, and write if `writable`. The ranges of two calls must not overlap.
+  void allow(const void* pointer, size_t bytes, std::string name, bool writable);
+
+  // Fails unless `bytes` bytes at `address` may be accessed with one instruction.
+  void check(const void* address, size_t bytes, bool write, const Location& at) const;
+
+ private:
+  struct Range {
+    uintptr_t begin, end;
+    std::string name;
+    bool writable;
+  };
+
+  const Range* find(uintptr_t address) const;
+
+  std::vector<Range> ranges_;           // ascending
+  mutable const Range* last_ = nullptr;  // most accesses are near the one before them
+};
+
+// Some bytes of an aligned word of 8.
+struct Bytes {
+  uint8_t known = 0;  // a bit for each byte
+  uint8_t at[8] = {};
+};
+
+// What one block has stored and no other block can see yet.
+class StoreBuffer {
+ public:
+  void store(void* address, const void* value, size_t bytes);
+
+  // Lays what the block has stored over what was read from memory.
+  void overlay(const void* address, void* value, size_t bytes) const;
+
+  void publish();
+  void publish(void* address, size_t bytes);
+
+ private:
+  std::unordered_map<uintptr_t, Bytes> words_;  // by address / 8
+};
+
+// Which block stored each byte in this launch, and what.
+class Stored {
+ public:
+  // The block other than `block` that stored something else in this range, or -1.
+  int64_t conflict(const void* address, const void* value, size_t bytes, int64_t block);
+
+ private:
+  struct Byte {
+    int64_t block;
+    uint8_t value;
+  };
+  std::unordered_map<uintptr_t, Byte> bytes_;
+};
+
+}  // namespace simt
