@@ -1,6 +1,7 @@
 """Runs the CUDA kernels on the CPU, one fiber for each thread, with checks that find races.
 
-``load`` compiles a pybind11 module of kernels; its functions take an ``Options`` and raise ``Error``.
+``load`` compiles a pybind11 module; its functions take an ``Options``, return a ``Report`` and raise
+``Error``.
 """
 
 from dataclasses import dataclass

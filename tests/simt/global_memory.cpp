@@ -69,47 +69,6 @@ void Memory::check(const void* pointer, size_t bytes, bool write, const Location
   }
 }
 
-void StoreBuffer::store(void* address, const void* value, size_t bytes) {
-  for (size_t i = 0; i < bytes; ++i) {
-    const uintptr_t byte = number(address) + i;
-    Bytes& word = words_[byte / 8];
-    word.known |= 1 << byte % 8;
-    word.at[byte % 8] = static_cast<const uint8_t*>(value)[i];
-  }
-}
-
-void StoreBuffer::overlay(const void* address, void* value, size_t bytes) const {
-  for (size_t i = 0; i < bytes && !words_.empty(); ++i) {
-    const uintptr_t byte = number(address) + i;
-    const auto word = words_.find(byte / 8);
-    if (word != words_.end() && word->second.known >> byte % 8 & 1) {
-      static_cast<uint8_t*>(value)[i] = word->second.at[byte % 8];
-    }
-  }
-}
-
-void StoreBuffer::publish() {
-  for (const auto& [key, word] : words_) {
-    for (int i = 0; i < 8; ++i) {
-      if (word.known >> i & 1) {
-        reinterpret_cast<uint8_t*>(key * 8)[i] = word.at[i];
-      }
-    }
-  }
-  words_.clear();
-}
-
-void StoreBuffer::publish(void* address, size_t bytes) {
-  overlay(address, address, bytes);
-  for (size_t i = 0; i < bytes; ++i) {
-    const uintptr_t byte = number(address) + i;
-    const auto word = words_.find(byte / 8);
-    if (word != words_.end()) {
-      word->second.known &= ~(1 << byte % 8);
-    }
-  }
-}
-
 int64_t Stored::conflict(const void* address, const void* value, size_t bytes, int64_t block) {
   for (size_t i = 0; i < bytes; ++i) {
     const Byte now{block, static_cast<const uint8_t*>(value)[i]};

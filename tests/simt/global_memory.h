@@ -1,4 +1,4 @@
-// Global memory: what a launch may touch, and when one block sees what another has stored.
+// Global memory: what a launch may touch, and which blocks store what.
 #pragma once
 
 #include "simt/report.h"
@@ -27,27 +27,6 @@ class Memory {
 
   std::vector<Range> ranges_;           // ascending
   mutable const Range* last_ = nullptr;  // most accesses are near the one before them
-};
-
-// Some bytes of an aligned word of 8.
-struct Bytes {
-  uint8_t known = 0;  // a bit for each byte
-  uint8_t at[8] = {};
-};
-
-// What one block has stored and no other block can see yet.
-class StoreBuffer {
- public:
-  void store(void* address, const void* value, size_t bytes);
-
-  // Lays what the block has stored over what was read from memory.
-  void overlay(const void* address, void* value, size_t bytes) const;
-
-  void publish();
-  void publish(void* address, size_t bytes);
-
- private:
-  std::unordered_map<uintptr_t, Bytes> words_;  // by address / 8
 };
 
 // Which block stored each byte in this launch, and what.

@@ -87,14 +87,15 @@ void Launch::run() {
   if (alive_ > 0) {
     dead_lock();
   }
-  for (StoreBuffer& stores : unpublished_) {
-    stores.publish();
+  for (View& view : ended_) {
+    weak_.fence(view);
   }
 }
 
 void Launch::begin(Block& block) {
   block.number = order_[started_++];
   block.index = place(block.number, shape_.grid);
+  block.view = View(block.number);
   block.alive = static_cast<int>(block.threads.size());
   block.since = ++clock;
   block.shared.poison();
@@ -111,10 +112,7 @@ void Launch::end(Block& block) {
   for (Warp& warp : block.warps) {
     warp.traffic.settle();
   }
-  if (options_.weak_memory) {
-    unpublished_.push_back(std::move(block.stores));
-    block.stores = {};
-  }
+  ended_.push_back(std::move(block.view));
   if (started_ < order_.size()) {
     begin(block);
   }
@@ -243,8 +241,11 @@ void Launch::grid_sync(const Location& at) {
   arrived_ = 0;
   stored_ = {};
   for (Block& block : blocks_) {
-    block.stores.publish();
+    weak_.fence(block.view);
     release(block);
+  }
+  for (Block& block : blocks_) {
+    weak_.see_all(block.view);
   }
 }
 
@@ -294,7 +295,7 @@ const uint64_t* Launch::exchange(uint32_t mask, uint64_t value, const Location& 
 
 void Launch::fence(const Location& at) {
   if (!step(Kind::fence, 0, at).removed) {
-    running->block->stores.publish();
+    weak_.fence(running->block->view);
   }
 }
 
@@ -307,9 +308,10 @@ bool Launch::within(int64_t i, int64_t n, const Location& at) {
 void Launch::load(void* value, const void* address, size_t bytes, const Location& at) {
   Site& site = step(Kind::load, bytes, at);
   state_.memory.check(address, bytes, false, at);
-  memcpy(value, address, bytes);
   if (options_.weak_memory) {
-    running->block->stores.overlay(address, value, bytes);
+    weak_.load(running->block->view, address, value, bytes);
+  } else {
+    memcpy(value, address, bytes);
   }
   if (options_.count) {
     running->warp->traffic.add(site, running->lane, reinterpret_cast<uintptr_t>(address));
@@ -327,7 +329,7 @@ void Launch::store(void* address, const void* value, size_t bytes, const Locatio
     }
   }
   if (options_.weak_memory) {
-    running->block->stores.store(address, value, bytes);
+    weak_.store(running->block->view, address, value, bytes);
   } else {
     memcpy(address, value, bytes);
   }
@@ -339,7 +341,9 @@ void Launch::store(void* address, const void* value, size_t bytes, const Locatio
 void Launch::atomic(void* address, size_t bytes, const Location& at) {
   Site& site = step(Kind::atomic, bytes, at);
   state_.memory.check(address, bytes, true, at);
-  running->block->stores.publish(address, bytes);
+  if (options_.weak_memory) {
+    weak_.atomic(running->block->view, address, bytes);
+  }
   if (options_.count) {
     running->warp->traffic.add(site, running->lane, reinterpret_cast<uintptr_t>(address));
   }

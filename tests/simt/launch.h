@@ -2,6 +2,7 @@
 #pragma once
 
 #include "simt/fiber.h"
+#include "simt/global_memory.h"
 #include "simt/scheduler.h"
 #include "simt/sites.h"
 
@@ -36,7 +37,7 @@ class Launch {
 
   void load(void* value, const void* address, size_t bytes, const Location& at);
   void store(void* address, const void* value, size_t bytes, const Location& at);
-  // Before a plain read and write of memory, which no other thread can come between.
+  // The caller then reads and writes the memory itself: no other thread comes between.
   void atomic(void* address, size_t bytes, const Location& at);
 
   // Kind: shared_load, shared_store or shared_atomic. The bytes, once the access is allowed.
@@ -84,7 +85,8 @@ class Launch {
   int64_t arrived_ = 0;  // at grid_sync
   std::deque<Block> blocks_;  // those that run
   std::optional<Scheduler> scheduler_;
-  std::vector<StoreBuffer> unpublished_;  // of blocks that have ended
+  std::vector<View> ended_;     // what blocks have stored and not fenced before they ended
+  WeakMemory weak_;
   Stored stored_;
   std::optional<Error> error_;
   void* saved_ = nullptr;  // where run() goes on

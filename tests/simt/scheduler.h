@@ -14,7 +14,7 @@ class Scheduler {
   Thread* next();  // null if no thread can run
 
   // Whether the running thread is put aside although it could go on.
-  bool interrupts() { return schedule_ == Schedule::random && random_() % 16 == 0; }
+  bool interrupts() { return schedule_ == Schedule::random && random_() % 4 == 0; }
 
  private:
   Warp* first_runnable(size_t from) const;

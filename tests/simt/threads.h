@@ -1,9 +1,9 @@
 // The threads of a launch, their warps and their blocks.
 #pragma once
 
-#include "simt/global_memory.h"
 #include "simt/shared_memory.h"
 #include "simt/traffic.h"
+#include "simt/weak_memory.h"
 
 struct uint3 {
   unsigned x, y, z;
@@ -48,7 +48,7 @@ struct Warp {
 };
 
 struct Block {
-  int64_t number;
+  int64_t number;  // in the grid
   uint3 index;
   std::vector<Thread> threads;
   std::vector<Warp> warps;
@@ -59,7 +59,7 @@ struct Block {
   uint32_t since = 0;  // the clock at its last barrier
 
   SharedMemory shared;
-  StoreBuffer stores;
+  View view;
 };
 
 }  // namespace simt

@@ -15,7 +15,7 @@ __device__ inline double warp_sum(double x) {
   return x;
 }
 
-// In thread 0.
+// In thread 0. A barrier must lie between two calls.
 __device__ inline double block_sum(double x) {
   FASTGUARD_SHARED(double, of_warp, reduce_threads / 32);
   x = warp_sum(x);
@@ -27,7 +27,6 @@ __device__ inline double block_sum(double x) {
   for (int warp = 0; threadIdx.x == 0 && warp < reduce_threads / 32; ++warp) {
     sum += of_warp[warp];
   }
-  __syncthreads();  // the array is written again
   return sum;
 }
 
