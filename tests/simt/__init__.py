@@ -1,0 +1,75 @@
+"""Runs the CUDA kernels on the CPU, one fiber for each thread, with checks that find races.
+
+``load`` compiles a pybind11 module; its functions take an ``Options``, return a ``Report`` and raise
+``Error``.
+"""
+
+from dataclasses import dataclass
+
+from tests.simt.build import NoCompiler, load
+
+__all__ = ["Error", "NoCompiler", "Options", "Report", "Site", "load"]
+
+# Sites of these kinds do nothing once they are in ``Options.removed``.
+REMOVABLE = ("barrier", "grid_sync", "syncwarp", "fence", "wait", "within")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a launch is asked for; simt::Options in report.h says what each means."""
+
+    schedule: str = "round_robin"  # or "greedy", "random"
+    seed: int = 0
+    resident: int = 4
+    weak_memory: bool = False
+    block_races: bool = False
+    count: bool = False
+    step_limit: int = 1 << 22
+    removed: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
+class Site:
+    """One place where a kernel calls the machine; simt::Site in report.h says what is counted."""
+
+    kind: str
+    where: str
+    bytes: int
+    calls: int
+    requests: int
+    sectors: int
+    wavefronts: int
+    conflicts: int
+
+
+@dataclass(frozen=True)
+class Report:
+    """What all launches of one machine did."""
+
+    launches: int
+    sites: tuple[Site, ...]
+
+    def of(self, *kinds):
+        return [site for site in self.sites if site.kind in kinds]
+
+    def total(self, count, *kinds):
+        """``count``, a field of ``Site``, summed over the sites of these kinds."""
+        return sum(getattr(site, count) for site in self.of(*kinds))
+
+    def bytes(self, *kinds):
+        return sum(site.calls * site.bytes for site in self.of(*kinds))
+
+    def removable(self):
+        return sorted({site.where for site in self.of(*REMOVABLE)})
+
+
+class Error(Exception):
+    """The first error of a launch, which ended it."""
+
+    def __init__(self, text, kind, kernel, block, thread, where):
+        super().__init__(text)
+        self.kind = kind
+        self.kernel = kernel
+        self.block = block
+        self.thread = thread
+        self.where = where

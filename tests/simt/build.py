@@ -1,0 +1,72 @@
+"""Compiles kernels and the executor into a Python module."""
+
+import hashlib
+import importlib.util
+import os
+import shutil
+import subprocess
+import sysconfig
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+CACHE = ROOT / "build" / "simt"
+FLAGS = [
+    *["-O2", "-g1", "-std=c++20", "-ffp-contract=off", "-fPIC", "-fvisibility=hidden"],
+    *["-Wall", "-Wextra", "-DFASTGUARD_SIMT", "-Icsrc", "-Itests"],
+]
+
+
+class NoCompiler(RuntimeError):
+    pass
+
+
+def load(name, sources):
+    """The pybind11 module ``name`` of these sources, paths below the repository's root."""
+    compiler = os.environ.get("CXX", "g++")
+    if shutil.which(compiler) is None:
+        raise NoCompiler(f"simt needs a C++20 compiler; there is no {compiler!r} (CXX names one)")
+    executor = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "tests/simt").glob("*.cpp"))
+    objects = [compiled(compiler, source) for source in [*executor, *sources]]
+    module = target("".join(map(str, objects)), name, ".so")
+    if not module.exists():
+        run([compiler, "-shared", *map(str, objects)], module)
+    spec = importlib.util.spec_from_file_location(name, module)
+    loaded = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(loaded)
+    return loaded
+
+
+def compiled(compiler, source):
+    """The object file of one source, compiled anew if it, a header or a flag has changed."""
+    import pybind11
+
+    includes = [pybind11.get_include(), sysconfig.get_path("include")]
+    command = [compiler, *FLAGS, *(f"-isystem{path}" for path in includes), "-c", source]
+    headers = [
+        path.read_text()
+        for folder in ("csrc", "tests/simt")
+        for path in sorted((ROOT / folder).rglob("*"))
+        if path.suffix in (".h", ".cuh")
+    ]
+    text = "\0".join([*command, (ROOT / source).read_text(), *headers])
+    target_ = target(text, Path(source).stem, ".o")
+    if not target_.exists():
+        run(command, target_)
+    return target_
+
+
+def target(text, name, suffix):
+    return CACHE / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:16]}{suffix}"
+
+
+def run(command, target):
+    """Whole or not at all, also when two processes build the same file."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_suffix(f".{os.getpid()}{target.suffix}")
+    # Relative sources and includes: the sites that a report names are paths below the root.
+    done = subprocess.run([*command, "-o", str(partial)], cwd=ROOT, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr}")
+    if done.stderr:
+        print(done.stderr)
+    os.replace(partial, target)

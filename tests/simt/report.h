@@ -1,0 +1,72 @@
+// What a launch is asked for, what it tells, and how it fails.
+#pragma once
+
+#include <cstdint>
+#include <set>
+#include <source_location>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+namespace simt {
+
+using Location = std::source_location;
+
+enum class Schedule {
+  round_robin,  // every warp in turn, each of its lanes up to the next wait
+  greedy,       // one warp for as long as a lane of it can run
+  random,       // any lane of any warp, which may also be put aside between two waits
+};
+
+struct Options {
+  Schedule schedule = Schedule::round_robin;
+  uint64_t seed = 0;         // 0: blocks, warps and lanes in ascending order where order is free
+  int resident = 4;          // blocks that run at a time; all of them in a cooperative launch
+  bool weak_memory = false;  // a block's stores stay its own, and the others' unseen, until it fences
+  bool block_races = false;  // two blocks that store different values at one address are an error
+  bool count = false;        // requests, sectors and wavefronts; calls and bytes always are
+  int64_t step_limit = int64_t{1} << 22;  // calls of this machine that one thread may make
+  std::set<std::string> removed;          // sites (see Site::where) that do nothing
+};
+
+enum class Kind : uint8_t {
+  load, store, atomic,
+  shared_load, shared_store, shared_atomic,
+  barrier, grid_sync, syncwarp, collective, fence, wait, within,
+};
+
+const char* name_of(Kind);
+
+// One place in a kernel where it calls the machine.
+struct Site {
+  Kind kind;
+  unsigned bytes;     // that one call moves
+  std::string where;  // file:line:column
+  bool removed;
+  int index;
+  uint64_t calls = 0;       // by single threads
+  uint64_t requests = 0;    // by whole warps: what a GPU would issue as one instruction
+  uint64_t sectors = 0;     // of 32 bytes of global memory, summed over the requests
+  uint64_t wavefronts = 0;  // passes over the banks of shared memory, summed over the requests
+  uint64_t conflicts = 0;   // those of the wavefronts that another layout would save
+};
+
+struct Report {
+  int64_t launches = 0;
+  std::vector<Site> sites;  // in the order in which they were met first
+};
+
+// The first error of a launch; it ends the launch.
+struct Error : std::runtime_error {
+  std::string kind, kernel, block, thread, where;
+
+  Error(std::string kind, std::string kernel, std::string block, std::string thread,
+        std::string where, const std::string& text);
+};
+
+std::string text_of(const Location&);
+
+// Ends the launch in which the calling thread runs.
+[[noreturn]] void fail(const char* kind, const Location&, const std::string& text);
+
+}  // namespace simt

@@ -1,0 +1,37 @@
+// Which thread runs next.
+#pragma once
+
+#include "simt/threads.h"
+
+#include <random>
+
+namespace simt {
+
+class Scheduler {
+ public:
+  Scheduler(const Options& options, std::vector<Warp*> warps);
+
+  Thread* next();  // null if no thread can run
+
+  // Whether the running thread is put aside although it could go on.
+  bool interrupts() { return schedule_ == Schedule::random && random_() % 4 == 0; }
+
+ private:
+  Warp* first_runnable(size_t from) const;
+  Thread* round_robin();
+  Thread* greedy();
+  Thread* random();
+
+  Schedule schedule_;
+  std::vector<Warp*> warps_;
+  std::mt19937_64 random_;
+  unsigned first_lane_;
+  size_t at_ = 0;      // round robin: the place of the warp whose turn it is,
+  uint32_t turn_ = 0;  // and its lanes that have not had theirs
+  Warp* current_ = nullptr;
+};
+
+// The order in which the blocks of a grid start.
+std::vector<int64_t> block_order(int64_t blocks, uint64_t seed);
+
+}  // namespace simt
