@@ -1,5 +1,6 @@
 // clip_ and scale_ on CUDA.
 #include "cuda/clip.cuh"
+#include "cuda/scale.cuh"
 
 #include "cuda/tensors.h"
 

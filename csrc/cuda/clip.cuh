@@ -4,8 +4,9 @@
 // Reference: clip_ref_ in fastguard/ops.py.
 #pragma once
 
-#include "cuda/grad_norm.cuh"
-#include "cuda/pointwise.cuh"
+#include "cuda/measure.cuh"
+#include "cuda/times.cuh"
+#include "decide.h"
 
 namespace fastguard {
 

@@ -1,4 +1,6 @@
 // decide and guard_decide_ on CUDA.
+#include "cuda/decide.cuh"
+
 #include "cuda/deciding.h"
 
 #include <torch/csrc/stable/library.h>

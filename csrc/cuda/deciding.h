@@ -2,7 +2,7 @@
 #pragma once
 
 #include "checks.h"
-#include "cuda/decide.cuh"
+#include "cuda/judge.cuh"
 #include "cuda/launch.h"
 
 #include <optional>

@@ -12,7 +12,7 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
-#include <list>
+#include <array>
 #include <map>
 #include <mutex>
 #include <tuple>
@@ -108,53 +108,10 @@ struct DevicePlan {
   torch::stable::Tensor memory;
 };
 
-inline DevicePlan build_plan(const Stream& on, const HostPlan& host) {
-  torch::stable::Tensor memory = on.empty({host.bytes()}, torch::headeronly::ScalarType::Byte);
-  const Plan plan = host.at(memory.mutable_data_ptr());
-  auto* const to = static_cast<Word16*>(memory.mutable_data_ptr());
-  for (size_t begin = 0; begin < host.words.size(); begin += upload_words) {
-    const int n = static_cast<int>(std::min<size_t>(upload_words, host.words.size() - begin));
-    UploadPart part;
-    std::copy_n(&host.words[begin], n, part.words);
-    launch(on, upload_kernel, {1}, part, to + begin, n);
-  }
-  launch(on, expand_plan_kernel, {plan.tensors}, plan);
-  return {plan, memory};
-}
-
-// Plans of earlier calls, the last used first; one whose tensors are still where they were costs a
-// comparison of 32 bytes a tensor. Each belongs to a stream: what is written there first is there
-// for what comes later. A graph that is being captured builds its own in its own memory, for a
-// captured kernel reads its plan as long as the graph lives.
-inline DevicePlan plan_of(const Stream& on, const std::vector<Given>& tensors) {
-  struct Kept {
-    int device;
-    cudaStream_t stream;
-    HostPlan host;
-    DevicePlan plan;
-  };
-  constexpr int64_t most_bytes = 64 << 20;
-  static std::mutex mutex;
-  static auto* const kept = new std::list<Kept>;  // never destroyed: torch's allocator goes first
-  HostPlan host(tensors);
-  STD_TORCH_CHECK(host.fits, "fastguard: more than 3.4e10 elements in one call");
-  if (on.capturing) {
-    return build_plan(on, host);
-  }
-  const std::lock_guard lock(mutex);
-  for (auto each = kept->begin(); each != kept->end(); ++each) {
-    if (each->device == on.device && each->stream == on.stream && each->host == host) {
-      kept->splice(kept->begin(), *kept, each);
-      return kept->front().plan;
-    }
-  }
-  kept->push_front({on.device, on.stream, host, build_plan(on, host)});
-  int64_t bytes = 0;
-  for (auto each = kept->begin(); each != kept->end();) {
-    bytes += each->host.bytes();
-    each = bytes > most_bytes && each != kept->begin() ? kept->erase(each) : std::next(each);
-  }
-  return kept->front().plan;
-}
+// Plans of earlier calls are kept: one whose tensors are still where they were costs a comparison of
+// 32 bytes a tensor. Each belongs to a stream: what is written there first is there for what comes
+// later. A graph that is being captured builds its own in its own memory, for a captured kernel reads
+// its plan as long as the graph lives.
+DevicePlan plan_of(const Stream& on, const std::vector<Given>& tensors);
 
 }  // namespace fastguard

@@ -2,9 +2,7 @@
 // device. With it one launch serves any number of tensors of mixed dtypes and sizes, and a block
 // finds out all about its next chunk with one read of 32 bytes.
 //
-// The host describes each tensor by an Entry; expand_plan_kernel makes the chunks of it. The
-// entries come as kernel arguments: that needs no pinned memory and no event, and a CUDA graph
-// keeps them.
+// The host describes each tensor by an Entry; build_plan.cuh makes the chunks of it.
 #pragma once
 
 #include "adamw_options.h"
@@ -92,52 +90,10 @@ __device__ inline void store_chunk(Chunk* to, const Chunk& chunk) {
   store(reinterpret_cast<Word16*>(to) + 1, words.at[1]);
 }
 
-// --- building it ----------------------------------------------------------------------------------
-
 constexpr int upload_words = 2000;  // with the rest within 32,764 bytes, the limit of arguments
 
 struct UploadPart {
   Word16 words[upload_words];
 };
-
-// Writes a part of the host's description to the device.
-__global__ __launch_bounds__(threads) void upload_kernel(
-    const __grid_constant__ UploadPart part, Word16* to, int32_t n) {
-  for (int i = threadIdx.x; within(i, n); i += threads) {
-    store(to + i, part.words[i]);
-  }
-}
-
-// One block for each tensor.
-__global__ __launch_bounds__(threads) void expand_plan_kernel(Plan plan) {
-  const int tensor = blockIdx.x;
-  const Entry* entry = plan.entries + tensor;
-  const uint64_t data = load(&entry->data), other = load(&entry->other);
-  const int64_t numel = load(&entry->numel_and_types) >> 4;
-  const int types = load(&entry->numel_and_types) & 15;
-  const int first = load(&entry->first_chunk), place = load(&entry->place);
-  const int64_t n = chunks_of(numel);
-  const int bytes = bytes_of(static_cast<Type>(types & 3));
-  const int other_bytes = bytes_of(static_cast<Type>(types >> 2 & 3));
-  for (int64_t i = threadIdx.x; within(i, n); i += threads) {
-    const int64_t begin = i * chunk_elements;
-    const int64_t left = numel - begin;
-    Chunk chunk;
-    chunk.data = data + begin * bytes;
-    chunk.other = other + begin * other_bytes;
-    chunk.tensor = tensor;
-    chunk.place = place + static_cast<int32_t>(begin / packed_alignment);
-    chunk.index = static_cast<int32_t>(i);
-    const int size = static_cast<int>(left < chunk_elements ? left : chunk_elements);
-    chunk.size_and_types = size << 5 | (n == 1) << 4 | types;
-    store_chunk(plan.chunks + first + i, chunk);
-  }
-  if (threadIdx.x == 0) {
-    store(plan.arrived + tensor, 0u);
-    if (tensor == 0) {
-      store(plan.arrived + plan.tensors, 0u);
-    }
-  }
-}
 
 }  // namespace fastguard

@@ -1,9 +1,7 @@
-// What is done to each element by itself: scale_, accumulate_, settle_.
-// References: scale_ref_, accumulate_ref_ and settle_ref_ in fastguard/ops.py.
+// Elements times a factor, in place.
 #pragma once
 
 #include "cuda/squares.cuh"
-#include "decide.h"
 
 namespace fastguard {
 
@@ -58,23 +56,6 @@ __device__ inline void scale_elements(T* x, int n, double factor, const Read& ve
   }
   if (within(aligned.tail() + at, n)) {
     store(x + aligned.tail() + at, times(load(x + aligned.tail() + at), factor));
-  }
-}
-
-// next_coef: 0 where all tensors have the same coefficient, else 1.
-__global__ __launch_bounds__(threads, 3) void scale_kernel(
-    Plan plan, const double* clip_coef, int32_t next_coef) {
-  for (int c = blockIdx.x; c < plan.n_chunks; c += gridDim.x) {
-    const Chunk chunk = load_chunk(plan.chunks + c);
-    const double factor = load(clip_coef + int64_t{next_coef} * chunk.tensor);
-    if (factor == 1.0) {
-      continue;
-    }
-    with_type(chunk.type(), [&](auto* type) {
-      using T = std::remove_pointer_t<decltype(type)>;
-      T* x = reinterpret_cast<T*>(chunk.data);
-      scale_elements(x, chunk.size(), factor, [](int, const auto* at) { return load(at); });
-    });
   }
 }
 

@@ -1,0 +1,161 @@
+// A block decides; the verdict stays on the device.
+// The policy itself is in csrc/decide.h, for every device.
+#pragma once
+
+#include "cuda/reduce.cuh"
+#include "decide.h"
+
+namespace fastguard {
+
+struct Deciding {
+  Policy policy;
+  bool accept;
+  const double* unscale;  // null for 1
+  const double* loss;  // null if not known
+  double* statistics;  // (3,), as struct Statistics
+  double* history;  // (window,)
+  int64_t window;
+  double* ema_norms;  // (n,), AdaGC's
+  // A GradScaler's, null where there is none.
+  float* scale;
+  int32_t* growth_tracker;
+  Growth growth;
+  // Results.
+  double* grad_coef;  // () or (n,)
+  int64_t* verdict;
+  double* record;  // (5,)
+
+  __host__ __device__ bool wanted() const { return verdict != nullptr; }
+};
+
+__device__ inline double load_or(const double* scalar, double otherwise) {
+  return scalar == nullptr ? otherwise : load(scalar);
+}
+
+// The quantiles of the first `size` norms of the history, found by the rank of each. All threads
+// have read what the decision rests on when this returns, and may write it.
+__device__ inline Quantiles quantiles_in_block(const Deciding& given, int64_t size) {
+  FASTGUARD_SHARED(double, found, 4);
+  const Quantile median(0.5, size), chosen(chosen_quantile(given.policy), size);
+  for (int64_t i = threadIdx.x; within(i, size); i += threads) {
+    const double norm = load(given.history + i);
+    int64_t rank = 0;
+    for (int64_t j = 0; j < size; ++j) {
+      const double other = load(given.history + j);
+      rank += other < norm || (other == norm && j < i);
+    }
+    const int64_t ranks[] = {median.below, median.above, chosen.below, chosen.above};
+    for (int k = 0; k < 4; ++k) {
+      if (rank == ranks[k]) {
+        found[k] = norm;
+      }
+    }
+  }
+  __syncthreads();
+  if (size == 0) {
+    return {0.0, 0.0};
+  }
+  return {median.between(found[0], found[1]), chosen.between(found[2], found[3])};
+}
+
+// AdaGC's coefficients, one for each of n tensors.
+__device__ inline void weigh_in_block(
+    const Deciding& given, Judgement& judged, const double* norms, int n) {
+  double smallest = 1.0, applied = 0.0;
+  for (int i = threadIdx.x; within(i, n); i += threads) {
+    double ema = load(given.ema_norms + i);
+    const double norm = load(norms + i) * judged.factor;
+    const double coef = adagc_coef(given.policy, judged.warm, norm, judged.global_coef, ema, false);
+    smallest = coef < smallest ? coef : smallest;
+    applied = norm * coef > applied ? norm * coef : applied;
+  }
+  const auto least = [](double a, double b) { return a < b ? a : b; };
+  const auto most = [](double a, double b) { return a > b ? a : b; };
+  smallest = block_reduce(smallest, least);
+  applied = block_reduce(applied, most);
+  weigh(judged, smallest, applied);
+}
+
+__device__ inline void write_coefs_in_block(
+    const Deciding& given, const Judgement& judged, const double* norms, int n) {
+  for (int i = threadIdx.x; within(i, n); i += threads) {
+    double ema = load(given.ema_norms + i);
+    const double norm = load(norms + i) * judged.factor;
+    const double coef = adagc_coef(given.policy, judged.warm, norm, judged.global_coef, ema, true);
+    store(given.grad_coef + i, judged.grad_coef(coef));
+    if (given.accept && !judged.skipped()) {
+      store(given.ema_norms + i, ema);
+    }
+  }
+}
+
+__device__ inline void learn(const Deciding& given, const Judgement& judged, Statistics known) {
+  const int64_t oldest = static_cast<int64_t>(known.accepted) % given.window;
+  if (absorb(given.policy, known, judged.norm, judged.adaptive)) {
+    store(given.history + oldest, judged.norm);
+    store(given.statistics, known.accepted);
+    store(given.statistics + 1, known.mean);
+    store(given.statistics + 2, known.variance);
+  }
+}
+
+__device__ inline void grow_scale(const Deciding& given, double total_norm) {
+  float scale = load(given.scale);
+  int32_t tracker = load(given.growth_tracker);
+  grow(given.growth, !std::isfinite(total_norm), scale, tracker);
+  store(given.scale, scale);
+  store(given.growth_tracker, tracker);
+}
+
+// By one thread.
+__device__ inline void write_decision(
+    const Deciding& given, const Judgement& judged, const Statistics& known, double total_norm) {
+  if (given.policy.threshold != Threshold::adagc) {
+    store(given.grad_coef, judged.grad_coef(judged.global_coef));
+  }
+  if (given.accept && !judged.skipped()) {
+    learn(given, judged, known);
+  }
+  store(given.verdict, static_cast<int64_t>(judged.decision.verdict));
+  store(given.record, static_cast<double>(judged.decision.verdict));
+  store(given.record + 1, judged.decision.clip_coef);
+  store(given.record + 2, judged.norm);
+  store(given.record + 3, judged.limit);
+  store(given.record + 4, load_or(given.loss, NAN));
+  if (given.scale != nullptr) {
+    grow_scale(given, total_norm);
+  }
+}
+
+// All threads of one block. AdaGC has work for each of them, the others for one.
+__device__ inline void decide_in_block(
+    const Deciding& given, double total_norm, const double* norms, int n) {
+  const bool per_tensor = given.policy.threshold == Threshold::adagc;
+  const Statistics known = {
+      load(given.statistics), load(given.statistics + 1), load(given.statistics + 2)};
+  const int64_t accepted = static_cast<int64_t>(known.accepted);
+  const Quantiles quantiles =
+      quantiles_in_block(given, accepted < given.window ? accepted : given.window);
+  if (!per_tensor && threadIdx.x != 0) {
+    return;
+  }
+  Judgement judged = judge(
+      given.policy,
+      known,
+      quantiles,
+      total_norm,
+      load_or(given.unscale, 1.0),
+      std::isfinite(load_or(given.loss, 0.0)));
+  if (per_tensor && !judged.skipped()) {
+    weigh_in_block(given, judged, norms, n);
+  }
+  veto(judged);
+  if (per_tensor) {
+    write_coefs_in_block(given, judged, norms, n);
+  }
+  if (threadIdx.x == 0) {
+    write_decision(given, judged, known, total_norm);
+  }
+}
+
+}  // namespace fastguard
