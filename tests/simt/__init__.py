@@ -1,6 +1,6 @@
 """Runs the CUDA kernels on the CPU, one fiber for each thread, with checks that find races.
 
-``load`` compiles a pybind11 module; its functions take an ``Options``, return a ``Report`` and raise
+``load`` compiles a pybind11 module; its functions take ``Options``, return a ``Report`` and raise
 ``Error``.
 """
 
