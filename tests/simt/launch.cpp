@@ -112,7 +112,9 @@ void Launch::end(Block& block) {
   for (Warp& warp : block.warps) {
     warp.traffic.settle();
   }
-  ended_.push_back(std::move(block.view));
+  if (!block.view.stored.empty()) {
+    ended_.push_back(std::move(block.view));
+  }
   if (started_ < order_.size()) {
     begin(block);
   }

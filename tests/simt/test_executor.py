@@ -156,6 +156,21 @@ def test_a_race_and_a_dead_lock_say_who_and_where():
     assert "32 at barrier tests/simt/" in text and "32 at syncwarp tests/simt/" in text
 
 
+def test_a_tensor_may_begin_anywhere_in_its_storage():
+    x, y = simt.placed(drawn(256), offset=4), np.zeros(256, np.float32)
+    kernels().copy(simt.Options(), 1, x, 0, 1, y)
+    np.testing.assert_array_equal(x, y)
+    with pytest.raises(simt.Error, match="whose address is 4 above a multiple of 16") as raised:
+        kernels().copy(simt.Options(), 4, x, 0, 4, y)
+    assert raised.value.kind == "misaligned"
+
+
+def test_memory_is_allowed_once():
+    x = drawn(256)
+    with pytest.raises(ValueError, match="overlaps"):
+        kernels().copy(simt.Options(), 1, x, 0, 1, x)
+
+
 @pytest.mark.parametrize("options", [{"schedule": "fair"}, {"resident": 0}, {"step_limit": 0}])
 def test_options_that_make_no_sense_are_refused(options):
     with pytest.raises(ValueError, match=str(*options.values())):
@@ -177,10 +192,7 @@ def test_options_that_make_no_sense_are_refused(options):
     ],
 )
 def test_sectors_of_known_patterns(n, offset, stride, requests, sectors):
-    # numpy aligns to 16 bytes; 64 make the first element that of a sector.
-    room = np.zeros(4096, np.float32)
-    first = -room.ctypes.data % 64 // 4
-    x, y = room[first : first + 2048], np.zeros(256, np.float32)
+    x, y = simt.placed(np.zeros(2048, np.float32)), np.zeros(256, np.float32)
     report = kernels().copy(simt.Options(count=True), n, x, offset, stride, y)
     (load,) = report.of("load")
     assert (load.requests, load.sectors) == (requests, requests * sectors)
