@@ -22,7 +22,7 @@ struct Options {
   Schedule schedule = Schedule::round_robin;
   uint64_t seed = 0;         // 0: blocks, warps and lanes in ascending order where order is free
   int resident = 4;          // blocks that run at a time; all of them in a cooperative launch
-  bool weak_memory = false;  // a block's stores stay its own, and the others' unseen, until it fences
+  bool weak_memory = false;  // blocks see each other's stores only as fences order them
   bool block_races = false;  // two blocks that store different values at one address are an error
   bool count = false;        // requests, sectors and wavefronts; calls and bytes always are
   int64_t step_limit = int64_t{1} << 20;  // calls of this machine that one thread may make
