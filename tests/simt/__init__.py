@@ -1,14 +1,20 @@
 """Runs the CUDA kernels on the CPU, one fiber for each thread, with checks that find races.
 
-``load`` compiles a pybind11 module; its functions take an ``Options``, return a ``Report`` and raise
+g++ compiles the very files that nvcc compiles: only what ``csrc/cuda/device.cuh`` declares is
+another here, ``device.h``'s. What this cannot see: registers, spills and occupancy, caches, the
+hardware's approximate functions, contracted multiply-adds, and nvcc's own mistakes.
+
+``load`` compiles a pybind11 module; its functions take ``Options``, return a ``Report`` and raise
 ``Error``.
 """
 
 from dataclasses import dataclass
 
+import numpy as np
+
 from tests.simt.build import NoCompiler, load
 
-__all__ = ["Error", "NoCompiler", "Options", "Report", "Site", "load"]
+__all__ = ["Error", "NoCompiler", "Options", "Report", "Site", "load", "placed"]
 
 # Sites of these kinds do nothing once they are in ``Options.removed``.
 REMOVABLE = ("barrier", "grid_sync", "syncwarp", "fence", "wait", "within")
@@ -24,7 +30,7 @@ class Options:
     weak_memory: bool = False
     block_races: bool = False
     count: bool = False
-    step_limit: int = 1 << 22
+    step_limit: int = 1 << 20
     removed: frozenset[str] = frozenset()
 
 
@@ -73,3 +79,12 @@ class Error(Exception):
         self.block = block
         self.thread = thread
         self.where = where
+
+
+def placed(array, offset=0):
+    """A copy that begins ``offset`` bytes beyond an address as cudaMalloc gives them."""
+    room = np.empty(array.nbytes + offset + 256, np.uint8)
+    first = -room.ctypes.data % 256 + offset
+    copy = room[first : first + array.nbytes].view(array.dtype).reshape(array.shape)
+    copy[...] = array
+    return copy

@@ -1,5 +1,5 @@
-// What binds kernels to Python: Options from Python's, Report to Python's, Error raised as Python's,
-// and numpy arrays as a kernel's memory.
+// What binds kernels to Python: Options from Python's, Report to Python's, Error raised as
+// Python's, and numpy arrays as a kernel's memory.
 #pragma once
 
 #include "simt/machine.h"

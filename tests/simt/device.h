@@ -38,7 +38,8 @@ namespace simt {
 template <class T>
 concept Word = std::is_arithmetic_v<T> && (sizeof(T) == 4 || sizeof(T) == 8);
 
-// What `from` brought to the shuffle, or this lane's own value if it is of another group of `width`.
+// What lane `from` brought to the shuffle, or this lane's own value if that one is of a later group
+// of `width`.
 template <Word T, class Lane>
 T shuffle(unsigned mask, T value, int width, Lane from, const Location& at) {
   if (width < 1 || width > 32 || (width & (width - 1)) != 0) {

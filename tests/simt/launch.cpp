@@ -34,7 +34,7 @@ void fail(const char* kind, const Location& at, const std::string& text) {
   launching->fail(kind, text_of(at), text);
 }
 
-// --- a grid's way ---------------------------------------------------------------------------------
+// --- a grid's way --------------------------------------------------------------------------------
 
 Launch::Launch(State& state, std::string kernel, const Shape& shape, std::function<void()> body)
     : sites(state.sites), state_(state), options_(state.options), kernel_(std::move(kernel)),
@@ -112,7 +112,9 @@ void Launch::end(Block& block) {
   for (Warp& warp : block.warps) {
     warp.traffic.settle();
   }
-  ended_.push_back(std::move(block.view));
+  if (!block.view.stored.empty()) {
+    ended_.push_back(std::move(block.view));
+  }
   if (started_ < order_.size()) {
     begin(block);
   }
@@ -159,7 +161,7 @@ Site& Launch::step(Kind kind, size_t bytes, const Location& at) {
   return site;
 }
 
-// --- errors ---------------------------------------------------------------------------------------
+// --- errors --------------------------------------------------------------------------------------
 
 Error Launch::error_at(const char* kind, const Thread& thread, const std::string& where,
                        const std::string& text) const {
@@ -190,7 +192,7 @@ void Launch::dead_lock() {
   throw error_at("dead_lock", *first, first->waits->where, text);
 }
 
-// --- meetings -------------------------------------------------------------------------------------
+// --- meetings ------------------------------------------------------------------------------------
 
 void Launch::wait(const Site& site) {
   running->waits = &site;
@@ -252,7 +254,8 @@ void Launch::grid_sync(const Location& at) {
 const uint64_t* Launch::meet(Site& site, uint32_t mask, uint64_t value) {
   Warp& warp = *running->warp;
   if (mask != ~0u) {
-    fail("partial_mask", site.where, "the mask is " + std::to_string(mask) + ", not that of a warp");
+    fail("partial_mask", site.where,
+         "the mask is " + std::to_string(mask) + ", not that of a whole warp");
   }
   if (warp.alive != ~0u) {
     fail("divergent", site.where,
@@ -303,7 +306,7 @@ bool Launch::within(int64_t i, int64_t n, const Location& at) {
   return step(Kind::within, 0, at).removed || i < n;
 }
 
-// --- memory ---------------------------------------------------------------------------------------
+// --- memory --------------------------------------------------------------------------------------
 
 void Launch::load(void* value, const void* address, size_t bytes, const Location& at) {
   Site& site = step(Kind::load, bytes, at);

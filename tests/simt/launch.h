@@ -33,7 +33,7 @@ class Launch {
 
   void run();  // throws Error
 
-  // --- what the running thread calls; `at` is the place in the kernel -----------------------------
+  // --- what the running thread calls; `at` is the place in the kernel ----------------------------
 
   void load(void* value, const void* address, size_t bytes, const Location& at);
   void store(void* address, const void* value, size_t bytes, const Location& at);

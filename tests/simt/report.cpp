@@ -2,6 +2,8 @@
 
 #include "simt/sites.h"
 
+#include <algorithm>
+
 namespace simt {
 
 const char* name_of(Kind kind) {
@@ -35,15 +37,17 @@ Error::Error(std::string kind, std::string kernel, std::string block, std::strin
       kind(std::move(kind)), kernel(std::move(kernel)), block(std::move(block)),
       thread(std::move(thread)), where(std::move(where)) {}
 
-Site& Sites::find(Kind kind, unsigned bytes, const std::string& where) {
-  for (Site& site : sites_) {
-    if (site.kind == kind && site.bytes == bytes && site.where == where) {
-      return site;
-    }
+Site& Sites::add(const Key& key, const std::string& where) {
+  auto site = std::find_if(sites_.begin(), sites_.end(), [&](const Site& other) {
+    return other.kind == key.kind && other.bytes == key.bytes && other.where == where;
+  });
+  if (site == sites_.end()) {
+    site = sites_.insert(site, Site{.kind = key.kind, .bytes = key.bytes, .where = where,
+                                    .removed = removed_.contains(where),
+                                    .index = static_cast<int>(sites_.size())});
   }
-  return sites_.emplace_back(Site{.kind = kind, .bytes = bytes, .where = where,
-                                  .removed = removed_.contains(where),
-                                  .index = static_cast<int>(sites_.size())});
+  by_key_[key] = &*site;
+  return *site;
 }
 
 }  // namespace simt

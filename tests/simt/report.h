@@ -22,11 +22,12 @@ struct Options {
   Schedule schedule = Schedule::round_robin;
   uint64_t seed = 0;         // 0: blocks, warps and lanes in ascending order where order is free
   int resident = 4;          // blocks that run at a time; all of them in a cooperative launch
-  bool weak_memory = false;  // a block's stores stay its own, and the others' unseen, until it fences
+  bool weak_memory = false;  // blocks see each other's stores only as fences order them
   bool block_races = false;  // two blocks that store different values at one address are an error
   bool count = false;        // requests, sectors and wavefronts; calls and bytes always are
-  int64_t step_limit = int64_t{1} << 22;  // calls of this machine that one thread may make
-  std::set<std::string> removed;          // sites (see Site::where) that do nothing
+  int64_t step_limit = int64_t{1} << 20;  // calls of this machine that one thread may make
+  // Barriers, fences and waits (see Site::where) that do nothing, and bounds that always hold.
+  std::set<std::string> removed;
 };
 
 enum class Kind : uint8_t {
@@ -45,7 +46,7 @@ struct Site {
   bool removed;
   int index;
   uint64_t calls = 0;       // by single threads
-  uint64_t requests = 0;    // by whole warps: what a GPU would issue as one instruction
+  uint64_t requests = 0;    // by whole warps, what a GPU issues at a time; meetings at a barrier
   uint64_t sectors = 0;     // of 32 bytes of global memory, summed over the requests
   uint64_t wavefronts = 0;  // passes over the banks of shared memory, summed over the requests
   uint64_t conflicts = 0;   // those of the wavefronts that another layout would save

@@ -16,7 +16,8 @@ unsigned lane_from(uint32_t mask, unsigned first) {
 }  // namespace
 
 Scheduler::Scheduler(const Options& options, std::vector<Warp*> warps)
-    : schedule_(options.schedule), warps_(std::move(warps)), random_(options.seed) {
+    : schedule_(options.schedule), warps_(std::move(warps)), random_(options.seed),
+      at_(warps_.size() - 1) {  // the first is next
   first_lane_ = options.seed == 0 ? 0 : random_() % 32;
   if (options.seed != 0) {
     std::shuffle(warps_.begin(), warps_.end(), random_);

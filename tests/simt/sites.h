@@ -3,8 +3,8 @@
 
 #include "simt/report.h"
 
-#include <array>
 #include <deque>
+#include <unordered_map>
 
 namespace simt {
 
@@ -15,37 +15,33 @@ class Sites {
   // The site of a call, which is counted.
   Site& meet(Kind kind, unsigned bytes, const Location& at) {
     const Key key{at.file_name(), at.line(), at.column(), bytes, kind};
-    Slot& slot = slots_[hash(key)];
-    if (slot.site == nullptr || slot.key != key) {
-      slot = {key, &find(kind, bytes, text_of(at))};
-    }
-    ++slot.site->calls;
-    return *slot.site;
+    const auto known = by_key_.find(key);
+    Site& site = known != by_key_.end() ? *known->second : add(key, text_of(at));
+    ++site.calls;
+    return site;
   }
 
   const std::deque<Site>& all() const { return sites_; }
 
  private:
+  // One site may have several keys: a file name has another address in another object file.
   struct Key {
     const char* file;
     unsigned line, column, bytes;
     Kind kind;
     bool operator==(const Key&) const = default;
   };
-  struct Slot {
-    Key key;
-    Site* site;
+  struct Hash {
+    size_t operator()(const Key& key) const {
+      return ((key.line * 256 + key.column) * 16 + key.bytes) * 16 + static_cast<size_t>(key.kind);
+    }
   };
 
-  static size_t hash(const Key& key) {
-    return (key.line * 31 + key.column * 7 + key.bytes + static_cast<unsigned>(key.kind)) % 1024;
-  }
-
-  Site& find(Kind kind, unsigned bytes, const std::string& where);
+  Site& add(const Key& key, const std::string& where);
 
   std::set<std::string> removed_;
-  std::deque<Site> sites_;             // a deque: addresses stay
-  std::array<Slot, 1024> slots_ = {};  // the last site of each hash, so that most calls find theirs
+  std::deque<Site> sites_;  // a deque: addresses stay
+  std::unordered_map<Key, Site*, Hash> by_key_;
 };
 
 }  // namespace simt
