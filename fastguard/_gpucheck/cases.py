@@ -177,4 +177,6 @@ def placed(specs: list[Spec], seed: int, device: torch.device) -> list[Placed]:
 
 def on_cpu(tensors: list[Tensor]) -> list[Tensor]:
     """Copies of the values; whole ones also where they lie amid others."""
-    return [tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for tensor in tensors]
+    return [
+        tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for tensor in tensors
+    ]

@@ -72,7 +72,9 @@ def errors(compared: Compared) -> Tensor:
         limits = torch.finfo(found.dtype)
         ulp = limits.eps * there.abs().clamp(min=limits.smallest_normal)
     same = (here == there) | (here.isnan() & there.isnan())
-    return torch.where(same, 0.0, (here - there).abs() / ulp).nan_to_num(nan=math.inf, posinf=math.inf)
+    return torch.where(same, 0.0, (here - there).abs() / ulp).nan_to_num(
+        nan=math.inf, posinf=math.inf
+    )
 
 
 def judge(compared: Compared) -> tuple[float, str | None]:

@@ -76,10 +76,8 @@ def _survival(name, dtype, threshold, device) -> Iterator[Compared]:
 
 
 def _trained(net: nn.Module, optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    counted = {"num_batches_tracked"}
-    model = [t for name, t in net.state_dict().items() if name not in counted]
     state = [v for s in optimizer.state.values() for v in s.values() if isinstance(v, Tensor)]
-    return [t.detach().clone() for t in model + state]
+    return [t.detach().clone() for t in (*net.state_dict().values(), *state)]
 
 
 # --- no synchronisation -------------------------------------------------------------------------
@@ -144,7 +142,7 @@ def _clipping(dtype, max_norm, grid, device) -> Iterator[Compared]:
     ours, theirs = (_parameters(dtype, grid, device) for _ in range(2))
     theirs = [nn.Parameter(p.double()) for p in theirs]
     for wide, p in zip(theirs, ours, strict=True):
-        wide.grad = p.grad.double()
+        wide.grad = p.grad.to(torch.float64, copy=True)
     norm = fastguard.clip_grad_norm_(ours, max_norm)
     right = nn.utils.clip_grad_norm_(theirs, max_norm)
     yield Compared("norm", norm, right, 2.0 if norm.dtype == torch.float32 else 500.0)

@@ -20,7 +20,13 @@ SUM_ULPS = 1e-13 / torch.finfo(torch.float64).eps
 #: The same after a training's worth of statistics.
 STATISTICS_ULPS = 10 * SUM_ULPS
 
-THRESHOLDS = (Fixed(), ZClip(warmup=5), RunningMedian(warmup=4), AutoClip(warmup=3), AdaGC(warmup=4))
+THRESHOLDS = (
+    Fixed(),
+    ZClip(warmup=5),
+    RunningMedian(warmup=4),
+    AutoClip(warmup=3),
+    AdaGC(warmup=4),
+)
 
 
 def float64(value: float | list, device: torch.device | str = "cpu") -> Tensor:
@@ -92,7 +98,9 @@ def _guard_decide_(threshold, window, n, device):
         norms, unscale, loss, accept = _drawn_step(n, generator)
         total = norms.square().sum().sqrt()
         scalars = [None if value is None else float64(value) for value in (unscale, loss)]
-        measured = ops.GradNorm(total.to(device), norms.to(device), torch.zeros(n, 3, device=device))
+        measured = ops.GradNorm(
+            total.to(device), norms.to(device), torch.zeros(n, 3, device=device)
+        )
         on_device = [None if s is None else s.to(device) for s in scalars]
         found = ops.guard_decide_(measured, *on_device, here, threshold, 1.5, 8.0, accept)
         right = ops.guard_decide_ref_(
