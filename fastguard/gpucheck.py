@@ -27,7 +27,6 @@ from ._gpucheck.operators import OPERATORS
 from ._gpucheck.properties import PROPERTIES
 from ._gpucheck.report import Report
 
-
 #: Fills a section of the report.
 Part = Callable[[], None]
 
@@ -83,7 +82,8 @@ def main(argv: list[str] | None = None) -> int:
         if (reason := machine.no_gpu()) is not None:
             print(reason)
             return 0
-        if (args.device.index or 0) >= torch.cuda.device_count():
+        args.device = torch.device("cuda", args.device.index or 0)
+        if args.device.index >= torch.cuda.device_count():
             print(f"error: no {args.device}: {torch.cuda.device_count()} found", file=sys.stderr)
             return 2
         if args.built is None and machine.can_build():

@@ -161,7 +161,7 @@ def _strides(shape: tuple[int, ...], layout: str) -> tuple[int, ...]:
     if layout == "transposed":
         return torch.empty(shape[::-1], device="meta").stride()[::-1]
     if layout == "channels-last":
-        n, c, h, w = shape
+        _, c, h, w = shape
         return h * w * c, 1, w * c, c
     if layout == "strided":
         return tuple(3 * stride for stride in row_major)

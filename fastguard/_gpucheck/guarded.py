@@ -58,7 +58,7 @@ def _survival(name, dtype, threshold, device) -> Iterator[Compared]:
     def run(steps, bad):
         net = _net(dtype, device)
         optimizer = OPTIMIZERS[name](net.parameters())
-        guard = fastguard.GradGuard(net, 0.5, 50.0, threshold=threshold)
+        guard = fastguard.GradGuard(net, 0.5, 50.0, STEPS + 1, threshold=threshold)
         for step in steps:
             _backward(net, step, bad.get(step))
             guard.step(optimizer, batch_id=step)
@@ -93,16 +93,19 @@ def no_wait(device: torch.device, grid: Grid) -> Iterator[Case]:
 
 
 def _no_wait(name, threshold, device) -> Iterator[Compared]:
-    """In a mode in which torch raises where it would wait; the first steps may, they set up."""
+    """In a mode in which torch raises where it would wait; the first steps may, they set up.
+
+    The bad step is the last: a later one that learns of it reads from the device what was bad.
+    """
     net = _net(torch.float32, device)
     optimizer = OPTIMIZERS[name](net.parameters())
     guard = fastguard.GradGuard(net, 0.5, threshold=threshold, max_lag=64)
     for step in range(6):
-        _backward(net, step, math.nan if step == 4 else None)
+        _backward(net, step, math.nan if step == 5 else None)
         with _raising_where_torch_waits() if step >= 2 else contextlib.nullcontext():
             guard.step(optimizer)
     verdicts = [report.verdict.skipped for report in guard.poll(wait=True)]
-    expected = [step == 4 for step in range(6)]
+    expected = [step == 5 for step in range(6)]
     yield Compared("skipped steps", torch.tensor(verdicts), torch.tensor(expected))
 
 

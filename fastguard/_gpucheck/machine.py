@@ -1,6 +1,7 @@
 """The machine and the checkout: what is there, a build where something is missing, the tests."""
 
 import importlib.util
+import math
 import os
 import shutil
 import subprocess
@@ -34,6 +35,11 @@ def name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
 
 
+def free_memory(device: torch.device) -> float:
+    """Bytes on the GPU; of a CPU nobody asks."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else math.inf
+
+
 # --- what is there ------------------------------------------------------------------------------
 
 
@@ -58,8 +64,7 @@ def describe(device: torch.device) -> dict[str, str]:
             "GPU": gpu.name,
             "compute capability": f"{gpu.major}.{gpu.minor}",
             "multiprocessors": str(gpu.multi_processor_count),
-            "memory": f"{gpu.total_memory / 2**30:.1f} GiB, "
-            f"{torch.cuda.mem_get_info(device)[0] / 2**30:.1f} free",
+            "memory": f"{gpu.total_memory / 2**30:.1f} GiB, {free_memory(device) / 2**30:.1f} free",
             "driver": _output(*driver).split("\n")[0],
             "CUDA of torch": str(torch.version.cuda),
         }

@@ -99,7 +99,7 @@ def _guard_decide_(threshold, window, n, device):
         total = norms.square().sum().sqrt()
         scalars = [None if value is None else float64(value) for value in (unscale, loss)]
         measured = ops.GradNorm(
-            total.to(device), norms.to(device), torch.zeros(n, 3, device=device)
+            total.to(device), norms.to(device), torch.zeros(n, 3, dtype=torch.int64, device=device)
         )
         on_device = [None if s is None else s.to(device) for s in scalars]
         found = ops.guard_decide_(measured, *on_device, here, threshold, 1.5, 8.0, accept)

@@ -12,6 +12,7 @@ import fastguard
 
 from .. import ops
 from .._timing import in_turns, synchronize, table
+from . import machine
 from .report import Report
 
 MAX_NORM = 1e30  # nothing exceeds it
@@ -139,7 +140,7 @@ def step_rows(workload: Workload, parameters: list[nn.Parameter]) -> dict[str, R
 
 
 def times(
-    workload: Workload, rows: dict[str, Row], repeats: int, device: torch.device, copy: float
+    title: str, count: int, rows: dict[str, Row], repeats: int, device: torch.device, copy: float
 ) -> str:
     """A table; the first row is the one that the others are compared with."""
     seconds = medians({name: row.call for name, row in rows.items()}, repeats, device)
@@ -147,7 +148,7 @@ def times(
     lines = []
     for name, row in rows.items():
         gpu, host = seconds[name]
-        speed = row.bytes * workload.count / gpu
+        speed = row.bytes * count / gpu
         lines.append(
             [
                 *(name, f"{gpu * 1e3:.3f}", f"{gpu / first.gpu:.2f}"),
@@ -156,7 +157,7 @@ def times(
             ]
         )
     header = ["", "device ms", "/ ours", "host ms", "/ ours", "bytes/param", "GB/s", "of a copy"]
-    return table(workload.name, header, lines)
+    return table(title, header, lines)
 
 
 def measure(
@@ -177,8 +178,7 @@ def measure(
 
 
 def _measure_workload(report, workload, repeats, device, copy) -> None:
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else workload.needed
-    if free < workload.needed:
+    if (free := machine.free_memory(device)) < workload.needed:
         report.line(
             f"\n{workload.name}: passed over, needs about {workload.needed / 2**30:.0f} GiB of "
             f"memory; {free / 2**30:.0f} are free"
@@ -199,5 +199,6 @@ def _tables(workload, repeats, device, copy) -> Iterator[str]:
         values = torch.randn(size, dtype=workload.dtype, device=device) * 0.02
         parameters.append(nn.Parameter(values))
         parameters[-1].grad = torch.randn_like(values) * 1e-3
-    for rows in (norm_rows, step_rows):
-        yield times(workload, rows(workload, parameters), repeats, device, copy)
+    for kind, rows in (("norm", norm_rows), ("step", step_rows)):
+        title = f"{workload.name}: {kind}"
+        yield times(title, workload.count, rows(workload, parameters), repeats, device, copy)
