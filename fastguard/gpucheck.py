@@ -43,9 +43,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         type=Path,
         help="the report's file (default: fastguard_gpucheck_GPU_DATE.txt in this folder)",
     )
-    parser.add_argument(
-        "--quick", action="store_true", help="fewer cases, no tensors above 40,000 elements"
-    )
+    parser.add_argument("--quick", action="store_true", help="fewer cases and smaller tensors")
     parser.add_argument(
         "--repeats", type=_positive, default=21, help="of each timing (default: %(default)s)"
     )
@@ -152,6 +150,7 @@ def parts(report: Report, args: argparse.Namespace) -> Iterator[tuple[str, Part]
 def check(report: Report, device: torch.device, parts: Iterable[tuple[str, Part]]) -> int:
     """Fill the sections, one's failure not hiding the next; the exit status."""
     report.line(f"fastguard gpucheck, {time.strftime('%Y-%m-%d %H:%M:%S')}")
+    stopped = False
     try:
         for title, fill in parts:
             report.section(title)
@@ -163,13 +162,13 @@ def check(report: Report, device: torch.device, parts: Iterable[tuple[str, Part]
             "it was, start again with CUDA_LAUNCH_BLOCKING=1 set, or under compute-sanitizer.",
         )
     except KeyboardInterrupt:
-        report.section("Result")
-        report.line("stopped by Ctrl-C")
-        _last_lines(report)
-        return 130
+        stopped = True
     report.section("Result")
-    _last_lines(report)
-    return int(bool(report.failed))
+    if stopped:
+        report.line("stopped by Ctrl-C: what follows is of what was done")
+    report.line(f"FAILED: {', '.join(report.failed)}" if report.failed else "nothing failed")
+    report.line(f"This report is in {report.path.resolve()}: please attach it to an issue.")
+    return 130 if stopped else int(bool(report.failed))
 
 
 def _fill(report: Report, device: torch.device, title: str, fill: Part) -> None:
@@ -181,11 +180,6 @@ def _fill(report: Report, device: torch.device, title: str, fill: Part) -> None:
         report.fail(title, f"FAILED  {traceback.format_exc()}")
         if (lost := lost_device(device)) is not None:
             raise DeviceLost(f"in {title}: {lost}") from None
-
-
-def _last_lines(report: Report) -> None:
-    report.line(f"FAILED: {', '.join(report.failed)}" if report.failed else "nothing failed")
-    report.line(f"This report is in {report.path.resolve()}: please attach it to an issue.")
 
 
 if __name__ == "__main__":

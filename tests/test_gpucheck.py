@@ -341,6 +341,16 @@ def test_a_missing_library_is_built_and_the_check_starts_again(monkeypatch, caps
     assert "building it" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("problem", [None, "_cuda.so was not built"])
+def test_what_came_of_a_build(problem, report, tmp_path, monkeypatch):
+    log = tmp_path / "build.log"
+    log.write_text("nvcc fatal: unsupported gpu architecture\n")
+    monkeypatch.setattr(_native, "cuda_problem", problem)
+    machine.say_built(report, log)
+    assert ("nvcc fatal" in written(report)) == (problem is not None)
+    assert ("this command built it" in written(report)) == (problem is None)
+
+
 @pytest.mark.parametrize("sources", [True, False])
 def test_what_to_do_about_a_library_that_does_not_load(sources, report, tmp_path, monkeypatch):
     monkeypatch.setattr(_native, "cuda_problem", "_cuda.so does not load: undefined symbol")

@@ -56,7 +56,10 @@ def environment(report: Report, device: torch.device) -> None:
 
 
 def describe(device: torch.device) -> dict[str, str]:
-    facts = {"fastguard commit": _output("git", "-C", CHECKOUT, "describe", "--always", "--dirty")}
+    commit = "installed without its sources"
+    if (CHECKOUT / "setup.py").is_file():  # else git might find a repository around this one
+        commit = _output("git", "-C", CHECKOUT, "describe", "--always", "--dirty")
+    facts = {"fastguard commit": commit}
     if device.type == "cuda":
         gpu = torch.cuda.get_device_properties(device)
         driver = ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
