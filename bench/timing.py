@@ -10,7 +10,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
+
+from fastguard._timing import in_turns, synchronize, table
+
+__all__ = ["arguments", "interleaved", "print_machine", "table", "write_json"]
 
 
 def arguments(description: str, repeats: int) -> argparse.Namespace:
@@ -39,41 +42,17 @@ def interleaved(
     device: torch.device,
     before: Mapping[str, Callable[[], object]] | None = None,
 ) -> dict[str, float]:
-    """Median seconds of each function; they take turns, so that a busy spell hits all alike.
+    """Median seconds of each function, by the wall clock, from an idle device to an idle device."""
 
-    ``before`` holds what is to be called, but not timed, before each function of the same name.
-    """
-    seconds: dict[str, list[float]] = {name: [] for name in functions}
-    for repeat in tqdm(range(-2, repeats), desc="repeats", leave=False, disable=None):
-        for name, function in functions.items():
-            if before is not None:
-                before[name]()
-            synchronize(device)
-            start = time.perf_counter()
-            function()
-            synchronize(device)
-            if repeat >= 0:  # the first two warm up
-                seconds[name].append(time.perf_counter() - start)
+    def clock(function):
+        synchronize(device)
+        start = time.perf_counter()
+        function()
+        synchronize(device)
+        return time.perf_counter() - start
+
+    seconds = in_turns(functions, repeats, clock, before)
     return {name: statistics.median(values) for name, values in seconds.items()}
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def table(title: str, header: list[str], rows: list[list[str]]) -> str:
-    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
-
-    def line(row):
-        return "  ".join(
-            [
-                row[0].ljust(widths[0]),
-                *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True)),
-            ]
-        )
-
-    return "\n".join([title, line(header), "-" * len(line(header)), *map(line, rows)])
 
 
 def machine(device: torch.device) -> dict[str, str | int]:

@@ -1,0 +1,49 @@
+"""Functions timed in turns, and tables of what came out: shared by bench/ and gpucheck."""
+
+from collections.abc import Callable, Mapping
+from typing import TypeVar
+
+import torch
+from tqdm import tqdm
+
+Reading = TypeVar("Reading")
+
+
+def in_turns(
+    functions: Mapping[str, Callable[[], object]],
+    repeats: int,
+    clock: Callable[[Callable[[], object]], Reading],
+    before: Mapping[str, Callable[[], object]] | None = None,
+) -> dict[str, list[Reading]]:
+    """What ``clock`` reads of each function; they take turns, so that a busy spell hits all alike.
+
+    ``before`` holds what is to be called, but not timed, before each function of the same name.
+    """
+    readings: dict[str, list[Reading]] = {name: [] for name in functions}
+    for repeat in tqdm(range(-2, repeats), desc="repeats", leave=False, disable=None):
+        for name, function in functions.items():
+            if before is not None:
+                before[name]()
+            reading = clock(function)
+            if repeat >= 0:  # the first two warm up
+                readings[name].append(reading)
+    return readings
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def table(title: str, header: list[str], rows: list[list[str]]) -> str:
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+
+    def line(row):
+        return "  ".join(
+            [
+                row[0].ljust(widths[0]),
+                *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True)),
+            ]
+        )
+
+    return "\n".join([title, line(header), "-" * len(line(header)), *map(line, rows)])
