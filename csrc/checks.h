@@ -160,4 +160,59 @@ inline void check_growth(
   }
 }
 
+inline void check_pair(
+    const torch::stable::Tensor& sum, const torch::stable::Tensor& grad, size_t i) {
+  check_dtype(sum, "accumulate_", i);
+  check_no_overlap(sum, "accumulate_", i);
+  STD_TORCH_CHECK(
+      sum.sizes().equals(grad.sizes()) && sum.scalar_type() == grad.scalar_type(),
+      "accumulate_: sum ",
+      i,
+      " and its gradient differ in shape or dtype");
+}
+
+inline void check_accumulate(
+    const std::vector<torch::stable::Tensor>& sums,
+    const std::vector<torch::stable::Tensor>& grads,
+    const torch::stable::Tensor& verdict,
+    const torch::stable::Tensor& window) {
+  using torch::headeronly::ScalarType;
+  check_tensor(verdict, "accumulate_", "verdict", ScalarType::Long, 0);
+  check_tensor(window, "accumulate_", "window", ScalarType::Double, 1);
+  STD_TORCH_CHECK(
+      sums.size() == grads.size() && window.numel() == 3,
+      "accumulate_: as many gradients as sums and a window of 3 numbers are needed; got ",
+      sums.size(),
+      " sums, ",
+      grads.size(),
+      " gradients and ",
+      window.numel(),
+      " numbers");
+  for (size_t i = 0; i < sums.size(); ++i) {
+    check_pair(sums[i], grads[i], i);
+  }
+}
+
+inline void check_settle(
+    const std::vector<torch::stable::Tensor>& buffers,
+    const std::vector<torch::stable::Tensor>& saved,
+    const torch::stable::Tensor& verdict) {
+  check_tensor(verdict, "settle_", "verdict", torch::headeronly::ScalarType::Long, 0);
+  STD_TORCH_CHECK(
+      buffers.size() == saved.size(),
+      "settle_: ",
+      buffers.size(),
+      " buffers but ",
+      saved.size(),
+      " saved copies");
+  for (size_t i = 0; i < buffers.size(); ++i) {
+    STD_TORCH_CHECK(
+        buffers[i].sizes().equals(saved[i].sizes()) &&
+            buffers[i].scalar_type() == saved[i].scalar_type(),
+        "settle_: buffer ",
+        i,
+        " and its saved copy differ in shape or dtype");
+  }
+}
+
 }  // namespace fastguard

@@ -42,6 +42,13 @@ FASTGUARD_HOST_DEVICE inline Decision decide(double total_norm, double max_norm,
   return {clip_coef, clip_coef < 1.0 ? Verdict::clip : Verdict::apply};
 }
 
+// The norm by which clip_ decides: what a caller who gets it as a float32 could decide by himself,
+// unless it is beyond float32.
+FASTGUARD_HOST_DEVICE inline double as_returned(double total_norm, bool float32_norm) {
+  const float rounded = static_cast<float>(total_norm);
+  return float32_norm && std::isfinite(rounded) ? rounded : total_norm;
+}
+
 enum class Threshold : int64_t { fixed = 0, zclip = 1, running_median = 2, autoclip = 3, adagc = 4 };
 
 // No step is taken along a gradient above this norm, clipping included: with max_norm=inf its squares

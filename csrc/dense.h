@@ -67,4 +67,15 @@ inline Dense densify(const torch::stable::Tensor& tensor) {
   return {torch::stable::contiguous(tensor), {}, true};
 }
 
+// The same elements in the same order as those of `like`, whose memory has no gaps.
+inline torch::stable::Tensor laid_out_as(
+    const torch::stable::Tensor& grad, const torch::stable::Tensor& like) {
+  if (grad.strides().equals(like.strides())) {
+    return grad;
+  }
+  torch::stable::Tensor copy = torch::stable::empty_like(like);
+  torch::stable::copy_(copy, grad);
+  return copy;
+}
+
 }  // namespace fastguard

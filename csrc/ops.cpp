@@ -25,10 +25,10 @@ STABLE_TORCH_LIBRARY(fastguard, m) {
       "float[] options, bool accept, Tensor(d!)? scale, Tensor(e!)? growth_tracker, "
       "float[] growth) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
 
-  // grad_norm, decide and scale_ in one, in one launch on CUDA -> total_norm, norms, nonfinite,
-  // clip_coef, verdict
+  // grad_norm, decide and scale_ in one, in one launch on CUDA; float32_norm: the decision is about
+  // the norm rounded to float32 -> total_norm, norms, nonfinite, clip_coef, verdict
   m.def(
-      "clip_(Tensor(a!)[] grads, float max_norm, float skip_norm) -> "
+      "clip_(Tensor(a!)[] grads, float max_norm, float skip_norm, bool float32_norm) -> "
       "(Tensor, Tensor, Tensor, Tensor, Tensor)");
 
   // Writes nothing where clip_coef is 1; its shape is () or (N,).

@@ -105,6 +105,34 @@ def found_by_unscaling(
     return torch.stack([f.reshape(()).to(found[0].device) for f in found]).sum()
 
 
+def scaling_of(scaler: torch.amp.GradScaler | None, device: torch.device) -> ops.Scaling | None:
+    """The scaler's state, for the decision to update on the way, after :func:`scale_of`.
+
+    None where that is not all: a scaler of another class may have more to do in its ``update``, as
+    ShardedGradScaler asks all ranks. GradScaler has no public way to its tensors.
+    """
+    if scaler is None or not scaler.is_enabled():
+        return None
+    if type(scaler).update is not torch.amp.GradScaler.update or scaler._scale.device != device:
+        return None
+    return ops.Scaling(
+        scaler._scale,
+        scaler._growth_tracker,
+        scaler.get_growth_factor(),
+        scaler.get_backoff_factor(),
+        scaler.get_growth_interval(),
+    )
+
+
+def copy_of(scaling: ops.Scaling | None) -> tuple[Tensor, ...]:
+    return () if scaling is None else tuple(tensor.clone() for tensor in scaling[:2])
+
+
+def restore(scaling: ops.Scaling | None, copies: tuple[Tensor, ...]) -> None:
+    for tensor, copy in zip(scaling or (), copies, strict=False):
+        tensor.copy_(copy)
+
+
 def update_scaler(
     scaler: torch.amp.GradScaler | None,
     optimizers: list[torch.optim.Optimizer],

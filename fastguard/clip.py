@@ -70,6 +70,9 @@ def clip_grad_norm_(
     grads = _gradients(_listed(parameters))
     if not grads.tensors:
         return torch.tensor(0.0)
+    if grads.plain and norm_type == 2.0 and nonfinite == "keep" and not error_if_nonfinite:
+        measured, _ = ops.clip_(grads.tensors, max_norm, math.inf, not grads.dtypes & _DOUBLE)
+        return _rounded(measured.total_norm, grads)
     total_norm = _total_norm(grads, float(norm_type), error_if_nonfinite)
     rounded = _rounded(total_norm, grads)
     coming_back = rounded.double()

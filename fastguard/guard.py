@@ -18,9 +18,12 @@ from torch import Tensor, nn
 from . import ops
 from .accumulate import Window, check_summable
 from .apply import (
+    copy_of,
     found_by_unscaling,
     leaves_gradients,
+    restore,
     scale_of,
+    scaling_of,
     step_optimizer,
     update_scaler,
 )
@@ -213,11 +216,12 @@ class GradGuard:
             self._watched.stale = True  # perhaps the module has other parameters by now
         names, grads = _once(names, grads)
         found_inf = found_by_unscaling(scaler, optimizers)
-        measured = self._measured(names, grads)
         scale = scale_of(scaler, device) if found_inf is None else nan_if(found_inf)
         unscale = unscaling(scale, 1.0 if window is None else window.weight, device)
-        before = [t.clone() for t in self._statistics], self._ema_norms
-        decision = self._decide(names, measured, unscale, loss)
+        in_one = self._measure is None and window is None and found_inf is None
+        scaling = scaling_of(scaler, device) if in_one and not self._batches_to_skip else None
+        before = self._statistics.copy(), self._ema_norms, copy_of(scaling)
+        measured, decision = self._judge(names, grads, unscale, loss, scaling)
 
         try:
             if window is not None:
@@ -225,17 +229,19 @@ class GradGuard:
             for each in optimizers:
                 step_optimizer(each, grads, decision)
         except BaseException:
-            self._statistics, self._ema_norms = ops.Statistics(*before[0]), before[1]
+            self._statistics, self._ema_norms = before[:2]
+            restore(scaling, before[2])
             if window is not None:
                 window.take_back()
                 self._window = window if all(map(leaves_gradients, optimizers)) else None
             raise
         self._window = None
         self._buffers.settle(decision.verdict)
-        infinite = ~measured.total_norm.isfinite()
-        update_scaler(
-            scaler, optimizers, infinite if window is None else infinite | window.found_inf
-        )
+        if scaling is None:
+            infinite = ~measured.total_norm.isfinite()
+            update_scaler(
+                scaler, optimizers, infinite if window is None else infinite | window.found_inf
+            )
 
         micro_batches = () if window is None else window.reports
         report = PendingReport(
@@ -305,9 +311,8 @@ class GradGuard:
         if self._window is None:
             self._window = Window(self._buffers.copy(), device, scaler)
         self._window.check(scaler)
-        measured = self._measured(names, values)
         unscale = unscaling(scale_of(scaler, device), weight, device)
-        decision = self._decide(names, measured, unscale, loss, accept=False)
+        measured, decision = self._judge(names, values, unscale, loss, accept=False)
         batch_id = f"micro-batch {len(self._window.reports)}" if batch_id is None else batch_id
         report = PendingReport(
             self._steps, batch_id, decision.record, measured, unscale, names, loss
@@ -350,33 +355,40 @@ class GradGuard:
 
     # --- what a step is made of -------------------------------------------------------------------
 
-    def _measured(self, names: list[str], grads: list[Tensor]) -> ops.GradNorm:
-        measure = ops.grad_norm if self._measure is None else self._measure.collect
-        try:
-            # To look at dtype, layout and device of 2000 tensors first takes as long as this.
-            return measure(grads)
-        except RuntimeError:  # the operator takes no sparse, complex and distributed tensors
-            return measure(measurable(names, grads))
-
-    def _decide(self, names, measured, unscale, loss, accept=True) -> ops.GuardDecision:
+    def _judge(self, names, grads, unscale, loss, scaling=None, accept=True):
         if accept and self.skip_batch():
             self._discarded = self._steps
-            return discarded(measured, unscale, loss)
-        known, threshold = self._statistics, self.threshold if accept else Fixed()
-        if known.moments.device != measured.total_norm.device:
-            known = ops.Statistics(*(t.to(measured.total_norm.device) for t in known))
-        if threshold.kind is Kind.ADAGC:
-            unseen = measured.norms.new_full((), math.inf)
-            ema_norms = [self._ema_norms.get(name, unseen).to(unseen.device) for name in names]
-            known = known._replace(ema_norms=torch.stack(ema_norms) if names else unseen[None][:0])
-        decision = ops.guard_decide_(
-            measured, unscale, loss, known, threshold, self.max_norm, self.skip_norm, accept
-        )
+            measured = self._measured(names, grads)
+            return measured, discarded(measured, unscale, loss)
+        threshold = self.threshold if accept else Fixed()
+        known = self._known(names, threshold, grads[0].device if grads else None)
+        rules = (unscale, loss, known, threshold, self.max_norm, self.skip_norm, accept)
+        if self._measure is None:
+            judged = _of_any_kind(ops.grad_norm_decide_, names, grads, *rules, scaling)
+        else:
+            measured = self._measured(names, grads)
+            judged = measured, ops.guard_decide_(measured, *rules)
         self._statistics = known
         if threshold.kind is Kind.ADAGC:
             learnt = dict(zip(names, known.ema_norms.unbind(), strict=True))
             self._ema_norms = self._ema_norms | learnt
-        return decision
+        return judged
+
+    def _measured(self, names: list[str], grads: list[Tensor]) -> ops.GradNorm:
+        measure = ops.grad_norm if self._measure is None else self._measure.collect
+        return _of_any_kind(measure, names, grads)
+
+    def _known(self, names, threshold: Threshold, device: torch.device | None) -> ops.Statistics:
+        """The statistics of these gradients, on their device."""
+        known = self._statistics
+        device = known.moments.device if device is None else device
+        if known.moments.device != device:
+            known = ops.Statistics(*(t.to(device) for t in known))
+        if threshold.kind is Kind.ADAGC:
+            unseen = torch.full((), math.inf, dtype=torch.float64, device=device)
+            ema_norms = [self._ema_norms.get(name, unseen).to(device) for name in names]
+            known = known._replace(ema_norms=torch.stack(ema_norms) if names else unseen[None][:0])
+        return known
 
     # --- what the host learns ---------------------------------------------------------------------
 
@@ -434,7 +446,7 @@ class GradGuard:
         if self._skips_in_a_row or not self._snapshots.due(self._steps):
             return
         own = {
-            "statistics": [t.clone() for t in self._statistics],
+            "statistics": self._statistics.copy(),
             "ema_norms": {name: norm.clone() for name, norm in self._ema_norms.items()},
             "buffers": self._buffers.copy(),
         }
@@ -553,6 +565,14 @@ class GradGuard:
             if part not in self._listening:
                 self._listening.add(part)
                 part.register_load_state_dict_post_hook(OnLoad(self._on_load))
+
+
+def _of_any_kind(measure, names: list[str], grads: list[Tensor], *args):
+    try:
+        # To look at dtype, layout and device of 2000 tensors first takes as long as this.
+        return measure(grads, *args)
+    except RuntimeError:  # the operator takes no sparse, complex and distributed tensors
+        return measure(measurable(names, grads), *args)
 
 
 def _once(names: list[str], grads: list[Tensor]) -> tuple[list[str], list[Tensor]]:

@@ -54,9 +54,9 @@ class GradNorm(NamedTuple):
     nonfinite: Tensor
 
 
-def _has_kernel(tensor: Tensor, cuda: bool) -> bool:
+def _has_kernel(tensor: Tensor) -> bool:
     if tensor.device.type == "cuda":
-        return cuda and _native.cuda_problem is None
+        return _native.cuda_problem is None
     return tensor.device.type == "cpu" and _native.cpu_problem is None
 
 
@@ -93,7 +93,7 @@ def grad_norm(grads: Sequence[Tensor]) -> GradNorm:
         RuntimeError: a tensor of another dtype, or tensors on several devices.
     """
     grads = list(grads)
-    if grads and _has_kernel(grads[0], cuda=False):
+    if grads and _has_kernel(grads[0]):
         return GradNorm(*torch.ops.fastguard.grad_norm.default(grads))
     return grad_norm_ref(grads)
 
@@ -153,7 +153,7 @@ def decide(total_norm: Tensor, max_norm: float, skip_norm: float) -> Decision:
     Raises:
         RuntimeError: ``total_norm`` is not a float64 scalar tensor.
     """
-    if _has_kernel(total_norm, cuda=True):
+    if _has_kernel(total_norm):
         return Decision(*torch.ops.fastguard.decide.default(total_norm, max_norm, skip_norm))
     return decide_ref(total_norm, max_norm, skip_norm)
 
@@ -189,6 +189,9 @@ class Statistics(NamedTuple):
     #: Moving average of the norm of each of N gradients (AdaGC), float64, shape (N,); inf where
     #: none was seen. Empty for the other thresholds.
     ema_norms: Tensor
+
+    def copy(self) -> "Statistics":
+        return Statistics(*(tensor.clone() for tensor in self))
 
 
 class GuardDecision(NamedTuple):
@@ -232,7 +235,7 @@ def guard_decide_(
     """
     args = (measured.total_norm, measured.norms, unscale, loss, *statistics, int(threshold.kind))
     args += (max_norm, skip_norm, threshold.options, accept)
-    if _has_kernel(measured.total_norm, cuda=False):
+    if _has_kernel(measured.total_norm):
         return GuardDecision(*torch.ops.fastguard.guard_decide_.default(*args))
     return guard_decide_ref_(*args)
 
@@ -355,6 +358,98 @@ def _fake_guard_decide_(
     )
 
 
+# --- grad_norm_decide_ --------------------------------------------------------------------------
+
+
+class Scaling(NamedTuple):
+    """A ``torch.amp.GradScaler``'s state and settings, for its update."""
+
+    #: What the loss is multiplied by, float32, one element; shrinks after a NaN or Inf.
+    scale: Tensor
+    #: Steps without one since the scale last changed, int32, one element.
+    growth_tracker: Tensor
+    growth_factor: float
+    backoff_factor: float
+    growth_interval: int
+
+
+@torch.no_grad()
+def grad_norm_decide_(
+    grads: Sequence[Tensor],
+    unscale: Tensor | None,
+    loss: Tensor | None,
+    statistics: Statistics,
+    threshold: Threshold,
+    max_norm: float,
+    skip_norm: float,
+    accept: bool = True,
+    scaling: Scaling | None = None,
+) -> tuple[GradNorm, GuardDecision]:
+    """:func:`grad_norm` and :func:`guard_decide_` in one; on CUDA in one launch.
+
+    Args:
+        scaling: updated in place as by ``GradScaler.update``: a norm that is not finite, as it was
+            measured, multiplies the scale by ``backoff_factor``; ``growth_interval`` finite ones in
+            a row by ``growth_factor``.
+        grads, unscale, loss, statistics, threshold, max_norm, skip_norm, accept: as for those two.
+
+    Raises:
+        RuntimeError: what those two raise; nothing is written then.
+    """
+    grads = grads if isinstance(grads, list) else list(grads)
+    state, growth = (None, None), (0.0, 0.0, 0.0)
+    if scaling is not None:
+        state, growth = scaling[:2], scaling[2:]
+    args = (unscale, loss, *statistics, int(threshold.kind), max_norm, skip_norm)
+    args += (threshold.options, accept, *state, growth)
+    if grads and _has_kernel(grads[0]):
+        found = torch.ops.fastguard.grad_norm_decide_.default(grads, *args)
+    else:
+        found = grad_norm_decide_ref_(grads, *args)
+    return GradNorm(*found[:3]), GuardDecision(*found[3:])
+
+
+def grad_norm_decide_ref_(
+    grads: Sequence[Tensor],
+    unscale: Tensor | None,
+    loss: Tensor | None,
+    moments: Tensor,
+    history: Tensor,
+    ema_norms: Tensor,
+    threshold: int,
+    max_norm: float,
+    skip_norm: float,
+    options: Sequence[float],
+    accept: bool,
+    scale: Tensor | None,
+    growth_tracker: Tensor | None,
+    growth: Sequence[float],
+) -> tuple[Tensor, ...]:
+    """The operator behind :func:`grad_norm_decide_` in plain torch."""
+    measured = grad_norm_ref(grads)
+    total_norm, norms, _ = measured
+    known = (moments, history, ema_norms)
+    decided = guard_decide_ref_(
+        *(total_norm, norms, unscale, loss, *known, threshold, max_norm, skip_norm, options, accept)
+    )
+    if scale is not None:
+        growth_factor, backoff_factor, interval = growth
+        good = total_norm.isfinite()
+        steps = torch.where(good, growth_tracker + 1, 0)
+        grown = (scale.double() * growth_factor).float()
+        full = (steps == interval) & grown.isfinite()
+        kept = torch.where(full, grown, scale)
+        scale.copy_(torch.where(good, kept, (scale.double() * backoff_factor).float()))
+        growth_tracker.copy_(torch.where(steps == interval, 0, steps))
+    return *measured, *decided
+
+
+def _fake_grad_norm_decide_(grads, unscale, loss, moments, history, ema_norms, threshold, *rest):
+    measured = _fake_grad_norm(grads)
+    known = (moments, history, ema_norms)
+    return *measured, *_fake_guard_decide_(*measured[:2], unscale, loss, *known, threshold, *rest)
+
+
 # --- settle_ ------------------------------------------------------------------------------------
 
 
@@ -369,10 +464,20 @@ def settle_(buffers: Sequence[Tensor], saved: Sequence[Tensor], verdict: Tensor)
     Raises:
         RuntimeError: the lists differ in length, shapes or dtypes.
     """
-    if all(_has_kernel(tensor, cuda=False) for tensor in (verdict, *buffers)):
+    if all(_has_kernel(tensor) for tensor in (verdict, *buffers)) and (
+        verdict.device.type == "cpu" or _same_memory(buffers, saved, verdict.device)
+    ):
         torch.ops.fastguard.settle_.default(buffers, saved, verdict)
     else:
         settle_ref_(buffers, saved, verdict)
+
+
+def _same_memory(buffers, saved, device: torch.device) -> bool:
+    """Whether a device that alone knows the direction can copy the memory as it is."""
+    return all(
+        b.device == s.device == device and b.stride() == s.stride() == packed_strides(b)
+        for b, s in zip(buffers, saved, strict=True)
+    )
 
 
 @torch.no_grad()
@@ -413,7 +518,7 @@ def accumulate_(
     Raises:
         RuntimeError: the lists do not match, a sum is expanded.
     """
-    if _has_kernel(window, cuda=False):
+    if _has_kernel(window):
         torch.ops.fastguard.accumulate_.default(sums, grads, verdict, window, weight)
         if sums:
             torch.autograd.graph.increment_version(sums)
@@ -458,7 +563,7 @@ def scale_(grads: Sequence[Tensor], clip_coef: Tensor) -> None:
         RuntimeError: a tensor of another dtype or device, or one that is expanded.
     """
     grads = list(grads)
-    if grads and _has_kernel(grads[0], cuda=False):
+    if grads and _has_kernel(grads[0]):
         torch.ops.fastguard.scale_.default(grads, clip_coef)
         torch.autograd.graph.increment_version(grads)  # the dispatcher does not, for a list
     else:
@@ -480,6 +585,57 @@ def scale_ref_(grads: Sequence[Tensor], clip_coef: Tensor) -> None:
 
 def _fake_scale_(grads, clip_coef):
     return None
+
+
+# --- clip_ --------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def clip_(
+    grads: Sequence[Tensor], max_norm: float, skip_norm: float, float32_norm: bool = False
+) -> tuple[GradNorm, Decision]:
+    """:func:`grad_norm`, :func:`decide` and :func:`scale_` in one; on CUDA in one launch.
+
+    Args:
+        grads: N >= 0 tensors as for :func:`scale_`.
+        float32_norm: decide by the norm rounded to float32 (unless that is Inf), as one who is
+            handed the norm in float32 would.
+        max_norm, skip_norm: as for :func:`decide`.
+
+    Raises:
+        RuntimeError: a tensor of another dtype or device, or one that is expanded; nothing is
+            written then.
+    """
+    grads = grads if isinstance(grads, list) else list(grads)
+    if grads and _has_kernel(grads[0]):
+        found = torch.ops.fastguard.clip_.default(grads, max_norm, skip_norm, float32_norm)
+        measured, decision = GradNorm(*found[:3]), Decision(*found[3:])
+        if decision.clip_coef.device.type != "cpu" or decision.clip_coef != 1:
+            torch.autograd.graph.increment_version(grads)
+        return measured, decision
+    found = clip_ref_(grads, max_norm, skip_norm, float32_norm)
+    return GradNorm(*found[:3]), Decision(*found[3:])
+
+
+@torch.no_grad()
+def clip_ref_(
+    grads: Sequence[Tensor], max_norm: float, skip_norm: float, float32_norm: bool
+) -> tuple[Tensor, ...]:
+    """The operator behind :func:`clip_` in plain torch."""
+    measured = grad_norm_ref(grads)
+    norm = measured.total_norm
+    if float32_norm:
+        rounded = norm.float().double()
+        norm = torch.where(rounded.isfinite(), rounded, norm)
+    decision = decide_ref(norm, max_norm, skip_norm)
+    if decision.clip_coef.device.type != "cpu" or decision.clip_coef != 1:
+        scale_ref_(grads, decision.clip_coef)
+    return *measured, *decision
+
+
+def _fake_clip_(grads, max_norm, skip_norm, float32_norm):
+    measured = _fake_grad_norm(grads)
+    return *measured, *_fake_decide(measured[0], max_norm, skip_norm)
 
 
 # --- adamw_ -------------------------------------------------------------------------------------
@@ -581,7 +737,7 @@ def adamw_(
     grads = grads if isinstance(grads, list) else list(grads)
     state = (exp_avg, exp_avg_sq, max_exp_avg_sq, state_steps)
     options = (lr, beta1, beta2, weight_decay, eps, decoupled_weight_decay, amsgrad, maximize)
-    if params and _has_kernel(params[0], cuda=False):
+    if params and _has_kernel(params[0]):
         torch.ops.fastguard.adamw_.default(params, grads, *state, grad_coef, verdict, *options)
         torch.autograd.graph.increment_version(params)
         torch.autograd.graph.increment_version(state)
@@ -594,7 +750,7 @@ def check_adamw(params, grads, exp_avg, exp_avg_sq, max_exp_avg_sq, state_steps,
     """Raise what :func:`adamw_` would of the same arguments; nothing is written."""
     grad_coef, verdict, *options = rest
     state = exp_avg, exp_avg_sq, max_exp_avg_sq, state_steps
-    if params and _has_kernel(params[0], cuda=False):
+    if params and _has_kernel(params[0]):
         skip = torch.full_like(verdict, int(Verdict.SKIP_NONFINITE))
         torch.ops.fastguard.adamw_.default(params, grads, *state, grad_coef, skip, *options)
     else:
@@ -750,5 +906,7 @@ if _native.cpu_problem is None:
     torch.library.register_fake("fastguard::guard_decide_", _fake_guard_decide_)
     torch.library.register_fake("fastguard::settle_", _fake_settle_)
     torch.library.register_fake("fastguard::accumulate_", _fake_accumulate_)
+    torch.library.register_fake("fastguard::grad_norm_decide_", _fake_grad_norm_decide_)
     torch.library.register_fake("fastguard::scale_", _fake_scale_)
+    torch.library.register_fake("fastguard::clip_", _fake_clip_)
     torch.library.register_fake("fastguard::adamw_", _fake_adamw_)

@@ -14,6 +14,7 @@ from fastguard import _native, ops
 from fastguard.ops import Verdict
 
 from .drawn import DTYPES, gradients
+from .simt.kernels.ops import DEVICES, on_devices
 
 needs_kernel = pytest.mark.skipif(
     _native.cpu_problem is not None, reason=f"no CPU kernels: {_native.cpu_problem}"
@@ -36,9 +37,9 @@ def expected_grad_norm(grads):
     return total, norms, nonfinite
 
 
-def check_grad_norm(found, grads):
+def check_grad_norm(found, grads, rel=1e-13):
     total, norms, nonfinite = expected_grad_norm(grads)
-    close = {"rel": 1e-13, "abs": 0.0, "nan_ok": True}
+    close = {"rel": rel, "abs": 0.0, "nan_ok": True}
     assert found.total_norm.item() == pytest.approx(total, **close)
     assert found.norms.tolist() == pytest.approx(norms, **close)
     assert found.nonfinite.tolist() == nonfinite
@@ -57,20 +58,31 @@ def test_grad_norm_ref(grads):
     check_grad_norm(ops.grad_norm_ref(grads), grads)
 
 
+@settings(max_examples=100, deadline=None)
+@given(gradients())
+@pytest.mark.parametrize("device", DEVICES)
+def test_grad_norm_of_the_cuda_kernel(device, grads):
+    # 32 elements at a time are summed in float32.
+    check_grad_norm(device.grad_norm(grads), grads, rel=1e-6)
+
+
 def test_grad_norm_of_no_tensors():
     check_grad_norm(ops.grad_norm([]), [])
 
 
+@pytest.mark.parametrize(
+    "function, rel", [(ops.grad_norm, 1e-12), (DEVICES[0].values[0].grad_norm, 1e-6)]
+)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_grad_norm_at_the_ends_of_the_range(dtype):
+def test_grad_norm_at_the_ends_of_the_range(dtype, function, rel):
     """Every finite value of <= 32 bits has a finite, right norm; torch's overflows."""
     largest, smallest = torch.finfo(dtype).max, torch.finfo(dtype).smallest_normal
     if dtype == torch.float64:
         largest, smallest = 1e150, 1e-150
-    for value in (largest, smallest):
+    for value in (largest, smallest, smallest / 8 if dtype != torch.float64 else 1.0):
         grad = torch.full((50_000,), value, dtype=dtype)
-        norm = ops.grad_norm([grad]).total_norm.item()
-        assert norm == pytest.approx(grad[0].item() * math.sqrt(50_000), rel=1e-12)
+        norm = function([grad]).total_norm.item()
+        assert norm == pytest.approx(grad[0].item() * math.sqrt(50_000), rel=rel)
 
 
 def test_grad_norm_of_every_half():
@@ -87,10 +99,11 @@ def test_grad_norm_of_every_half():
         assert torch.equal(found.nonfinite, expected)
 
 
-def test_the_largest_float64_beside_a_nan_is_not_counted():
+@pytest.mark.parametrize("function", [ops.grad_norm, *on_devices("grad_norm")])
+def test_the_largest_float64_beside_a_nan_is_not_counted(function):
     grad = torch.full((100,), torch.finfo(torch.float64).max, dtype=torch.float64)
     grad[[3, 50]] = torch.tensor([math.nan, math.inf], dtype=torch.float64)
-    found = ops.grad_norm([grad])
+    found = function([grad])
     assert found.nonfinite.tolist() == [[1, 1, 3]]
 
 
@@ -118,20 +131,22 @@ def test_the_result_is_no_part_of_a_graph():
         assert not function([x * 2]).total_norm.requires_grad
 
 
-def test_float64_overflow_is_told_from_a_nonfinite_element():
-    found = ops.grad_norm([torch.full((3,), 1e200, dtype=torch.float64)])
+@pytest.mark.parametrize("function", [ops.grad_norm, *on_devices("grad_norm")])
+def test_float64_overflow_is_told_from_a_nonfinite_element(function):
+    found = function([torch.full((3,), 1e200, dtype=torch.float64)])
     assert found.total_norm.item() == math.inf
     assert found.nonfinite.tolist() == [[0, 0, -1]]
 
 
-def test_first_nonfinite_is_first_in_row_major_order_not_in_memory():
+@pytest.mark.parametrize("function", [ops.grad_norm, *on_devices("grad_norm")])
+def test_first_nonfinite_is_first_in_row_major_order_not_in_memory(function):
     grad = torch.zeros(300, 200).t()
     grad[7, 250] = math.nan  # later in memory than the next, earlier in the tensor
     grad[190, 3] = math.inf
     both = torch.zeros(5, 4).t()
     both[1, 4] = both[2, 0] = math.nan  # in one chunk
-    assert ops.grad_norm([both]).nonfinite.tolist() == [[2, 0, 9]]
-    found = ops.grad_norm([torch.ones(5), grad])
+    assert function([both]).nonfinite.tolist() == [[2, 0, 9]]
+    found = function([torch.ones(5), grad])
     assert found.nonfinite.tolist() == [[0, 0, -1], [1, 1, 7 * 300 + 250]]
 
 
@@ -227,10 +242,12 @@ finite_or_not = st.one_of(
 threshold = st.one_of(st.floats(0, 1e6), st.just(math.inf))
 
 
+@settings(deadline=None)
 @given(finite_or_not, threshold, threshold)
-def test_decide(norm, max_norm, skip_norm):
+@pytest.mark.parametrize("function", [ops.decide, ops.decide_ref, *on_devices("decide")])
+def test_decide(function, norm, max_norm, skip_norm):
     total_norm = torch.tensor(norm, dtype=torch.float64)
-    coef, verdict = ops.decide(total_norm, max_norm, skip_norm)
+    coef, verdict = function(total_norm, max_norm, skip_norm)
     if not math.isfinite(norm):
         expected = (1.0, Verdict.SKIP_NONFINITE)
     elif norm > skip_norm:
@@ -240,7 +257,6 @@ def test_decide(norm, max_norm, skip_norm):
     else:
         expected = (1.0, Verdict.APPLY)
     assert (coef.item(), verdict.item()) == expected
-    assert [t.item() for t in ops.decide_ref(total_norm, max_norm, skip_norm)] == list(expected)
 
 
 @pytest.mark.parametrize("function", [ops.decide, ops.decide_ref])
@@ -248,6 +264,9 @@ def test_decide_wants_the_norm_of_grad_norm(function):
     for wrong in (torch.tensor(1.0), torch.ones(1, dtype=torch.float64)):
         with pytest.raises(RuntimeError, match="total_norm must be a float64 tensor"):
             function(wrong, 1.0, 1.0)
+
+
+SCALE = [ops.scale_, ops.scale_ref_, *on_devices("scale_")]
 
 
 def scaled(grads, coef):
@@ -261,7 +280,7 @@ def owned(grads):
 
 @settings(max_examples=100, deadline=None)
 @given(gradients(), st.one_of(st.floats(1e-300, 1.0), st.sampled_from([0.0, 1.0, 1e-43])))
-@pytest.mark.parametrize("function", [ops.scale_, ops.scale_ref_])
+@pytest.mark.parametrize("function", SCALE)
 def test_scale_(function, grads, coef):
     grads = owned(grads)
     expected = scaled(grads, coef)
@@ -270,7 +289,7 @@ def test_scale_(function, grads, coef):
         torch.testing.assert_close(grad, right, rtol=0, atol=0, equal_nan=True)
 
 
-@pytest.mark.parametrize("function", [ops.scale_, ops.scale_ref_])
+@pytest.mark.parametrize("function", SCALE)
 def test_scale_with_a_coefficient_for_each(function):
     grads = [torch.full((40_000,), 2.0), torch.ones(0), torch.ones(3, dtype=torch.bfloat16)]
     function(grads, torch.tensor([0.5, 0.1, 1.0], dtype=torch.float64))
@@ -278,13 +297,14 @@ def test_scale_with_a_coefficient_for_each(function):
     assert grads[2].unique().tolist() == [1.0]
 
 
-def test_scale_of_every_half():
+@pytest.mark.parametrize("function", SCALE)
+def test_scale_of_every_half(function):
     bits = torch.arange(-(2**15), 2**15, dtype=torch.int16)
     for dtype in (torch.float16, torch.bfloat16):
         for coef in (0.7, 1e-3, 1.9):
             grads = [bits.view(dtype).clone(), bits.view(dtype)[:7].clone()]
             expected = scaled(grads, coef)
-            ops.scale_(grads, torch.tensor(coef, dtype=torch.float64))
+            function(grads, torch.tensor(coef, dtype=torch.float64))
             for grad, right in zip(grads, expected, strict=True):
                 torch.testing.assert_close(grad, right, rtol=0, atol=0, equal_nan=True)
 

@@ -12,46 +12,13 @@ namespace {
 
 using torch::stable::Tensor;
 
-// The same elements in the same order as those of `like`, whose memory has no gaps.
-Tensor laid_out_as(const Tensor& grad, const Tensor& like) {
-  if (grad.strides().equals(like.strides())) {
-    return grad;
-  }
-  Tensor copy = torch::stable::empty_like(like);
-  torch::stable::copy_(copy, grad);
-  return copy;
-}
-
-void check_pair(const Tensor& sum, const Tensor& grad, size_t i) {
-  check_dtype(sum, "accumulate_", i);
-  check_no_overlap(sum, "accumulate_", i);
-  STD_TORCH_CHECK(
-      sum.sizes().equals(grad.sizes()) && sum.scalar_type() == grad.scalar_type(),
-      "accumulate_: sum ",
-      i,
-      " and its gradient differ in shape or dtype");
-}
-
 void accumulate_cpu(
     const std::vector<Tensor>& sums,
     const std::vector<Tensor>& grads,
     const Tensor& verdict,
     Tensor window,
     double weight) {
-  check_tensor(verdict, "accumulate_", "verdict", ScalarType::Long, 0);
-  check_tensor(window, "accumulate_", "window", ScalarType::Double, 1);
-  STD_TORCH_CHECK(
-      sums.size() == grads.size() && window.numel() == 3,
-      "accumulate_: as many gradients as sums and a window of 3 numbers are needed; got ",
-      sums.size(),
-      " sums, ",
-      grads.size(),
-      " gradients and ",
-      window.numel(),
-      " numbers");
-  for (size_t i = 0; i < sums.size(); ++i) {
-    check_pair(sums[i], grads[i], i);
-  }
+  check_accumulate(sums, grads, verdict, window);
   double* const micro_batches = window.mutable_data_ptr<double>();  // seen, good, weight of the good
   micro_batches[0] += 1.0;
   if (skips(*verdict.const_data_ptr<int64_t>())) {

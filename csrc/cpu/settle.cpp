@@ -11,26 +11,10 @@
 
 namespace {
 
-using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 void settle_cpu(const std::vector<Tensor>& buffers, const std::vector<Tensor>& saved, const Tensor& verdict) {
-  fastguard::check_tensor(verdict, "settle_", "verdict", ScalarType::Long, 0);
-  STD_TORCH_CHECK(
-      buffers.size() == saved.size(),
-      "settle_: ",
-      buffers.size(),
-      " buffers but ",
-      saved.size(),
-      " saved copies");
-  for (size_t i = 0; i < buffers.size(); ++i) {
-    STD_TORCH_CHECK(
-        buffers[i].sizes().equals(saved[i].sizes()) &&
-            buffers[i].scalar_type() == saved[i].scalar_type(),
-        "settle_: buffer ",
-        i,
-        " and its saved copy differ in shape or dtype");
-  }
+  fastguard::check_settle(buffers, saved, verdict);
   const bool restore = fastguard::skips(*verdict.const_data_ptr<int64_t>());
   for (size_t i = 0; i < buffers.size(); ++i) {
     Tensor to = restore ? buffers[i] : saved[i];

@@ -19,12 +19,12 @@ __global__ __launch_bounds__(threads) void expand_plan_kernel(Plan plan) {
   const int tensor = blockIdx.x;
   const Entry* entry = plan.entries + tensor;
   const uint64_t data = load(&entry->data), other = load(&entry->other);
-  const int64_t numel = load(&entry->numel_and_types) >> 4;
-  const int types = load(&entry->numel_and_types) & 15;
+  const int64_t numel = load(&entry->numel_and_types) >> 6;
+  const int types = load(&entry->numel_and_types) & 63;
   const int first = load(&entry->first_chunk), place = load(&entry->place);
   const int64_t n = chunks_of(numel);
-  const int bytes = bytes_of(static_cast<Type>(types & 3));
-  const int other_bytes = bytes_of(static_cast<Type>(types >> 2 & 3));
+  const int bytes = bytes_of(static_cast<Type>(types & 7));
+  const int other_bytes = bytes_of(static_cast<Type>(types >> 3 & 7));
   for (int64_t i = threadIdx.x; within(i, n); i += threads) {
     const int64_t begin = i * chunk_elements;
     const int64_t left = numel - begin;
@@ -35,7 +35,7 @@ __global__ __launch_bounds__(threads) void expand_plan_kernel(Plan plan) {
     chunk.place = place + static_cast<int32_t>(begin / packed_alignment);
     chunk.index = static_cast<int32_t>(i);
     const int size = static_cast<int>(left < chunk_elements ? left : chunk_elements);
-    chunk.size_and_types = size << 5 | (n == 1) << 4 | types;
+    chunk.size_and_types = size << 7 | (n == 1) << 6 | types;
     store_chunk(plan.chunks + first + i, chunk);
   }
   if (threadIdx.x == 0) {

@@ -28,7 +28,7 @@ void scale_cuda(const std::vector<Tensor>& grads, const Tensor& clip_coef) {
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> clip_cuda(
-    const std::vector<Tensor>& grads, double max_norm, double skip_norm) {
+    const std::vector<Tensor>& grads, double max_norm, double skip_norm, bool float32_norm) {
   const Stream on(grads.at(0));
   const Dense1D dense(grads, on.device, "clip_", true);
   const int64_t n = static_cast<int64_t>(grads.size());
@@ -48,6 +48,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> clip_cuda(
       Clipping{
           max_norm,
           skip_norm,
+          float32_norm,
           clip_coef.mutable_data_ptr<double>(),
           verdict.mutable_data_ptr<int64_t>()});
   dense.copy_back();

@@ -15,6 +15,7 @@ constexpr int kept_bytes = chunk_elements * sizeof(float);  // of dynamic shared
 struct Clipping {
   double max_norm;
   double skip_norm;
+  bool float32_norm;
   double* clip_coef;  // ()
   int64_t* verdict;  // ()
 };
@@ -53,7 +54,8 @@ __global__ __launch_bounds__(threads, blocks_per_sm) void clip_kernel(Plan plan,
   }
   double total_norm;
   if (finish(plan, out, total_norm) && threadIdx.x == 0) {
-    const Decision decision = decide(total_norm, clipping.max_norm, clipping.skip_norm);
+    const double norm = as_returned(total_norm, clipping.float32_norm);
+    const Decision decision = decide(norm, clipping.max_norm, clipping.skip_norm);
     store(clipping.clip_coef, decision.clip_coef);
     store(clipping.verdict, static_cast<int64_t>(decision.verdict));
   }

@@ -30,6 +30,8 @@ struct alignas(sizeof(T) * n) Vector {
 template <int bytes>
 struct Word;
 template <>
+struct Word<1> { using type = unsigned char; };
+template <>
 struct Word<2> { using type = unsigned short; };
 template <>
 struct Word<4> { using type = unsigned int; };

@@ -128,7 +128,7 @@ __device__ inline void measure_chunk(
     }
   }
   const int n = static_cast<int>(
-      chunks_of(load(&plan.entries[chunk.tensor].numel_and_types) >> 4));
+      chunks_of(load(&plan.entries[chunk.tensor].numel_and_types) >> 6));
   if (arrives_last(plan.arrived + chunk.tensor, n)) {
     sum_tensor(plan, out, chunk.tensor, c - chunk.index, n);
   }

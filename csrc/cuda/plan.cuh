@@ -14,12 +14,12 @@ constexpr int threads = 256;  // of every block
 constexpr int chunk_elements = 8192;  // 32 KiB of fp32: eight 16-byte reads of each thread
 constexpr int blocks_per_sm = 4;  // at least, of the kernels that stream: 64 KiB on their way to an SM
 
-enum class Type : int { float32, float64, bfloat16, float16 };
+enum class Type : int { float32, float64, bfloat16, float16, byte };
 
 struct Entry {
   uint64_t data;
   uint64_t other;  // of a second list, 0 where there is none
-  int64_t numel_and_types;  // numel * 16 + other's type * 4 + type
+  int64_t numel_and_types;  // numel * 64 + other's type * 8 + type
   int32_t first_chunk;
   int32_t place;  // where its packed state starts, in units of packed_alignment
 };
@@ -30,12 +30,12 @@ struct alignas(16) Chunk {
   int32_t tensor;
   int32_t place;  // of its packed state
   int32_t index;  // in its tensor
-  int32_t size_and_types;  // size * 32 + is it the tensor's only one * 16 + types as above
+  int32_t size_and_types;  // size * 128 + is it the tensor's only one * 64 + types as above
 
-  __host__ __device__ int size() const { return size_and_types >> 5; }
-  __host__ __device__ bool only_one() const { return size_and_types & 16; }
-  __host__ __device__ Type type() const { return static_cast<Type>(size_and_types & 3); }
-  __host__ __device__ Type other_type() const { return static_cast<Type>(size_and_types >> 2 & 3); }
+  __host__ __device__ int size() const { return size_and_types >> 7; }
+  __host__ __device__ bool only_one() const { return size_and_types & 64; }
+  __host__ __device__ Type type() const { return static_cast<Type>(size_and_types & 7); }
+  __host__ __device__ Type other_type() const { return static_cast<Type>(size_and_types >> 3 & 7); }
 };
 
 // A dimension of a tensor whose memory has no gaps but another order than row-major.
@@ -70,7 +70,7 @@ __host__ __device__ inline int64_t chunks_of(int64_t numel) {
 }
 
 __host__ __device__ inline int bytes_of(Type type) {
-  return type == Type::float64 ? 8 : type == Type::float32 ? 4 : 2;
+  return type == Type::float64 ? 8 : type == Type::float32 ? 4 : type == Type::byte ? 1 : 2;
 }
 
 using Word16 = Vector<uint32_t, 4>;

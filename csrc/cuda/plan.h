@@ -30,7 +30,7 @@ class HostPlan {
       append(Entry{
           reinterpret_cast<uint64_t>(given.data),
           reinterpret_cast<uint64_t>(given.other),
-          given.numel << 4 | static_cast<int>(given.other_type) << 2 | static_cast<int>(given.type),
+          given.numel << 6 | static_cast<int>(given.other_type) << 3 | static_cast<int>(given.type),
           static_cast<int32_t>(chunks),
           static_cast<int32_t>(place)});
       chunks += chunks_of(given.numel);

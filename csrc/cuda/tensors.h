@@ -70,6 +70,8 @@ class Dense1D {
     }
   }
 
+  const torch::stable::Tensor& operator[](size_t index) const { return dense_[index].tensor; }
+
   std::vector<Given> given;
 
  private:

@@ -185,7 +185,7 @@ To bits_as(const From& from) {
 }
 
 template <class T>
-constexpr bool is_word = sizeof(T) == 2 || sizeof(T) == 4 || sizeof(T) == 8 || sizeof(T) == 16;
+constexpr bool is_word = sizeof(T) == 1 || sizeof(T) == 2 || sizeof(T) == 4 || sizeof(T) == 8 || sizeof(T) == 16;
 
 template <class T>
 T load(const T* address, const simt::Location& at = simt::Location::current()) {

@@ -1,4 +1,5 @@
 // The kernels of csrc/cuda, bound to Python as their launchers in csrc/cuda/*.cu call them.
+#include "cuda/accumulate.cuh"
 #include "cuda/adamw.cuh"
 #include "cuda/build_plan.cuh"
 #include "cuda/clip.cuh"
@@ -6,6 +7,7 @@
 #include "cuda/grad_norm.cuh"
 #include "cuda/plan.h"
 #include "cuda/scale.cuh"
+#include "cuda/settle.cuh"
 #include "simt/bind.h"
 
 #include <optional>
@@ -25,8 +27,9 @@ using Tensors = std::vector<Tensor>;
 // A machine whose memory holds the tensors and their plan.
 class Device {
  public:
-  Device(const Options& options, const Tensors& tensors, bool writes)
-      : machine(options), host_(given(tensors, writes)), memory_(host_.bytes() / sizeof(Word16)) {
+  // `writes` the tensors, `writes_others` those of the second list.
+  Device(const Options& options, const Tensors& tensors, bool writes, bool writes_others = false)
+      : machine(options), host_(given(tensors, writes, writes_others)), memory_(host_.bytes() / sizeof(Word16)) {
     std::memset(static_cast<void*>(memory_.data()), 0xff, host_.bytes());
     machine.memory.allow(memory_.data(), host_.bytes(), "plan", true);
     plan = host_.at(memory_.data());
@@ -43,12 +46,12 @@ class Device {
   Plan plan;
 
  private:
-  std::vector<Given> given(const Tensors& tensors, bool writes) {
+  std::vector<Given> given(const Tensors& tensors, bool writes, bool writes_others) {
     std::vector<Given> list;
     for (const auto& [data, other, numel, type, other_type, dims] : tensors) {
       const std::string index = std::to_string(list.size());
       allow_elements(data, numel, type, "tensor " + index, writes);
-      allow_elements(other, numel, other_type, "other " + index, false);
+      allow_elements(other, numel, other_type, "other " + index, writes_others);
       std::vector<PlanDim> permutation;
       for (const auto& [stride, row_major_stride] : dims) {
         permutation.push_back({stride, row_major_stride});
@@ -113,7 +116,7 @@ Deciding deciding_of(Machine& machine, const py::dict& given) {
 }
 
 simt::Report grad_norm(
-    const Options& options, const Tensors& tensors, int blocks, int repeats, const py::dict& out,
+    const Options& options, int blocks, const Tensors& tensors, int repeats, const py::dict& out,
     const std::optional<py::dict>& decision) {
   Device device(options, tensors, false);
   const Norms norms = norms_of(device.machine, out);
@@ -163,7 +166,7 @@ simt::Report decide_(
 }
 
 simt::Report scale(
-    const Options& options, const Tensors& tensors, int blocks, const py::array& clip_coef,
+    const Options& options, int blocks, const Tensors& tensors, const py::array& clip_coef,
     int next_coef) {
   Device device(options, tensors, true);
   device.machine.launch(
@@ -180,8 +183,8 @@ simt::Report scale(
 }
 
 simt::Report clip(
-    const Options& options, const Tensors& tensors, int blocks, double max_norm, double skip_norm,
-    const py::dict& out) {
+    const Options& options, int blocks, const Tensors& tensors, double max_norm, double skip_norm,
+    bool float32_norm, const py::dict& out) {
   Device device(options, tensors, true);
   device.machine.launch(
       "clip_kernel",
@@ -195,13 +198,14 @@ simt::Report clip(
       Clipping{
           max_norm,
           skip_norm,
+          float32_norm,
           allow_if<double>(device.machine, out, "clip_coef"),
           allow_if<int64_t>(device.machine, out, "verdict")});
   return device.machine.report();
 }
 
 simt::Report adamw(
-    const Options& options, const Tensors& tensors, int blocks, const py::dict& state,
+    const Options& options, int blocks, const Tensors& tensors, const py::dict& state,
     const py::array& grad_coef, int next_coef, const py::array& verdict, const py::dict& rule) {
   Device device(options, tensors, true);
   Machine& machine = device.machine;
@@ -244,6 +248,39 @@ simt::Report adamw(
   return machine.report();
 }
 
+simt::Report accumulate(
+    const Options& options, int blocks, const Tensors& tensors, const py::array& verdict,
+    const py::array& window, double weight) {
+  Device device(options, tensors, true);
+  device.machine.launch(
+      "accumulate_kernel",
+      blocks,
+      threads,
+      0,
+      false,
+      accumulate_kernel,
+      device.plan,
+      allow<const int64_t>(device.machine, verdict, "verdict"),
+      allow<double>(device.machine, window, "window"),
+      weight);
+  return device.machine.report();
+}
+
+simt::Report settle(
+    const Options& options, int blocks, const Tensors& tensors, const py::array& verdict) {
+  Device device(options, tensors, true, true);
+  device.machine.launch(
+      "settle_kernel",
+      blocks,
+      threads,
+      0,
+      false,
+      settle_kernel,
+      device.plan,
+      allow<const int64_t>(device.machine, verdict, "verdict"));
+  return device.machine.report();
+}
+
 }  // namespace
 }  // namespace fastguard
 
@@ -255,4 +292,6 @@ PYBIND11_MODULE(fastguard_kernels, m) {
   m.def("scale", &fastguard::scale);
   m.def("clip", &fastguard::clip);
   m.def("adamw", &fastguard::adamw);
+  m.def("accumulate", &fastguard::accumulate);
+  m.def("settle", &fastguard::settle);
 }

@@ -4,15 +4,17 @@ The functions of a :class:`Device` have the names and signatures of ``fastguard.
 same tests serve both. They do what the launchers in csrc/cuda/*.cu do.
 """
 
+import dataclasses
 import functools
 import math
 
+import pytest
 import torch
 
 from fastguard import ops
 from tests import simt
 
-TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3, torch.uint8: 4}
 
 
 @functools.cache
@@ -21,26 +23,37 @@ def kernels():
 
 
 class Device:
-    """A GPU of ``blocks`` blocks, whose threads run in an order given by ``options``."""
+    """A GPU with room for ``blocks`` blocks, whose threads run in an order given by ``options``.
 
-    def __init__(self, blocks=3, **options):
+    With ``vary`` every call has an order and a number of blocks of its own.
+    """
+
+    def __init__(self, blocks=3, vary=False, **options):
         self.blocks = blocks
+        self.vary = vary
         self.options = simt.Options(**options)
-        self.report = None  # of the last launch
+        self.calls = 0
+        self.report = None  # of the last call
+
+    def run(self, kernel, *args):
+        self.run_one_block(kernel, self.blocks if not self.vary else 1 + self.calls % 5, *args)
+
+    def run_one_block(self, kernel, *args):
+        self.calls += 1
+        options = self.options
+        if self.vary:
+            options = dataclasses.replace(options, seed=self.calls)
+        self.report = getattr(kernels(), kernel)(options, *args)
 
     def grad_norm(self, grads, repeats=1):
         found = empty_norms(len(grads))
-        keep, tensors = described(grads)
-        self.report = kernels().grad_norm(
-            self.options, tensors, self.blocks, repeats, arrays(found), None
-        )
+        _keep, tensors = described(grads)
+        self.run("grad_norm", tensors, repeats, arrays(found), None)
         return ops.GradNorm(**found)
 
     def decide(self, total_norm, max_norm, skip_norm):
         out = {"clip_coef": nan(()), "verdict": torch.tensor(-1)}
-        self.report = kernels().decide(
-            self.options, total_norm.numpy(), max_norm, skip_norm, arrays(out)
-        )
+        self.run_one_block("decide", total_norm.numpy(), max_norm, skip_norm, arrays(out))
         return ops.Decision(**out)
 
     def guard_decide_(
@@ -49,8 +62,8 @@ class Device:
         decided, given = deciding(
             len(measured.norms), unscale, loss, statistics, threshold, max_norm, skip_norm, accept
         )
-        self.report = kernels().guard_decide(
-            self.options, measured.total_norm.numpy(), measured.norms.numpy(), given
+        self.run_one_block(
+            "guard_decide", measured.total_norm.numpy(), measured.norms.numpy(), given
         )
         return decided
 
@@ -71,27 +84,39 @@ class Device:
             *(len(grads), unscale, loss, statistics, threshold, max_norm, skip_norm, accept),
             scaling,
         )
-        keep, tensors = described(grads)
-        self.report = kernels().grad_norm(
-            self.options, tensors, self.blocks, 1, arrays(found), given
-        )
+        _keep, tensors = described(grads)
+        self.run("grad_norm", tensors, 1, arrays(found), given)
         return ops.GradNorm(**found), decided
 
     def scale_(self, grads, clip_coef):
         keep, tensors = described(grads)
-        self.report = kernels().scale(
-            self.options, tensors, self.blocks, clip_coef.contiguous().numpy(), clip_coef.dim()
-        )
+        self.run("scale", tensors, clip_coef.contiguous().numpy(), clip_coef.dim())
         copy_back(grads, keep)
 
-    def clip_(self, grads, max_norm, skip_norm):
+    def clip_(self, grads, max_norm, skip_norm, float32_norm=False):
         found = empty_norms(len(grads))
         decided = {"clip_coef": nan(()), "verdict": torch.tensor(-1)}
         keep, tensors = described(grads)
         out = arrays(found | decided)
-        self.report = kernels().clip(self.options, tensors, self.blocks, max_norm, skip_norm, out)
+        self.run("clip", tensors, max_norm, skip_norm, float32_norm, out)
         copy_back(grads, keep)
         return ops.GradNorm(**found), ops.Decision(**decided)
+
+    def settle_(self, buffers, saved, verdict):
+        if not ops._same_memory(buffers, saved, verdict.device):
+            return ops.settle_ref_(buffers, saved, verdict)
+        sizes = [b.numel() * b.element_size() for b in buffers]
+        tensors = [
+            (b.data_ptr(), s.data_ptr(), size, TYPES[torch.uint8], TYPES[torch.uint8], [])
+            for b, s, size in zip(buffers, saved, sizes, strict=True)
+        ]
+        self.run("settle", tensors, verdict.numpy())
+
+    def accumulate_(self, sums, grads, verdict, window, weight):
+        keep, tensors = described(sums)
+        _others, tensors = with_others(keep, tensors, grads)
+        self.run("accumulate", tensors, verdict.numpy(), window.numpy(), weight)
+        copy_back(sums, keep)
 
     def adamw_(
         self,
@@ -115,14 +140,7 @@ class Device:
         if not params:
             return
         keep, tensors = described(params)
-        others = [
-            torch.empty_like(p, dtype=g.dtype).copy_(g) if g.stride() != p.stride() else g.detach()
-            for p, g in zip(keep, grads, strict=True)
-        ]
-        tensors = [
-            (data, g.data_ptr(), numel, type_, TYPES[g.dtype], dims)
-            for (data, _, numel, type_, _, dims), g in zip(tensors, others, strict=True)
-        ]
+        _others, tensors = with_others(keep, tensors, grads)
         state = {
             "exp_avg": exp_avg,
             "exp_avg_sq": exp_avg_sq,
@@ -138,10 +156,9 @@ class Device:
             "decoupled_weight_decay": decoupled_weight_decay,
             "maximize": maximize,
         }
-        self.report = kernels().adamw(
-            self.options,
+        self.run(
+            "adamw",
             tensors,
-            self.blocks,
             arrays(state),
             grad_coef.contiguous().numpy(),
             grad_coef.dim(),
@@ -215,6 +232,20 @@ def described(tensors):
     return keep, descriptions
 
 
+def with_others(keep, tensors, others):
+    """The descriptions with a second list, laid out as the first; and what keeps its memory."""
+    others = [
+        other.detach()
+        if other.stride() == first.stride()
+        else torch.empty_like(first, dtype=other.dtype).copy_(other)
+        for first, other in zip(keep, others, strict=True)
+    ]
+    return others, [
+        (data, other.data_ptr(), numel, type_, TYPES[other.dtype], dims)
+        for (data, _, numel, type_, _, dims), other in zip(tensors, others, strict=True)
+    ]
+
+
 def permutation(tensor):
     """``permutation_of`` of csrc/dense.h; [] for row-major order, None for a tensor with gaps."""
     if tensor.is_contiguous():
@@ -235,3 +266,21 @@ def copy_back(tensors, keep):
     for tensor, copy in zip(tensors, keep, strict=True):
         if tensor.data_ptr() != copy.data_ptr():
             tensor.detach().copy_(copy)
+
+
+DEVICES = [
+    pytest.param(Device(), id="cuda kernel, lanes in turn"),
+    pytest.param(Device(schedule="greedy", weak_memory=True, vary=True), id="warps one by one"),
+    pytest.param(
+        Device(schedule="random", weak_memory=True, resident=8, block_races=True, vary=True),
+        id="at random",
+    ),
+]
+
+
+def on_devices(name):
+    """One operator's function on each of the devices, as parameters of a test."""
+    return [
+        pytest.param(getattr(device.values[0], name), id=f"{name} {device.id}")
+        for device in DEVICES
+    ]

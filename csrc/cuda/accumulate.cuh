@@ -1,0 +1,65 @@
+// accumulate_: adds one micro-batch's gradients to the sums, unless its verdict is a skip.
+// Reference: accumulate_ref_ in fastguard/ops.py.
+#pragma once
+
+#include "cuda/reduce.cuh"
+#include "cuda/squares.cuh"
+#include "decide.h"
+
+namespace fastguard {
+
+template <class T>
+__device__ inline T plus(T x, T y) {
+  if constexpr (sizeof(T) == sizeof(double)) {
+    return x + y;
+  } else {
+    return from_float<T>(to_float(x) + to_float(y));
+  }
+}
+
+// `width` elements in one instruction.
+template <int width, class T>
+__device__ inline void accumulate_elements(T* sums, const T* grads, int n, bool first) {
+  using V = Vector<T, width>;
+  for (int i = threadIdx.x; within(i, n / width); i += threads) {
+    V sum = load_once(reinterpret_cast<const V*>(grads) + i);
+    if (!first) {
+      const V before = load(reinterpret_cast<const V*>(sums) + i);
+#pragma unroll
+      for (int j = 0; j < width; ++j) {
+        sum.at[j] = plus(before.at[j], sum.at[j]);
+      }
+    }
+    store(reinterpret_cast<V*>(sums) + i, sum);
+  }
+}
+
+// window: (seen, good, weight of the good).
+__global__ __launch_bounds__(threads, blocks_per_sm) void accumulate_kernel(
+    Plan plan, const int64_t* verdict, double* window, double weight) {
+  const bool good = !skips(load(verdict));
+  // Until a micro-batch is good the sums hold the gradients of a bad one.
+  const bool first = load(window + 1) == 0.0;
+  for (int c = blockIdx.x; good && c < plan.n_chunks; c += gridDim.x) {
+    const Chunk chunk = load_chunk(plan.chunks + c);
+    with_type(chunk.type(), [&](auto* type) {
+      using T = std::remove_pointer_t<decltype(type)>;
+      constexpr int width = 16 / sizeof(T);
+      T* sums = reinterpret_cast<T*>(chunk.data);
+      const T* grads = reinterpret_cast<const T*>(chunk.other);
+      const bool aligned = (chunk.data | chunk.other) % 16 == 0;
+      const int done = aligned ? chunk.size() / width * width : 0;
+      accumulate_elements<width>(sums, grads, done, first);
+      accumulate_elements<1>(sums + done, grads + done, chunk.size() - done, first);
+    });
+  }
+  // The window is written when no thread of any block needs what it was.
+  __syncthreads();
+  if (arrives_last(plan.arrived + plan.tensors, gridDim.x) && threadIdx.x == 0) {
+    store(window, load(window) + 1.0);
+    store(window + 1, load(window + 1) + (good ? 1.0 : 0.0));
+    store(window + 2, load(window + 2) + (good ? weight : 0.0));
+  }
+}
+
+}  // namespace fastguard
