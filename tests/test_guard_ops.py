@@ -13,6 +13,7 @@ from fastguard.ops import Verdict
 from fastguard.thresholds import AdaGC, AutoClip, Fixed, RunningMedian, ZClip
 
 from .drawn import DTYPES, gradients
+from .simt.kernels.ops import DEVICES, on_devices
 from .test_clip import assert_same_bits, bits
 from .test_ops import needs_kernel, owned
 
@@ -42,9 +43,18 @@ def measured(*norms):
     return ops.GradNorm(norms.square().sum().sqrt(), norms, None)
 
 
-def decide(found, known, threshold, max_norm=1.0, skip_norm=math.inf, accept=True, **scalars):
+def decide(
+    found,
+    known,
+    threshold,
+    max_norm=1.0,
+    skip_norm=math.inf,
+    accept=True,
+    function=ops.guard_decide_,
+    **scalars,
+):
     unscale, loss = (double(scalars.get(name)) for name in ("unscale", "loss"))
-    return ops.guard_decide_(found, unscale, loss, known, threshold, max_norm, skip_norm, accept)
+    return function(found, unscale, loss, known, threshold, max_norm, skip_norm, accept)
 
 
 norm = st.one_of(st.floats(0, 5), st.sampled_from([0.0, 1e-40, 30.0, 1e30, math.nan, math.inf]))
@@ -60,12 +70,15 @@ step = st.tuples(
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(step, max_size=60), st.sampled_from([1, 7, 128]))
+@pytest.mark.parametrize("function", [ops.guard_decide_, *on_devices("guard_decide_")])
 @pytest.mark.parametrize("threshold", THRESHOLDS, ids=lambda t: type(t).__name__)
-def test_the_native_decision_is_that_of_the_reference(threshold, steps, window):
+def test_the_native_decision_is_that_of_the_reference(threshold, function, steps, window):
     ours, reference = fresh(window), fresh(window)
     for *norms, unscale, loss, accept in steps:
         found = measured(*norms)
-        here = decide(found, ours, threshold, 1.5, 8.0, accept, unscale=unscale, loss=loss)
+        here = decide(
+            found, ours, threshold, 1.5, 8.0, accept, function, unscale=unscale, loss=loss
+        )
         there = ops.guard_decide_ref_(
             found.total_norm,
             found.norms,
@@ -201,7 +214,7 @@ def buffers():
     ]
 
 
-@pytest.mark.parametrize("function", [ops.settle_, ops.settle_ref_])
+@pytest.mark.parametrize("function", [ops.settle_, ops.settle_ref_, *on_devices("settle_")])
 @pytest.mark.parametrize("verdict", Verdict)
 def test_settle(function, verdict):
     current, saved = buffers(), [b.clone() for b in buffers()]
@@ -223,9 +236,12 @@ def test_settle_refuses_lists_that_do_not_match():
     assert torch.stack(before).eq(0).all()
 
 
+ACCUMULATE = [ops.accumulate_, ops.accumulate_ref_, *on_devices("accumulate_")]
+
+
 @settings(max_examples=60, deadline=None)
 @given(gradients(magnitudes=False, nonfinite=False), st.lists(st.booleans(), max_size=5))
-@pytest.mark.parametrize("function", [ops.accumulate_, ops.accumulate_ref_])
+@pytest.mark.parametrize("function", ACCUMULATE)
 def test_accumulate_is_the_sum_of_the_good_ones(function, grads, good):
     """Bit for bit what backward would have added up, had it never seen the bad ones."""
     grads = owned(grads)
@@ -245,12 +261,13 @@ def test_accumulate_is_the_sum_of_the_good_ones(function, grads, good):
             torch.testing.assert_close(total, right, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("function", ACCUMULATE)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_accumulate_many_chunks_of_another_layout(dtype):
+def test_accumulate_many_chunks_of_another_layout(function, dtype):
     sums, grads = torch.randn(300, 200).to(dtype), torch.randn(200, 300).to(dtype).t()
     expected = sums + grads
     window = double([1.0, 1.0, 1.0])
-    ops.accumulate_([sums], [grads], APPLY, window, 1.0)
+    function([sums], [grads], APPLY, window, 1.0)
     assert torch.equal(sums, expected)
 
 
@@ -266,6 +283,88 @@ def test_accumulate_refuses_before_it_counts():
         with pytest.raises(RuntimeError, match=message):
             ops.accumulate_(sums, grads, APPLY, window, 1.0)
     assert window.tolist() == [0, 0, 0]
+
+
+SCALING = (torch.tensor([8.0]), torch.tensor([1], dtype=torch.int32), 2.0, 0.5, 3)
+
+
+def in_one(function, known, threshold, grads, **kwargs):
+    scaling = ops.Scaling(*(t.clone() if isinstance(t, torch.Tensor) else t for t in SCALING))
+    measured, decision = function(
+        grads, double(0.5), double(1.0), known, threshold, 1.0, 9.0, scaling=scaling, **kwargs
+    )
+    return (*measured, *decision, *known, *scaling[:2])
+
+
+def grad_norm_decide_ref_(grads, unscale, loss, known, threshold, *rest, accept=True, scaling):
+    found = ops.grad_norm_decide_ref_(
+        *(grads, unscale, loss, *known, int(threshold.kind), *rest, threshold.options, accept),
+        *(*scaling[:2], scaling[2:]),
+    )
+    return found[:3], found[3:]
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(gradients(magnitudes=False, max_tensors=3), min_size=1, max_size=4))
+@pytest.mark.parametrize(
+    "function, rtol",
+    [(ops.grad_norm_decide_, 1e-12)]
+    + [(device.values[0].grad_norm_decide_, 1e-6) for device in DEVICES],
+)
+@pytest.mark.parametrize(
+    "threshold", [THRESHOLDS[0], THRESHOLDS[-1]], ids=lambda t: type(t).__name__
+)
+def test_measured_and_decided_in_one(threshold, function, rtol, steps):
+    for grads in steps:
+        ours, reference = fresh(n=len(grads)), fresh(n=len(grads))
+        here = in_one(function, ours, threshold, grads)
+        there = in_one(grad_norm_decide_ref_, reference, threshold, grads)
+        for a, b in zip(here, there, strict=True):
+            torch.testing.assert_close(a, b, rtol=rtol, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    "function", [ops.grad_norm_decide_, *on_devices("grad_norm_decide_"), grad_norm_decide_ref_]
+)
+@pytest.mark.parametrize("scale", [4.0, 3e38, 1e-45])
+def test_the_scale_grows_and_shrinks_as_a_grad_scalers(function, scale):
+    scaler = torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=2)
+    scaler.scale(torch.ones(()))
+    ours = ops.Scaling(torch.tensor([scale]), torch.tensor([0], dtype=torch.int32), 2.0, 0.5, 2)
+    known = fresh(n=1)
+    for bad in (0, 0, 0, 1, 0, 0, 1, 1, 0):
+        grad = torch.tensor([math.inf if bad else 1.0])
+        function([grad], None, None, known, THRESHOLDS[0], 1.0, 9.0, accept=True, scaling=ours)
+        found = {grad.device: torch.tensor(float(bad))}
+        scaler._per_optimizer_states[0]["found_inf_per_device"] = found
+        scaler.update()
+        assert ours.scale.item() == scaler.get_scale()
+        assert ours.growth_tracker.item() == scaler._get_growth_tracker()
+
+
+@needs_kernel
+def test_measured_and_decided_in_one_refuses_before_it_writes():
+    known, grads = fresh(n=2), [torch.ones(2), torch.ones(2).int()]
+    before = [t.clone() for t in known]
+    args = (None, None, known, THRESHOLDS[0], 1.0, 9.0)
+    with pytest.raises(RuntimeError, match="tensor 1 has dtype"):
+        ops.grad_norm_decide_(grads, *args)
+    for scaling, message in (
+        (ops.Scaling(torch.ones(1).double(), SCALING[1], 2.0, 0.5, 3), "one float32 and one int32"),
+        (ops.Scaling(torch.ones(1), None, 2.0, 0.5, 3), "come together"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            ops.grad_norm_decide_(grads[:1], *args, scaling=scaling)
+    assert_same_bits(bits(known), bits(before))
+
+
+@needs_kernel
+def test_opcheck_grad_norm_decide():
+    args = (double(0.5), double(1.0), *fresh(), int(THRESHOLDS[0].kind), 1.0, 5.0)
+    torch.library.opcheck(
+        torch.ops.fastguard.grad_norm_decide_.default,
+        ([torch.ones(3)], *args, THRESHOLDS[0].options, True, *SCALING[:2], SCALING[2:]),
+    )
 
 
 @needs_kernel

@@ -18,6 +18,7 @@ from fastguard import ops
 from fastguard.ops import Verdict
 
 from .drawn import DTYPES
+from .simt.kernels.ops import DEVICES
 from .test_ops import assert_same_from_every_instruction_set, needs_kernel
 
 F64 = torch.float64
@@ -76,6 +77,7 @@ FUNCTIONS = [
     pytest.param(on_lists(ops.adamw_ref_), id="adamw_ref_"),
 ]
 PACKED = [ops.adamw_, ops.adamw_ref_]
+CUDA = [pytest.param(on_lists(d.values[0].adamw_), id=f"adamw_ {d.id}") for d in DEVICES]
 
 
 def scalar(value):
@@ -188,7 +190,7 @@ shapes_ = st.lists(
 
 @settings(max_examples=120, deadline=None)
 @given(st.data())
-@pytest.mark.parametrize("function", FUNCTIONS)
+@pytest.mark.parametrize("function", FUNCTIONS + CUDA)
 def test_adamw_(function, data):
     shapes = data.draw(shapes_)
     n = len(shapes)
@@ -250,7 +252,7 @@ def test_the_kernel_rounds_as_the_reference_does(amsgrad, maximize, decoupled):
         assert_same_bits(bits(here[name]), bits(there[name]))
 
 
-@pytest.mark.parametrize("function", FUNCTIONS)
+@pytest.mark.parametrize("function", FUNCTIONS + CUDA)
 @pytest.mark.parametrize("verdict", [2, 3, 77, -1])
 @pytest.mark.parametrize("coef", [1.0, math.nan, math.inf])
 def test_a_skip_writes_nothing(function, verdict, coef):
@@ -264,7 +266,7 @@ def test_a_skip_writes_nothing(function, verdict, coef):
     assert_same_bits(bits(everything(tensors)), before)
 
 
-@pytest.mark.parametrize("function", FUNCTIONS)
+@pytest.mark.parametrize("function", FUNCTIONS + CUDA)
 @pytest.mark.parametrize(
     "size, coef", [(1e38, 1e-43), (3e38, 1e-44), (1e-30, 1e30), (1e-38, 1e40), (1e38, 3e-38)]
 )
@@ -286,7 +288,7 @@ def test_a_coefficient_beyond_float_gives_the_right_product(function, size, coef
         torch.testing.assert_close(tensors["params"][0], -0.01 * grad.sign(), rtol=1e-3, atol=0)
 
 
-@pytest.mark.parametrize("function", FUNCTIONS)
+@pytest.mark.parametrize("function", FUNCTIONS + CUDA)
 def test_amsgrad_does_not_swallow_a_nan(function):
     tensors = lists([(4,)], [torch.float32], amsgrad=True)
     tensors["exp_avg_sq"][0][1] = math.nan
