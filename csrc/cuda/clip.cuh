@@ -26,8 +26,8 @@ __device__ inline bool can_be_kept(const Chunk& chunk) { return chunk.type() != 
 __device__ inline void measure_and_keep(
     const Plan& plan, const Norms& out, int c, const Chunk& chunk, Shared<Word16> kept) {
   const bool keep = c + static_cast<int>(gridDim.x) >= plan.n_chunks && can_be_kept(chunk);
-  measure_chunk(plan, out, c, chunk, [&](int place, int vectors, const auto& vector) {
-    if (keep && within(place, vectors)) {
+  measure_chunk(plan, out, c, chunk, [&](int place, const auto& vector) {
+    if (keep) {
       kept[place] = bits_as<Word16>(vector);
     }
   });

@@ -10,7 +10,7 @@ namespace fastguard {
 // `deciding` is passed over where it says that nothing is to be decided.
 __global__ __launch_bounds__(threads, blocks_per_sm) void grad_norm_kernel(
     Plan plan, Norms out, Deciding deciding) {
-  const auto look_away = [](int, int, const auto&) {};
+  const auto look_away = [](int, const auto&) {};
   for (int c = blockIdx.x; c < plan.n_chunks; c += gridDim.x) {
     measure_chunk(plan, out, c, load_chunk(plan.chunks + c), look_away);
   }

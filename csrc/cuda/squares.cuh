@@ -86,7 +86,8 @@ struct Aligned {
   __device__ int tail() const { return head + vectors * width; }  // where it begins
 };
 
-// This thread's share of the sum over a chunk. `see(place, of how many, vector)` is shown every vector.
+// This thread's share of the sum over a chunk. `see(place, vector)` is shown every vector, and
+// zeros at some places beyond the last, which are below chunk_elements * sizeof(T) / 16.
 template <class T, class See>
 __device__ inline double sum_squares(const T* x, int n, const See& see) {
   const Aligned<T> aligned(x, n);
@@ -104,7 +105,7 @@ __device__ inline double sum_squares(const T* x, int n, const See& see) {
     }
 #pragma unroll
     for (int i = 0; i < reads_at_a_time; ++i) {
-      see(base + i * threads + threadIdx.x, aligned.vectors, read[i]);
+      see(base + i * threads + threadIdx.x, read[i]);
 #pragma unroll
       for (int j = 0; j < width; ++j) {
         sums[j % 2].add(read[i].at[j]);

@@ -24,7 +24,7 @@ REMOVABLE = ("barrier", "grid_sync", "syncwarp", "fence", "wait", "within")
 class Options:
     """What a launch is asked for; simt::Options in report.h says what each means."""
 
-    schedule: str = "round_robin"  # or "greedy", "random"
+    schedule: str = "round_robin"  # or "greedy", "random", "unfair"
     seed: int = 0
     resident: int = 4
     weak_memory: bool = False

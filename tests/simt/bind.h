@@ -8,6 +8,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <map>
+
 namespace simt {
 
 namespace py = pybind11;
@@ -56,13 +58,16 @@ struct type_caster<simt::Options> {
       return false;
     }
     const auto schedule = source.attr("schedule").cast<std::string>();
-    if (schedule != "round_robin" && schedule != "greedy" && schedule != "random") {
+    const std::map<std::string, simt::Schedule> schedules = {
+        {"round_robin", simt::Schedule::round_robin},
+        {"greedy", simt::Schedule::greedy},
+        {"random", simt::Schedule::random},
+        {"unfair", simt::Schedule::unfair}};
+    if (!schedules.contains(schedule)) {
       throw std::invalid_argument("simt: schedule `" + schedule +
-                                  "` is none of round_robin, greedy, random");
+                                  "` is none of round_robin, greedy, random, unfair");
     }
-    value.schedule = schedule == "greedy" ? simt::Schedule::greedy
-        : schedule == "random"            ? simt::Schedule::random
-                                          : simt::Schedule::round_robin;
+    value.schedule = schedules.at(schedule);
     value.seed = source.attr("seed").cast<uint64_t>();
     value.resident = source.attr("resident").cast<int>();
     value.weak_memory = source.attr("weak_memory").cast<bool>();

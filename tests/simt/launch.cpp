@@ -155,9 +155,10 @@ Site& Launch::step(Kind kind, size_t bytes, const Location& at) {
   if (++running->steps > options_.step_limit) {
     fail("run_away", site.where, "more than " + std::to_string(options_.step_limit) + " steps");
   }
-  if (scheduler_->interrupts()) {
+  if (scheduler_->interrupts(*running)) {
     leave();
   }
+  running->after_atomic = kind == Kind::atomic;
   return site;
 }
 

@@ -16,6 +16,7 @@ enum class Schedule {
   round_robin,  // every warp in turn, each of its lanes up to the next wait
   greedy,       // one warp for as long as a lane of it can run
   random,       // any lane of any warp, which may also be put aside between two waits
+  unfair,       // the same, but who is put aside stays there until nobody else can run
 };
 
 struct Options {

@@ -29,6 +29,7 @@ Thread* Scheduler::next() {
     case Schedule::round_robin: return round_robin();
     case Schedule::greedy: return greedy();
     case Schedule::random: return random();
+    case Schedule::unfair: return unfair();
   }
   return nullptr;
 }
@@ -68,6 +69,28 @@ Thread* Scheduler::greedy() {
 Thread* Scheduler::random() {
   const Warp* warp = first_runnable(random_() % warps_.size());
   return warp == nullptr ? nullptr : &warp->lanes[lane_from(warp->runnable, random_() % 32)];
+}
+
+Thread* Scheduler::unfair() {
+  Thread* thread = random();
+  if (thread == nullptr && !aside_.empty()) {
+    std::swap(aside_[random_() % aside_.size()], aside_.back());
+    thread = aside_.back();
+    aside_.pop_back();
+    thread->warp->runnable |= 1u << thread->lane;
+  }
+  return thread;
+}
+
+bool Scheduler::interrupts(Thread& running) {
+  // After an atomic the other blocks know what this thread had to say: there it is most often late
+  // with what it should have done before.
+  if (schedule_ == Schedule::unfair && random_() % (running.after_atomic ? 2 : 2048) == 0) {
+    running.warp->runnable &= ~(1u << running.lane);
+    aside_.push_back(&running);
+    return true;
+  }
+  return schedule_ == Schedule::random && random_() % 4 == 0;
 }
 
 std::vector<int64_t> block_order(int64_t blocks, uint64_t seed) {

@@ -13,14 +13,15 @@ class Scheduler {
 
   Thread* next();  // null if no thread can run
 
-  // Whether the running thread is put aside although it could go on.
-  bool interrupts() { return schedule_ == Schedule::random && random_() % 4 == 0; }
+  // Whether `running` is put aside although it could go on.
+  bool interrupts(Thread& running);
 
  private:
   Warp* first_runnable(size_t from) const;
   Thread* round_robin();
   Thread* greedy();
   Thread* random();
+  Thread* unfair();
 
   Schedule schedule_;
   std::vector<Warp*> warps_;
@@ -29,6 +30,7 @@ class Scheduler {
   size_t at_;          // round robin: the place of the warp whose turn it is,
   uint32_t turn_ = 0;  // and its lanes that have not had theirs
   Warp* current_ = nullptr;
+  std::vector<Thread*> aside_;  // unfair: until nobody else can run
 };
 
 // The order in which the blocks of a grid start.

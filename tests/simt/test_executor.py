@@ -14,7 +14,9 @@ from tests import simt
 from tests.simt.build import ROOT
 
 SCHEDULES = [
-    (schedule, seed) for schedule in ("round_robin", "greedy", "random") for seed in (0, 7)
+    (schedule, seed)
+    for schedule in ("round_robin", "greedy", "random", "unfair")
+    for seed in (0, 7)
 ]
 
 

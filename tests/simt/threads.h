@@ -29,6 +29,7 @@ struct Thread {
   void* saved = nullptr;        // where simt_switch goes on
   const Site* waits = nullptr;  // at which barrier or collective
   int64_t steps = 0;
+  bool after_atomic = false;  // its last call of the machine was one
 };
 
 struct Warp {

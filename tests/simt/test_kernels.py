@@ -1,0 +1,251 @@
+"""What the executor says of fastguard's CUDA kernels beside their results.
+
+Their results are compared where those of the CPU's are: tests/test_ops.py, tests/test_guard_ops.py,
+tests/test_optim.py.
+"""
+
+import itertools
+import math
+import re
+
+import pytest
+import torch
+
+from fastguard import ops
+from fastguard.thresholds import AdaGC, AutoClip
+from tests.simt import Error
+from tests.simt.build import ROOT
+from tests.simt.kernels.ops import Device
+
+F64 = torch.float64
+OPTIONS = (1e-2, 0.9, 0.98, 0.1, 1e-8, True)
+
+
+def drawn(*sizes, dtype=torch.float32, offset=0, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    whole = [torch.randn(n + offset, generator=generator).to(dtype) for n in sizes]
+    return [w[offset:] for w in whole]
+
+
+def gradients():
+    """One and several chunks, heads and tails, all dtypes, something that is not finite in each."""
+    grads = drawn(20_000, 5, 0, offset=1) + drawn(8192, 8193)
+    grads += drawn(9_003, dtype=torch.bfloat16, offset=3) + drawn(9_001, dtype=F64)
+    grads += drawn(33, dtype=torch.float16, offset=5)
+    grads[0][[9_000, 11_000, 19_999]] = torch.tensor([math.inf, math.nan, math.nan])
+    grads[1][2] = math.nan
+    permuted = drawn(90 * 100)[0].view(90, 100).t()
+    permuted[99, 3] = math.inf
+    return [*grads, permuted]
+
+
+def finite(dtypes=(torch.float32, torch.bfloat16, torch.float16, F64)):
+    sizes = (20_000, 8_193, 300, 5, 0)
+    return [
+        *(g for i, d in enumerate(dtypes) for g in drawn(*sizes, dtype=d, seed=i)),
+        *(g for i, d in enumerate(dtypes) for g in drawn(8_200, 3, dtype=d, offset=1, seed=i)),
+    ]
+
+
+def statistics(n):
+    history = torch.arange(40, dtype=F64)[torch.randperm(40)] / 10 + 1
+    return ops.Statistics(
+        torch.tensor([100.0, 2.0, 0.5], dtype=F64), history, torch.full((n,), 0.5, dtype=F64)
+    )
+
+
+def scalar(value):
+    return torch.tensor(value, dtype=F64)
+
+
+def flat(*results):
+    """All tensors of nested results."""
+    for result in results:
+        if isinstance(result, torch.Tensor):
+            yield result
+        elif result is not None:
+            yield from flat(*result)
+
+
+def run_grad_norm(device):
+    return device.grad_norm(gradients())
+
+
+def run_repeatedly(device):
+    return device.grad_norm(finite(), repeats=2)
+
+
+def run_many_tensors(device):
+    return device.grad_norm(drawn(*([3] * 600)))
+
+
+def run_many_chunks(device):
+    return device.grad_norm(drawn(8192 * 300))
+
+
+def decided(device, threshold, grads):
+    torch.manual_seed(1)
+    known = statistics(len(grads))
+    scaling = ops.Scaling(torch.tensor([8.0]), torch.tensor([0], dtype=torch.int32), 2.0, 0.5, 2)
+    found = device.grad_norm_decide_(
+        grads, scalar(0.01), scalar(1.0), known, threshold, 1.0, 1e3, scaling=scaling
+    )
+    return found, known, scaling[:2]
+
+
+def run_grad_norm_decide(device):
+    return decided(device, AutoClip(), finite())
+
+
+def run_grad_norm_decide_adagc(device):
+    return decided(device, AdaGC(), drawn(*([50] * 300)))
+
+
+def run_guard_decide(device):
+    torch.manual_seed(2)
+    known, norms = statistics(300), torch.rand(300, dtype=F64)
+    measured = ops.GradNorm(norms.square().sum().sqrt(), norms, None)
+    return device.guard_decide_(measured, None, None, known, AdaGC(), 1.0, 1e3), known
+
+
+def run_decide(device):
+    return device.decide(scalar(3.0), 1.0, 10.0)
+
+
+def run_scale(device):
+    grads = finite()
+    device.scale_(grads, torch.linspace(0.1, 1.0, len(grads), dtype=F64))
+    return grads
+
+
+def run_clip(device):
+    grads = finite((F64, torch.float32, torch.bfloat16, torch.float16))  # float64 is not kept
+    return device.clip_(grads, 1.0, math.inf), grads
+
+
+def run_adamw(device, amsgrad=True, verdict=1, dtypes=(torch.float32, torch.bfloat16)):
+    params, grads = finite(dtypes), finite(dtypes)
+    if F64 not in dtypes:
+        grads = [g.float() if i % 2 else g for i, g in enumerate(grads)]
+    size = ops.packed_offsets(p.numel() for p in params)[-1]
+    moment = F64 if F64 in dtypes else torch.float32
+    m, v, largest = (g.abs() for g in drawn(size, size, size, dtype=moment))
+    steps = torch.arange(len(params), dtype=torch.float32)
+    state = (m, v, largest if amsgrad else largest[:0], steps)
+    coefs = torch.linspace(0.1, 1.0, len(params), dtype=F64)
+    device.adamw_(params, grads, *state, coefs, torch.tensor(verdict), *OPTIONS, amsgrad, False)
+    return params, state
+
+
+def run_adamw_of_the_first_step(device):
+    params, grads = drawn(*([300] * 8)), drawn(*([300] * 8), seed=1)
+    size = ops.packed_offsets([300] * 8)[-1]
+    state = (torch.zeros(size), torch.zeros(size), torch.zeros(0), torch.zeros(8))
+    rest = (scalar(1.0), torch.tensor(0), *OPTIONS, False, False)
+    device.adamw_(params, grads, *state, *rest)
+    return params, state
+
+
+def run_adamw_float64(device):
+    return run_adamw(device, amsgrad=False, dtypes=(F64,))
+
+
+def run_accumulate(device):
+    sums, window = finite(), torch.ones(3, dtype=F64)
+    device.accumulate_(sums, finite(), torch.tensor(0), window, 0.5)
+    return sums, window
+
+
+def run_accumulate_the_first(device):
+    sums, window = drawn(*([300] * 8)), torch.zeros(3, dtype=F64)
+    device.accumulate_(sums, drawn(*([300] * 8), seed=1), torch.tensor(0), window, 0.5)
+    return sums, window
+
+
+def run_settle(device):
+    buffers = drawn(20_001, 7) + [torch.tensor(5), *drawn(300, offset=1)]
+    saved = [torch.zeros_like(b) for b in buffers]
+    device.settle_(buffers, saved, torch.tensor(0))
+    return buffers, saved
+
+
+RUNS = [
+    run_grad_norm,
+    run_repeatedly,
+    run_many_tensors,
+    run_many_chunks,
+    run_grad_norm_decide,
+    run_grad_norm_decide_adagc,
+    run_guard_decide,
+    run_decide,
+    run_scale,
+    run_clip,
+    run_adamw,
+    run_adamw_of_the_first_step,
+    run_adamw_float64,
+    run_accumulate,
+    run_accumulate_the_first,
+    run_settle,
+]
+SCHEDULES = [
+    *({"schedule": "greedy", "seed": seed, "weak_memory": seed % 2 == 0} for seed in range(4)),
+    *({"schedule": "round_robin", "seed": seed, "block_races": True} for seed in range(2)),
+    *({"schedule": "random", "seed": seed, "weak_memory": True} for seed in range(2)),
+    *({"schedule": "unfair", "seed": seed, "weak_memory": seed % 2 == 0} for seed in range(12)),
+]
+
+
+def bits(results):
+    return [t.contiguous().reshape(-1).view(torch.uint8).clone() for t in flat(results)]
+
+
+def same(these, those):
+    return all(torch.equal(a, b) for a, b in zip(these, those, strict=True))
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_the_result_is_the_same_on_every_schedule_and_for_any_number_of_blocks(run):
+    expected = bits(run(Device()))
+    for blocks, options in zip(itertools.cycle((1, 2, 5, 16)), SCHEDULES[::2], strict=False):
+        assert same(bits(run(Device(blocks=blocks, resident=16, **options))), expected)
+
+
+@pytest.fixture(scope="module")
+def sites():
+    """Where each barrier, fence and bound of the kernels is, and the runs that meet it."""
+    found = {}
+    for run in RUNS:
+        device = Device()
+        run(device)
+        for site in device.report.removable():
+            found.setdefault(site, []).append(run)
+    return found
+
+
+def caught(site, runs):
+    """Whether some order of the threads of some run shows that a site does nothing."""
+    expected = {run: bits(run(Device())) for run in runs}
+    for options, run in itertools.product(SCHEDULES, runs):
+        try:
+            found = bits(run(Device(blocks=4, resident=4, removed=frozenset([site]), **options)))
+        except Error:
+            return True
+        if not same(found, expected[run]):
+            return True
+    return False
+
+
+def test_every_barrier_fence_and_bound_is_needed(sites):
+    """The kernels with one barrier, fence or bound taken away: each is noticed."""
+    assert [site for site, runs in sites.items() if not caught(site, runs)] == []
+
+
+def test_every_barrier_fence_and_bound_is_met(sites):
+    text = re.compile(r"\b(within|__syncthreads|__threadfence|grid_sync)\(")
+    met = {site.rsplit(":", 1)[0] for site in sites}
+    for path in sorted((ROOT / "csrc/cuda").glob("*.cuh")):
+        if path.name in ("device.cuh", "tensor_core.cuh"):
+            continue
+        for number, line in enumerate(path.read_text().splitlines(), start=1):
+            if text.search(line.split("//")[0]):
+                assert f"{path.relative_to(ROOT)}:{number}" in met
