@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[2]
 CACHE = ROOT / "build" / "simt"
 FLAGS = [
     *["-O2", "-g1", "-std=c++20", "-ffp-contract=off", "-fPIC", "-fvisibility=hidden"],
-    *["-Wall", "-Wextra", "-DFASTGUARD_SIMT", "-Icsrc", "-Itests"],
+    *["-Wall", "-Wextra", "-Wno-unknown-pragmas", "-DFASTGUARD_SIMT", "-Icsrc", "-Itests"],
 ]
 
 

@@ -31,9 +31,9 @@ struct Options {
 };
 
 enum class Kind : uint8_t {
-  load, store, atomic,
-  shared_load, shared_store, shared_atomic,
-  barrier, grid_sync, syncwarp, collective, fence, wait, within,
+  load, store, atomic, copy_async,
+  shared_load, shared_store, shared_atomic, ldmatrix,
+  barrier, grid_sync, syncwarp, collective, mma, fence, wait, within,
 };
 
 const char* name_of(Kind);
