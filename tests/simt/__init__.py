@@ -1,11 +1,7 @@
 """Runs the CUDA kernels on the CPU, one fiber for each thread, with checks that find races.
 
-g++ compiles the very files that nvcc compiles: only what ``csrc/cuda/device.cuh`` declares is
-another here, ``device.h``'s. What this cannot see: registers, spills and occupancy, caches, the
-hardware's approximate functions, contracted multiply-adds, and nvcc's own mistakes.
-
 ``load`` compiles a pybind11 module; its functions take ``Options``, return a ``Report`` and raise
-``Error``.
+``Error``. README.md says what this proves, what it cannot see, and how to bind a kernel.
 """
 
 from dataclasses import dataclass

@@ -38,7 +38,7 @@ void Launch::wait_async(size_t groups, const Location& at) {
     return;
   }
   auto& on_their_way = running->copies.groups;
-  for (; on_their_way.size() > groups; on_their_way.pop_front()) {
+  for (; on_their_way.size() > groups; on_their_way.erase(on_their_way.begin())) {
     for (const Copy& copy : on_their_way.front()) {
       arrive(copy);
     }

@@ -6,7 +6,6 @@
 #include "simt/weak_memory.h"
 
 #include <array>
-#include <deque>
 
 struct uint3 {
   unsigned x, y, z;
@@ -34,7 +33,7 @@ struct Copy {
 
 struct Copies {
   std::vector<Copy> open;                 // not yet committed
-  std::deque<std::vector<Copy>> groups;  // committed, in order
+  std::vector<std::vector<Copy>> groups;  // committed, in order
 };
 
 struct Thread {
