@@ -1,11 +1,7 @@
 """Runs the CUDA kernels on the CPU, one fiber for each thread, with checks that find races.
 
-g++ compiles the very files that nvcc compiles: only what ``csrc/cuda/device.cuh`` declares is
-another here, ``device.h``'s. What this cannot see: registers, spills and occupancy, caches, the
-hardware's approximate functions, contracted multiply-adds, and nvcc's own mistakes.
-
 ``load`` compiles a pybind11 module; its functions take ``Options``, return a ``Report`` and raise
-``Error``.
+``Error``. README.md says what this proves, what it cannot see, and how to bind a kernel.
 """
 
 from dataclasses import dataclass
@@ -14,7 +10,7 @@ import numpy as np
 
 from tests.simt.build import NoCompiler, load
 
-__all__ = ["Error", "NoCompiler", "Options", "Report", "Site", "load", "placed"]
+__all__ = ["Error", "Launched", "NoCompiler", "Options", "Report", "Site", "load", "placed"]
 
 # Sites of these kinds do nothing once they are in ``Options.removed``.
 REMOVABLE = ("barrier", "grid_sync", "syncwarp", "fence", "wait", "within")
@@ -49,10 +45,19 @@ class Site:
 
 
 @dataclass(frozen=True)
+class Launched:
+    """One launch and the 32-byte sectors that it touched, each counted once; 0 unless counting."""
+
+    kernel: str
+    loaded_sectors: int
+    stored_sectors: int
+
+
+@dataclass(frozen=True)
 class Report:
     """What all launches of one machine did."""
 
-    launches: int
+    launches: tuple[Launched, ...]
     sites: tuple[Site, ...]
 
     def of(self, *kinds):

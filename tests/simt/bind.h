@@ -91,7 +91,12 @@ struct type_caster<simt::Report> {
           simt::name_of(site.kind), site.where, site.bytes, site.calls, site.requests,
           site.sectors, site.wavefronts, site.conflicts));
     }
-    return python.attr("Report")(report.launches, tuple(sites)).release();
+    list launches;
+    for (const simt::Launched& launch : report.launches) {
+      launches.append(python.attr("Launched")(
+          launch.kernel, launch.loaded_sectors, launch.stored_sectors));
+    }
+    return python.attr("Report")(tuple(launches), tuple(sites)).release();
   }
 };
 

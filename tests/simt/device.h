@@ -47,7 +47,7 @@ T shuffle(unsigned mask, T value, int width, Lane from, const Location& at) {
   }
   uint64_t bits = 0;
   memcpy(&bits, &value, sizeof(value));
-  const uint64_t* values = launching->exchange(mask, bits, at);
+  const uint64_t* values = launching->exchange(mask, bits, Kind::collective, at);
   const int lane = static_cast<int>(running->lane);
   const int first = lane & -width;
   const int other = from(lane, first);
@@ -56,7 +56,7 @@ T shuffle(unsigned mask, T value, int width, Lane from, const Location& at) {
 }
 
 inline unsigned ballot(unsigned mask, bool predicate, const Location& at) {
-  const uint64_t* values = launching->exchange(mask, predicate, at);
+  const bool* values = launching->exchange(mask, predicate, Kind::collective, at);
   unsigned votes = 0;
   for (int lane = 0; lane < 32; ++lane) {
     votes |= static_cast<unsigned>(values[lane]) << lane;

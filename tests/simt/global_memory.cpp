@@ -69,6 +69,25 @@ void Memory::check(const void* pointer, size_t bytes, bool write, const Location
   }
 }
 
+void Memory::touch(const void* pointer, bool write) {
+  constexpr uintptr_t sector_bytes = 32;
+  Range& range = *const_cast<Range*>(find(number(pointer)));
+  std::vector<bool>& sectors = range.sectors[write];
+  const uintptr_t first = range.begin / sector_bytes;
+  sectors.resize(range.end / sector_bytes - first + 1);
+  const auto sector = sectors[number(pointer) / sector_bytes - first];
+  touched_[write] += !sector;
+  sectors[number(pointer) / sector_bytes - first] = true;
+}
+
+void Memory::forget_sectors() {
+  for (Range& range : ranges_) {
+    range.sectors[0].clear();
+    range.sectors[1].clear();
+  }
+  touched_[0] = touched_[1] = 0;
+}
+
 int64_t Stored::conflict(const void* address, const void* value, size_t bytes, int64_t block) {
   for (size_t i = 0; i < bytes; ++i) {
     const Byte now{block, static_cast<const uint8_t*>(value)[i]};

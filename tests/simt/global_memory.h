@@ -13,6 +13,12 @@ class Memory {
   // What a launch may read, and write if `writable`. The ranges of two calls must not overlap.
   void allow(const void* pointer, size_t bytes, std::string name, bool writable);
 
+  // Counts the sector of an access that is allowed, unless it was counted since forget_sectors().
+  void touch(const void* address, bool write);
+  int64_t loaded_sectors() const { return touched_[0]; }
+  int64_t stored_sectors() const { return touched_[1]; }
+  void forget_sectors();
+
   // Fails unless `bytes` bytes at `address` may be accessed with one instruction.
   void check(const void* address, size_t bytes, bool write, const Location& at) const;
 
@@ -21,11 +27,13 @@ class Memory {
     uintptr_t begin, end;
     std::string name;
     bool writable;
+    std::vector<bool> sectors[2] = {};  // that were loaded, and stored
   };
 
   const Range* find(uintptr_t address) const;
 
   std::vector<Range> ranges_;           // ascending
+  int64_t touched_[2] = {0, 0};
   mutable const Range* last_ = nullptr;  // most accesses are near the one before them
 };
 

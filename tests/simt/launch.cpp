@@ -1,5 +1,6 @@
 #include "simt/launch.h"
 
+#include <algorithm>
 #include <cstring>
 #include <map>
 
@@ -38,7 +39,7 @@ void fail(const char* kind, const Location& at, const std::string& text) {
 
 Launch::Launch(State& state, std::string kernel, const Shape& shape, std::function<void()> body)
     : sites(state.sites), state_(state), options_(state.options), kernel_(std::move(kernel)),
-      shape_(shape), body_(std::move(body)) {
+      shape_(shape), body_(std::move(body)), mma_order_(drawn_mma_order(options_.seed)) {
   const int64_t blocks = volume(shape.grid);
   const int64_t threads = volume(shape.block);
   if (blocks < 1 || threads < 1 || threads > 1024) {
@@ -101,6 +102,7 @@ void Launch::begin(Block& block) {
   block.shared.poison();
   for (Thread& thread : block.threads) {
     thread.steps = 0;
+    thread.copies = {};
     thread.saved = state_.stacks.begin(thread.stack, run_thread);
     thread.warp->alive |= 1u << thread.lane;
     thread.warp->runnable = thread.warp->alive;
@@ -132,6 +134,7 @@ void Launch::end_thread() {
     fail("divergent", warp.meeting->where,
          "other lanes of the warp wait here for this one, which ends");
   }
+  check_no_copies();
   warp.alive &= ~(1u << running->lane);
   warp.runnable &= ~(1u << running->lane);
   --alive_;
@@ -252,7 +255,7 @@ void Launch::grid_sync(const Location& at) {
   }
 }
 
-const uint64_t* Launch::meet(Site& site, uint32_t mask, uint64_t value) {
+const std::byte* Launch::meet(Site& site, uint32_t mask, std::span<const std::byte> value) {
   Warp& warp = *running->warp;
   if (mask != ~0u) {
     fail("partial_mask", site.where,
@@ -267,8 +270,8 @@ const uint64_t* Launch::meet(Site& site, uint32_t mask, uint64_t value) {
     fail("divergent", site.where, "other lanes of the warp wait at " + warp.meeting->where);
   }
   warp.meeting = &site;
-  uint64_t* values = warp.values[warp.turn];
-  values[running->lane] = value;
+  std::byte* values = warp.values[warp.turn];
+  std::copy(value.begin(), value.end(), values + running->lane * value.size());
   warp.arrived |= 1u << running->lane;
   if (warp.arrived != ~0u) {
     wait(site);
@@ -289,17 +292,23 @@ const uint64_t* Launch::meet(Site& site, uint32_t mask, uint64_t value) {
 void Launch::syncwarp(uint32_t mask, const Location& at) {
   Site& site = step(Kind::syncwarp, 0, at);
   if (!site.removed) {
-    meet(site, mask, 0);
+    meet(site, mask, {});
   }
-}
-
-const uint64_t* Launch::exchange(uint32_t mask, uint64_t value, const Location& at) {
-  return meet(step(Kind::collective, 0, at), mask, value);
 }
 
 void Launch::fence(const Location& at) {
   if (!step(Kind::fence, 0, at).removed) {
     weak_.fence(running->block->view);
+  }
+}
+
+void Launch::count(Site& site, const void* address) {
+  running->warp->traffic.add(site, running->lane, reinterpret_cast<uintptr_t>(address));
+  if (site.kind != Kind::store) {
+    state_.memory.touch(address, false);
+  }
+  if (site.kind == Kind::store || site.kind == Kind::atomic) {
+    state_.memory.touch(address, true);
   }
 }
 
@@ -309,16 +318,20 @@ bool Launch::within(int64_t i, int64_t n, const Location& at) {
 
 // --- memory --------------------------------------------------------------------------------------
 
-void Launch::load(void* value, const void* address, size_t bytes, const Location& at) {
-  Site& site = step(Kind::load, bytes, at);
-  state_.memory.check(address, bytes, false, at);
+void Launch::read(void* value, const void* address, size_t bytes) const {
   if (options_.weak_memory) {
     weak_.load(running->block->view, address, value, bytes);
   } else {
     memcpy(value, address, bytes);
   }
+}
+
+void Launch::load(void* value, const void* address, size_t bytes, const Location& at) {
+  Site& site = step(Kind::load, bytes, at);
+  state_.memory.check(address, bytes, false, at);
+  read(value, address, bytes);
   if (options_.count) {
-    running->warp->traffic.add(site, running->lane, reinterpret_cast<uintptr_t>(address));
+    count(site, address);
   }
 }
 
@@ -338,7 +351,7 @@ void Launch::store(void* address, const void* value, size_t bytes, const Locatio
     memcpy(address, value, bytes);
   }
   if (options_.count) {
-    running->warp->traffic.add(site, running->lane, reinterpret_cast<uintptr_t>(address));
+    count(site, address);
   }
 }
 
@@ -349,7 +362,7 @@ void Launch::atomic(void* address, size_t bytes, const Location& at) {
     weak_.atomic(running->block->view, address, bytes);
   }
   if (options_.count) {
-    running->warp->traffic.add(site, running->lane, reinterpret_cast<uintptr_t>(address));
+    count(site, address);
   }
 }
 

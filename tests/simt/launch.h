@@ -8,6 +8,7 @@
 
 #include <functional>
 #include <optional>
+#include <span>
 
 namespace simt {
 
@@ -27,6 +28,11 @@ struct Shape {
   bool cooperative;
 };
 
+// The order in which an mma adds: term k is the product of depth k, and the one after the last
+// product is what was there before. A real one's is unknown, but always the same.
+using MmaOrder = std::array<int, 17>;
+MmaOrder drawn_mma_order(uint64_t seed);
+
 class Launch {
  public:
   Launch(State& state, std::string kernel, const Shape& shape, std::function<void()> body);
@@ -45,15 +51,33 @@ class Launch {
                     const Location& at);
   SharedArray& dynamic_shared();
 
+  // 16 bytes, zeros if not `valid`, which arrive when the thread waits.
+  void copy_async(SharedArray& to, int64_t offset, const void* from, bool valid,
+                  const Location& at);
+  void commit_async();
+  void wait_async(size_t groups, const Location& at);  // until no more than these are on their way
+
+  // Lane 8 i + r brings the address of row r of matrix i of `count`.
+  void ldmatrix(uint32_t* to, int count, bool transposed, SharedArray& array, int64_t offset,
+                const Location& at);
+
   void barrier(const Location& at);
   void grid_sync(const Location& at);
   void syncwarp(uint32_t mask, const Location& at);
   // What the 32 lanes bring to a collective.
-  const uint64_t* exchange(uint32_t mask, uint64_t value, const Location& at);
+  template <class T>
+  const T* exchange(uint32_t mask, const T& value, Kind kind, const Location& at) {
+    static_assert(sizeof(T) <= Warp::most_bytes && std::is_trivially_copyable_v<T>);
+    return reinterpret_cast<const T*>(
+        meet(step(kind, 0, at), mask, std::as_bytes(std::span(&value, 1))));
+  }
   void fence(const Location& at);
   bool within(int64_t i, int64_t n, const Location& at);
 
   [[noreturn]] void fail(const char* kind, const std::string& where, const std::string& text);
+
+  uint64_t seed() const { return options_.seed; }
+  const MmaOrder& mma_order() const { return mma_order_; }
 
   Sites& sites;
   uint32_t clock = 0;  // moved on by every barrier and every __syncwarp
@@ -68,8 +92,12 @@ class Launch {
   void leave();  // the running thread, for the scheduler
   void wait(const Site& site);
   void release(Block& block);
-  const uint64_t* meet(Site& site, uint32_t mask, uint64_t value);
+  const std::byte* meet(Site& site, uint32_t mask, std::span<const std::byte> value);
   Site& step(Kind kind, size_t bytes, const Location& at);
+  void count(Site& site, const void* address);
+  void read(void* value, const void* address, size_t bytes) const;
+  void arrive(const Copy& copy);
+  void check_no_copies();
   [[noreturn]] void dead_lock();
   Error error_at(const char* kind, const Thread& thread, const std::string& where,
                  const std::string& text) const;
@@ -79,6 +107,7 @@ class Launch {
   std::string kernel_;
   Shape shape_;
   std::function<void()> body_;
+  MmaOrder mma_order_;
   std::vector<int64_t> order_;  // of the blocks
   size_t started_ = 0;
   int64_t alive_ = 0;  // threads of the blocks that run

@@ -12,8 +12,9 @@ Machine::Machine(Options asked) : State(std::move(asked)) {
 
 void Machine::run(const std::string& name, const Shape& shape, std::function<void()> body) {
   Launch launch(*this, name, shape, std::move(body));
-  ++launches_;
+  memory.forget_sectors();
   launch.run();
+  launches_.push_back({name, memory.loaded_sectors(), memory.stored_sectors()});
 }
 
 Report Machine::report() const {

@@ -31,7 +31,7 @@ class Machine : State {
  private:
   void run(const std::string& name, const Shape& shape, std::function<void()> body);
 
-  int64_t launches_ = 0;
+  std::vector<Launched> launches_;
 };
 
 }  // namespace simt

@@ -11,13 +11,16 @@ const char* name_of(Kind kind) {
     case Kind::load: return "load";
     case Kind::store: return "store";
     case Kind::atomic: return "atomic";
+    case Kind::copy_async: return "copy_async";
     case Kind::shared_load: return "shared_load";
     case Kind::shared_store: return "shared_store";
     case Kind::shared_atomic: return "shared_atomic";
+    case Kind::ldmatrix: return "ldmatrix";
     case Kind::barrier: return "barrier";
     case Kind::grid_sync: return "grid_sync";
     case Kind::syncwarp: return "syncwarp";
     case Kind::collective: return "collective";
+    case Kind::mma: return "mma";
     case Kind::fence: return "fence";
     case Kind::wait: return "wait";
     case Kind::within: return "within";

@@ -32,9 +32,9 @@ struct Options {
 };
 
 enum class Kind : uint8_t {
-  load, store, atomic,
-  shared_load, shared_store, shared_atomic,
-  barrier, grid_sync, syncwarp, collective, fence, wait, within,
+  load, store, atomic, copy_async,
+  shared_load, shared_store, shared_atomic, ldmatrix,
+  barrier, grid_sync, syncwarp, collective, mma, fence, wait, within,
 };
 
 const char* name_of(Kind);
@@ -53,8 +53,16 @@ struct Site {
   uint64_t conflicts = 0;   // those of the wavefronts that another layout would save
 };
 
+// One launch, and the sectors of 32 bytes that it touched at all: what has to come from and go to
+// memory if the caches are empty before and large enough.
+struct Launched {
+  std::string kernel;
+  int64_t loaded_sectors = 0;
+  int64_t stored_sectors = 0;
+};
+
 struct Report {
-  int64_t launches = 0;
+  std::vector<Launched> launches;
   std::vector<Site> sites;  // in the order in which they were met first
 };
 

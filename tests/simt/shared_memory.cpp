@@ -11,6 +11,7 @@ namespace {
 
 // In the place of a thread (0 to 1023) of a Shadow:
 constexpr uint16_t atomics = 0x8000;      // writer: atomics of any threads
+constexpr uint16_t on_its_way = 0x2000;   // writer: a copy of this thread that has not arrived
 constexpr uint16_t many_warps = 0x8000;   // reader: threads of two warps or more
 constexpr uint16_t many_lanes = 0x4000;   // reader: several lanes of the warp of this thread
 
@@ -43,7 +44,7 @@ std::string text_of(uint16_t other, const Site& site) {
   const std::string who = other >= many_warps
       ? "several threads"
       : (other & many_lanes ? "several lanes of warp " + std::to_string(warp_of(other))
-                            : "thread " + std::to_string(other));
+                            : "thread " + std::to_string(other & 1023));
   return who + " at " + site.where;
 }
 
@@ -67,16 +68,21 @@ void SharedArray::track(int64_t offset, size_t count, Access access, const Threa
   const auto race = [&](const char* what, uint16_t other, uint16_t other_site) {
     fail("race", at,
          std::string(access == Access::read ? "reads" : "writes") + " byte " +
-             std::to_string(offset) + " of the shared array `" + name + "`, which was " + what +
+             std::to_string(offset) + " of the shared array `" + name + "`, which " + what +
              " by " + text_of(other, launching->sites.all()[other_site]) +
              "; nothing orders the two");
   };
   const uint32_t now = launching->clock;
   for (const int64_t end = offset + count; offset < end; ++offset) {
     Shadow& byte = shadow[offset];
+    if (access == Access::arrive) {
+      byte.writer = thread.id;
+    } else if (byte.writer & on_its_way) {
+      race("is being filled", byte.writer, byte.write_site);
+    }
     if (!(access == Access::atomic && byte.writer == atomics) &&
         unordered(byte.written_at, byte.writer, thread)) {
-      race("written", byte.writer, byte.write_site);
+      race("was written", byte.writer, byte.write_site);
     }
     if (access == Access::read) {
       note_reader(byte, thread);
@@ -84,10 +90,12 @@ void SharedArray::track(int64_t offset, size_t count, Access access, const Threa
       byte.read_site = site.index;
     } else {
       if (unordered(byte.read_at, byte.reader, thread)) {
-        race("read", byte.reader, byte.read_site);
+        race("was read", byte.reader, byte.read_site);
       }
       byte.written_at = now;
-      byte.writer = access == Access::atomic ? atomics : thread.id;
+      byte.writer = access == Access::atomic ? atomics
+          : access == Access::issue          ? thread.id | on_its_way
+                                             : thread.id;
       byte.write_site = site.index;
     }
   }

@@ -18,7 +18,8 @@ struct Shadow {
   uint16_t write_site = 0, read_site = 0;
 };
 
-enum class Access { read, write, atomic };
+// An asynchronous copy is issued, and then nobody may touch its bytes until it arrives.
+enum class Access { read, write, atomic, issue, arrive };
 
 struct SharedArray {
   const void* key;  // of its declaration

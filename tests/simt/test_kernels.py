@@ -163,7 +163,7 @@ def run_accumulate_the_first(device):
 
 
 def run_settle(device):
-    buffers = drawn(20_001, 7) + [torch.tensor(5), *drawn(300, offset=1)]
+    buffers = [*drawn(20_001, 7), torch.tensor(5), *drawn(300, offset=1)]
     saved = [torch.zeros_like(b) for b in buffers]
     device.settle_(buffers, saved, torch.tensor(0))
     return buffers, saved

@@ -5,6 +5,8 @@
 #include "simt/traffic.h"
 #include "simt/weak_memory.h"
 
+#include <array>
+
 struct uint3 {
   unsigned x, y, z;
 };
@@ -19,6 +21,21 @@ namespace simt {
 struct Warp;
 struct Block;
 
+// An asynchronous copy that has not arrived.
+struct Copy {
+  SharedArray* to;
+  int64_t offset;
+  const void* from;  // null: zeros
+  std::array<std::byte, 16> value;
+  Location at;
+  Site* site = nullptr;  // of the write
+};
+
+struct Copies {
+  std::vector<Copy> open;                 // not yet committed
+  std::vector<std::vector<Copy>> groups;  // committed, in order
+};
+
 struct Thread {
   uint16_t id;  // in its block
   unsigned lane;
@@ -30,6 +47,7 @@ struct Thread {
   const Site* waits = nullptr;  // at which barrier or collective
   int64_t steps = 0;
   bool after_atomic = false;  // its last call of the machine was one
+  Copies copies = {};
 };
 
 struct Warp {
@@ -42,7 +60,8 @@ struct Warp {
   const Site* meeting = nullptr;
   uint32_t arrived = 0;
   int turn = 0;
-  uint64_t values[2][32];
+  static constexpr size_t most_bytes = 24;  // of one lane
+  alignas(16) std::byte values[2][32 * most_bytes];
 
   uint32_t since = 0;  // the clock at its last __syncwarp
   Traffic traffic;

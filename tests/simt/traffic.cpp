@@ -23,7 +23,8 @@ uint64_t sectors(uint32_t lanes, const uint64_t (&addresses)[32]) {
 }
 
 bool is_shared(Kind kind) {
-  return kind == Kind::shared_load || kind == Kind::shared_store || kind == Kind::shared_atomic;
+  return kind == Kind::shared_load || kind == Kind::shared_store || kind == Kind::shared_atomic ||
+      kind == Kind::ldmatrix;
 }
 
 }  // namespace

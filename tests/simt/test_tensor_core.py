@@ -1,0 +1,425 @@
+"""Tensor cores and asynchronous copies: their layouts, their rules, and a kernel that uses both."""
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tests import simt
+from tests.simt.build import ROOT
+
+SCHEDULES = [
+    (schedule, seed) for schedule in ("round_robin", "greedy", "random") for seed in (0, 7)
+]
+
+
+@cache
+def kernels():
+    try:
+        return simt.load("tensor_kernels", ["tests/simt/kernels/tensor_bindings.cpp"])
+    except simt.NoCompiler as error:
+        pytest.skip(str(error))
+
+
+# --- numbers --------------------------------------------------------------------------------------
+
+
+def encoded(x, dtype):
+    """As a kernel takes it: two bytes of an element, or a float, of which tf32 drops 13 bits."""
+    x = np.asarray(x, np.float32)
+    if dtype == "bfloat16":
+        return torch.from_numpy(x).bfloat16().view(torch.int16).numpy().view(np.uint16)
+    return x.astype(np.float16).view(np.uint16) if dtype == "float16" else x
+
+
+def decoded(x, dtype):
+    if dtype == "bfloat16":
+        return torch.from_numpy(x.view(np.int16)).view(torch.bfloat16).double().numpy()
+    return x.view(np.float16).astype(np.float64) if dtype == "float16" else x.astype(np.float64)
+
+
+def as_multiplied(x, dtype):
+    """What the tensor core sees of an element."""
+    if dtype == "tf32":
+        x = (x.view(np.uint32) & ~np.uint32(0x1FFF)).view(np.float32)
+    return decoded(x, dtype)
+
+
+# Half a unit in the last place of the type that a product is stored in.
+ROUNDING = {"bfloat16": 2.0**-8, "float16": 2.0**-11, "tf32": 2.0**-24}
+
+
+# --- a matrix product -----------------------------------------------------------------------------
+
+PRODUCTS = [
+    ("bfloat16", "rows"),  # b as rows, which ldmatrix transposes
+    ("bfloat16", "columns"),
+    ("float16", "rows"),
+    ("float16", "columns"),
+    ("tf32", "columns"),
+]
+
+
+def matmul(product, options, rows, columns, depth, swizzled=True, draw=None):
+    """The report, a and b in float64, and c as the kernel left it."""
+    dtype, layout = product
+    draw = draw or np.random.default_rng(3).standard_normal
+    a = simt.placed(encoded(draw((rows, depth)), dtype))
+    b = encoded(draw((depth, columns)), dtype)
+    c = (
+        np.full((rows, columns), 0xFFFF, a.dtype)
+        if a.itemsize == 2
+        else np.full_like(a, np.nan, shape=(rows, columns))
+    )
+    stored = simt.placed(b if layout == "rows" else np.ascontiguousarray(b.T))
+    run = getattr(kernels(), f"matmul_{dtype}_{layout}")
+    report = run(options, swizzled, a, stored, c)
+    return report, as_multiplied(a, dtype), as_multiplied(b, dtype), c
+
+
+def is_right(product, a, b, c):
+    dtype, _ = product
+    wanted = a @ b
+    bound = ROUNDING[dtype] * np.abs(wanted) + 2e-6 * (np.abs(a) @ np.abs(b))
+    return bool((np.abs(decoded(c, dtype) - wanted) <= bound).all())  # NaN is not within it
+
+
+# A copy takes 16 bytes: rows in memory are of a multiple of 8 elements, all else may be odd.
+SHAPES = [(1, 8, 8), (17, 24, 136), (65, 56, 72), (70, 136, 200)]
+
+
+@pytest.mark.parametrize("product", PRODUCTS)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("schedule, seed", [("round_robin", 0), ("greedy", 5), ("random", 7)])
+def test_a_matrix_product_is_right(product, shape, schedule, seed):
+    rows, columns, depth = shape
+    columns -= product[1] == "columns"
+    options = simt.Options(schedule, seed, weak_memory=True, block_races=True, count=True)
+    _, a, b, c = matmul(product, options, rows, columns, depth)
+    assert is_right(product, a, b, c)
+
+
+@pytest.mark.parametrize("schedule, seed", SCHEDULES + [("random", seed) for seed in range(1, 7)])
+def test_no_false_alarm(schedule, seed):
+    options = simt.Options(schedule, seed, resident=1 + seed % 4, weak_memory=True)
+    _, a, b, c = matmul(PRODUCTS[0], options, 70, 72, 200)
+    assert is_right(PRODUCTS[0], a, b, c)
+
+
+@pytest.mark.parametrize("product", PRODUCTS[1:4])
+def test_sums_are_rounded_to_nearest_even(product):
+    """Sums of small whole numbers are exact in whatever order, up to the rounding at the end."""
+    draw = np.random.default_rng(3).integers
+    _, a, b, c = matmul(
+        product, simt.Options(seed=5), 65, 56, 136, draw=lambda shape: draw(-40, 40, shape)
+    )
+    exact = a @ b
+    wanted = encoded(exact, product[0])
+    assert (decoded(wanted, product[0]) != exact).any()
+    np.testing.assert_array_equal(c, wanted)
+
+
+@pytest.mark.parametrize("product", [PRODUCTS[0], PRODUCTS[4]])
+@pytest.mark.parametrize("schedule, seed", SCHEDULES)
+def test_every_removed_site_is_noticed(product, schedule, seed):
+    shape = (17, 24, 200)
+    report = matmul(product, simt.Options(), *shape)[0]
+    assert {site.kind for site in report.of(*simt.REMOVABLE)} == {"barrier", "wait", "within"}
+    for site in report.removable():
+        options = simt.Options(schedule, seed, weak_memory=True, removed=frozenset({site}))
+        with pytest.raises(simt.Error) as raised:
+            matmul(product, options, *shape)
+        assert raised.value.kind in ("race", "out_of_bounds"), raised.value
+
+
+@pytest.mark.parametrize("product", PRODUCTS)
+def test_the_swizzle_frees_ldmatrix_of_bank_conflicts(product):
+    for swizzled, conflicts in ((True, 0), (False, 7)):  # of 8 rows, all in the same banks
+        report = matmul(product, simt.Options(count=True), 64, 64, 64, swizzled)[0]
+        phases = report.total("calls", "ldmatrix") // 8
+        assert phases > 0
+        assert report.total("conflicts", "ldmatrix") == conflicts * phases
+        assert report.total("conflicts", "shared_store") == 0
+
+
+def test_copies_read_what_exists_and_no_more():
+    report, a, b, _ = matmul(PRODUCTS[0], simt.Options(count=True), 64, 64, 128)
+    assert report.bytes("copy_async") == 2 * (a.size + b.size)
+    assert report.total("requests", "copy_async") == 2 * (a.size + b.size) // (32 * 16)
+    assert report.total("sectors", "copy_async") == 2 * (a.size + b.size) // 32
+
+    report, a, b, _ = matmul(PRODUCTS[0], simt.Options(count=True), 17, 24, 136)
+    assert report.bytes("copy_async") == 2 * (a.size + b.size)
+    filled = sum(site.calls for site in report.of("copy_async") if site.bytes == 0)
+    assert (report.total("calls", "copy_async") - filled) * 16 == report.bytes("copy_async")
+    assert filled > 0
+
+
+def test_products_are_counted():
+    report = matmul(PRODUCTS[0], simt.Options(), 64, 64, 128)[0]
+    assert report.total("requests", "mma") == 64 * 64 * 128 // (16 * 8 * 16)
+
+
+# --- layouts, as the tables of PTX's ISA give them ------------------------------------------------
+
+LANE = np.arange(32)
+GROUP, IN_GROUP = LANE // 4, LANE % 4  # PTX: groupID, threadID_in_group
+
+
+def places_of_a(dtype):
+    """Row and column of each element of each lane's registers, in their order."""
+    if dtype == "tf32":
+        rows = [GROUP + (8 if i in (1, 3) else 0) for i in range(4)]
+        columns = [IN_GROUP + (4 if i in (2, 3) else 0) for i in range(4)]
+    else:
+        rows = [GROUP + (0 if i < 2 or 4 <= i < 6 else 8) for i in range(8)]
+        columns = [IN_GROUP * 2 + (i & 1) + (0 if i < 4 else 8) for i in range(8)]
+    return np.stack(rows, 1), np.stack(columns, 1)
+
+
+def places_of_b(dtype):
+    if dtype == "tf32":
+        rows = [IN_GROUP, IN_GROUP + 4]
+    else:
+        rows = [IN_GROUP * 2 + (i & 1) + (0 if i < 2 else 8) for i in range(4)]
+    return np.stack(rows, 1), np.stack([GROUP] * len(rows), 1)
+
+
+def places_of_d():
+    rows = [GROUP + (0 if i < 2 else 8) for i in range(4)]
+    columns = [IN_GROUP * 2 + (i & 1) for i in range(4)]
+    return np.stack(rows, 1), np.stack(columns, 1)
+
+
+def mma(dtype, a, b, d, options):
+    """d + a b by one instruction."""
+    registers = [
+        np.ascontiguousarray(encoded(matrix, dtype)[places]).view(np.uint32)
+        for matrix, places in ((a, places_of_a(dtype)), (b, places_of_b(dtype)))
+    ]
+    sums = np.ascontiguousarray(np.asarray(d, np.float32)[places_of_d()])
+    getattr(kernels(), f"mma_{dtype}")(options, *registers, sums)
+    result = np.full((16, 8), np.nan, np.float32)
+    result[places_of_d()] = sums
+    return result
+
+
+@pytest.mark.parametrize("dtype", ROUNDING)
+@pytest.mark.parametrize("schedule, seed", SCHEDULES)
+def test_mma_has_the_layout_of_ptx(dtype, schedule, seed):
+    draw = np.random.default_rng(seed).integers
+    depth = 8 if dtype == "tf32" else 16
+    a, b, d = (draw(-99, 99, shape) for shape in ((16, depth), (depth, 8), (16, 8)))
+    result = mma(dtype, a, b, d, simt.Options(schedule, seed))
+    np.testing.assert_array_equal(result, d + a @ b)
+
+
+@pytest.mark.parametrize("dtype", ROUNDING)
+def test_nan_and_inf_pass_through_an_mma(dtype):
+    depth = 8 if dtype == "tf32" else 16
+    a, b, d = np.zeros((16, depth)), np.ones((depth, 8)), np.zeros((16, 8))
+    a[3, 5], a[9, 1], b[2, 4] = np.nan, np.inf, -np.inf
+    result = mma(dtype, a, b, d, simt.Options())
+    with np.errstate(invalid="ignore"):
+        np.testing.assert_array_equal(result, a @ b)
+
+
+def test_tf32_drops_the_low_bits():
+    a, b = np.zeros((16, 8), np.float32), np.eye(8, dtype=np.float32)
+    a[0] = np.array([0x3F801FFF, 0xBF803FFF], np.uint32).view(np.float32).repeat(4)
+    result = mma("tf32", a, b, np.zeros((16, 8)), simt.Options())
+    np.testing.assert_array_equal(result[0], np.repeat(np.float32([1, -(1 + 2**-10)]), 4))
+
+
+def test_the_seed_draws_the_order_of_the_sum():
+    draw = np.random.default_rng(3).standard_normal
+    a, b, d = (encoded(draw(shape), "float16") for shape in ((16, 16), (16, 8), (16, 8)))
+    a, b, d = (decoded(x, "float16") for x in (a, b, d))
+    results = [mma("float16", a, b, d, simt.Options(seed=seed)) for seed in (0, 1, 2, 1)]
+    for result in results:
+        np.testing.assert_allclose(result, d + a @ b, rtol=0, atol=1e-5)
+    assert len({result.tobytes() for result in results}) == 3
+    np.testing.assert_array_equal(results[1], results[3])  # one order for all that one seed runs
+
+
+@pytest.mark.parametrize("count", [1, 2, 4])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("stride", [1, 7])
+def test_ldmatrix_has_the_layout_of_ptx(count, transposed, stride):
+    rows = np.arange(256, dtype=np.uint16).reshape(32, 8)
+    registers = np.zeros((32, count), np.uint32)
+    run = kernels().ldmatrix_trans if transposed else kernels().ldmatrix
+    run(simt.Options("random", 3), count, simt.placed(rows), stride, registers)
+    matrices = rows[LANE * stride % 32].reshape(4, 8, 8)
+    if transposed:
+        matrices = matrices.transpose(0, 2, 1)
+    for i in range(count):
+        pairs = matrices[i][GROUP[:, None], IN_GROUP[:, None] * 2 + [0, 1]]
+        np.testing.assert_array_equal(registers[:, i].copy().view(np.uint16), pairs.ravel())
+
+
+@pytest.mark.parametrize("count", [1, 2, 4])
+@pytest.mark.parametrize("stride, conflicts", [(1, 0), (3, 0), (2, 1), (8, 3), (32, 0)])
+def test_bank_conflicts_of_ldmatrix(count, stride, conflicts):
+    """8 rows of 16 bytes at a time; the same row for all lanes is read once."""
+    report = kernels().ldmatrix(
+        simt.Options(count=True),
+        count,
+        simt.placed(np.zeros((32, 8), np.uint16)),
+        stride,
+        np.zeros((32, count), np.uint32),
+    )
+    (load,) = report.of("ldmatrix")
+    assert (load.requests, load.calls, report.bytes("ldmatrix")) == (1, 8 * count, 128 * count)
+    assert (load.wavefronts, load.conflicts) == (count * (1 + conflicts), count * conflicts)
+
+
+# --- functions ------------------------------------------------------------------------------------
+
+
+def numbers(x, y, seed=0):
+    x, y = np.array(x, np.float32), np.array(y, np.float32)
+    most, least, power = np.zeros((3, x.size), np.float32)
+    kernels().numbers(simt.Options(seed=seed), x, y, most, least, power)
+    return most, least, power
+
+
+def test_the_greater_and_the_lesser_keep_nan_and_order_zeros():
+    values = np.float32([-np.inf, -1, -0.0, 0.0, 1e-40, 2, np.inf, np.nan])
+    x, y = (grid.ravel() for grid in np.meshgrid(values, values))
+    most, least, _ = numbers(x, y)
+    np.testing.assert_array_equal(most, np.maximum(x, y))
+    np.testing.assert_array_equal(least, np.minimum(x, y))
+    zeros = (x == 0) & (y == 0)
+    np.testing.assert_array_equal(np.signbit(most[zeros]), (np.signbit(x) & np.signbit(y))[zeros])
+    np.testing.assert_array_equal(np.signbit(least[zeros]), (np.signbit(x) | np.signbit(y))[zeros])
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_powers_of_two_are_within_their_bound(seed):
+    x = np.linspace(-126, 127.9, 5000, dtype=np.float32)
+    power = numbers(x, x, seed)[2]
+    wanted = np.exp2(x.astype(np.float64))
+    assert (np.abs(power - wanted) <= 2.0**-22 * wanted).all()
+    assert (seed == 0) == np.array_equal(power, numbers(x, x)[2])
+    special = np.float32([-np.inf, -200, -126.5, -1e-40, 0, 1e-40, 128, np.inf, np.nan])
+    power = numbers(special, special, seed)[2]
+    np.testing.assert_array_equal(power, [0, 0, 0, 1, 1, 1, np.inf, np.inf, np.nan])
+
+
+# --- faults ---------------------------------------------------------------------------------------
+
+FAULTS = {
+    "read_before_the_wait": "race",
+    "others_read_before_the_wait": "race",
+    "read_before_the_barrier": "race",
+    "barrier_before_the_wait": "race",
+    "wait_for_too_few": "race",
+    "wait_without_a_commit": "race",
+    "fill_what_is_being_filled": "race",
+    "fill_what_others_read": "race",
+    "change_the_source": "race",
+    "end_before_the_wait": "not_awaited",
+    "end_before_zeros_arrive": "not_awaited",
+    "copy_from_beyond": "out_of_bounds",
+    "copy_from_across": "misaligned",
+    "copy_to_beyond": "out_of_bounds",
+    "copy_to_across": "misaligned",
+    "ldmatrix_beyond": "out_of_bounds",
+    "ldmatrix_across": "misaligned",
+    "ldmatrix_without_syncwarp": "race",
+    "overwrite_what_ldmatrix_reads": "race",
+    "half_at_the_ldmatrix": "divergent",
+    "other_mma": "divergent",
+    "half_a_warp_ends_before_the_mma": "divergent",
+}
+
+
+@pytest.mark.parametrize("weak_memory", [False, True])
+@pytest.mark.parametrize("name", FAULTS)
+@pytest.mark.parametrize("schedule, seed", SCHEDULES)
+def test_every_fault_is_named(name, schedule, seed, weak_memory):
+    x = simt.placed(np.zeros(256, np.float32))
+    with pytest.raises(simt.Error) as raised:
+        kernels().fault(simt.Options(schedule, seed, weak_memory=weak_memory), name, x)
+    assert raised.value.kind == FAULTS[name], raised.value
+    assert raised.value.kernel == name
+    assert raised.value.where.startswith("tests/simt/kernels/async_faults.cuh:")
+
+
+def test_a_read_too_soon_says_who_fills_it():
+    x = simt.placed(np.zeros(256, np.float32))
+    with pytest.raises(simt.Error, match="which is being filled by thread 62 at tests/simt/k"):
+        kernels().fault(simt.Options(), "others_read_before_the_wait", x)
+
+
+# --- nvcc -----------------------------------------------------------------------------------------
+
+MATMULS = """
+#include "simt/kernels/async_faults.cuh"
+#include "simt/kernels/fragments.cuh"
+#include "simt/kernels/matmul.cuh"
+#define MATMUL(T, b_rows)                                \\
+  template __global__ void matmul_kernel<T, b_rows, true>( \\
+      const T*, const T*, T*, int64_t, int64_t, int64_t)
+namespace fastguard {
+MATMUL(BFloat16, true);
+MATMUL(Float16, false);
+MATMUL(float, false);
+}
+"""
+WANTED = [
+    "HMMA.16816.F32.BF16",
+    "HMMA.16816.F32",
+    "HMMA.1688.F32.TF32",
+    "LDSM.16.M88.4",
+    "LDSM.16.MT88.4",
+    "LDGSTS.E.BYPASS.128",
+    "FMNMX.NAN",
+    "MUFU.EX2",
+]
+
+
+def cuobjdump():
+    """A toolkit's or a package's, with the nvdisasm that it calls, as (program, environment)."""
+    spec = importlib.util.find_spec("nvidia")
+    packages = [
+        str(folder)
+        for root in (spec.submodule_search_locations if spec else [])
+        for folder in sorted(Path(root).glob("*/bin"))
+    ]
+    path = os.pathsep.join([os.environ["PATH"], *packages])
+    tools = [shutil.which(tool, path=path) for tool in ("cuobjdump", "nvdisasm")]
+    if None in tools:
+        pytest.fail(
+            "nvcc is here and cuobjdump or nvdisasm is not: "
+            "pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm"
+        )
+    return tools[0], {**os.environ, "PATH": path}
+
+
+def test_nvcc_makes_the_wanted_instructions(tmp_path):
+    if shutil.which("nvcc") is None:
+        pytest.skip("no nvcc on this machine")
+    program, environment = cuobjdump()
+    source, output = tmp_path / "matmul.cu", tmp_path / "matmul.o"
+    source.write_text(MATMULS)
+    architectures = ["sm_80", "sm_90"]
+    flags = [f"-gencode=arch={name.replace('sm', 'compute')},code={name}" for name in architectures]
+    command = ["nvcc", "-std=c++20", *flags, "-Icsrc", "-Itests", "-c", source, "-o", output]
+    subprocess.run(command, cwd=ROOT, check=True)
+    for name in architectures:
+        done = subprocess.run(
+            [program, "-sass", "-arch", name, output],
+            env=environment, check=True, capture_output=True, text=True,
+        )  # fmt: skip
+        found = set(re.findall(r"\b[A-Z]+\.[A-Z0-9_.]+", done.stdout))
+        assert not set(WANTED) - found, (name, set(WANTED) - found)
+        assert not re.search(r"\b(LDL|STL)\b", done.stdout), f"{name}: registers are spilled"
