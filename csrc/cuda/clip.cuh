@@ -25,9 +25,9 @@ __device__ inline bool can_be_kept(const Chunk& chunk) { return chunk.type() != 
 __device__ inline void measure_and_keep(
     const Plan& plan, const Norms& out, int c, const Chunk& chunk, Shared<Word16> kept) {
   const bool keep = c + static_cast<int>(gridDim.x) >= plan.n_chunks && can_be_kept(chunk);
-  measure_chunk(plan, out, c, chunk, [&](int place, int vectors, const auto& vector) {
+  measure_chunk(plan, out, c, chunk, [&](int place, int vectors, const Word16& vector) {
     if (keep && within(place, vectors)) {
-      kept[place] = bits_as<Word16>(vector);
+      kept[place] = vector;
     }
   });
 }

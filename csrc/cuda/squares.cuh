@@ -93,21 +93,24 @@ __device__ inline double sum_squares(const T* x, int n, const See& see) {
   constexpr int width = Aligned<T>::width;
   Squares<T> sums[2];
   for (int base = 0; base < aligned.vectors; base += reads_at_a_time * threads) {
-    typename Aligned<T>::V read[reads_at_a_time];
+    // As words: of 16-bit elements each half would be chosen from what was read or zero by an
+    // instruction of its own, and those of the first vector wait for it before the last is asked for.
+    Word16 read[reads_at_a_time];
 #pragma unroll
     for (int i = 0; i < reads_at_a_time; ++i) {
       const int place = base + i * threads + threadIdx.x;
       read[i] = {};
       if (within(place, aligned.vectors)) {
-        read[i] = load(aligned.body + place);
+        read[i] = bits_as<Word16>(load(aligned.body + place));
       }
     }
 #pragma unroll
     for (int i = 0; i < reads_at_a_time; ++i) {
       see(base + i * threads + threadIdx.x, aligned.vectors, read[i]);
+      const auto vector = bits_as<typename Aligned<T>::V>(read[i]);
 #pragma unroll
       for (int j = 0; j < width; ++j) {
-        sums[j % 2].add(read[i].at[j]);
+        sums[j % 2].add(vector.at[j]);
       }
     }
   }
