@@ -17,7 +17,7 @@ __global__ __launch_bounds__(threads, 3) void scale_kernel(
     with_type(chunk.type(), [&](auto* type) {
       using T = std::remove_pointer_t<decltype(type)>;
       T* x = reinterpret_cast<T*>(chunk.data);
-      scale_elements(x, chunk.size(), factor, [](int, const auto* at) { return load(at); });
+      scale_elements(x, chunk.size(), factor, [](int, const Word16* at) { return load(at); });
     });
   }
 }
