@@ -26,17 +26,15 @@ __device__ inline Vector<T, 16 / sizeof(T)> times(Vector<T, 16 / sizeof(T)> x, d
   return x;
 }
 
-constexpr int scales_at_a_time = 2;  // of each thread; more would not fit into the registers
-
 // `vector(place, address)` is what was read of a whole vector.
 template <class T, class Read>
 __device__ inline void scale_elements(T* x, int n, double factor, const Read& vector) {
   const Aligned<T> aligned(x, n);
   auto* body = const_cast<Word16*>(aligned.body);
-  for (int base = 0; base < aligned.vectors; base += scales_at_a_time * threads) {
-    Word16 read[scales_at_a_time];
+  for (int base = 0; base < aligned.vectors; base += reads_at_a_time * threads) {
+    Word16 read[reads_at_a_time];
 #pragma unroll
-    for (int i = 0; i < scales_at_a_time; ++i) {
+    for (int i = 0; i < reads_at_a_time; ++i) {
       const int place = base + i * threads + threadIdx.x;
       read[i] = {};  // else what was read the last time is kept in registers
       if (within(place, aligned.vectors)) {
@@ -44,7 +42,7 @@ __device__ inline void scale_elements(T* x, int n, double factor, const Read& ve
       }
     }
 #pragma unroll
-    for (int i = 0; i < scales_at_a_time; ++i) {
+    for (int i = 0; i < reads_at_a_time; ++i) {
       const int place = base + i * threads + threadIdx.x;
       if (within(place, aligned.vectors)) {
         const auto scaled = times<T>(bits_as<typename Aligned<T>::V>(read[i]), factor);
