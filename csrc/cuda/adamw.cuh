@@ -97,7 +97,8 @@ __device__ inline To as(T x) {
 }
 
 // A gradient times its factor: the product in float64, so that neither 1e38 nor a factor of 1e-43 is
-// too much for it. At 28 bytes an element the fp64 units keep up with any GPU's memory.
+// too much for it: three instructions of the fp64 units, which other elements' 28 bytes hide but on
+// GPUs that have next to none of them.
 template <class Real, class T>
 __device__ inline Real scaled(T grad, double factor) {
   return static_cast<Real>(as<double>(grad) * factor);

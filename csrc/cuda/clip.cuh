@@ -26,22 +26,18 @@ __device__ inline bool can_be_kept(const Chunk& chunk) { return chunk.type() != 
 __device__ inline void measure_and_keep(
     const Plan& plan, const Norms& out, int c, const Chunk& chunk, Shared<Word16> kept) {
   const bool keep = c + static_cast<int>(gridDim.x) >= plan.n_chunks && can_be_kept(chunk);
-  measure_chunk(plan, out, c, chunk, [&](int place, const auto& vector) {
+  measure_chunk(plan, out, c, chunk, [&](int place, const Word16& vector) {
     if (keep) {
-      kept[place] = bits_as<Word16>(vector);
+      kept[place] = vector;
     }
   });
 }
 
-__device__ inline void scale_chunk(
-    const Chunk& chunk, double factor, bool is_kept, Shared<Word16> kept) {
+template <class Read>
+__device__ inline void scale_chunk(const Chunk& chunk, double factor, const Read& vector) {
   with_type(chunk.type(), [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    using V = typename Aligned<T>::V;
-    T* x = reinterpret_cast<T*>(chunk.data);
-    scale_elements(x, chunk.size(), factor, [&](int place, const V* at) {
-      return is_kept ? bits_as<V>(static_cast<Word16>(kept[place])) : load_once(at);
-    });
+    scale_elements(reinterpret_cast<T*>(chunk.data), chunk.size(), factor, vector);
   });
 }
 
@@ -64,11 +60,21 @@ __global__ __launch_bounds__(threads, blocks_per_sm) void clip_kernel(Plan plan,
   if (factor == 1.0) {
     return;
   }
-  bool is_last = true;
-  for (c -= grid; c >= 0; c -= grid) {
+  // What is kept has a loop of its own: one that chose between the two would wait for the first
+  // vector before it asks for the next.
+  c -= grid;
+  if (c >= 0) {
     const Chunk chunk = load_chunk(plan.chunks + c);
-    scale_chunk(chunk, factor, is_last && can_be_kept(chunk), kept);
-    is_last = false;
+    if (can_be_kept(chunk)) {
+      scale_chunk(chunk, factor, [&](int place, const Word16*) {
+        return static_cast<Word16>(kept[place]);
+      });
+      c -= grid;
+    }
+  }
+  for (; c >= 0; c -= grid) {
+    const auto read = [](int, const Word16* at) { return load_once(at); };
+    scale_chunk(load_chunk(plan.chunks + c), factor, read);
   }
 }
 

@@ -40,23 +40,28 @@ struct Word<8> { using type = uint2; };
 template <>
 struct Word<16> { using type = uint4; };
 
+// By value: a memcpy by way of a reference into memory reads it byte after byte.
 template <class To, class From>
-__device__ inline To bits_as(const From& from) {
+__device__ inline To bits_as(From from) {
   static_assert(sizeof(To) == sizeof(From));
   To to;
   memcpy(&to, &from, sizeof(to));
   return to;
 }
 
+// An address that comes out of memory, as those in a plan do, could be of any kind for what the
+// compiler knows: it is told that the memory is global, and takes LDG and STG for LD and ST.
 template <class T>
 __device__ inline T load(const T* address) {
   using W = typename Word<sizeof(T)>::type;
+  __builtin_assume(__isGlobal(address));
   return bits_as<T>(*reinterpret_cast<const W*>(address));
 }
 
 template <class T>
 __device__ inline void store(T* address, T value) {
   using W = typename Word<sizeof(T)>::type;
+  __builtin_assume(__isGlobal(address));
   *reinterpret_cast<W*>(address) = bits_as<W>(value);
 }
 

@@ -6,7 +6,7 @@
 namespace fastguard {
 
 // next_coef: 0 where all tensors have the same coefficient, else 1.
-__global__ __launch_bounds__(threads, 3) void scale_kernel(
+__global__ __launch_bounds__(threads, blocks_per_sm) void scale_kernel(
     Plan plan, const double* clip_coef, int32_t next_coef) {
   for (int c = blockIdx.x; c < plan.n_chunks; c += gridDim.x) {
     const Chunk chunk = load_chunk(plan.chunks + c);
@@ -17,7 +17,7 @@ __global__ __launch_bounds__(threads, 3) void scale_kernel(
     with_type(chunk.type(), [&](auto* type) {
       using T = std::remove_pointer_t<decltype(type)>;
       T* x = reinterpret_cast<T*>(chunk.data);
-      scale_elements(x, chunk.size(), factor, [](int, const auto* at) { return load(at); });
+      scale_elements(x, chunk.size(), factor, [](int, const Word16* at) { return load(at); });
     });
   }
 }

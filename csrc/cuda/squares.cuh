@@ -68,6 +68,10 @@ struct Squares<double> {
 constexpr int reads_at_a_time = 4;  // of each thread: 16 KiB on their way to a block
 
 // n elements as fewer than 16 bytes, whole 16-byte vectors, and fewer than 16 bytes.
+//
+// The vectors are words until they are computed with. Of 16-bit elements nvcc would choose each half
+// from what was read or zero with an instruction of its own, which waits for the first vector before
+// the last is asked for.
 template <class T>
 struct Aligned {
   static constexpr int width = 16 / sizeof(T);
@@ -75,13 +79,13 @@ struct Aligned {
 
   int head;
   int vectors;
-  const V* body;
+  const Word16* body;
 
   __device__ Aligned(const T* x, int n) {
     const int before = static_cast<int>(-reinterpret_cast<uintptr_t>(x) % 16 / sizeof(T));
     head = before < n ? before : n;
     vectors = (n - head) / width;
-    body = reinterpret_cast<const V*>(x + head);
+    body = reinterpret_cast<const Word16*>(x + head);
   }
   __device__ int tail() const { return head + vectors * width; }  // where it begins
 };
@@ -94,7 +98,7 @@ __device__ inline double sum_squares(const T* x, int n, const See& see) {
   constexpr int width = Aligned<T>::width;
   Squares<T> sums[2];
   for (int base = 0; base < aligned.vectors; base += reads_at_a_time * threads) {
-    typename Aligned<T>::V read[reads_at_a_time];
+    Word16 read[reads_at_a_time];
 #pragma unroll
     for (int i = 0; i < reads_at_a_time; ++i) {
       const int place = base + i * threads + threadIdx.x;
@@ -106,9 +110,10 @@ __device__ inline double sum_squares(const T* x, int n, const See& see) {
 #pragma unroll
     for (int i = 0; i < reads_at_a_time; ++i) {
       see(base + i * threads + threadIdx.x, read[i]);
+      const auto vector = bits_as<typename Aligned<T>::V>(read[i]);
 #pragma unroll
       for (int j = 0; j < width; ++j) {
-        sums[j % 2].add(read[i].at[j]);
+        sums[j % 2].add(vector.at[j]);
       }
     }
   }

@@ -5,9 +5,10 @@
 
 namespace fastguard {
 
-// The product in float64, rounded once: a factor of 1e-43 brings 1e38 down without losing a bit.
-// That is three instructions of the fp64 units for an element; also where a GPU has 1/64 as many of
-// them as of the fp32 ones, they take less time than its memory does.
+// The product in float64, rounded once, as on the CPU: a factor of 1e-43 brings 1e38 down without
+// losing a bit. That is three instructions of the fp64 units for an element. A GPU that has 1/64 as
+// many of them as of the fp32 ones may be held up by that where the elements have 16 bits; it has
+// such gradients to scale only in a step that clips, and with an optimizer other than fastguard's.
 template <class T>
 __device__ inline T times(T x, double factor) {
   if constexpr (sizeof(T) == sizeof(double)) {
@@ -26,27 +27,27 @@ __device__ inline Vector<T, 16 / sizeof(T)> times(Vector<T, 16 / sizeof(T)> x, d
   return x;
 }
 
-constexpr int scales_at_a_time = 2;  // of each thread; more would not fit into the registers
-
-// `vector(place)` is what was read of a whole vector.
+// `vector(place, address)` is what was read of a whole vector.
 template <class T, class Read>
 __device__ inline void scale_elements(T* x, int n, double factor, const Read& vector) {
   const Aligned<T> aligned(x, n);
-  auto* body = const_cast<typename Aligned<T>::V*>(aligned.body);
-  for (int base = 0; base < aligned.vectors; base += scales_at_a_time * threads) {
-    typename Aligned<T>::V read[scales_at_a_time];
+  auto* body = const_cast<Word16*>(aligned.body);
+  for (int base = 0; base < aligned.vectors; base += reads_at_a_time * threads) {
+    Word16 read[reads_at_a_time];
 #pragma unroll
-    for (int i = 0; i < scales_at_a_time; ++i) {
+    for (int i = 0; i < reads_at_a_time; ++i) {
       const int place = base + i * threads + threadIdx.x;
+      read[i] = {};  // else what was read the last time is kept in registers
       if (within(place, aligned.vectors)) {
         read[i] = vector(place, body + place);
       }
     }
 #pragma unroll
-    for (int i = 0; i < scales_at_a_time; ++i) {
+    for (int i = 0; i < reads_at_a_time; ++i) {
       const int place = base + i * threads + threadIdx.x;
       if (within(place, aligned.vectors)) {
-        store(body + place, times<T>(read[i], factor));
+        const auto scaled = times<T>(bits_as<typename Aligned<T>::V>(read[i]), factor);
+        store(body + place, bits_as<Word16>(scaled));
       }
     }
   }

@@ -1,0 +1,87 @@
+"""The tables."""
+
+from importlib import metadata
+
+from fastguard import ops
+
+from . import PROMISES, kernels
+
+RESOURCES = """\
+What each kernel takes of a thread and of a block of 256 threads; how many blocks are to fit on an
+SM, and how many do by their registers and by their shared memory, which the launch adds to.
+"""
+STREAMS = """
+The loops that move the tensors as far as they are aligned: widths in bits for one vector of each
+array; loads issued when the first is needed; vectors in a pass; instructions of the body for each
+element, those for the fp64 units among them, and calls. A body also has ways that are seldom taken:
+the calls, for divisions and roots of unusual numbers, and on sm_80 and sm_90 all of Adam beside all
+of AdamW.
+"""
+
+
+def columns(heads, rows):
+    """Numbers to the right, words to the left."""
+    rows = [heads, *rows]
+    widths = [max(len(str(row[i])) for row in rows) for i in range(len(heads))]
+    for row in rows:
+        cells = (
+            str(cell).ljust(width) if isinstance(model, str) else str(cell).rjust(width)
+            for cell, width, model in zip(row, widths, rows[-1], strict=True)
+        )
+        yield "  ".join(cells).rstrip()
+
+
+def resources(found):
+    heads = (
+        *("sm", "kernel", "registers", "stack", "shared", "+launch"),
+        *("blocks/SM", "by registers", "by shared", "LDL/STL", "LDG.128", "STG.128"),
+    )
+    rows = []
+    for kernel in found:
+        promise = PROMISES[kernel.name]
+        kinds = [each.kind for each in kernel.code]
+        wide = [each.kind for each in kernel.code if each.width == 128]
+        rows.append(
+            (
+                *(f"sm_{kernel.arch}", kernel.name, kernel.usage.registers, kernel.usage.stack),
+                *(kernel.usage.shared, promise.dynamic_shared, promise.blocks),
+                *(kernel.blocks_by_registers(), kernel.blocks_by_shared(promise.dynamic_shared)),
+                kinds.count("LDL") + kinds.count("STL"),
+                *(wide.count("LDG"), wide.count("STG")),
+            )
+        )
+    return columns(heads, rows)
+
+
+def streams(found):
+    heads = (
+        *("sm", "kernel", "elements", "loads", "stores", "in flight"),
+        *("unrolled", "instructions", "fp64", "calls"),
+    )
+    rows = []
+    for kernel in found:
+        for loop in sorted(kernel.streaming_loops, key=lambda loop: loop.moves):
+            an_element = loop.elements_a_pass
+            count = sum(each.kind != "NOP" for each in loop.body) / an_element
+            fp64 = sum(each.is_fp64 for each in loop.body) / an_element
+            rows.append(
+                (
+                    *(f"sm_{kernel.arch}", kernel.name, *loop.moves, loop.in_flight),
+                    *(loop.unrolled, round(count, 1), round(fp64, 1)),
+                    sum(each.is_call for each in loop.body),
+                )
+            )
+    return columns(heads, rows)
+
+
+def report(found):
+    """``found`` as of :func:`kernels`."""
+    order = list(PROMISES)
+    found = sorted(found.values(), key=lambda each: (order.index(each.name), int(each.arch)))
+    return "\n".join([RESOURCES, *resources(found), STREAMS, *streams(found)])
+
+
+if __name__ == "__main__":
+    nvcc, cuobjdump = ops.cuda_info()["toolkit"], metadata.version("nvidia-cuda-cuobjdump")
+    print(f"python -m tests.sass > docs/results/sass.txt  (nvcc {nvcc}, cuobjdump {cuobjdump})\n")
+    print(report(kernels()))

@@ -1,0 +1,120 @@
+"""Reads kernels out of the library that setup.py built, with NVIDIA's cuobjdump and nvdisasm."""
+
+import functools
+import os
+import re
+import subprocess
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+import fastguard
+
+from .instruction import Instruction, parse
+from .loop import innermost_loops
+
+LIBRARY = Path(fastguard.__file__).with_name("_cuda.so")
+THREADS = 256  # of every block: csrc/cuda/plan.cuh
+REGISTERS = 65536  # of an SM, of any architecture
+SYSTEM = 1024  # bytes of shared memory that the system takes of each block
+# Of an SM, from the CUDA programming guide's "Compute Capabilities": KiB of shared memory, and
+# blocks for which it has threads. 8.6 and 8.9, which run the code of 8.0, are as 12.0 here.
+SHARED = {"80": 164, "90": 228, "100": 228, "120": 100}
+BLOCKS = {"80": 8, "90": 8, "100": 8, "120": 6}
+
+
+@dataclass(frozen=True)
+class Usage:
+    registers: int  # of a thread
+    stack: int  # bytes of a thread
+    shared: int  # bytes of a block, without those that the launch asks for
+    local: int
+
+
+@dataclass(frozen=True)
+class Kernel:
+    arch: str
+    name: str
+    usage: Usage
+    code: list[Instruction]
+
+    def __str__(self):
+        return f"sm_{self.arch} {self.name}"
+
+    @functools.cached_property
+    def streaming_loops(self):
+        return [loop for loop in innermost_loops(self.code) if loop.streams]
+
+    def blocks_by_registers(self):
+        """How many fit on an SM. A warp gets its registers in portions of 8 a thread."""
+        taken = -(-self.usage.registers // 8) * 8 * THREADS
+        return min(REGISTERS // taken, BLOCKS[self.arch])
+
+    def blocks_by_shared(self, dynamic):
+        taken = self.usage.shared + dynamic + SYSTEM
+        return min(SHARED[self.arch] * 1024 // taken, BLOCKS[self.arch])
+
+
+@functools.cache
+def kernels():
+    """By architecture and name."""
+    usage = parse_usage(run("-res-usage", str(LIBRARY)))
+    code = parse_code(run("-sass", str(LIBRARY)))
+    return {key: Kernel(*key, usage[key], code[key]) for key in usage}
+
+
+def run(*arguments):
+    folders = [str(executable(name).parent) for name in ("cuobjdump", "nvdisasm")]
+    return subprocess.run(
+        [executable("cuobjdump"), *arguments],
+        env={**os.environ, "PATH": os.pathsep.join([*folders, os.environ.get("PATH", "")])},
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout
+
+
+def executable(name):
+    """Of the package nvidia-cuda-NAME."""
+    package = f"nvidia-cuda-{name}"
+    try:
+        files = metadata.files(package)
+    except metadata.PackageNotFoundError:
+        raise FileNotFoundError(f"{package} is not installed: pip install -e .[test]") from None
+    return next(Path(file.locate()) for file in files if Path(file).stem == name)
+
+
+def parse_code(text):
+    """Of `cuobjdump -sass`: instructions by architecture and kernel."""
+    found, arch, code = {}, None, None
+    for line in text.splitlines():
+        if instruction := parse(line):
+            code.append(instruction)
+        elif match := re.match(r"arch = sm_(\d+)", line):
+            arch = match[1]
+        elif match := re.match(r"\s+Function : (\w+)", line):
+            code = found.setdefault((arch, readable(match[1])), [])
+    return found
+
+
+def parse_usage(text):
+    """Of `cuobjdump -res-usage`. From sm_90 on it adds what the system takes, if there is any."""
+    found, arch = {}, None
+    for line in text.splitlines():
+        if match := re.match(r"arch = sm_(\d+)", line):
+            arch = match[1]
+        elif match := re.match(r"\s+Function (\w+):", line):
+            name = readable(match[1])
+        elif match := re.match(r"\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", line):
+            registers, stack, shared, local = map(int, match.groups())
+            system = SYSTEM if int(arch) >= 90 and shared >= SYSTEM else 0
+            found[arch, name] = Usage(registers, stack, shared - system, local)
+    return found
+
+
+def readable(mangled):
+    """`adamw_kernel<true>`."""
+    length, rest = re.match(r"_ZN9fastguard(\d+)(.*)", mangled).groups()
+    name, parameters = rest[: int(length)], rest[int(length) :]
+    flag = re.match(r"ILb([01])E", parameters)
+    return name + (f"<{('false', 'true')[int(flag[1])]}>" if flag else "")

@@ -1,0 +1,93 @@
+"""What the kernels promise of their machine code, and where they do not keep it."""
+
+from dataclasses import dataclass
+
+from .loop import BITS
+
+
+@dataclass(frozen=True)
+class Promise:
+    blocks: int = 1  # fit on an SM, as far as it is a matter of registers
+    dynamic_shared: int = 0  # bytes of a block that the launch asks for
+    moves: frozenset = frozenset()  # of the streaming loops, as Loop.moves
+    in_flight: int = 0  # loads of a thread
+    calls: bool = False  # of the slow ways of a division or a root
+
+
+def every_type(loads, stores):
+    return {(elements, loads, stores) for elements in BITS}
+
+
+def adamw(blocks, moments):
+    """Beside 16-bit parameters the gradients have 16 bits or 32, and the moments 32."""
+    moves = set()
+    for elements, bits in BITS.items():
+        stores = f"{1 + moments} x 128" if bits > 16 else f"1 x 64, {moments} x 128"
+        if bits > 16:
+            moves.add((elements, f"{2 + moments} x 128", stores))
+        else:
+            moves.add((elements, f"2 x 64, {moments} x 128", stores))
+            moves.add((elements, f"1 x 64, {1 + moments} x 128", stores))
+    return Promise(blocks, moves=frozenset(moves), in_flight=2 + moments, calls=True)
+
+
+MEASURING = frozenset(every_type("1 x 128", "-"))
+SCALING = frozenset(every_type("1 x 128", "1 x 128"))
+PROMISES = {
+    "grad_norm_kernel": Promise(4, moves=MEASURING, in_flight=4),
+    "clip_kernel": Promise(4, 32768, moves=MEASURING | SCALING, in_flight=4),
+    "scale_kernel": Promise(4, moves=SCALING, in_flight=4),
+    "adamw_kernel<false>": adamw(3, moments=2),
+    "adamw_kernel<true>": adamw(2, moments=3),
+    "decide_kernel": Promise(),
+    "guard_decide_kernel": Promise(),
+    "expand_plan_kernel": Promise(),
+    "upload_kernel": Promise(),
+}
+
+
+def problems(kernel, promise=None):
+    """One sentence for each."""
+    promise = promise or PROMISES[kernel.name]
+    return [*_of_resources(kernel, promise), *_of_memory(kernel), *_of_loops(kernel, promise)]
+
+
+def _of_resources(kernel, promise):
+    if kernel.usage.stack or kernel.usage.local:
+        yield f"{kernel.usage.stack} bytes of stack, {kernel.usage.local} of local memory"
+    if kernel.blocks_by_registers() < promise.blocks:
+        yield (
+            f"{kernel.usage.registers} registers: {kernel.blocks_by_registers()} blocks fit on an "
+            f"SM, not {promise.blocks}"
+        )
+    shared = kernel.usage.shared + promise.dynamic_shared
+    if shared > 48 * 1024:
+        yield f"{shared} bytes of shared memory: beyond 48 KiB a launch must ask for it"
+
+
+def _of_memory(kernel):
+    for each in kernel.code:
+        if each.kind in ("LDL", "STL"):
+            yield f"spilled: {each}"
+        # cooperative_groups meets at a counter by an address of its own.
+        if each.kind in ("LD", "ST") and ".STRONG" not in each.opcode:
+            yield f"not known to be global memory: {each}"
+        if each.kind in ("LD", "ST", "LDG", "STG") and each.width == 8:
+            yield f"byte by byte: {each}"
+
+
+def _of_loops(kernel, promise):
+    found = {loop.moves for loop in kernel.streaming_loops}
+    for elements, loads, stores in sorted(promise.moves - found):
+        yield f"no loop over {elements} loads {loads} and stores {stores}"
+    for loop in kernel.streaming_loops:
+        elements, loads, stores = loop.moves
+        which = f"the loop at {loop.header:#x} over {elements}"
+        if loop.moves not in promise.moves:
+            yield f"{which} loads {loads} and stores {stores}"
+        if loop.in_flight < promise.in_flight:
+            yield f"{which} needs the first load after {loop.in_flight}, not {promise.in_flight}"
+        if stores == "-" and elements != "float64" and any(each.is_fp64 for each in loop.body):
+            yield f"{which} takes the fp64 units"
+        if not promise.calls and any(each.is_call for each in loop.body):
+            yield f"{which} has a call"
