@@ -93,7 +93,8 @@ def test_every_removed_site_is_noticed(kernel, schedule, seed):
         try:
             _, right = kernel(options)
         except simt.Error as error:
-            assert error.kind in ("race", "out_of_bounds"), error
+            # read_only: another array may begin where one ends.
+            assert error.kind in ("race", "out_of_bounds", "read_only"), error
         else:
             assert not right, f"{site} is removed and nothing has changed"
 
