@@ -72,7 +72,8 @@ __host__ __device__ inline int64_t chunks_of(int64_t numel) {
 }
 
 __host__ __device__ inline int bytes_of(Type type) {
-  return type == Type::float64 ? 8 : type == Type::float32 ? 4 : type == Type::byte ? 1 : 2;
+  // A digit for each. Of a choice among five nvcc makes a jump by way of a table in memory.
+  return 0x12284 >> 4 * static_cast<int>(type) & 15;
 }
 
 using Word16 = Vector<uint32_t, 4>;

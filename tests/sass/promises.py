@@ -10,8 +10,9 @@ class Promise:
     blocks: int = 1  # fit on an SM, as far as it is a matter of registers
     dynamic_shared: int = 0  # bytes of a block that the launch asks for
     moves: frozenset = frozenset()  # of the streaming loops, as Loop.moves
-    in_flight: int = 0  # loads of a thread
+    in_flight: int = 0  # loads of a thread, in loops that have so many
     calls: bool = False  # of the slow ways of a division or a root
+    bytes: bool = False  # may be moved one by one
 
 
 def every_type(loads, stores):
@@ -33,12 +34,16 @@ def adamw(blocks, moments):
 
 MEASURING = frozenset(every_type("1 x 128", "-"))
 SCALING = frozenset(every_type("1 x 128", "1 x 128"))
+ADDING = every_type("2 x 128", "1 x 128")
+COPYING = {("float32", "1 x 128", "1 x 128")}  # words, whatever they are
 PROMISES = {
     "grad_norm_kernel": Promise(4, moves=MEASURING, in_flight=4),
     "clip_kernel": Promise(4, 32768, moves=MEASURING | SCALING, in_flight=4),
     "scale_kernel": Promise(4, moves=SCALING, in_flight=4),
     "adamw_kernel<false>": adamw(3, moments=2),
     "adamw_kernel<true>": adamw(2, moments=3),
+    "accumulate_kernel": Promise(4, moves=frozenset(ADDING | COPYING), in_flight=2),
+    "settle_kernel": Promise(moves=frozenset(COPYING), in_flight=1, bytes=True),
     "decide_kernel": Promise(),
     "guard_decide_kernel": Promise(),
     "expand_plan_kernel": Promise(),
@@ -49,7 +54,11 @@ PROMISES = {
 def problems(kernel, promise=None):
     """One sentence for each."""
     promise = promise or PROMISES[kernel.name]
-    return [*_of_resources(kernel, promise), *_of_memory(kernel), *_of_loops(kernel, promise)]
+    return [
+        *_of_resources(kernel, promise),
+        *_of_memory(kernel, promise),
+        *_of_loops(kernel, promise),
+    ]
 
 
 def _of_resources(kernel, promise):
@@ -65,14 +74,14 @@ def _of_resources(kernel, promise):
         yield f"{shared} bytes of shared memory: beyond 48 KiB a launch must ask for it"
 
 
-def _of_memory(kernel):
+def _of_memory(kernel, promise):
     for each in kernel.code:
         if each.kind in ("LDL", "STL"):
             yield f"spilled: {each}"
         # cooperative_groups meets at a counter by an address of its own.
         if each.kind in ("LD", "ST") and ".STRONG" not in each.opcode:
             yield f"not known to be global memory: {each}"
-        if each.kind in ("LD", "ST", "LDG", "STG") and each.width == 8:
+        if each.kind in ("LD", "ST", "LDG", "STG") and each.width == 8 and not promise.bytes:
             yield f"byte by byte: {each}"
 
 
@@ -85,7 +94,7 @@ def _of_loops(kernel, promise):
         which = f"the loop at {loop.header:#x} over {elements}"
         if loop.moves not in promise.moves:
             yield f"{which} loads {loads} and stores {stores}"
-        if loop.in_flight < promise.in_flight:
+        if loop.in_flight < min(promise.in_flight, loop.widths("LDG").total()):
             yield f"{which} needs the first load after {loop.in_flight}, not {promise.in_flight}"
         if stores == "-" and elements != "float64" and any(each.is_fp64 for each in loop.body):
             yield f"{which} takes the fp64 units"
