@@ -10,7 +10,8 @@ class Promise:
     blocks: int = 1  # fit on an SM, as far as it is a matter of registers
     dynamic_shared: int = 0  # bytes of a block that the launch asks for
     moves: frozenset = frozenset()  # of the streaming loops, as Loop.moves
-    in_flight: int = 0  # loads of a thread, in loops that have so many
+    in_flight: int = 0  # loads of a thread, except in loops that only copy words
+    copies: bool = False  # has such loops
     calls: bool = False  # of the slow ways of a division or a root
     bytes: bool = False  # may be moved one by one
 
@@ -42,8 +43,8 @@ PROMISES = {
     "scale_kernel": Promise(4, moves=SCALING, in_flight=4),
     "adamw_kernel<false>": adamw(3, moments=2),
     "adamw_kernel<true>": adamw(2, moments=3),
-    "accumulate_kernel": Promise(4, moves=frozenset(ADDING | COPYING), in_flight=2),
-    "settle_kernel": Promise(moves=frozenset(COPYING), in_flight=1, bytes=True),
+    "accumulate_kernel": Promise(4, moves=frozenset(ADDING | COPYING), in_flight=2, copies=True),
+    "settle_kernel": Promise(moves=frozenset(COPYING), copies=True, bytes=True),
     "decide_kernel": Promise(),
     "guard_decide_kernel": Promise(),
     "expand_plan_kernel": Promise(),
@@ -94,8 +95,9 @@ def _of_loops(kernel, promise):
         which = f"the loop at {loop.header:#x} over {elements}"
         if loop.moves not in promise.moves:
             yield f"{which} loads {loads} and stores {stores}"
-        if loop.in_flight < min(promise.in_flight, loop.widths("LDG").total()):
-            yield f"{which} needs the first load after {loop.in_flight}, not {promise.in_flight}"
+        in_flight = 1 if promise.copies and loop.moves in COPYING else promise.in_flight
+        if loop.in_flight < in_flight:
+            yield f"{which} needs the first load after {loop.in_flight}, not {in_flight}"
         if stores == "-" and elements != "float64" and any(each.is_fp64 for each in loop.body):
             yield f"{which} takes the fp64 units"
         if not promise.calls and any(each.is_call for each in loop.body):
