@@ -1,6 +1,9 @@
 """Time of the global gradient norm: fastguard beside torch and beside a plain read of the bytes.
 
     python bench/norm_kernel.py [--device cpu|cuda] [--repeats N] [--json FILE]
+    python bench/norm_kernel.py --model counted
+
+The second counts what the CUDA kernels move, without a GPU: see bench/counted.py.
 
 All rows of a table are measured in turns in one run; the figures are medians. The floor is one
 read of the same number of bytes from one tensor: the faster of two of torch's own reductions, `sum`
@@ -10,6 +13,7 @@ they open a parallel region per tensor: look at the load in the first line.
 
 import itertools
 
+import counted
 import torch
 from timing import arguments, interleaved, print_machine, table, write_json
 from torch import nn
@@ -73,7 +77,10 @@ def _always_clipping(function, parameters):
 
 
 def main():
-    args = arguments(__doc__.splitlines()[0], repeats=31)
+    args = arguments(__doc__.splitlines()[0], repeats=31, model=("timed", "counted"))
+    if args.model == "counted":
+        counted.main()
+        return
     device = args.device
     result = {"machine": print_machine(device), "cases": {}}
     for name, parameters in cases(device):

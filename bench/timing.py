@@ -16,12 +16,14 @@ from fastguard._timing import in_turns, synchronize, table
 __all__ = ["arguments", "interleaved", "print_machine", "table", "write_json"]
 
 
-def arguments(description: str, repeats: int) -> argparse.Namespace:
-    """--device, --repeats and --json, which every benchmark takes."""
+def arguments(description: str, repeats: int, **choices: tuple[str, ...]) -> argparse.Namespace:
+    """--device, --repeats and --json, which every benchmark takes; of ``choices`` the first."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--repeats", type=int, default=repeats)
     parser.add_argument("--json", type=Path, help="also write the figures there")
+    for name, names in choices.items():
+        parser.add_argument(f"--{name}", choices=names, default=names[0])
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: this machine has no CUDA device")

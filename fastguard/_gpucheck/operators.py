@@ -15,10 +15,15 @@ from . import adamw
 from .cases import Grid, Spec, lists, on_cpu, placed
 from .checks import Case, Check, Compared, same_bits, untouched_around
 
-#: Sums in float64, in another order than the reference's.
-SUM_ULPS = 1e-13 / torch.finfo(torch.float64).eps
-#: The same after a training's worth of statistics.
-STATISTICS_ULPS = 10 * SUM_ULPS
+EPS = torch.finfo(torch.float64).eps
+#: Statistics after a training's worth of sums in float64, in another order than the reference's.
+STATISTICS_ULPS = 1e-12 / EPS
+
+
+def sum_ulps(device: torch.device) -> float:
+    """The CUDA kernel sums 32 elements in float32, all others sum in float64."""
+    return (1e-6 if device.type == "cuda" else 1e-13) / EPS
+
 
 THRESHOLDS = (
     Fixed(),
@@ -55,8 +60,8 @@ def _grad_norm(specs, device):
     grads = [part.tensor for part in parts]
     found, right = ops.grad_norm(grads), ops.grad_norm_ref(on_cpu(grads))
     yield Compared("nonfinite (NaNs, Infs, first)", found.nonfinite, right.nonfinite)
-    yield Compared("norms", found.norms, right.norms, SUM_ULPS)
-    yield Compared("total_norm", found.total_norm, right.total_norm, SUM_ULPS)
+    yield Compared("norms", found.norms, right.norms, sum_ulps(device))
+    yield Compared("total_norm", found.total_norm, right.total_norm, sum_ulps(device))
     yield from untouched_around(parts)
 
 
@@ -130,6 +135,73 @@ def _drawn_step(n, generator):
     unscale = one_of(None, None, 0.5, 3.0)
     loss = one_of(None, None, 1.0, 1.0, 1.0, math.nan, -math.inf)
     return norms, unscale, loss, one_of(True, True, True, False)
+
+
+# --- grad_norm_decide_ ----------------------------------------------------------------------------
+
+LIMITS = (1.5, 8.0)  # no norm of the cases is so near to one that 1e-6 would decide
+
+
+def grad_norm_decide_(device: torch.device, grid: Grid) -> Iterator[Case]:
+    for threshold in THRESHOLDS:
+        for name, specs in lists(grid):
+            run = functools.partial(_grad_norm_decide_, threshold, specs, device)
+            yield Case(f"{threshold}; {name}", run)
+
+
+def _grad_norm_decide_(threshold, specs, device):
+    parts = placed(specs, 5, device)
+    grads = [part.tensor for part in parts]
+    here, there = (_fresh(7, len(grads), where) for where in (device, torch.device("cpu")))
+    scaling, right_scaling = (_scaling(where) for where in (device, "cpu"))
+    args = (threshold, *LIMITS)
+    measured, found = ops.grad_norm_decide_(
+        *(grads, float64(0.5, device), None, here, *args), scaling=scaling
+    )
+    right = ops.grad_norm_decide_ref_(
+        *(on_cpu(grads), float64(0.5), None, *there, int(threshold.kind), *LIMITS),
+        *(threshold.options, True, *right_scaling[:2], right_scaling[2:]),
+    )
+    yield Compared("nonfinite (NaNs, Infs, first)", measured.nonfinite, right[2])
+    yield Compared("verdict", found.verdict, right[4])
+    names = ("total_norm", "norms", "grad_coef", "record", *ops.Statistics._fields, "scale")
+    ours = (*measured[:2], found.grad_coef, found.record, *here, scaling.scale)
+    theirs = (*right[:2], right[3], right[5], *there, right_scaling.scale)
+    for name, a, b in zip(names, ours, theirs, strict=True):
+        ulps = sum_ulps(device) * EPS / torch.finfo(a.dtype).eps
+        yield Compared(name, a, b, 4 * ulps)
+    yield from untouched_around(parts)
+
+
+def _scaling(device):
+    scale, tracker = torch.tensor([8.0], device=device), torch.tensor([1], device=device)
+    return ops.Scaling(scale, tracker.int(), 2.0, 0.5, 2)
+
+
+# --- clip_ --------------------------------------------------------------------------------------
+
+
+def clip_(device: torch.device, grid: Grid) -> Iterator[Case]:
+    for max_norm in (0.5, math.inf):
+        for name, specs in lists(grid, expanded=False):
+            run = functools.partial(_clip_, max_norm, specs, device)
+            yield Case(f"max_norm {max_norm}; {name}", run)
+
+
+def _clip_(max_norm, specs, device):
+    parts = placed(specs, 6, device)
+    grads = [part.tensor for part in parts]
+    right = on_cpu(grads)
+    measured, decision = ops.clip_(grads, max_norm, math.inf)
+    total_norm, *_, clip_coef, verdict = ops.clip_ref_(right, max_norm, math.inf, False)
+    ulps = 2 * sum_ulps(device)
+    yield Compared("total_norm", measured.total_norm, total_norm, ulps)
+    yield Compared("verdict", decision.verdict, verdict)
+    yield Compared("clip_coef", decision.clip_coef, clip_coef, ulps)
+    for i, (grad, expected) in enumerate(zip(grads, right, strict=True)):
+        ulps = 1 + 2 * sum_ulps(device) * EPS / torch.finfo(grad.dtype).eps
+        yield Compared(f"tensor {i}", grad, expected, ulps)
+    yield from untouched_around(parts)
 
 
 # --- settle_ ------------------------------------------------------------------------------------
@@ -221,6 +293,8 @@ OPERATORS = [
     Check("grad_norm", grad_norm),
     Check("decide", decide),
     Check("guard_decide_", guard_decide_),
+    Check("grad_norm_decide_", grad_norm_decide_),
+    Check("clip_", clip_),
     Check("settle_", settle_),
     Check("accumulate_", accumulate_),
     Check("scale_", scale_),

@@ -249,3 +249,82 @@ def test_every_barrier_fence_and_bound_is_met(sites):
         for number, line in enumerate(path.read_text().splitlines(), start=1):
             if text.search(line.split("//")[0]):
                 assert f"{path.relative_to(ROOT)}:{number}" in met
+
+
+def counted(blocks=8):
+    return Device(blocks=blocks, resident=blocks, count=True)
+
+
+def aligned(numel):
+    """As the allocator of a GPU gives it."""
+    whole = drawn(numel + 128)[0]
+    return whole[-whole.data_ptr() // 4 % 128 :][:numel]
+
+
+def moved(device):
+    """Bytes of the last kernel's loads and stores: each sector that it touched, once."""
+    last = device.report.launches[-1]
+    return 32 * last.loaded_sectors, 32 * last.stored_sectors
+
+
+def assert_no_sector_is_wasted(device):
+    streams = [s for s in device.report.of("load", "store") if s.bytes == 16]
+    assert {s.where.split(":")[0] for s in streams} > {"csrc/cuda/plan.cuh"}
+    for site in streams:
+        if "plan.cuh" not in site.where:
+            assert site.sectors == site.calls * 16 / 32, site
+
+
+def test_norm_and_verdict_move_four_bytes_an_element():
+    device, numel = counted(), 8192 * 64
+    decided(device, AutoClip(), [aligned(numel)])
+    loaded, stored = moved(device)
+    assert 4 * numel <= loaded + stored < 4 * numel * 1.01
+    assert_no_sector_is_wasted(device)
+
+
+@pytest.mark.parametrize("dtype, size", [(torch.float32, 28), (torch.bfloat16, 22)])
+def test_adamw_moves_each_array_once(dtype, size):
+    device, numel = counted(), 8192 * 64
+    param, grad = (aligned(numel).to(dtype) for _ in range(2))
+    state = (aligned(numel), aligned(numel), torch.zeros(0), torch.ones(1))
+    device.adamw_([param], [grad], *state, scalar(0.5), torch.tensor(1), *OPTIONS, False, False)
+    loaded, stored = moved(device)
+    assert size * numel <= loaded + stored < size * numel * 1.01
+    assert_no_sector_is_wasted(device)
+
+
+def test_clip_reads_and_writes_once_what_its_blocks_keep():
+    device, numel = counted(16), 8192 * 16
+    device.clip_([aligned(numel)], 1e-3, math.inf)
+    asked = sum(s.sectors for s in device.report.of("load", "store") if s.bytes == 16) * 32
+    building = {"upload_kernel", "expand_plan_kernel", "clip_kernel"}
+    assert {launch.kernel for launch in device.report.launches} == building
+    assert 8 * numel <= asked < 8 * numel * 1.05
+    assert device.report.total("conflicts", "shared_load", "shared_store") == 0
+
+
+def test_clip_writes_nothing_where_nothing_is_clipped():
+    device = counted()
+    grads = [aligned(20_000), aligned(3)]
+    before = bits(grads)
+    device.clip_(grads, 1e9, math.inf)
+    assert same(bits(grads), before)
+    assert moved(device)[1] < 1000
+
+
+@pytest.mark.parametrize("verdict", [2, 3, 77, -1])
+def test_a_skip_reads_the_verdict_and_stores_nothing(verdict):
+    device = counted()
+    run_adamw(device, verdict=verdict)
+    assert moved(device) == (32, 0)
+
+
+def test_misaligned_arrays_waste_few_sectors():
+    """A gradient that begins 4 bytes late, as DDP's views into its buckets do."""
+    device, numel = counted(), 8192 * 16
+    param, grad = aligned(numel), aligned(numel + 1)[1:]
+    state = (aligned(numel), aligned(numel), torch.zeros(0), torch.ones(1))
+    device.adamw_([param], [grad], *state, scalar(0.5), torch.tensor(1), *OPTIONS, False, False)
+    asked = sum(s.sectors for s in device.report.of("load", "store")) * 32
+    assert asked < 1.1 * 28 * numel
