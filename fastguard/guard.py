@@ -237,7 +237,7 @@ class GradGuard:
             raise
         self._window = None
         self._buffers.settle(decision.verdict)
-        if scaling is None:
+        if scaler is not None and scaling is None:
             infinite = ~measured.total_norm.isfinite()
             update_scaler(
                 scaler, optimizers, infinite if window is None else infinite | window.found_inf

@@ -9,7 +9,15 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastguard
-from fastguard import GradGuard, GradientExplosionError, Rollback, Verdict, diagnose, ops
+from fastguard import (
+    GradGuard,
+    GradientExplosionError,
+    Rollback,
+    Verdict,
+    _native,
+    diagnose,
+    ops,
+)
 from fastguard.thresholds import AdaGC, AutoClip, Fixed, RunningMedian, ZClip
 
 from .test_guard import set_gradient_norms, small_model, train_step
@@ -41,6 +49,27 @@ def optimizers(parameters):
 def slow(monkeypatch):
     """As on a GPU whose queue is long: no report arrives unless one waits for it."""
     monkeypatch.setattr(diagnose._Transfer, "ready", property(lambda self: False))
+
+
+@pytest.mark.skipif(_native.cpu_problem is not None, reason="the references are many operators")
+@pytest.mark.parametrize("scaled", [False, True])
+def test_a_step_is_so_few_operators(scaled):
+    """On a GPU each is a launch, but for what only looks; the scaler's are what undoes its scale."""
+    model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(20)), nn.BatchNorm1d(4))
+    optimizer = fastguard.AdamW(model.parameters(), lr=0.1)
+    guard = GradGuard(model, 1.0)
+    scaler = torch.amp.GradScaler("cpu") if scaled else None
+    looks = {"split_with_sizes", "_record_function_enter_new", "_record_function_exit"}
+    for _ in range(2):
+        loss = model(torch.randn(6, 4)).square().mean()
+        (scaler.scale(loss) if scaled else loss).backward()
+        with Ops() as ran:
+            guard.step(optimizer, scaler=scaler)
+    names = [str(op).split(".")[-1] for op in ran.names]
+    ours = ["cat", "grad_norm_decide_", "adamw_", "settle_"]
+    assert [name for name in names if name in ours] == ours
+    others = [name for name in names if name not in looks.union(ours)]
+    assert len(others) <= (8 if scaled else 0), others
 
 
 @pytest.mark.parametrize("measure", ["step", "backward"])
