@@ -75,6 +75,20 @@ def _check_dtypes(op: str, tensors: Sequence[Tensor]) -> None:
             )
 
 
+def _overlaps_itself(tensor: Tensor) -> bool:
+    sizes = zip(tensor.stride(), tensor.shape, strict=True)
+    return tensor.numel() > 0 and any(stride == 0 and size > 1 for stride, size in sizes)
+
+
+def _check_no_overlap(op: str, tensors: Sequence[Tensor]) -> None:
+    for i, tensor in enumerate(tensors):
+        if _overlaps_itself(tensor):
+            raise RuntimeError(
+                f"{op}: tensor {i} is expanded: several of its elements share a single memory "
+                "location; clone it"
+            )
+
+
 # --- grad_norm ----------------------------------------------------------------------------------
 
 
@@ -575,6 +589,7 @@ def scale_(grads: Sequence[Tensor], clip_coef: Tensor) -> None:
 def scale_ref_(grads: Sequence[Tensor], clip_coef: Tensor) -> None:
     """:func:`scale_` in plain torch; it writes a product with 1 too, lest the host wait."""
     _check_dtypes("scale_", grads)
+    _check_no_overlap("scale_", grads)
     if clip_coef.dtype != torch.float64 or clip_coef.shape not in ((), (len(grads),)):
         raise RuntimeError(
             f"scale_: clip_coef must be a float64 tensor of shape () or ({len(grads)},), as decide "
@@ -623,6 +638,7 @@ def clip_ref_(
     grads: Sequence[Tensor], max_norm: float, skip_norm: float, float32_norm: bool
 ) -> tuple[Tensor, ...]:
     """The operator behind :func:`clip_` in plain torch."""
+    _check_no_overlap("clip_", grads)
     measured = grad_norm_ref(grads)
     norm = measured.total_norm
     if float32_norm:
@@ -843,9 +859,7 @@ def _check_adamw(params, grads, moments, state_steps, grad_coef, verdict, amsgra
                 f"adamw_: params[{i}] has dtype {p.dtype}, params[0] {params[0].dtype}; float64 "
                 "parameters need a call of their own, for one call has one dtype of moments"
             )
-        if p.numel() and any(
-            stride == 0 and size > 1 for stride, size in zip(p.stride(), p.shape, strict=True)
-        ):
+        if _overlaps_itself(p):
             raise RuntimeError(
                 f"adamw_: params[{i}] is expanded or overlaps itself: several of its elements "
                 "share a single memory location; clone it"

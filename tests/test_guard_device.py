@@ -54,7 +54,7 @@ def slow(monkeypatch):
 @pytest.mark.skipif(_native.cpu_problem is not None, reason="the references are many operators")
 @pytest.mark.parametrize("scaled", [False, True])
 def test_a_step_is_so_few_operators(scaled):
-    """On a GPU each is a launch, but for what only looks; the scaler's are what undoes its scale."""
+    """On a GPU each is a launch, but for what only looks; a scaler's are to undo its scale."""
     model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(20)), nn.BatchNorm1d(4))
     optimizer = fastguard.AdamW(model.parameters(), lr=0.1)
     guard = GradGuard(model, 1.0)
