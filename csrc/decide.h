@@ -105,6 +105,12 @@ FASTGUARD_HOST_DEVICE inline double chosen_quantile(const Policy& policy) {
   return policy.threshold == Threshold::autoclip ? policy.a / 100.0 : 0.5;
 }
 
+// Whether a decision of this policy rests on them at all.
+FASTGUARD_HOST_DEVICE inline bool needs_quantiles(const Policy& policy) {
+  return policy.skip_norm < INFINITY || policy.threshold == Threshold::running_median ||
+      policy.threshold == Threshold::autoclip;
+}
+
 constexpr double armed_after = 16.0;  // a median of fewer says little
 
 FASTGUARD_HOST_DEVICE inline bool armed(

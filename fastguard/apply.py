@@ -105,15 +105,23 @@ def found_by_unscaling(
     return torch.stack([f.reshape(()).to(found[0].device) for f in found]).sum()
 
 
-def scaling_of(scaler: torch.amp.GradScaler | None, device: torch.device) -> ops.Scaling | None:
+def scaling_of(
+    scaler: torch.amp.GradScaler | None,
+    device: torch.device,
+    optimizers: list[torch.optim.Optimizer],
+) -> ops.Scaling | None:
     """The scaler's state, for the decision to update on the way, after :func:`scale_of`.
 
-    None where that is not all: a scaler of another class may have more to do in its ``update``, as
-    ShardedGradScaler asks all ranks. GradScaler has no public way to its tensors.
+    None where that is not all that ``update`` has to do: a scaler of another class may do more, as
+    ShardedGradScaler asks all ranks, and what it found for an optimizer that the guard does not
+    step counts too. GradScaler has no public way to its tensors.
     """
     if scaler is None or not scaler.is_enabled():
         return None
     if type(scaler).update is not torch.amp.GradScaler.update or scaler._scale.device != device:
+        return None
+    ours = {id(optimizer) for optimizer in optimizers}
+    if any(key not in ours for key in scaler._per_optimizer_states):
         return None
     return ops.Scaling(
         scaler._scale,

@@ -34,8 +34,9 @@ def clip_grad_norm_(
       finite ones, and with them over the trace of what went wrong);
     - finite float32, bfloat16 and float16 gradients are clipped however large they are, and the
       norm is at least float32 (torch zeroes fp16 gradients with a norm over 65504);
-    - nothing is written when the coefficient is 1 (gradients on the CPU; elsewhere that would need
-      the host to wait, so they are multiplied by 1);
+    - nothing is written when the coefficient is 1 (where there is no kernel for a device, they are
+      multiplied by 1: to look would need the host to wait);
+    - an expanded gradient, whose elements share memory, is refused also if nothing needs clipping;
     - a gradient listed twice counts once;
     - DTensors may be mixed with tensors and come from several meshes. The norm is of the whole
       gradients, so every rank of their meshes decides the same. A plain tensor is taken to be the

@@ -205,9 +205,9 @@ class GradGuard:
     def _step(self, optimizers, scaler, loss, batch_id) -> PendingReport:
         if self._watched.check(optimizers):
             self._found_others()
-        device = self._watched.parameters[0].device
-        loss = scalar(loss, device)
         names, _, grads = self._watched.with_gradients()
+        device = (grads or self._watched.parameters)[0].device
+        loss = scalar(loss, device)
         window = self._window
         if window is not None:
             window.check(scaler, left_over=names)
@@ -219,7 +219,8 @@ class GradGuard:
         scale = scale_of(scaler, device) if found_inf is None else nan_if(found_inf)
         unscale = unscaling(scale, 1.0 if window is None else window.weight, device)
         in_one = self._measure is None and window is None and found_inf is None
-        scaling = scaling_of(scaler, device) if in_one and not self._batches_to_skip else None
+        in_one = in_one and grads and not self._batches_to_skip
+        scaling = scaling_of(scaler, device, optimizers) if in_one else None
         before = self._statistics.copy(), self._ema_norms, copy_of(scaling)
         measured, decision = self._judge(names, grads, unscale, loss, scaling)
 
@@ -306,7 +307,7 @@ class GradGuard:
             )
         values = measurable(names, grads)
         check_summable(names, grads)
-        device = self._watched.parameters[0].device
+        device = grads[0].device
         loss = scalar(loss, device)
         if self._window is None:
             self._window = Window(self._buffers.copy(), device, scaler)
@@ -572,7 +573,10 @@ def _of_any_kind(measure, names: list[str], grads: list[Tensor], *args):
         # To look at dtype, layout and device of 2000 tensors first takes as long as this.
         return measure(grads, *args)
     except RuntimeError:  # the operator takes no sparse, complex and distributed tensors
-        return measure(measurable(names, grads), *args)
+        values = measurable(names, grads)
+        if values is grads:
+            raise  # it was something else
+        return measure(values, *args)
 
 
 def _once(names: list[str], grads: list[Tensor]) -> tuple[list[str], list[Tensor]]:

@@ -6,6 +6,7 @@ for a device.
 """
 
 import enum
+import functools
 import itertools
 import math
 from collections.abc import Iterable, Sequence
@@ -54,9 +55,22 @@ class GradNorm(NamedTuple):
     nonfinite: Tensor
 
 
+@functools.cache
+def _runs_on(device: torch.device) -> bool:
+    """Whether the CUDA library holds code for this GPU: cubins of its generation, or PTX."""
+    if not torch.cuda.is_available():
+        return True  # a fake tensor's
+    archs = cuda_info()["archs"].split()
+    built = [int(arch) for arch in archs if arch.isdigit()]
+    major, minor = torch.cuda.get_device_capability(device)
+    here = 10 * major + minor
+    as_cubin = any(arch // 10 == major and arch <= here for arch in built)
+    return as_cubin or ("PTX" in archs and here >= built[-1])
+
+
 def _has_kernel(tensor: Tensor) -> bool:
     if tensor.device.type == "cuda":
-        return _native.cuda_problem is None
+        return _native.cuda_problem is None and _runs_on(tensor.device)
     return tensor.device.type == "cpu" and _native.cpu_problem is None
 
 
@@ -96,8 +110,10 @@ def _check_no_overlap(op: str, tensors: Sequence[Tensor]) -> None:
 def grad_norm(grads: Sequence[Tensor]) -> GradNorm:
     """Global norm, norm of each tensor and place of the non-finite elements, from one read.
 
-    Accumulates in float64: finite float32, bfloat16 and float16 elements can not overflow, however
-    large. The result does not depend on the number of threads, nor on the CPU's instruction set.
+    Finite float32, bfloat16 and float16 elements can not overflow, however large, nor do small ones
+    vanish. The sum is in float64; on CUDA 32 elements at a time are summed in float32 first, which
+    may be 1.1e-7 of the norm. The result does not depend on the number of threads or blocks, nor on
+    the CPU's instruction set.
 
     Args:
         grads: N >= 0 dense tensors of one device and any shape, stride and dtype of float32,
@@ -113,10 +129,13 @@ def grad_norm(grads: Sequence[Tensor]) -> GradNorm:
 
 
 @torch.no_grad()
-def grad_norm_ref(grads: Sequence[Tensor]) -> GradNorm:
-    """:func:`grad_norm` in plain torch: several reads of every tensor, and copies in float64."""
+def grad_norm_ref(grads: Sequence[Tensor], device: torch.device | None = None) -> GradNorm:
+    """:func:`grad_norm` in plain torch: several reads of every tensor, and copies in float64.
+
+    ``device`` is where the results of no tensors are to be.
+    """
     _check_dtypes("grad_norm", grads)
-    device = grads[0].device if grads else None
+    device = grads[0].device if grads else device
     norms = torch.zeros(len(grads), dtype=torch.float64, device=device)
     nonfinite = torch.zeros(len(grads), 3, dtype=torch.int64, device=device)
     nonfinite[:, 2] = -1
@@ -251,7 +270,9 @@ def guard_decide_(
     args = (measured.total_norm, measured.norms, unscale, loss, *statistics, int(threshold.kind))
     args += (max_norm, skip_norm, threshold.options, accept)
     if _has_kernel(measured.total_norm):
-        return GuardDecision(*torch.ops.fastguard.guard_decide_.default(*args))
+        found = torch.ops.fastguard.guard_decide_.default(*args)
+        torch.autograd.graph.increment_version(statistics)
+        return GuardDecision(*found)
     return guard_decide_ref_(*args)
 
 
@@ -419,6 +440,8 @@ def grad_norm_decide_(
     args += (threshold.options, accept, *state, growth)
     if grads and _has_kernel(grads[0]):
         found = torch.ops.fastguard.grad_norm_decide_.default(grads, *args)
+        written = (*statistics, *(state if scaling is not None else ()))
+        torch.autograd.graph.increment_version(written)
     else:
         found = grad_norm_decide_ref_(grads, *args)
     return GradNorm(*found[:3]), GuardDecision(*found[3:])
@@ -441,7 +464,7 @@ def grad_norm_decide_ref_(
     growth: Sequence[float],
 ) -> tuple[Tensor, ...]:
     """The operator behind :func:`grad_norm_decide_` in plain torch."""
-    measured = grad_norm_ref(grads)
+    measured = grad_norm_ref(grads, moments.device)
     total_norm, norms, _ = measured
     known = (moments, history, ema_norms)
     decided = guard_decide_ref_(
@@ -657,7 +680,7 @@ def _fake_clip_(grads, max_norm, skip_norm, float32_norm):
 
 # --- adamw_ -------------------------------------------------------------------------------------
 
-#: Elements; 64 bytes of float32. Twin: packed_alignment in csrc/cpu/packed.h.
+#: Elements; 64 bytes of float32. Twin: packed_alignment in csrc/adamw_options.h.
 _PACKED_ALIGNMENT = 16
 
 
@@ -767,7 +790,7 @@ def check_adamw(params, grads, exp_avg, exp_avg_sq, max_exp_avg_sq, state_steps,
     """Raise what :func:`adamw_` would of the same arguments; nothing is written."""
     grad_coef, verdict, *options = rest
     state = exp_avg, exp_avg_sq, max_exp_avg_sq, state_steps
-    if params and _has_kernel(params[0]):
+    if params and params[0].device.type == "cpu" and _has_kernel(params[0]):  # no launch
         skip = torch.full_like(verdict, int(Verdict.SKIP_NONFINITE))
         torch.ops.fastguard.adamw_.default(params, grads, *state, grad_coef, skip, *options)
     else:

@@ -321,3 +321,21 @@ def test_a_fused_optimizer_still_moves_where_the_norm_is_beyond_float32():
     report = GradGuard([weight], max_norm=1.0).step(optimizer)
     assert report.verdict is Verdict.CLIP
     assert weight.abs().min() > 0
+
+
+@pytest.mark.parametrize("bad", [False, True])
+def test_another_optimizers_scaler_state_counts_and_is_forgotten(bad):
+    """One scaler, one optimizer that the guard does not step."""
+    ours, other = (nn.Linear(2, 2) for _ in range(2))
+    optimizer = fastguard.AdamW(ours.parameters(), lr=0.1)
+    alone = torch.optim.SGD(other.parameters(), lr=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    guard = GradGuard(ours, 1.0)
+    for _ in range(2):
+        loss = ours(torch.ones(1, 2)).sum() + other(torch.ones(1, 2)).sum()
+        scaler.scale(loss).backward()
+        if bad:
+            other.weight.grad.fill_(math.inf)
+        scaler.step(alone)
+        guard.step(optimizer, scaler=scaler)
+    assert scaler.get_scale() == (2.0 if bad else 8.0)

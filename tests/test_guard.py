@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import fastguard
-from fastguard import GradGuard, GradientExplosionError, Verdict
+from fastguard import GradGuard, GradientExplosionError, Verdict, ops
 from fastguard.thresholds import AdaGC, AutoClip, Fixed, RunningMedian, ZClip
 
 from .drawn import gradients
@@ -540,3 +540,19 @@ def test_adagc_lets_nothing_through_that_moments_can_not_hold():
     assert guard.state_dict()["ema_norms"] == {}
     stepped(guard, optimizer, parameters, 1.0, 1.0, 1e21)
     assert optimizer.state[parameters[0]]["exp_avg_sq"].isfinite().all()
+
+
+def test_an_error_that_is_not_about_the_gradients_is_not_retried(monkeypatch):
+    calls = []
+
+    def fails(*args):
+        calls.append(args)
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(ops, "grad_norm_decide_", fails)
+    model = small_model()
+    guard = GradGuard(model, 1.0)
+    model(torch.ones(6, 4)).sum().backward()
+    with pytest.raises(RuntimeError, match="out of memory"):
+        guard.step(torch.optim.SGD(model.parameters(), lr=0.1))
+    assert len(calls) == 1

@@ -262,6 +262,15 @@ def test_accumulate_is_the_sum_of_the_good_ones(function, grads, good):
 
 
 @pytest.mark.parametrize("function", ACCUMULATE)
+def test_a_micro_batch_counts_that_has_nothing_to_add(function):
+    """As the first of a window, whose gradients become the sums themselves."""
+    window = torch.zeros(3, dtype=torch.float64)
+    for verdict in (APPLY, SKIP, APPLY):
+        function([], [], verdict, window, 2.0)
+    assert window.tolist() == [3, 2, 4]
+
+
+@pytest.mark.parametrize("function", ACCUMULATE)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_accumulate_many_chunks_of_another_layout(function, dtype):
     sums, grads = torch.randn(300, 200).to(dtype), torch.randn(200, 300).to(dtype).t()
@@ -340,6 +349,26 @@ def test_the_scale_grows_and_shrinks_as_a_grad_scalers(function, scale):
         scaler.update()
         assert ours.scale.item() == scaler.get_scale()
         assert ours.growth_tracker.item() == scaler._get_growth_tracker()
+
+
+@pytest.mark.parametrize("function", [ops.guard_decide_, ops.grad_norm_decide_])
+def test_what_a_decision_writes_has_another_version_then(function):
+    """scaler.scale(loss) keeps the scale for backward, and must not get another one silently."""
+    known, scaling = fresh(n=1), ops.Scaling(torch.ones(1), SCALING[1].clone(), 2.0, 0.5, 1)
+    rest = (None, None, known, THRESHOLDS[0], 1.0, 9.0)
+    if function is ops.guard_decide_:
+        function(measured(1.0), *rest)
+    else:
+        function([torch.ones(2)], *rest, scaling=scaling)
+        assert scaling.scale._version > 0
+    assert known.moments._version > 0 and known.history._version > 0
+
+
+def test_no_gradients_are_decided_about_where_the_statistics_are():
+    known = ops.Statistics(*(t.to("meta") for t in fresh(n=0)))
+    scalars = (torch.zeros((), dtype=torch.float64, device="meta"), None)
+    found = ops.grad_norm_decide_([], *scalars, known, THRESHOLDS[0], 1.0, 9.0)
+    assert {t.device.type for part in found for t in part} == {"meta"}
 
 
 @needs_kernel

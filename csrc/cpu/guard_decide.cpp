@@ -70,7 +70,8 @@ std::tuple<Tensor, Tensor, Tensor> guard_decide_cpu(
   double* const accepted_norms = history.mutable_data_ptr<double>();
   const int64_t window = history.numel();
 
-  const int64_t size = std::min(window, static_cast<int64_t>(known.accepted));
+  const int64_t kept = std::min(window, static_cast<int64_t>(known.accepted));
+  const int64_t size = needs_quantiles(policy) ? kept : 0;
   const Quantiles accepted = quantiles_of(policy, {accepted_norms, accepted_norms + size});
   const double known_loss = value_or(loss, 0.0);
   Judgement judged = judge(

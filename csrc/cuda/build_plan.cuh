@@ -9,14 +9,21 @@ namespace fastguard {
 // Writes a part of the host's description to the device.
 __global__ __launch_bounds__(threads) void upload_kernel(
     const __grid_constant__ UploadPart part, Word16* to, int32_t n) {
-  for (int i = threadIdx.x; within(i, n); i += threads) {
+  const int i = static_cast<int>(blockIdx.x) * threads + threadIdx.x;
+  if (within(i, n)) {
     store(to + i, part.words[i]);
   }
 }
 
-// One block for each tensor.
+// One block for each tensor, and one more.
 __global__ __launch_bounds__(threads) void expand_plan_kernel(Plan plan) {
   const int tensor = blockIdx.x;
+  if (tensor == plan.tensors) {
+    if (threadIdx.x == 0) {
+      store(plan.arrived + tensor, 0u);
+    }
+    return;
+  }
   const Entry* entry = plan.entries + tensor;
   const uint64_t data = load(&entry->data), other = load(&entry->other);
   const int64_t numel = load(&entry->numel_and_types) >> 6;
@@ -40,9 +47,6 @@ __global__ __launch_bounds__(threads) void expand_plan_kernel(Plan plan) {
   }
   if (threadIdx.x == 0) {
     store(plan.arrived + tensor, 0u);
-    if (tensor == 0) {
-      store(plan.arrived + plan.tensors, 0u);
-    }
   }
 }
 

@@ -134,8 +134,8 @@ __device__ inline void decide_in_block(
   const Statistics known = {
       load(given.statistics), load(given.statistics + 1), load(given.statistics + 2)};
   const int64_t accepted = static_cast<int64_t>(known.accepted);
-  const Quantiles quantiles =
-      quantiles_in_block(given, accepted < given.window ? accepted : given.window);
+  const int64_t kept = accepted < given.window ? accepted : given.window;
+  const Quantiles quantiles = quantiles_in_block(given, needs_quantiles(given.policy) ? kept : 0);
   if (!per_tensor && threadIdx.x != 0) {
     return;
   }

@@ -23,9 +23,9 @@ DevicePlan build_plan(const Stream& on, const HostPlan& host) {
     const int n = static_cast<int>(std::min<size_t>(upload_words, host.words.size() - begin));
     UploadPart part;
     std::copy_n(&host.words[begin], n, part.words);
-    launch(on, upload_kernel, {1}, part, to + begin, n);
+    launch(on, upload_kernel, {(n + threads - 1) / threads}, part, to + begin, n);
   }
-  launch(on, expand_plan_kernel, {plan.tensors}, plan);
+  launch(on, expand_plan_kernel, {plan.tensors + 1}, plan);
   return {plan, memory};
 }
 

@@ -22,8 +22,10 @@ struct Given {
 class HostPlan {
  public:
   explicit HostPlan(const std::vector<Given>& tensors) : tensors_(static_cast<int32_t>(tensors.size())) {
+    words.reserve((tensors.size() * (sizeof(Entry) + sizeof(int32_t))) / sizeof(Word16) + 2);
     std::vector<PlanDim> dims;
     std::vector<int32_t> first_dim;
+    first_dim.reserve(tensors.size() + 1);
     int64_t place = 0;
     int64_t chunks = 0;
     for (const Given& given : tensors) {

@@ -39,8 +39,8 @@ __device__ inline bool arrives_last(unsigned* counter, unsigned expected) {
   if (threadIdx.x == 0) {
     __threadfence();  // what was written here comes before the arrival
     const bool last = atomicAdd(counter, 1u) == expected - 1;
-    __threadfence();  // what is read here comes after it
     if (last) {
+      __threadfence();  // what is read here comes after all arrivals
       store(counter, 0u);
     }
     is_last[0] = last;

@@ -138,9 +138,9 @@ def run_adamw(device, amsgrad=True, verdict=1, dtypes=(torch.float32, torch.bflo
 
 
 def run_adamw_of_the_first_step(device):
-    params, grads = drawn(*([300] * 8)), drawn(*([300] * 8), seed=1)
-    size = ops.packed_offsets([300] * 8)[-1]
-    state = (torch.zeros(size), torch.zeros(size), torch.zeros(0), torch.zeros(8))
+    params, grads = drawn(*([40] * 64)), drawn(*([40] * 64), seed=1)
+    size = ops.packed_offsets([40] * 64)[-1]
+    state = (torch.zeros(size), torch.zeros(size), torch.zeros(0), torch.zeros(64))
     rest = (scalar(1.0), torch.tensor(0), *OPTIONS, False, False)
     device.adamw_(params, grads, *state, *rest)
     return params, state
@@ -169,7 +169,15 @@ def run_settle(device):
     return buffers, saved
 
 
+def run_without_tensors(device):
+    window = torch.zeros(3, dtype=F64)
+    device.accumulate_([], [], torch.tensor(0), window, 0.5)
+    device.settle_([], [], torch.tensor(0))
+    return window
+
+
 RUNS = [
+    run_without_tensors,
     run_grad_norm,
     run_repeatedly,
     run_many_tensors,

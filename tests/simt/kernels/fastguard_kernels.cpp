@@ -37,9 +37,9 @@ class Device {
       const int n = static_cast<int>(std::min<size_t>(upload_words, host_.words.size() - begin));
       UploadPart part;
       std::copy_n(&host_.words[begin], n, part.words);
-      machine.launch("upload_kernel", 1, threads, 0, false, upload_kernel, part, &memory_[begin], n);
+      machine.launch("upload_kernel", (n + threads - 1) / threads, threads, 0, false, upload_kernel, part, &memory_[begin], n);
     }
-    machine.launch("expand_plan_kernel", plan.tensors, threads, 0, false, expand_plan_kernel, plan);
+    machine.launch("expand_plan_kernel", plan.tensors + 1, threads, 0, false, expand_plan_kernel, plan);
   }
 
   Machine machine;
