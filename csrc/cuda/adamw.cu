@@ -13,7 +13,7 @@ using torch::stable::Tensor;
 
 void check_on(const TensorView& tensor, int device, const char* name, size_t index) {
   STD_TORCH_CHECK(
-      tensor.device_type() == aoti_torch_device_type_cuda() && tensor.device_index() == device,
+      cuda_device_of(tensor.handle()) == device,
       "adamw_: ",
       name,
       "[",
@@ -67,6 +67,6 @@ void adamw_boxed(StableIValue* stack, uint64_t, uint64_t) { step(adamw::Argument
 }  // namespace
 }  // namespace fastguard
 
-STABLE_TORCH_LIBRARY_IMPL(fastguard, CUDA, m) {
+STABLE_TORCH_LIBRARY_IMPL(fastguard, FASTGUARD_CUDA_KEY, m) {
   m.impl("adamw_", &fastguard::adamw_boxed);
 }

@@ -58,7 +58,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> clip_cuda(
 }  // namespace
 }  // namespace fastguard
 
-STABLE_TORCH_LIBRARY_IMPL(fastguard, CUDA, m) {
+STABLE_TORCH_LIBRARY_IMPL(fastguard, FASTGUARD_CUDA_KEY, m) {
   m.impl("scale_", TORCH_BOX(&fastguard::scale_cuda));
   m.impl("clip_", TORCH_BOX(&fastguard::clip_cuda));
 }

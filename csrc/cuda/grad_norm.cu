@@ -94,7 +94,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> grad_norm_decide_cuda
 }  // namespace
 }  // namespace fastguard
 
-STABLE_TORCH_LIBRARY_IMPL(fastguard, CUDA, m) {
+STABLE_TORCH_LIBRARY_IMPL(fastguard, FASTGUARD_CUDA_KEY, m) {
   m.impl("grad_norm", TORCH_BOX(&fastguard::grad_norm_cuda));
   m.impl("grad_norm_decide_", TORCH_BOX(&fastguard::grad_norm_decide_cuda));
 }
