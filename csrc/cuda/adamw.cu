@@ -30,6 +30,9 @@ void* data_of(const Tensor& tensor) {
 
 void step(const adamw::Arguments& given) {
   adamw::check(given, packed_offsets(given.params));
+  if (given.params.size() == 0) {
+    return;
+  }
   const Stream on(given.params[0].tensor());
   adamw::StandIns stand_ins;
   std::vector<Given> tensors;

@@ -13,6 +13,11 @@ import pytest
 from tests import simt
 from tests.simt import launchers
 
+GUARDS = [
+    *("ops", "guard_ops", "optim", "guard", "clip", "apply", "accumulate", "buffers"),
+    *("fault_injection", "measure", "rollback"),
+]
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
@@ -35,4 +40,8 @@ def passed(folder, *files):
 
 
 def test_the_launchers(folder):
-    assert passed(folder, "tests/simt/launchers/cases.py") >= 40
+    assert passed(folder, "tests/simt/launchers/cases.py") >= 45
+
+
+def test_the_guard_on_the_launchers(folder):
+    assert passed(folder, *(f"tests/test_{name}.py" for name in GUARDS)) >= 700

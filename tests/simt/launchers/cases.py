@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastguard import ops
-from fastguard.thresholds import Fixed
+from fastguard.thresholds import AdaGC, Fixed
 from tests.simt.launchers import SCHEDULES, gpu
 
 BUILD = ["upload_kernel", "expand_plan_kernel"]
@@ -181,6 +181,33 @@ def test_expanded_tensors_are_read_and_not_written():
             write()
     assert gpu().launches() == []
     assert torch.equal(row, torch.arange(5.0))
+
+
+# --- empty lists ----------------------------------------------------------------------------------
+
+
+def test_a_window_without_sums_is_counted():
+    """Accumulating begins so: the first micro-batch gives its gradients away."""
+    window = torch.zeros(3, dtype=F64)
+    ops.accumulate_([], [], torch.tensor(0), window, 0.5)
+    ops.accumulate_([], [], torch.tensor(2), window, 0.5)
+    assert window.tolist() == [2, 1, 0.5]
+
+
+def test_empty_lists():
+    op = torch.ops.fastguard
+    op.scale_([], scalar(2.0))
+    op.settle_([], [], torch.tensor(0))
+    none = torch.zeros(0)
+    op.adamw_([], [], none, none, none, none, scalar(1.0), torch.tensor(0), *RULE, False, False)
+    for threshold in (Fixed(), AdaGC()):
+        known = statistics(0)
+        found = op.grad_norm_decide_(
+            *([], None, None, *known, int(threshold.kind), 1.0, 1e9, threshold.options, True),
+            *(None, None, (0.0, 0.0, 0.0)),
+        )
+        assert found[0] == 0 and found[4] == ops.Verdict.APPLY
+        assert found[1].shape == (0,) and found[2].shape == (0, 3)
 
 
 # --- plans ----------------------------------------------------------------------------------------
