@@ -50,18 +50,6 @@ class TensorView {
     return contiguous;
   }
 
-  int32_t device_type() const {
-    int32_t type;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(handle_, &type));
-    return type;
-  }
-
-  int32_t device_index() const {
-    int32_t index;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(handle_, &index));
-    return index;
-  }
-
   const void* data() const {
     const void* data;
     STABLE_TORCH_ERROR_CODE_CHECK(torch_get_const_data_ptr(handle_, &data));

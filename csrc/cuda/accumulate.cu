@@ -40,6 +40,6 @@ void accumulate_cuda(
 }  // namespace
 }  // namespace fastguard
 
-STABLE_TORCH_LIBRARY_IMPL(fastguard, CUDA, m) {
+STABLE_TORCH_LIBRARY_IMPL(fastguard, FASTGUARD_CUDA_KEY, m) {
   m.impl("accumulate_", TORCH_BOX(&fastguard::accumulate_cuda));
 }

@@ -13,7 +13,7 @@ using torch::stable::Tensor;
 
 void check_on(const TensorView& tensor, int device, const char* name, size_t index) {
   STD_TORCH_CHECK(
-      tensor.device_type() == aoti_torch_device_type_cuda() && tensor.device_index() == device,
+      cuda_device_of(tensor.handle()) == device,
       "adamw_: ",
       name,
       "[",
@@ -30,6 +30,9 @@ void* data_of(const Tensor& tensor) {
 
 void step(const adamw::Arguments& given) {
   adamw::check(given, packed_offsets(given.params));
+  if (given.params.size() == 0) {
+    return;
+  }
   const Stream on(given.params[0].tensor());
   adamw::StandIns stand_ins;
   std::vector<Given> tensors;
@@ -67,6 +70,6 @@ void adamw_boxed(StableIValue* stack, uint64_t, uint64_t) { step(adamw::Argument
 }  // namespace
 }  // namespace fastguard
 
-STABLE_TORCH_LIBRARY_IMPL(fastguard, CUDA, m) {
+STABLE_TORCH_LIBRARY_IMPL(fastguard, FASTGUARD_CUDA_KEY, m) {
   m.impl("adamw_", &fastguard::adamw_boxed);
 }

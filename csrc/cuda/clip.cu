@@ -13,8 +13,11 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 void scale_cuda(const std::vector<Tensor>& grads, const Tensor& clip_coef) {
-  const Stream on(grads.at(0));
   check_coef(clip_coef, "scale_", "clip_coef", static_cast<int64_t>(grads.size()));
+  if (grads.empty()) {
+    return;
+  }
+  const Stream on(grads[0]);
   const Dense1D dense(grads, on.device, "scale_", true);
   const DevicePlan prepared = plan_of(on, dense.given);
   launch(
@@ -58,7 +61,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> clip_cuda(
 }  // namespace
 }  // namespace fastguard
 
-STABLE_TORCH_LIBRARY_IMPL(fastguard, CUDA, m) {
+STABLE_TORCH_LIBRARY_IMPL(fastguard, FASTGUARD_CUDA_KEY, m) {
   m.impl("scale_", TORCH_BOX(&fastguard::scale_cuda));
   m.impl("clip_", TORCH_BOX(&fastguard::clip_cuda));
 }

@@ -79,7 +79,7 @@ std::string cuda_info() {
 }  // namespace
 }  // namespace fastguard
 
-STABLE_TORCH_LIBRARY_IMPL(fastguard, CUDA, m) {
+STABLE_TORCH_LIBRARY_IMPL(fastguard, FASTGUARD_CUDA_KEY, m) {
   m.impl("decide", TORCH_BOX(&fastguard::decide_cuda));
   m.impl("guard_decide_", TORCH_BOX(&fastguard::guard_decide_cuda));
 }

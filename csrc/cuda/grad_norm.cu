@@ -67,7 +67,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> grad_norm_decide_cuda
   const int64_t n = static_cast<int64_t>(grads.size());
   check_guard_decide(op, n, unscale, loss, statistics, history, ema_norms, threshold, options);
   check_growth(op, scale, growth_tracker, growth);
-  const Stream on(grads.at(0));
+  const Stream on(statistics);
   const Decided decided(on, threshold, n);
   const Deciding deciding = deciding_of(
       unscale,
@@ -94,7 +94,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> grad_norm_decide_cuda
 }  // namespace
 }  // namespace fastguard
 
-STABLE_TORCH_LIBRARY_IMPL(fastguard, CUDA, m) {
+STABLE_TORCH_LIBRARY_IMPL(fastguard, FASTGUARD_CUDA_KEY, m) {
   m.impl("grad_norm", TORCH_BOX(&fastguard::grad_norm_cuda));
   m.impl("grad_norm_decide_", TORCH_BOX(&fastguard::grad_norm_decide_cuda));
 }

@@ -2,20 +2,15 @@
 #pragma once
 
 #include "cuda/plan.h"
+#include "cuda/runtime.h"
 
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
 
-#include <cuda_runtime.h>
-
 #include <algorithm>
-#include <array>
 #include <map>
 #include <mutex>
-#include <tuple>
 #include <utility>
 
 namespace fastguard {
@@ -28,11 +23,10 @@ inline void check_cuda(cudaError_t error, const char* what) {
 class Stream {
  public:
   explicit Stream(const torch::stable::Tensor& tensor)
-      : like(tensor), device(tensor.get_device_index()), guard_(device) {
-    void* handle = nullptr;
-    TORCH_ERROR_CODE_CHECK(  // the name that torch 2.11 has too
-        aoti_torch_get_current_cuda_stream(device, &handle));
-    stream = static_cast<cudaStream_t>(handle);
+      : like(tensor),
+        device(cuda_device_of(tensor.get())),
+        stream(current_stream(device)),
+        guard_(device) {
     cudaStreamCaptureStatus status;
     check_cuda(cudaStreamIsCapturing(stream, &status), "cudaStreamIsCapturing");
     capturing = status != cudaStreamCaptureStatusNone;
@@ -45,11 +39,11 @@ class Stream {
 
   const torch::stable::Tensor like;
   const int device;
-  cudaStream_t stream;
+  const cudaStream_t stream;
   bool capturing;
 
  private:
-  torch::stable::accelerator::DeviceGuard guard_;
+  DeviceGuard guard_;
 };
 
 struct Grid {
@@ -62,8 +56,6 @@ struct Grid {
 template <class... Parameters, class... Arguments>
 void launch(
     const Stream& on, void (*kernel)(Parameters...), const Grid& grid, Arguments&&... arguments) {
-  std::tuple<Parameters...> parameters(std::forward<Arguments>(arguments)...);
-  auto pointers = std::apply([](auto&... each) { return std::array{(void*)(&each)...}; }, parameters);
   cudaLaunchAttribute cooperative;
   cooperative.id = cudaLaunchAttributeCooperative;
   cooperative.val.cooperative = 1;
@@ -75,7 +67,7 @@ void launch(
   config.attrs = &cooperative;
   config.numAttrs = grid.cooperative;
   check_cuda(
-      cudaLaunchKernelExC(&config, reinterpret_cast<const void*>(kernel), pointers.data()),
+      cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...),
       "launching a kernel");
 }
 

@@ -46,6 +46,6 @@ void settle_cuda(
 }  // namespace
 }  // namespace fastguard
 
-STABLE_TORCH_LIBRARY_IMPL(fastguard, CUDA, m) {
+STABLE_TORCH_LIBRARY_IMPL(fastguard, FASTGUARD_CUDA_KEY, m) {
   m.impl("settle_", TORCH_BOX(&fastguard::settle_cuda));
 }

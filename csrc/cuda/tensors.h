@@ -25,7 +25,7 @@ inline void check_devices(
     const std::vector<torch::stable::Tensor>& tensors, int device, const char* op) {
   for (size_t i = 0; i < tensors.size(); ++i) {
     STD_TORCH_CHECK(
-        tensors[i].is_cuda() && tensors[i].get_device_index() == device,
+        cuda_device_of(tensors[i].get()) == device,
         op,
         ": tensor ",
         i,

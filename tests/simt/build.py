@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sysconfig
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -22,26 +23,38 @@ class NoCompiler(RuntimeError):
 
 def load(name, sources):
     """The pybind11 module ``name`` of these sources, paths below the repository's root."""
-    compiler = os.environ.get("CXX", "g++")
-    if shutil.which(compiler) is None:
-        raise NoCompiler(f"simt needs a C++20 compiler; there is no {compiler!r} (CXX names one)")
-    executor = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "tests/simt").glob("*.cpp"))
-    objects = [compiled(compiler, source) for source in [*executor, *sources]]
-    module = target("".join(map(str, objects)), name, ".so")
-    if not module.exists():
-        run([compiler, "-shared", *map(str, objects)], module)
+    import pybind11
+
+    includes = [pybind11.get_include(), sysconfig.get_path("include")]
+    module = library(name, {source: includes_as_flags(includes) for source in sources})
     spec = importlib.util.spec_from_file_location(name, module)
     loaded = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(loaded)
     return loaded
 
 
-def compiled(compiler, source):
-    """The object file of one source, compiled anew if it, a header or a flag has changed."""
-    import pybind11
+def library(name, sources, link=()):
+    """The shared library of the executor and these sources, each with flags of its own."""
+    compiler = os.environ.get("CXX", "g++")
+    if shutil.which(compiler) is None:
+        raise NoCompiler(f"simt needs a C++20 compiler; there is no {compiler!r} (CXX names one)")
+    executor = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "tests/simt").glob("*.cpp"))
+    flags = {source: [] for source in executor} | sources
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = list(pool.map(lambda source: compiled(compiler, source, flags[source]), flags))
+    made = target("".join(map(str, [*objects, *link])), name, ".so")
+    if not made.exists():
+        run([compiler, "-shared", *map(str, objects), *link], made)
+    return made
 
-    includes = [pybind11.get_include(), sysconfig.get_path("include")]
-    command = [compiler, *FLAGS, *(f"-isystem{path}" for path in includes), "-c", source]
+
+def includes_as_flags(folders):
+    return [f"-isystem{folder}" for folder in folders]
+
+
+def compiled(compiler, source, flags):
+    """The object file of one source, compiled anew if it, a header or a flag has changed."""
+    command = [compiler, *FLAGS, *flags, "-c", "-x", "c++", source]
     headers = [
         path.read_text()
         for folder in ("csrc", "tests/simt")

@@ -1,0 +1,401 @@
+"""What only launchers do, where fastguard runs on them: test_launchers.py starts that process."""
+
+import threading
+
+import pytest
+import torch
+
+from fastguard import ops
+from fastguard.thresholds import AdaGC, Fixed
+from tests.simt.launchers import SCHEDULES, gpu
+
+BUILD = ["upload_kernel", "expand_plan_kernel"]
+F64 = torch.float64
+RULE = (1e-2, 0.9, 0.98, 0.1, 1e-8, True)
+
+
+@pytest.fixture(autouse=True)
+def nothing_launched():
+    gpu().launches()
+    yield
+    gpu().options()
+
+
+def scalar(value, dtype=F64):
+    return torch.tensor(value, dtype=dtype)
+
+
+def with_gaps(values):
+    wide = torch.full((*values.shape, 3), float("nan"), dtype=values.dtype)
+    wide[..., 1] = values
+    return wide[..., 1]
+
+
+def drawn(dtypes=ops.DTYPES, seed=0):
+    """Every layout in every dtype: one chunk and several, misaligned, permuted, gaps, empty."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator, dtype=F64)
+
+    tensors = []
+    for dtype in dtypes:
+        tensors += [
+            normal(3, 7).to(dtype),
+            normal(20_000).to(dtype),
+            normal(9_001).to(dtype)[1:],
+            normal(90, 100).to(dtype).t(),
+            normal(2, 3, 4, 5).to(dtype).to(memory_format=torch.channels_last),
+            with_gaps(normal(5, 7).to(dtype)),
+            with_gaps(normal(7, 5).to(dtype)).t(),
+            torch.zeros(0, 3, dtype=dtype),
+            scalar(1.5, dtype),
+        ]
+    return tensors
+
+
+def copies(tensors):
+    """The same values in the same layout, elsewhere."""
+    made = []
+    for t in tensors:
+        if t.numel() == 0:
+            made.append(t.clone())
+            continue
+        room = torch.empty(t.untyped_storage().nbytes() // t.element_size(), dtype=t.dtype)
+        made.append(room.as_strided(t.shape, t.stride(), t.storage_offset()).copy_(t))
+    return made
+
+
+def state(params, amsgrad=False, seed=7):
+    generator = torch.Generator().manual_seed(seed)
+    dtype = F64 if params[0].dtype == F64 else torch.float32
+    size = ops.packed_offsets(p.numel() for p in params)[-1]
+    m, v, most = (torch.rand(size, generator=generator, dtype=dtype) for _ in range(3))
+    return m, v, most if amsgrad else most[:0].clone(), torch.arange(float(len(params)))
+
+
+def assert_close(found, wanted):
+    for f, w in zip(found, wanted, strict=True):
+        rel = {torch.bfloat16: 2**-7, torch.float16: 2**-10}.get(f.dtype, 2e-6)
+        torch.testing.assert_close(f, w, rtol=rel, atol=rel * 1e-2, equal_nan=True)
+
+
+# --- all layouts and dtypes -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_every_op_on_every_layout(schedule):
+    gpu().options(schedule, 3, weak_memory=True)
+    assert_close(ops.grad_norm(drawn())[:2], ops.grad_norm_ref(drawn())[:2])
+    bad = drawn()
+    for t in bad:
+        if t.numel():
+            t[(-1,) * t.dim()] = float("nan")
+    assert torch.equal(ops.grad_norm(bad).nonfinite, ops.grad_norm_ref(bad).nonfinite)
+
+    found, wanted = drawn(), drawn()
+    coefs = torch.linspace(0.5, 1, len(found), dtype=F64)
+    ops.scale_(found, coefs)
+    ops.scale_ref_(wanted, coefs)
+    assert_close(found, wanted)
+
+    found, wanted = drawn(), drawn()
+    measured, decision = ops.clip_(found, 1.0, 1e9)
+    assert decision.verdict == ops.Verdict.CLIP
+    total_norm, *_ = ops.clip_ref_(wanted, 1.0, 1e9, False)
+    assert_close([measured.total_norm, *found], [total_norm, *wanted])
+
+    for verdict in (0, 2):
+        found, wanted, windows = drawn(), drawn(), torch.ones(2, 3, dtype=F64)
+        grads = [g.contiguous() if i % 2 else g for i, g in enumerate(drawn(seed=1))]
+        ops.accumulate_(found, grads, torch.tensor(verdict), windows[0], 0.5)
+        ops.accumulate_ref_(wanted, grads, torch.tensor(verdict), windows[1], 0.5)
+        assert_close([*found, windows[0]], [*wanted, windows[1]])
+
+
+@pytest.mark.parametrize("amsgrad", [False, True])
+@pytest.mark.parametrize("verdict", [0, 1, 2])
+@pytest.mark.parametrize("dtypes", [(torch.float32, torch.bfloat16, torch.float16), (F64,)])
+@pytest.mark.parametrize("per_tensor", [False, True])
+def test_adamw_with_gaps_is_copied_back(dtypes, verdict, amsgrad, per_tensor):
+    results = []
+    for step in (ops.adamw_, ops.adamw_ref_):
+        params, known = drawn(dtypes), state(drawn(dtypes), amsgrad)
+        grads = [g.contiguous() if i % 2 else g for i, g in enumerate(drawn(dtypes, seed=1))]
+        if F64 not in dtypes:
+            grads = [g.float() if i % 3 == 0 else g for i, g in enumerate(grads)]
+        n = len(params)
+        coef = torch.linspace(0.5, 1, 2 * n, dtype=F64)[::2] if per_tensor else scalar(0.5)
+        step(params, grads, *known, coef, torch.tensor(verdict), *RULE, amsgrad, False)
+        results.append([*params, *known])
+    if verdict == 2:
+        unchanged = [*drawn(dtypes), *state(drawn(dtypes), amsgrad)]
+        assert all(torch.equal(a, b) for a, b in zip(results[0], unchanged, strict=True))
+    assert_close(*results)
+    assert gpu().kernels()[-1] == f"adamw_kernel<{str(amsgrad).lower()}>"
+
+
+def test_settle_copies_memory_of_any_dtype():
+    def buffers():
+        return [
+            torch.arange(20_001),
+            torch.tensor([True, False, True])[1:],
+            torch.randn(4, 5, generator=torch.Generator().manual_seed(0)).t(),
+            torch.zeros(0),
+            torch.tensor(3 + 4j),
+        ]
+
+    for verdict in (0, 1, 2, 3):
+        given, saved = (
+            buffers(),
+            copies([b.logical_not() if b.dtype == torch.bool else b + 1 for b in buffers()]),
+        )
+        kept = saved if verdict >= 2 else given
+        wanted = copies(kept)
+        ops.settle_(given, saved, torch.tensor(verdict))
+        for a, b, c in zip(given, saved, wanted, strict=True):
+            assert torch.equal(a, c) and torch.equal(b, c)
+
+
+def test_settle_refuses_what_it_cannot_copy_as_it_is():
+    gaps = with_gaps(torch.ones(4))
+    saved = [torch.zeros(3), torch.zeros(4)]
+    with pytest.raises(RuntimeError, match="buffer 1 has gaps"):
+        ops.settle_([torch.ones(3), gaps], saved, torch.tensor(0))
+    with pytest.raises(RuntimeError, match="buffer 0 has gaps, or its saved copy lies in another"):
+        ops.settle_([torch.ones(2, 3)], [torch.zeros(3, 2).t()], torch.tensor(0))
+    assert gpu().launches() == []
+    assert not torch.cat(saved).any()
+
+
+def test_expanded_tensors_are_read_and_not_written():
+    row = torch.arange(5.0)
+    expanded = row.expand(4000, 5)
+    assert_close(ops.grad_norm([row, expanded])[:2], ops.grad_norm_ref([row, expanded])[:2])
+    gpu().launches()
+    for write in (
+        lambda: ops.scale_([torch.ones(2), expanded], scalar(2.0)),
+        lambda: ops.clip_([torch.ones(2), expanded], 1.0, 1e9),
+    ):
+        with pytest.raises(RuntimeError, match="tensor 1 is expanded"):
+            write()
+    assert gpu().launches() == []
+    assert torch.equal(row, torch.arange(5.0))
+
+
+# --- empty lists ----------------------------------------------------------------------------------
+
+
+def test_a_window_without_sums_is_counted():
+    """Accumulating begins so: the first micro-batch gives its gradients away."""
+    window = torch.zeros(3, dtype=F64)
+    ops.accumulate_([], [], torch.tensor(0), window, 0.5)
+    ops.accumulate_([], [], torch.tensor(2), window, 0.5)
+    assert window.tolist() == [2, 1, 0.5]
+
+
+def test_empty_lists():
+    op = torch.ops.fastguard
+    op.scale_([], scalar(2.0))
+    op.settle_([], [], torch.tensor(0))
+    none = torch.zeros(0)
+    op.adamw_([], [], none, none, none, none, scalar(1.0), torch.tensor(0), *RULE, False, False)
+    for threshold in (Fixed(), AdaGC()):
+        known = statistics(0)
+        found = op.grad_norm_decide_(
+            *([], None, None, *known, int(threshold.kind), 1.0, 1e9, threshold.options, True),
+            *(None, None, (0.0, 0.0, 0.0)),
+        )
+        assert found[0] == 0 and found[4] == ops.Verdict.APPLY
+        assert found[1].shape == (0,) and found[2].shape == (0, 3)
+
+
+# --- plans ----------------------------------------------------------------------------------------
+
+
+def statistics(n):
+    return ops.Statistics(
+        torch.zeros(3, dtype=F64), torch.zeros(4, dtype=F64), torch.full((n,), torch.inf, dtype=F64)
+    )
+
+
+def test_a_plan_is_reused_while_nothing_moves():
+    grads = drawn()[:5]
+    ops.grad_norm(grads)
+    assert gpu().kernels() == [*BUILD, "grad_norm_kernel"]
+    ops.grad_norm(grads)
+    assert gpu().kernels() == ["grad_norm_kernel"]
+    ops.scale_(grads, scalar(0.5))  # the same tensors: the same plan
+    ops.clip_(grads, 1.0, 1e9)
+    ops.grad_norm_decide_(grads, None, None, statistics(5), Fixed(), 1.0, 1e9)
+    assert gpu().kernels() == ["scale_kernel", "clip_kernel", "grad_norm_kernel"]
+
+
+@pytest.mark.parametrize("change", ["pointer", "size", "dtype", "order", "layout", "number"])
+def test_a_plan_is_rebuilt_when_something_changes(change):
+    room = torch.arange(64.0).view(8, 8)
+    other = torch.ones(10)
+    ops.grad_norm([room, other])
+    gpu().launches()
+    changed = {
+        "pointer": [room, torch.ones(10)],
+        "size": [room[:7], other],
+        "dtype": [room.view(torch.bfloat16)[:, :8].as_strided((64,), (1,)), other],
+        "order": [other, room],
+        "layout": [room.t(), other],
+        "number": [room],
+    }[change]
+    measured = ops.grad_norm(changed)
+    assert gpu().kernels() == [*BUILD, "grad_norm_kernel"]
+    assert_close(measured[:2], ops.grad_norm_ref(changed)[:2])
+    ops.grad_norm([room, other])
+    assert gpu().kernels() == ["grad_norm_kernel"]
+
+
+def test_one_launch_for_any_number_of_tensors():
+    grads = list(torch.randn(2000, 3).unbind())
+    for expected in (["upload_kernel"] * 3 + ["expand_plan_kernel"], []):
+        measured = ops.grad_norm(grads)
+        assert gpu().kernels() == [*expected, "grad_norm_kernel"]
+        assert_close(measured[:2], ops.grad_norm_ref(grads)[:2])
+    ops.clip_(grads, 1.0, 1e9)
+    assert gpu().kernels() == ["clip_kernel"]
+
+
+def test_each_stream_has_plans_of_its_own():
+    grads = [torch.randn(100)]
+    ops.grad_norm(grads)
+    with gpu().stream(5):
+        ops.grad_norm(grads)
+    assert [(name, stream) for name, _, _, stream in gpu().launches()] == [
+        *((name, 0) for name in [*BUILD, "grad_norm_kernel"]),
+        *((name, 5) for name in [*BUILD, "grad_norm_kernel"]),
+    ]
+    with gpu().stream(5):
+        ops.grad_norm(grads)
+    ops.grad_norm(grads)
+    assert gpu().kernels() == ["grad_norm_kernel"] * 2
+
+
+def test_threads_share_plans():
+    lists = [[torch.full((9000,), float(i)), torch.ones(3)] for i in range(1, 4)]
+    wanted = [ops.grad_norm_ref(grads).total_norm.item() for grads in lists]
+    wrong = []
+
+    def work():
+        for _ in range(10):
+            for grads, norm in zip(lists, wanted, strict=True):
+                if abs(ops.grad_norm(grads).total_norm.item() - norm) > 1e-6 * norm:
+                    wrong.append(norm)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    kernels = gpu().kernels()
+    assert wrong == []
+    assert kernels.count("grad_norm_kernel") == 120
+    assert kernels.count("expand_plan_kernel") == 3
+
+
+# --- CUDA graphs ----------------------------------------------------------------------------------
+
+
+def test_a_captured_call_builds_its_plan_at_each_replay():
+    grads, window = [torch.ones(20_000), torch.ones(3)], torch.zeros(3, dtype=F64)
+    sums, verdict = [torch.zeros(20_000), torch.zeros(3)], torch.tensor(0)
+    ops.grad_norm(grads)  # a plan is kept, and not for the graph
+    gpu().launches()
+    with gpu().capture():
+        measured = ops.grad_norm(grads)
+        ops.accumulate_(sums, grads, verdict, window, 1.0)
+    assert gpu().launches() == []
+    for value in (1.0, 2.0, 3.0):
+        for g in grads:
+            g.fill_(value)
+        gpu().replay()
+        assert gpu().kernels() == [*BUILD, "grad_norm_kernel", *BUILD, "accumulate_kernel"]
+        assert measured.total_norm.item() == pytest.approx(value * 20_003**0.5)
+    assert window.tolist() == [3, 3, 3]
+    assert all((s == 6).all() for s in sums)
+    gpu().forget_graph()
+    ops.grad_norm(grads)
+    assert gpu().kernels() == ["grad_norm_kernel"]
+
+
+def test_what_was_captured_is_not_kept():
+    grads = [torch.ones(77)]
+    with gpu().capture():
+        ops.grad_norm(grads)
+    gpu().forget_graph()
+    ops.grad_norm(grads)
+    assert gpu().kernels() == [*BUILD, "grad_norm_kernel"]
+
+
+# --- devices --------------------------------------------------------------------------------------
+
+
+def test_launches_go_to_the_device_of_the_tensors():
+    grads = [torch.ones(10), torch.ones(5)]
+    with gpu().on_device(1, *grads):
+        measured = ops.grad_norm(grads)
+    ops.grad_norm(grads)
+    devices = [device for _, _, device, _ in gpu().launches()]
+    assert devices == [1, 1, 1, 0, 0, 0]
+    assert measured.total_norm == pytest.approx(15**0.5)
+
+
+# --- what is refused before anything is written ---------------------------------------------------
+
+
+def test_wrong_arguments_are_named_and_nothing_is_written():
+    good, verdict = torch.ones(4), torch.tensor(0)
+    window = torch.ones(3, dtype=F64)
+    ints = torch.ones(4, dtype=torch.int64)
+    m, v, steps, none = torch.zeros(16), torch.zeros(16), torch.zeros(1), torch.zeros(0)
+
+    def adamw(params=(good,), grads=(good,), m=m, v=v, most=none, steps=steps, amsgrad=False):
+        rest = (scalar(1.0), verdict, *RULE, amsgrad, False)
+        ops.adamw_(list(params), list(grads), m, v, most, steps, *rest)
+
+    runs = [
+        (lambda: ops.grad_norm([good, ints]), "tensor 1 has dtype number"),
+        (lambda: ops.scale_([good, ints], scalar(2.0)), "scale_: tensor 1 has dtype number"),
+        (lambda: ops.scale_([good], torch.tensor(2.0)), "clip_coef must be a float64 tensor"),
+        (lambda: ops.scale_([good], torch.ones(2, dtype=F64)), "clip_coef must be"),
+        (lambda: ops.clip_([good, ints], 1.0, 1e9), "clip_: tensor 1 has dtype number"),
+        (lambda: ops.accumulate_([good], [], verdict, window, 1.0), "1 sums, 0 gradients"),
+        (lambda: ops.accumulate_([good], [torch.ones(5)], verdict, window, 1.0), "differ in shape"),
+        (lambda: ops.accumulate_([good], [good.double()], verdict, window, 1.0), "differ in shape"),
+        (lambda: torch.ops.fastguard.settle_([good], [], verdict), "1 buffers but 0 saved"),
+        (lambda: ops.settle_([good], [torch.ones(5)], verdict), "differ in shape"),
+        (lambda: ops.decide(torch.tensor(1.0), 1.0, 1.0), "total_norm must be a float64"),
+        (lambda: adamw(grads=()), "grads has 0 tensors"),
+        (lambda: adamw([ints], [ints]), r"params\[0\] has dtype Long"),
+        (lambda: adamw(m=torch.zeros(15)), "exp_avg must be a contiguous Float tensor of shape"),
+        (lambda: adamw(amsgrad=True), "max_exp_avg_sq must be"),
+        (lambda: adamw([good.expand(2, 4)], [torch.ones(2, 4)]), "is expanded"),
+    ]
+    for run, text in runs:
+        with pytest.raises(RuntimeError, match=text):
+            run()
+    assert gpu().launches() == []
+    assert (good == 1).all() and (window == 1).all() and not m.any()
+
+
+# --- the emulation itself -------------------------------------------------------------------------
+
+
+def test_a_kernel_that_leaves_its_tensors_is_an_error():
+    """What torch has not allocated is not a GPU's memory; nor is what it has freed."""
+    outside = torch.from_numpy(torch.ones(100).numpy().copy())
+    with pytest.raises(RuntimeError, match="out_of_bounds"):
+        ops.grad_norm([outside])
+    with gpu().capture():
+        grads = [torch.ones(50)]
+        ops.grad_norm(grads)
+    gpu().library.simt_let_go()  # the graph's memory goes, the graph stays
+    with pytest.raises(RuntimeError, match="out_of_bounds"):
+        gpu().replay()
+    gpu().forget_graph()

@@ -1,0 +1,47 @@
+"""The launchers in csrc/cuda, on tensors of the CPU: cases of their own, and the guard's tests.
+
+In a process of their own, for there the operators of fastguard are the launchers.
+"""
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+from tests import simt
+from tests.simt import launchers
+
+GUARDS = [
+    *("ops", "guard_ops", "optim", "guard", "clip", "apply", "accumulate", "buffers"),
+    *("fault_injection", "measure", "rollback"),
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("launchers")
+    try:
+        launchers.package(folder)
+    except simt.NoCompiler as error:
+        pytest.skip(str(error))
+    return folder
+
+
+def passed(folder, *files):
+    """How many tests of these files pass; all must."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    command += ["-p", "tests.simt.launchers.plugin", "--tb=short", *files]
+    environment = {**os.environ, "PYTHONPATH": str(folder)}
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-3000:]
+    return int(re.search(r"(\d+) passed", done.stdout)[1])
+
+
+def test_the_launchers(folder):
+    assert passed(folder, "tests/simt/launchers/cases.py") >= 45
+
+
+def test_the_guard_on_the_launchers(folder):
+    assert passed(folder, *(f"tests/test_{name}.py" for name in GUARDS)) >= 700
