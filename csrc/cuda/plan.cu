@@ -18,10 +18,6 @@ struct Kept {
 DevicePlan build_plan(const Stream& on, const HostPlan& host) {
   torch::stable::Tensor memory = on.empty({host.bytes()}, torch::headeronly::ScalarType::Byte);
   const Plan plan = host.at(memory.mutable_data_ptr());
-  if (plan.tensors == 0) {  // there are no chunks, but the blocks meet at plan.arrived
-    torch::stable::zero_(memory);
-    return {plan, memory};
-  }
   auto* const to = static_cast<Word16*>(memory.mutable_data_ptr());
   for (size_t begin = 0; begin < host.words.size(); begin += upload_words) {
     const int n = static_cast<int>(std::min<size_t>(upload_words, host.words.size() - begin));
