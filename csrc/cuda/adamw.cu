@@ -34,14 +34,6 @@ void step(const adamw::Arguments& given) {
     return;
   }
   const Stream on(given.params[0].tensor());
-  for (const Tensor* state : {&given.moments[0], &given.moments[1], &given.state_steps}) {
-    check_on(on, *state, "adamw_", "the optimizer's state");
-  }
-  if (given.amsgrad) {
-    check_on(on, given.moments[adamw::max_exp_avg_sq], "adamw_", "max_exp_avg_sq");
-  }
-  check_on(on, given.grad_coef, "adamw_", "grad_coef");
-  check_on(on, given.verdict, "adamw_", "verdict");
   adamw::StandIns stand_ins;
   std::vector<Given> tensors;
   for (size_t i = 0; i < given.params.size(); ++i) {

@@ -46,11 +46,8 @@ std::tuple<Tensor, Tensor, Tensor> guard_decide_cuda(
   check_guard_decide(
       op, norms.numel(), unscale, loss, statistics, history, ema_norms, threshold, options);
   const Stream on(total_norm);
-  check_on(on, norms, op, "norms");
   const Decided decided(on, threshold, norms.numel());
   const Deciding deciding = deciding_of(
-      on,
-      op,
       unscale,
       loss,
       statistics,

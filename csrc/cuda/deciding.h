@@ -26,10 +26,8 @@ T* data_or_null(const std::optional<torch::stable::Tensor>& tensor) {
   return tensor.has_value() ? tensor->mutable_data_ptr<T>() : nullptr;
 }
 
-// All checked before by check_guard_decide and check_growth, but for where they are.
+// All checked before by check_guard_decide and check_growth.
 inline Deciding deciding_of(
-    const Stream& on,
-    const char* op,
     const std::optional<torch::stable::Tensor>& unscale,
     const std::optional<torch::stable::Tensor>& loss,
     const torch::stable::Tensor& statistics,
@@ -41,16 +39,6 @@ inline Deciding deciding_of(
     const std::optional<torch::stable::Tensor>& growth_tracker,
     const Growth& growth,
     const Decided& decided) {
-  for (const auto* scalar : {&unscale, &loss, &scale, &growth_tracker}) {
-    if (scalar->has_value()) {
-      check_on(on, **scalar, op, "unscale, loss, scale or growth_tracker");
-    }
-  }
-  check_on(on, statistics, op, "statistics");
-  check_on(on, history, op, "history");
-  if (ema_norms.numel() > 0) {
-    check_on(on, ema_norms, op, "ema_norms");
-  }
   return {
       policy,
       accept,

@@ -24,7 +24,7 @@ class Stream {
  public:
   explicit Stream(const torch::stable::Tensor& tensor)
       : like(tensor),
-        device(checked_device(tensor)),
+        device(cuda_device_of(tensor.get())),
         stream(current_stream(device)),
         guard_(device) {
     cudaStreamCaptureStatus status;
@@ -43,27 +43,8 @@ class Stream {
   bool capturing;
 
  private:
-  static int checked_device(const torch::stable::Tensor& tensor) {
-    const int device = cuda_device_of(tensor.get());
-    STD_TORCH_CHECK(device >= 0, "fastguard: the first tensor is not on a CUDA device, another is");
-    return device;
-  }
-
   DeviceGuard guard_;
 };
-
-// What a kernel is handed as an address must be one of its device's.
-inline void check_on(
-    const Stream& on, const torch::stable::Tensor& tensor, const char* op, const char* name) {
-  STD_TORCH_CHECK(
-      cuda_device_of(tensor.get()) == on.device,
-      op,
-      ": ",
-      name,
-      " must be on cuda:",
-      on.device,
-      " as the others are");
-}
 
 struct Grid {
   int blocks;
