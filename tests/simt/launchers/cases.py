@@ -277,6 +277,34 @@ def test_each_stream_has_plans_of_its_own():
     assert gpu().kernels() == ["grad_norm_kernel"] * 2
 
 
+def test_plans_are_forgotten_when_they_are_many():
+    """64 here, 1024 on a GPU; 64 KiB here, 64 MiB on a GPU: tests/simt/launchers/runtime.h."""
+    lists = [[torch.ones(1)] for _ in range(64)]
+    for grads in [*lists, *lists]:
+        ops.grad_norm(grads)
+    assert gpu().kernels() == [*BUILD, "grad_norm_kernel"] * 64 + ["grad_norm_kernel"] * 64
+    ops.grad_norm([torch.ones(1), torch.ones(1)])  # one too many
+    gpu().launches()
+    ops.grad_norm(lists[1])
+    assert gpu().kernels() == ["grad_norm_kernel"]
+    ops.grad_norm(lists[0])
+    assert gpu().kernels() == [*BUILD, "grad_norm_kernel"]
+
+
+def test_plans_are_forgotten_when_they_are_large():
+    lists = [list(torch.ones(250, 1).unbind()) for _ in range(3)]  # of 112 bytes a tensor
+    build = [*BUILD, "grad_norm_kernel"]
+    for grads, expected in ((0, build), (1, build), (0, build[-1:]), (2, build), (1, build)):
+        ops.grad_norm(lists[grads])
+        assert gpu().kernels() == expected
+    large = list(torch.ones(625, 1).unbind())  # is kept alone
+    for expected in (build, build[-1:]):
+        assert ops.grad_norm(large).total_norm == 25
+        assert gpu().kernels() == expected
+    ops.grad_norm(lists[1])
+    assert gpu().kernels() == build
+
+
 def test_threads_share_plans():
     lists = [[torch.full((9000,), float(i)), torch.ones(3)] for i in range(1, 4)]
     wanted = [ops.grad_norm_ref(grads).total_norm.item() for grads in lists]
