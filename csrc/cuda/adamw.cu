@@ -11,7 +11,7 @@ namespace {
 
 using torch::stable::Tensor;
 
-void check_on(const TensorView& tensor, int device, const char* name, size_t index) {
+void check_device(const TensorView& tensor, int device, const char* name, size_t index) {
   STD_TORCH_CHECK(
       cuda_device_of(tensor.handle()) == device,
       "adamw_: ",
@@ -34,13 +34,19 @@ void step(const adamw::Arguments& given) {
     return;
   }
   const Stream on(given.params[0].tensor());
+  for (int role = adamw::exp_avg; role < adamw::roles; ++role) {
+    check_on(on, given.moments[role], "adamw_", adamw::names[role]);
+  }
+  check_on(on, given.state_steps, "adamw_", "state_steps");
+  check_on(on, given.grad_coef, "adamw_", "grad_coef");
+  check_on(on, given.verdict, "adamw_", "verdict");
   adamw::StandIns stand_ins;
   std::vector<Given> tensors;
   for (size_t i = 0; i < given.params.size(); ++i) {
     const TensorView& p = given.params[i];
     const TensorView& g = given.grads[i];
-    check_on(p, on.device, "params", i);
-    check_on(g, on.device, "grads", i);
+    check_device(p, on.device, "params", i);
+    check_device(g, on.device, "grads", i);
     const adamw::Places places = stand_ins.place(p, g);
     tensors.push_back(
         {places.param, places.grad, p.numel(), type_of(p.scalar_type()), type_of(g.scalar_type()), {}});

@@ -18,6 +18,7 @@ void scale_cuda(const std::vector<Tensor>& grads, const Tensor& clip_coef) {
     return;
   }
   const Stream on(grads[0]);
+  check_on(on, clip_coef, "scale_", "clip_coef");
   const Dense1D dense(grads, on.device, "scale_", true);
   const DevicePlan prepared = plan_of(on, dense.given);
   launch(

@@ -47,7 +47,10 @@ std::tuple<Tensor, Tensor, Tensor> guard_decide_cuda(
       op, norms.numel(), unscale, loss, statistics, history, ema_norms, threshold, options);
   const Stream on(total_norm);
   const Decided decided(on, threshold, norms.numel());
+  check_on(on, norms, op, "norms");
   const Deciding deciding = deciding_of(
+      on,
+      op,
       unscale,
       loss,
       statistics,

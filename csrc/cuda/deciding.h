@@ -26,8 +26,10 @@ T* data_or_null(const std::optional<torch::stable::Tensor>& tensor) {
   return tensor.has_value() ? tensor->mutable_data_ptr<T>() : nullptr;
 }
 
-// All checked before by check_guard_decide and check_growth.
+// All else is checked before by check_guard_decide and check_growth.
 inline Deciding deciding_of(
+    const Stream& on,
+    const char* op,
     const std::optional<torch::stable::Tensor>& unscale,
     const std::optional<torch::stable::Tensor>& loss,
     const torch::stable::Tensor& statistics,
@@ -39,6 +41,13 @@ inline Deciding deciding_of(
     const std::optional<torch::stable::Tensor>& growth_tracker,
     const Growth& growth,
     const Decided& decided) {
+  check_on(on, unscale, op, "unscale");
+  check_on(on, loss, op, "loss");
+  check_on(on, statistics, op, "statistics");
+  check_on(on, history, op, "history");
+  check_on(on, ema_norms, op, "ema_norms");
+  check_on(on, scale, op, "scale");
+  check_on(on, growth_tracker, op, "growth_tracker");
   return {
       policy,
       accept,

@@ -70,6 +70,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> grad_norm_decide_cuda
   const Stream on(statistics);
   const Decided decided(on, threshold, n);
   const Deciding deciding = deciding_of(
+      on,
+      op,
       unscale,
       loss,
       statistics,

@@ -11,6 +11,7 @@
 #include <algorithm>
 #include <map>
 #include <mutex>
+#include <optional>
 #include <utility>
 
 namespace fastguard {
@@ -24,7 +25,7 @@ class Stream {
  public:
   explicit Stream(const torch::stable::Tensor& tensor)
       : like(tensor),
-        device(cuda_device_of(tensor.get())),
+        device(device_of(tensor)),
         stream(current_stream(device)),
         guard_(device) {
     cudaStreamCaptureStatus status;
@@ -43,8 +44,31 @@ class Stream {
   bool capturing;
 
  private:
+  static int device_of(const torch::stable::Tensor& tensor) {
+    const int device = cuda_device_of(tensor.get());
+    STD_TORCH_CHECK(
+        device >= 0, "fastguard: of tensors of one call some are on a CUDA device, others are not");
+    return device;
+  }
+
   DeviceGuard guard_;
 };
+
+// Of what is given beside lists of tensors.
+inline void check_on(
+    const Stream& on,
+    const std::optional<torch::stable::Tensor>& tensor,
+    const char* op,
+    const char* name) {
+  STD_TORCH_CHECK(
+      !tensor.has_value() || cuda_device_of(tensor->get()) == on.device,
+      op,
+      ": ",
+      name,
+      " is not on cuda:",
+      on.device,
+      " as the others are");
+}
 
 struct Grid {
   int blocks;

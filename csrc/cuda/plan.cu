@@ -29,14 +29,16 @@ DevicePlan build_plan(const Stream& on, const HostPlan& host) {
   return {plan, memory};
 }
 
-constexpr int64_t most_bytes = 64 << 20;
-
-// All but the newest go that do not fit.
+// The oldest go; the newest stays even if it alone is too large. Tensors that lie elsewhere in every
+// step leave a plan behind each time, and every call looks through what is kept.
 void forget_oldest(std::list<Kept>& kept) {
   int64_t bytes = 0;
-  for (auto each = kept.begin(); each != kept.end();) {
-    bytes += each->host.bytes();
-    each = bytes > most_bytes && each != kept.begin() ? kept.erase(each) : std::next(each);
+  for (const Kept& each : kept) {
+    bytes += each.host.bytes();
+  }
+  while (kept.size() > 1 && (bytes > most_plan_bytes || kept.size() > most_plans)) {
+    bytes -= kept.back().host.bytes();
+    kept.pop_back();
   }
 }
 

@@ -19,6 +19,10 @@
 
 namespace fastguard {
 
+// What is kept of plans for later calls. A model has a handful, one for each group of parameters.
+constexpr int64_t most_plan_bytes = 64 << 20;
+constexpr size_t most_plans = 1024;
+
 using torch::stable::accelerator::DeviceGuard;
 
 // The CUDA device that a tensor is on, -1 if it is elsewhere.

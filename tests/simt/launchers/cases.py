@@ -277,6 +277,34 @@ def test_each_stream_has_plans_of_its_own():
     assert gpu().kernels() == ["grad_norm_kernel"] * 2
 
 
+def test_plans_are_forgotten_when_they_are_many():
+    """64 here, 1024 on a GPU; 64 KiB here, 64 MiB on a GPU: tests/simt/launchers/runtime.h."""
+    lists = [[torch.ones(1)] for _ in range(64)]
+    for grads in [*lists, *lists]:
+        ops.grad_norm(grads)
+    assert gpu().kernels() == [*BUILD, "grad_norm_kernel"] * 64 + ["grad_norm_kernel"] * 64
+    ops.grad_norm([torch.ones(1), torch.ones(1)])  # one too many
+    gpu().launches()
+    ops.grad_norm(lists[1])
+    assert gpu().kernels() == ["grad_norm_kernel"]
+    ops.grad_norm(lists[0])
+    assert gpu().kernels() == [*BUILD, "grad_norm_kernel"]
+
+
+def test_plans_are_forgotten_when_they_are_large():
+    lists = [list(torch.ones(250, 1).unbind()) for _ in range(3)]  # of 112 bytes a tensor
+    build = [*BUILD, "grad_norm_kernel"]
+    for grads, expected in ((0, build), (1, build), (0, build[-1:]), (2, build), (1, build)):
+        ops.grad_norm(lists[grads])
+        assert gpu().kernels() == expected
+    large = list(torch.ones(625, 1).unbind())  # is kept alone
+    for expected in (build, build[-1:]):
+        assert ops.grad_norm(large).total_norm == 25
+        assert gpu().kernels() == expected
+    ops.grad_norm(lists[1])
+    assert gpu().kernels() == build
+
+
 def test_threads_share_plans():
     lists = [[torch.full((9000,), float(i)), torch.ones(3)] for i in range(1, 4)]
     wanted = [ops.grad_norm_ref(grads).total_norm.item() for grads in lists]
@@ -344,6 +372,64 @@ def test_launches_go_to_the_device_of_the_tensors():
     devices = [device for _, _, device, _ in gpu().launches()]
     assert devices == [1, 1, 1, 0, 0, 0]
     assert measured.total_norm == pytest.approx(15**0.5)
+
+
+OTHERS = ["unscale", "loss", "statistics", "history", "ema_norms", "scale", "growth_tracker"]
+
+
+@pytest.mark.parametrize("device", [-1, 1])
+def test_tensors_of_several_devices_are_refused(device):
+    """Before anything is written: a kernel that reads what is elsewhere ends the process's CUDA."""
+    here, there = [torch.ones(4) for _ in range(3)], [torch.ones(4) for _ in range(3)]
+    one, verdict, window = scalar(2.0), torch.tensor(0), torch.ones(3, dtype=F64)
+    m, v, steps, none = torch.zeros(48), torch.zeros(48), torch.zeros(3), torch.zeros(0)
+    norms = torch.ones(3, dtype=F64)
+    decided = {
+        "unscale": scalar(1.0), "loss": scalar(1.0), "statistics": torch.zeros(3, dtype=F64),
+        "history": torch.zeros(4, dtype=F64), "ema_norms": torch.ones(3, dtype=F64),
+        "scale": torch.ones(1), "growth_tracker": torch.zeros(1, dtype=torch.int32),
+    }  # fmt: skip
+
+    def adamw():
+        ops.adamw_(here, there, m, v, none, steps, one, verdict, *RULE, False, False)
+
+    def decide():
+        known = ops.Statistics(*(decided[name] for name in OTHERS[2:5]))
+        scaling = ops.Scaling(decided["scale"], decided["growth_tracker"], 2.0, 0.5, 1)
+        rest = (decided["unscale"], decided["loss"], known, AdaGC(), 1.0, 1e9, True, scaling)
+        ops.grad_norm_decide_(here, *rest)
+
+    def decide_alone():
+        known = ops.Statistics(*(decided[name] for name in OTHERS[2:5]))
+        measured = ops.GradNorm(one, norms, None)
+        rest = (decided["unscale"], decided["loss"], known, AdaGC(), 1.0, 1e9)
+        ops.guard_decide_(measured, *rest)
+
+    runs = [
+        (lambda: ops.grad_norm(here), here[2], "grad_norm: tensor 2 is not on cuda:0"),
+        (lambda: ops.grad_norm(here), here[0], "."),
+        (lambda: ops.scale_(here, one), here[1], "scale_: tensor 1 is not on cuda:0"),
+        (lambda: ops.scale_(here, one), one, "scale_: clip_coef is not on cuda:0"),
+        (lambda: ops.clip_(here, 1.0, 1e9), here[1], "clip_: tensor 1 is not on cuda:0"),
+        (lambda: ops.accumulate_(here, there, verdict, window, 1.0), there[2], "tensor 2 is not"),
+        (lambda: ops.accumulate_(here, there, verdict, window, 1.0), verdict, "verdict is not on"),
+        (lambda: ops.settle_(here, there, verdict), there[2], "settle_: tensor 2 is not on"),
+        (adamw, here[1], r"adamw_: params\[1\] is not on cuda:0"),
+        (adamw, there[2], r"adamw_: grads\[2\] is not on cuda:0"),
+        (adamw, m, "adamw_: exp_avg is not on cuda:0"),
+        (adamw, v, "adamw_: exp_avg_sq is not on cuda:0"),
+        (adamw, steps, "adamw_: state_steps is not on cuda:0"),
+        (adamw, one, "adamw_: grad_coef is not on cuda:0"),
+        (adamw, verdict, "adamw_: verdict is not on cuda:0"),
+        (decide_alone, norms, "guard_decide_: norms is not on cuda:0"),
+        *((decide, decided[name], ".") for name in OTHERS),
+        *((decide_alone, decided[name], f"guard_decide_: {name} is not on") for name in OTHERS[:5]),
+    ]
+    for run, elsewhere, text in runs:
+        with gpu().on_device(device, elsewhere), pytest.raises(RuntimeError, match=text):
+            run()
+        assert gpu().launches() == [], text
+    assert all((t == 1).all() for t in [*here, *there])
 
 
 # --- what is refused before anything is written ---------------------------------------------------

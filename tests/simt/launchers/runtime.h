@@ -72,6 +72,9 @@ cudaError_t cudaLaunchKernelEx(
 
 namespace fastguard {
 
+constexpr int64_t most_plan_bytes = 64 << 10;
+constexpr size_t most_plans = 64;
+
 class DeviceGuard {
  public:
   explicit DeviceGuard(int device);
