@@ -31,8 +31,8 @@ list, and what they moved was multiplied. Bytes are for each fp32 parameter: `me
 dropped from them), `asked` every sector of every request, also where L1 or L2 has it. The floor is
 `memory` at {BANDWIDTH / 1e12} TB/s, no time of any GPU. Launches were counted on a list of several
 tensors, none of which had moved; where one has, uploads (one for 1000 tensors) and one expansion
-come first. The rows of torch and Apex are derived from their sources, as bench/counted.py says, with
-every kernel streaming.
+come first. The rows of torch and Apex are derived from their sources, as bench/counted.py says,
+with every kernel streaming.
 """
 
 
