@@ -108,6 +108,18 @@ def test_no_python_c_api(name):
     assert not re.findall(r"\b_?Py[A-Z]\w+", symbols)
 
 
+@pytest.mark.parametrize(
+    "capability, runs",
+    [((7, 5), False), ((8, 0), True), ((8, 9), True), ((9, 0), True), ((10, 3), True)]
+    + [((11, 0), False), ((12, 1), True), ((13, 0), True)],  # the last by PTX
+)
+def test_a_gpu_without_a_binary_gets_the_references(capability, runs, monkeypatch):
+    monkeypatch.setattr(ops, "cuda_info", lambda: {"archs": "80 90 100 120 PTX"})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert ops._runs_on.__wrapped__(torch.device("cuda", 0)) == runs
+
+
 @pytest.mark.cuda
 @pytest.mark.parametrize("norm", [0.0, 0.3, 7.0, 50.0, float("inf"), float("nan")])
 def test_decide_on_cuda(norm):
