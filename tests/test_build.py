@@ -109,15 +109,15 @@ def test_no_python_c_api(name):
 
 
 @pytest.mark.parametrize(
-    "capability, runs",
-    [((7, 5), False), ((8, 0), True), ((8, 9), True), ((9, 0), True), ((10, 3), True)]
-    + [((11, 0), False), ((12, 1), True), ((13, 0), True)],  # the last by PTX
+    "runs, capabilities", [(False, (75, 110)), (True, (80, 89, 90, 103, 121, 130))]
 )
-def test_a_gpu_without_a_binary_gets_the_references(capability, runs, monkeypatch):
+def test_a_gpu_without_a_binary_gets_the_references(capabilities, runs, monkeypatch):
+    """Binaries serve the later minor versions of their generation, PTX what comes after 120."""
     monkeypatch.setattr(ops, "cuda_info", lambda: {"archs": "80 90 100 120 PTX"})
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    assert ops._runs_on.__wrapped__(torch.device("cuda", 0)) == runs
+    for number in capabilities:
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, n=number: divmod(n, 10))
+        assert ops._runs_on.__wrapped__(torch.device("cuda", 0)) == runs
 
 
 @pytest.mark.cuda
