@@ -67,6 +67,32 @@ inline Dense densify(const torch::stable::Tensor& tensor) {
   return {torch::stable::contiguous(tensor), {}, true};
 }
 
+// Tensors, each as one stretch of memory; where one has gaps a copy stands in.
+class DenseList {
+ public:
+  explicit DenseList(const std::vector<torch::stable::Tensor>& tensors) : given_(tensors) {
+    dense_.reserve(tensors.size());
+    for (const torch::stable::Tensor& tensor : tensors) {
+      dense_.push_back(densify(tensor));
+    }
+  }
+
+  const Dense& operator[](size_t index) const { return dense_[index]; }
+
+  // What was written into a copy is written into the tensor that it stands in for.
+  void copy_back() {
+    for (size_t i = 0; i < given_.size(); ++i) {
+      if (dense_[i].copied) {
+        torch::stable::copy_(given_[i], dense_[i].tensor);
+      }
+    }
+  }
+
+ private:
+  std::vector<torch::stable::Tensor> given_;
+  std::vector<Dense> dense_;
+};
+
 // The same elements in the same order as those of `like`, whose memory has no gaps.
 inline torch::stable::Tensor laid_out_as(
     const torch::stable::Tensor& grad, const torch::stable::Tensor& like) {

@@ -33,7 +33,7 @@ void accumulate_cpu(
   std::vector<Tensor> sources;
   std::vector<Span> from;
   for (size_t i = 0; i < sums.size(); ++i) {
-    sources.push_back(laid_out_as(grads[i], written[i]));
+    sources.push_back(laid_out_as(grads[i], written[i].tensor));
     from.push_back(span_of(sources.back()));
   }
   const std::vector<Chunk> chunks = cut(written.spans);

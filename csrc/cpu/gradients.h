@@ -43,34 +43,19 @@ inline Span span_of(const torch::stable::Tensor& tensor) {
   return {data, tensor.numel(), tensor.scalar_type()};
 }
 
-// Tensors that a kernel writes, each as one stretch of memory; where one has gaps a copy stands in.
-class Written {
+// Tensors that a kernel writes.
+class Written : public DenseList {
  public:
-  explicit Written(const std::vector<torch::stable::Tensor>& tensors) : given_(tensors) {
-    dense_.reserve(tensors.size());
+  explicit Written(const std::vector<torch::stable::Tensor>& tensors) : DenseList(tensors) {
     spans.reserve(tensors.size());
-    for (const torch::stable::Tensor& tensor : tensors) {
-      dense_.push_back(densify(tensor));
-      dense_.back().tensor.mutable_data_ptr();  // makes a copy-on-write tensor its own
-      spans.push_back(span_of(dense_.back().tensor));
-    }
-  }
-
-  const torch::stable::Tensor& operator[](size_t index) const { return dense_[index].tensor; }
-
-  void copy_back() {
-    for (size_t i = 0; i < given_.size(); ++i) {
-      if (dense_[i].copied) {
-        torch::stable::copy_(given_[i], dense_[i].tensor);
-      }
+    for (size_t i = 0; i < tensors.size(); ++i) {
+      const torch::stable::Tensor& tensor = (*this)[i].tensor;
+      tensor.mutable_data_ptr();  // makes a copy-on-write tensor its own
+      spans.push_back(span_of(tensor));
     }
   }
 
   std::vector<Span> spans;
-
- private:
-  std::vector<torch::stable::Tensor> given_;
-  std::vector<Dense> dense_;
 };
 
 template <class Function>

@@ -19,11 +19,11 @@ void accumulate_cuda(
   check_accumulate(sums, grads, verdict, window);
   const Stream on(window);
   check_on(on, verdict, "accumulate_", "verdict");
-  Dense1D dense(sums, on.device, "accumulate_", true);
+  PlanTensors dense(sums, on.device, "accumulate_", true);
   check_devices(grads, on.device, "accumulate_");
   std::vector<Tensor> sources;
   for (size_t i = 0; i < grads.size(); ++i) {
-    sources.push_back(laid_out_as(grads[i], dense[i]));
+    sources.push_back(laid_out_as(grads[i], dense[i].tensor));
     dense.given[i].other = sources.back().const_data_ptr();
   }
   const DevicePlan prepared = plan_of(on, dense.given);

@@ -2,20 +2,11 @@
 // Reference: accumulate_ref_ in fastguard/ops.py.
 #pragma once
 
+#include "cuda/elements.cuh"
 #include "cuda/reduce.cuh"
-#include "cuda/squares.cuh"
 #include "decide.h"
 
 namespace fastguard {
-
-template <class T>
-__device__ inline T plus(T x, T y) {
-  if constexpr (sizeof(T) == sizeof(double)) {
-    return x + y;
-  } else {
-    return from_float<T>(to_float(x) + to_float(y));
-  }
-}
 
 // `width` elements in one instruction; words, for the reason that squares.cuh gives. What the sums
 // were before is read unless this is the `first` micro-batch.
@@ -32,7 +23,7 @@ __device__ inline void accumulate_elements(T* sums, const T* grads, int n) {
       const V grad = bits_as<V>(added);
 #pragma unroll
       for (int j = 0; j < width; ++j) {
-        sum.at[j] = plus(sum.at[j], grad.at[j]);
+        sum.at[j] = narrowed<T>(widened(sum.at[j]) + widened(grad.at[j]));
       }
       store(reinterpret_cast<Word*>(sums) + i, bits_as<Word>(sum));
     }

@@ -5,8 +5,8 @@
 #pragma once
 
 #include "adamw_options.h"
+#include "cuda/elements.cuh"
 #include "cuda/reduce.cuh"
-#include "cuda/squares.cuh"
 #include "decide.h"
 
 #include <cmath>
@@ -88,21 +88,12 @@ __device__ inline AdamwRule<Real> rule_of(
       !options.decoupled_weight_decay && options.weight_decay != 0.0};
 }
 
-template <class To, class T>
-__device__ inline To as(T x) {
-  if constexpr (sizeof(T) == sizeof(double)) {
-    return static_cast<To>(x);
-  } else {
-    return static_cast<To>(to_float(x));
-  }
-}
-
 // A gradient times its factor: the product in float64, so that neither 1e38 nor a factor of 1e-43 is
-// too much for it: three instructions of the fp64 units, which other elements' 28 bytes hide but on
-// GPUs that have next to none of them.
+// too much for it. That is three instructions of the fp64 units, which the 28 bytes of an element
+// hide unless a GPU has next to none of them.
 template <class Real, class T>
 __device__ inline Real scaled(T grad, double factor) {
-  return static_cast<Real>(as<double>(grad) * factor);
+  return static_cast<Real>(widened(grad) * factor);
 }
 
 template <bool amsgrad, class Real>
@@ -120,11 +111,6 @@ __device__ inline Real update(
   const Real move = rule.step_size * (m / (std::sqrt(under_root) * rule.root_factor + rule.eps));
   return p - (rule.coupled ? move : rule.weight_decay * p + move);
 }
-
-template <class T>
-__device__ inline T narrow(double x) { return static_cast<T>(x); }
-template <class T>
-__device__ inline T narrow(float x) { return from_float<T>(x); }
 
 // `width` elements of each array in one instruction; consecutive threads have consecutive ones.
 template <bool amsgrad, int width, class P, class G, class Real>
@@ -145,8 +131,9 @@ __device__ inline void step_elements(
 #pragma unroll
     for (int j = 0; j < width; ++j) {
       const Real grad = scaled<Real>(grads.at[j], rule.grad_coef);
-      params.at[j] = narrow<P>(
-          update<amsgrad>(rule, as<Real>(params.at[j]), grad, ms.at[j], vs.at[j], most.at[j]));
+      const Real param = static_cast<Real>(widened(params.at[j]));
+      params.at[j] =
+          narrowed<P>(update<amsgrad>(rule, param, grad, ms.at[j], vs.at[j], most.at[j]));
     }
     store(reinterpret_cast<Ps*>(p) + i, params);
     store_once(reinterpret_cast<Reals*>(m) + i, ms);

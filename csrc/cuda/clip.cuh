@@ -41,7 +41,8 @@ __device__ inline void scale_chunk(const Chunk& chunk, double factor, const Read
   });
 }
 
-__global__ __launch_bounds__(threads, blocks_per_sm) void clip_kernel(Plan plan, Norms out, Clipping clipping) {
+__global__ __launch_bounds__(threads, blocks_per_sm) void clip_kernel(
+    Plan plan, Norms out, Clipping clipping) {
   const Shared<Word16> kept = dynamic_shared<Word16>();
   const int grid = static_cast<int>(gridDim.x);
   int c = blockIdx.x;

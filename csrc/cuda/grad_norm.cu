@@ -29,7 +29,7 @@ struct Measured {
 };
 
 Measured measure(const Stream& on, const std::vector<Tensor>& grads, const char* op, const Deciding& deciding) {
-  const Dense1D dense(grads, on.device, op, false);
+  const PlanTensors dense(grads, on.device, op, false);
   const Measured measured(on, static_cast<int64_t>(grads.size()));
   const DevicePlan prepared = plan_of(on, dense.given);
   launch(

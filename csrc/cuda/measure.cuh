@@ -45,15 +45,6 @@ __device__ inline Nonfinite block_together(const Nonfinite& mine) {
   return {block_reduce(mine.nans, add), block_reduce(mine.infs, add), block_reduce(mine.first, least)};
 }
 
-template <class T>
-__device__ inline auto value_of(T x) {
-  if constexpr (sizeof(T) == sizeof(double)) {
-    return x;
-  } else {
-    return to_float(x);
-  }
-}
-
 // A second look at a chunk whose sum is not finite; it lies in the cache.
 __device__ inline Nonfinite find_nonfinite(const Plan& plan, const Chunk& chunk) {
   return with_type(chunk.type(), [&](auto* type) {
@@ -61,7 +52,7 @@ __device__ inline Nonfinite find_nonfinite(const Plan& plan, const Chunk& chunk)
     const T* x = reinterpret_cast<const T*>(chunk.data);
     Nonfinite found = {0, 0, -1};
     for (int i = threadIdx.x; within(i, chunk.size()); i += threads) {
-      const auto value = value_of(load(x + i));
+      const auto value = widened(load(x + i));
       if (!std::isfinite(value)) {
         const int64_t offset = int64_t{chunk.index} * chunk_elements + i;
         const int64_t place = row_major_index(plan, chunk.tensor, offset);

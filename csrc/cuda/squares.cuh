@@ -8,7 +8,7 @@
 // float64. A sum that is not finite in the end says that an element was not.
 #pragma once
 
-#include "cuda/plan.cuh"
+#include "cuda/elements.cuh"
 
 #include <cmath>
 
@@ -126,21 +126,6 @@ __device__ inline double sum_squares(const T* x, int n, const See& see) {
   }
   sums[0].add(sums[1]);
   return sums[0].total();
-}
-
-// Calls f with a null pointer to the C++ type.
-template <class F>
-__device__ inline auto with_type(Type type, const F& f) {
-  switch (type) {
-    case Type::float32:
-      return f(static_cast<float*>(nullptr));
-    case Type::float64:
-      return f(static_cast<double*>(nullptr));
-    case Type::bfloat16:
-      return f(static_cast<BFloat16*>(nullptr));
-    default:
-      return f(static_cast<Float16*>(nullptr));
-  }
 }
 
 }  // namespace fastguard

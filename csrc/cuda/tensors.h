@@ -35,11 +35,30 @@ inline void check_devices(
   }
 }
 
-// The tensors' memory as it is, or copies in place of those that have gaps.
-class Dense1D {
+// Tensors as a plan is given them; `written` says whether a kernel writes them.
+class PlanTensors : public DenseList {
  public:
-  Dense1D(const std::vector<torch::stable::Tensor>& tensors, int device, const char* op, bool written)
-      : given_(tensors) {
+  PlanTensors(
+      const std::vector<torch::stable::Tensor>& tensors, int device, const char* op, bool written)
+      : DenseList(checked(tensors, device, op, written)) {
+    given.reserve(tensors.size());
+    for (size_t i = 0; i < tensors.size(); ++i) {
+      const torch::stable::Tensor& values = (*this)[i].tensor;
+      std::vector<PlanDim> dims;
+      for (const Dense::Dim& dim : (*this)[i].permutation) {
+        dims.push_back({dim.stride, dim.row_major_stride});
+      }
+      const Type type = type_of(values.scalar_type());
+      const void* data = written ? values.mutable_data_ptr() : values.const_data_ptr();
+      given.push_back({data, nullptr, values.numel(), type, type, std::move(dims)});
+    }
+  }
+
+  std::vector<Given> given;
+
+ private:
+  static const std::vector<torch::stable::Tensor>& checked(
+      const std::vector<torch::stable::Tensor>& tensors, int device, const char* op, bool written) {
     check_devices(tensors, device, op);
     for (size_t i = 0; i < tensors.size(); ++i) {
       check_dtype(tensors[i], op, i);
@@ -47,36 +66,8 @@ class Dense1D {
         check_no_overlap(tensors[i], op, i);
       }
     }
-    for (const torch::stable::Tensor& tensor : tensors) {
-      dense_.push_back(densify(tensor));
-      const Dense& dense = dense_.back();
-      const torch::stable::Tensor& values = dense.tensor;
-      const Type type = type_of(values.scalar_type());
-      std::vector<PlanDim> dims;
-      for (const Dense::Dim& dim : dense.permutation) {
-        dims.push_back({dim.stride, dim.row_major_stride});
-      }
-      const void* data = written ? values.mutable_data_ptr() : values.const_data_ptr();
-      given.push_back({data, nullptr, values.numel(), type, type, std::move(dims)});
-    }
+    return tensors;
   }
-
-  void copy_back() const {
-    for (size_t i = 0; i < given_.size(); ++i) {
-      if (dense_[i].copied) {
-        torch::stable::Tensor to = given_[i];
-        torch::stable::copy_(to, dense_[i].tensor);
-      }
-    }
-  }
-
-  const torch::stable::Tensor& operator[](size_t index) const { return dense_[index].tensor; }
-
-  std::vector<Given> given;
-
- private:
-  const std::vector<torch::stable::Tensor>& given_;
-  std::vector<Dense> dense_;
 };
 
 }  // namespace fastguard

@@ -11,11 +11,7 @@ namespace fastguard {
 // such gradients to scale only in a step that clips, and with an optimizer other than fastguard's.
 template <class T>
 __device__ inline T times(T x, double factor) {
-  if constexpr (sizeof(T) == sizeof(double)) {
-    return x * factor;
-  } else {
-    return from_float<T>(static_cast<float>(to_float(x) * factor));
-  }
+  return narrowed<T>(widened(x) * factor);
 }
 
 template <class T>

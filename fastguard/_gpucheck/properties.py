@@ -42,10 +42,9 @@ class Chain:
         self._before = [t.clone() for t in self.tensors()]
 
     def step(self) -> None:
-        measured = ops.grad_norm(self.grads)
-        decided = ops.guard_decide_(
-            measured, None, None, self.statistics, self._threshold, 1.0, math.inf
-        )
+        """As a guard's."""
+        rule = (None, None, self.statistics, self._threshold, 1.0, math.inf)
+        measured, decided = ops.grad_norm_decide_(self.grads, *rule)
         ops.adamw_(self.params, self.grads, *self.state, *decided[:2], *_OPTIONS)
         self.outputs = [*measured, *decided]
 
@@ -54,7 +53,12 @@ class Chain:
         verdict, coef = self.outputs[4], self.outputs[3]
         ops.accumulate_(self.sums, self.grads, verdict, self.window, 1.0)
         ops.scale_(self.grads, coef)
-        ops.settle_(self.sums, self.grads, verdict)
+        measured = ops.grad_norm(self.grads)
+        rule = (None, None, self.statistics, self._threshold, 0.5, math.inf)
+        decided = ops.guard_decide_(measured, *rule)
+        ops.clip_(self.grads, 0.5, math.inf)
+        ops.settle_(self.sums, self.grads, decided.verdict)
+        self.outputs += [*measured, *decided]
 
     def new_gradients(self, bad: bool = False) -> None:
         for spec, grad in zip(self._specs, self.grads, strict=True):
