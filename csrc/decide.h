@@ -2,15 +2,11 @@
 // fastguard/ops.py; what the thresholds mean and where they come from: fastguard/thresholds.py.
 #pragma once
 
+#include "host_device.h"
+
 #include <cmath>
 #include <cstdint>
 #include <vector>
-
-#ifdef __CUDACC__
-#define FASTGUARD_HOST_DEVICE __host__ __device__
-#else
-#define FASTGUARD_HOST_DEVICE
-#endif
 
 namespace fastguard {
 

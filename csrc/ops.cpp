@@ -51,6 +51,24 @@ STABLE_TORCH_LIBRARY(fastguard, m) {
       "Tensor grad_coef, Tensor verdict, float lr, float beta1, float beta2, float weight_decay, "
       "float eps, bool decoupled_weight_decay, bool amsgrad, bool maximize) -> ()");
 
+  // clamp(dropout(softmax(softcap(scale q k^T) + attn_mask)) v). query (B, H, T, D), key (B, G, S, D),
+  // value (B, G, S, Dv), key_padding_mask bool (B, S), True: left out; attn_mask (B, H, T, S) of any
+  // strides, bool, True: takes part, or float32 (float64 for a float64 query), added; seed i64 (2,)
+  // where dropout_p > 0; softcap 0: none; clamp inf: none
+  // -> output (B, H, T, Dv), logsumexp f32 (B, H, T) (f64 for f64; inf where a row has no key), stats
+  // of its dtype (2, B, H, T): largest logit, entropy in nats; (0,) unless return_stats
+  m.def(
+      "attention(Tensor query, Tensor key, Tensor value, Tensor? key_padding_mask, "
+      "Tensor? attn_mask, Tensor? seed, bool is_causal, float dropout_p, float scale, "
+      "float softcap, float clamp, bool return_stats) -> (Tensor, Tensor, Tensor)");
+
+  // -> gradients of query, key and value
+  m.def(
+      "attention_backward(Tensor grad_output, Tensor query, Tensor key, Tensor value, "
+      "Tensor output, Tensor logsumexp, Tensor? key_padding_mask, Tensor? attn_mask, "
+      "Tensor? seed, bool is_causal, float dropout_p, float scale, float softcap, float clamp) -> "
+      "(Tensor, Tensor, Tensor)");
+
   // What was built and chosen, one "key=value" a line; for `python -m fastguard.env`.
   m.def("cpu_info() -> str");
   m.def("cuda_info() -> str");

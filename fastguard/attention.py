@@ -1,10 +1,29 @@
-"""Multi-head attention whose output is clamped to [-clamp, clamp]."""
+"""Attention whose output is clamped to [-clamp, clamp], in one fused operator."""
 
 from __future__ import annotations
+
+import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from . import attention_ops
+from .attention_ops import MOST_HEAD_DIM
+from .ops import DTYPES
+
+
+class AttentionStats(NamedTuple):
+    """What tells a head that is about to explode from one that is not; each of shape (H,)."""
+
+    #: The largest logit of all rows, after `softcap` and `attn_mask`; -inf if no row has a key.
+    max_logit: Tensor
+    #: Mean over the rows of the entropy of the weights, in nats: 0 where each row looks at one
+    #: key only, log S where it looks at all alike. NaN if no row has a key.
+    entropy: Tensor
+    #: Share of the output's elements that the clamp holds, 0 to 1.
+    clamped_share: Tensor
 
 
 def clamped_attention(
@@ -13,48 +32,100 @@ def clamped_attention(
     value: Tensor,
     *,
     key_padding_mask: Tensor | None = None,
+    attn_mask: Tensor | None = None,
+    is_causal: bool = False,
     dropout_p: float = 0.0,
     scale: float | None = None,
+    softcap: float | None = None,
     clamp: float | None = 10.0,
-) -> Tensor:
-    """``clamp(softmax(scale * query @ key^T) @ value, -clamp, clamp)``.
+    return_stats: bool = False,
+) -> Tensor | tuple[Tensor, AttentionStats]:
+    """``clamp(softmax(scale * query @ key^T) @ value, -clamp, clamp)`` in one operator.
 
-    This is the pure-torch form, `scaled_dot_product_attention` followed by a separate
-    clamp: one more pass over the output than a fused kernel would take.
+    Equivalent to `F.scaled_dot_product_attention` followed by ``clamp``, but: dropout stays in the
+    fused kernel; NaN or Inf in a padded key or value reaches nothing; keys that are padded or
+    above the diagonal are skipped, not computed and masked. Memory is linear in T and S. Tiled
+    after Dao 2023 (FlashAttention-2, arXiv 2307.08691).
 
     Args:
-        query: (B, H, T, D), floating point.
-        key, value: (B, H, S, D), dtype and device of `query`.
-        key_padding_mask: (B, S) bool, True where the key is padding
-            (`nn.MultiheadAttention`'s convention, the opposite of SDPA's).
-        dropout_p: probability of dropping an attention weight; 0 at evaluation.
+        query: (B, H, T, D), float32, float64, bfloat16 or float16; T >= 1, D from 1 to 256.
+        key: (B, G, S, D), value: (B, G, S, Dv), dtype and device of `query`. H is a multiple of G:
+            with G < H each head of the keys serves H / G of the queries (GQA). Under autocast all
+            three are cast to its dtype.
+        key_padding_mask: (B, S) bool, True where the key is padding: `nn.MultiheadAttention`'s
+            convention, the opposite of `attn_mask`'s.
+        attn_mask: broadcastable to (B, H, T, S); bool, True where the key takes part, or floating
+            point, added to the logits (SDPA's convention). NaN in a key that it hides from some
+            rows only may reach those too. One that requires a gradient takes the slow way, in
+            plain torch, with tensors of T x S.
+        is_causal: row i sees keys 0 to i; may be combined with the masks.
+        dropout_p: probability, in [0, 1), of dropping a weight; rounded to a multiple of 2^-16. The
+            same for forward and backward, CPU and CUDA, given the state of torch's generator.
         scale: factor on the logits; None means 1 / sqrt(D).
-        clamp: bound on the output, > 0; None leaves the output free.
+        softcap: c > 0 bounds the logits: ``c * tanh(logits / c)``, before masks (Gemma 2, arXiv
+            2408.00118). None leaves them free.
+        clamp: bound on the output, > 0; None leaves it free.
+        return_stats: also return :class:`AttentionStats`, without gradients.
 
     Returns:
-        (B, H, T, D) in the dtype of SDPA's output. A row whose keys are all padded is zero
-        and has zero gradients. NaN or Inf in a padded key or value reaches nothing; NaN
-        in a valid input passes through the clamp, so that a guard downstream sees it.
+        (B, H, T, Dv) in the dtype of the query, and with `return_stats` the statistics. A row
+        without a key is zero and has zero gradients. NaN in a valid input passes through the clamp,
+        so that a guard downstream sees it.
 
-    The gradient is that of SDPA where ``abs(output) < clamp`` and zero outside (at exact
-    equality: zero from torch 2.14 on, as in `F.hardtanh`; earlier releases pass it).
+    The gradient passes where ``abs(output) < clamp`` and is zero elsewhere (as torch's from 2.14
+    on; earlier releases pass it at exact equality). There are no second derivatives.
 
     Raises:
-        ValueError: `clamp` is not positive, or the mask is not bool of shape (B, S).
+        ValueError: shapes, dtypes, devices or options that do not fit; the message has them.
     """
-    check_clamp(clamp)
-    attn_mask = None
+    query, key, value = _autocast(query, key, value)
+    _check_inputs(query, key, value)
+    check_options(dropout_p, softcap, clamp)
+    shape = (*query.shape[:3], key.size(2))
     if key_padding_mask is not None:
-        check_key_padding_mask(key_padding_mask, key)
-        padded = key_padding_mask[:, None, :, None]  # (B, 1, S, 1)
-        # Masking the logits alone is not enough: 0 * NaN is NaN (pytorch issue 101967).
-        key = key.masked_fill(padded, 0.0)
-        value = value.masked_fill(padded, 0.0)
-        attn_mask = ~key_padding_mask[:, None, None, :]  # (B, 1, 1, S)
-    output = F.scaled_dot_product_attention(
-        query, key, value, attn_mask=attn_mask, dropout_p=dropout_p, scale=scale
+        check_key_padding_mask(key_padding_mask, shape[0], shape[3])
+    if attn_mask is not None:
+        attn_mask = _expanded(attn_mask, shape, query.dtype)
+    seed = None
+    if dropout_p > 0:
+        seed = torch.randint(2**63 - 1, (2,), device=query.device)
+    output, _, rows = attention_ops.attention(
+        query,
+        key,
+        value,
+        key_padding_mask,
+        attn_mask,
+        seed,
+        is_causal,
+        dropout_p,
+        1 / math.sqrt(query.size(3)) if scale is None else scale,
+        softcap or 0.0,
+        math.inf if clamp is None else clamp,
+        return_stats,
     )
-    return output if clamp is None else output.clamp(-clamp, clamp)
+    return (output, _per_head(output, rows, clamp)) if return_stats else output
+
+
+def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Cast for autocast, as it casts for torch's own attention."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)
+
+
+@torch.no_grad()
+def _per_head(output: Tensor, rows: Tensor, clamp: float | None) -> AttentionStats:
+    largest, entropy = rows.transpose(1, 2).flatten(2)  # (H, B * T)
+    alive = largest != -math.inf
+    bound = math.inf if clamp is None else clamp
+    held = (output.abs() >= bound).transpose(0, 1).flatten(1)
+    return AttentionStats(
+        largest.amax(1),
+        entropy.where(alive, 0.0).sum(1) / alive.sum(1),
+        held.float().mean(1) if clamp is not None else torch.zeros_like(largest[:, 0]),
+    )
 
 
 class ClampedMultiheadAttention(nn.Module):
@@ -163,15 +234,69 @@ class ClampedMultiheadAttention(nn.Module):
         )
 
 
+def check_options(dropout_p: float, softcap: float | None, clamp: float | None) -> None:
+    if not 0 <= dropout_p < 1:
+        raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
+    if softcap is not None and not 0 < softcap < math.inf:
+        raise ValueError(
+            f"softcap must be finite and > 0, got {softcap}: pass None for free logits"
+        )
+    check_clamp(clamp)
+
+
 def check_clamp(clamp: float | None) -> None:
     if clamp is not None and not clamp > 0:
         raise ValueError(f"clamp must be > 0, got {clamp}: pass None for a free output")
 
 
-def check_key_padding_mask(mask: Tensor, key: Tensor) -> None:
-    expected = (key.size(0), key.size(2))
-    if mask.dtype != torch.bool or mask.shape != expected:
+def check_key_padding_mask(mask: Tensor, batch: int, keys: int) -> None:
+    if mask.dtype != torch.bool or mask.shape != (batch, keys):
         raise ValueError(
-            f"key_padding_mask must be bool of shape (B, S) = {expected}, got {mask.dtype} "
+            f"key_padding_mask must be bool of shape (B, S) = {(batch, keys)}, got {mask.dtype} "
             f"of shape {tuple(mask.shape)}: pass True where the key is padding"
         )
+
+
+def _check_inputs(query: Tensor, key: Tensor, value: Tensor) -> None:
+    shapes = [tuple(x.shape) for x in (query, key, value)]
+    got = "got query {}, key {} and value {}".format(*shapes)
+    if not all(len(shape) == 4 for shape in shapes):
+        raise ValueError(f"query, key and value must have 4 dimensions (B, H, T, D); {got}")
+    (batch, heads, _, width), (batch_k, heads_k, keys, width_k), shape_v = shapes
+    if shape_v[:3] != (batch_k, heads_k, keys) or batch != batch_k or width != width_k:
+        raise ValueError(
+            f"query (B, H, T, D), key (B, G, S, D) and value (B, G, S, Dv) do not fit: {got}"
+        )
+    if 0 in shapes[0][1:] or 0 in shapes[1][1:] or heads % heads_k:
+        raise ValueError(
+            f"H must be a multiple of G, and H, G, T, S and D at least 1 (query (B, H, T, D), key "
+            f"(B, G, S, D)); {got}"
+        )
+    if not 1 <= max(width, shape_v[3]) <= MOST_HEAD_DIM or shape_v[3] < 1:
+        raise ValueError(
+            f"head dims must be 1 to {MOST_HEAD_DIM}; {got}: use more heads, or "
+            "torch.nn.functional.scaled_dot_product_attention"
+        )
+    dtypes, devices = zip(*((x.dtype, x.device) for x in (query, key, value)), strict=True)
+    if len({*dtypes}) > 1 or dtypes[0] not in DTYPES or len({*devices}) > 1:
+        raise ValueError(
+            "query, key and value must be on one device and of one dtype of float32, float64, "
+            f"bfloat16, float16; got {list(dtypes)} on {[str(device) for device in devices]}"
+        )
+
+
+def _expanded(mask: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """`attn_mask` as the operator takes it: four dimensions, and wide enough to be added."""
+    if mask.dtype != torch.bool and not mask.is_floating_point():
+        raise ValueError(
+            f"attn_mask must be bool (True: takes part) or floating point (added), got {mask.dtype}"
+        )
+    if mask.dtype != torch.bool:
+        mask = mask.to(torch.float64 if dtype == torch.float64 else torch.float32)
+    try:
+        return mask.expand(shape)
+    except RuntimeError:
+        raise ValueError(
+            f"attn_mask must be broadcastable to (B, H, T, S) = {shape}, got shape "
+            f"{tuple(mask.shape)}"
+        ) from None

@@ -1,0 +1,186 @@
+// What attention's kernels for CPU and CUDA are given, and the checks that they share. Masks'
+// conventions: csrc/ops.cpp.
+#pragma once
+
+#include "checks.h"
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <cstdint>
+#include <optional>
+#include <tuple>
+
+namespace fastguard {
+
+constexpr int64_t most_head_dim = 256;
+
+struct AttentionSizes {
+  int64_t batch, heads, kv_heads, queries, keys, head_dim, value_dim;
+};
+
+struct AttentionOptions {
+  bool is_causal;
+  double dropout_p;
+  double scale;
+  double softcap;  // 0: none
+  double clamp;  // inf: none
+};
+
+inline AttentionSizes check_attention_shapes(
+    const char* op,
+    const torch::stable::Tensor& query,
+    const torch::stable::Tensor& key,
+    const torch::stable::Tensor& value) {
+  STD_TORCH_CHECK(
+      query.dim() == 4 && key.dim() == 4 && value.dim() == 4,
+      op,
+      ": query, key and value must have 4 dimensions, (B, H, T, D); got ",
+      query.dim(),
+      ", ",
+      key.dim(),
+      " and ",
+      value.dim());
+  const AttentionSizes sizes{
+      query.size(0), query.size(1), key.size(1), query.size(2), key.size(2), query.size(3),
+      value.size(3)};
+  STD_TORCH_CHECK(
+      key.size(0) == sizes.batch && value.size(0) == sizes.batch &&
+          value.size(1) == sizes.kv_heads && value.size(2) == sizes.keys &&
+          key.size(3) == sizes.head_dim && sizes.kv_heads > 0 && sizes.heads > 0 &&
+          sizes.heads % sizes.kv_heads == 0,
+      op,
+      ": query (B, H, T, D), key (B, G, S, D) and value (B, G, S, Dv) do not fit, or H is no "
+      "multiple of G");
+  STD_TORCH_CHECK(
+      sizes.queries > 0 && sizes.keys > 0 && sizes.head_dim > 0 && sizes.value_dim > 0 &&
+          sizes.head_dim <= most_head_dim && sizes.value_dim <= most_head_dim,
+      op,
+      ": T and S must be at least 1, head dims 1 to ",
+      most_head_dim,
+      "; got T=",
+      sizes.queries,
+      ", S=",
+      sizes.keys,
+      ", D=",
+      sizes.head_dim,
+      ", Dv=",
+      sizes.value_dim);
+  return sizes;
+}
+
+inline void check_attention_masks(
+    const char* op,
+    const AttentionSizes& sizes,
+    torch::headeronly::ScalarType dtype,
+    const std::optional<torch::stable::Tensor>& key_padding_mask,
+    const std::optional<torch::stable::Tensor>& attn_mask) {
+  using torch::headeronly::ScalarType;
+  const ScalarType added = dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  STD_TORCH_CHECK(
+      !key_padding_mask.has_value() ||
+          (key_padding_mask->scalar_type() == ScalarType::Bool && key_padding_mask->dim() == 2 &&
+           key_padding_mask->size(0) == sizes.batch && key_padding_mask->size(1) == sizes.keys),
+      op,
+      ": key_padding_mask must be bool of shape (",
+      sizes.batch,
+      ", ",
+      sizes.keys,
+      ")");
+  STD_TORCH_CHECK(
+      !attn_mask.has_value() ||
+          ((attn_mask->scalar_type() == ScalarType::Bool || attn_mask->scalar_type() == added) &&
+           attn_mask->dim() == 4 && attn_mask->size(0) == sizes.batch &&
+           attn_mask->size(1) == sizes.heads && attn_mask->size(2) == sizes.queries &&
+           attn_mask->size(3) == sizes.keys),
+      op,
+      ": attn_mask must be bool or of dtype number ",
+      static_cast<int>(added),
+      " and of shape (",
+      sizes.batch,
+      ", ",
+      sizes.heads,
+      ", ",
+      sizes.queries,
+      ", ",
+      sizes.keys,
+      ")");
+}
+
+inline void check_attention_options(
+    const char* op,
+    const AttentionOptions& options,
+    const std::optional<torch::stable::Tensor>& seed) {
+  STD_TORCH_CHECK(
+      options.dropout_p >= 0.0 && options.dropout_p < 1.0 && options.softcap >= 0.0 &&
+          options.clamp > 0.0,
+      op,
+      ": dropout_p must be in [0, 1), softcap at least 0, clamp above 0; got ",
+      options.dropout_p,
+      ", ",
+      options.softcap,
+      ", ",
+      options.clamp);
+  STD_TORCH_CHECK(
+      options.dropout_p == 0.0 || seed.has_value(), op, ": dropout needs a seed of two int64");
+  if (seed.has_value()) {
+    check_tensor(*seed, op, "seed", torch::headeronly::ScalarType::Long, 1);
+    STD_TORCH_CHECK(seed->numel() == 2, op, ": seed must be 2 numbers, got ", seed->numel());
+  }
+}
+
+inline AttentionSizes check_attention(
+    const char* op,
+    const torch::stable::Tensor& query,
+    const torch::stable::Tensor& key,
+    const torch::stable::Tensor& value,
+    const std::optional<torch::stable::Tensor>& key_padding_mask,
+    const std::optional<torch::stable::Tensor>& attn_mask,
+    const std::optional<torch::stable::Tensor>& seed,
+    const AttentionOptions& options) {
+  const AttentionSizes sizes = check_attention_shapes(op, query, key, value);
+  check_dtype(query, op, 0);
+  STD_TORCH_CHECK(
+      key.scalar_type() == query.scalar_type() && value.scalar_type() == query.scalar_type(),
+      op,
+      ": query, key and value differ in dtype");
+  check_attention_masks(op, sizes, query.scalar_type(), key_padding_mask, attn_mask);
+  check_attention_options(op, options, seed);
+  return sizes;
+}
+
+// Of what the forward pass gave back.
+inline void check_attention_saved(
+    const AttentionSizes& sizes,
+    const torch::stable::Tensor& query,
+    const torch::stable::Tensor& grad_output,
+    const torch::stable::Tensor& output,
+    const torch::stable::Tensor& logsumexp) {
+  using torch::headeronly::ScalarType;
+  const ScalarType wide =
+      query.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  const auto fits = [&](const torch::stable::Tensor& tensor) {
+    return tensor.scalar_type() == query.scalar_type() && tensor.dim() == 4 &&
+        tensor.size(0) == sizes.batch && tensor.size(1) == sizes.heads &&
+        tensor.size(2) == sizes.queries && tensor.size(3) == sizes.value_dim;
+  };
+  STD_TORCH_CHECK(
+      fits(grad_output) && fits(output),
+      "attention_backward: grad_output and output must be (B, H, T, Dv) of query's dtype");
+  check_tensor(logsumexp, "attention_backward", "logsumexp", wide, 3);
+  STD_TORCH_CHECK(
+      logsumexp.size(0) == sizes.batch && logsumexp.size(1) == sizes.heads &&
+          logsumexp.size(2) == sizes.queries,
+      "attention_backward: logsumexp must be (B, H, T)");
+}
+
+// (B, H, rows, columns) whose memory is that of (B, rows, H, columns): what comes out of the heads is
+// put side by side, and what goes into them is cut apart, without a copy.
+inline torch::stable::Tensor empty_heads(
+    const torch::stable::Tensor& like, int64_t batch, int64_t heads, int64_t rows, int64_t columns) {
+  return torch::stable::transpose(
+      torch::stable::new_empty(like, {batch, rows, heads, columns}), 1, 2);
+}
+
+}  // namespace fastguard

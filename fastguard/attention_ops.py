@@ -1,0 +1,227 @@
+"""The operators behind :mod:`fastguard.attention`: wrapper, fake kernels, autograd, references.
+
+What :mod:`fastguard.ops` is for the guard; no other file touches ``torch.ops.fastguard``.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import _native
+from .ops import _has_kernel
+
+#: The widest head that the kernels take.
+MOST_HEAD_DIM = 256
+
+
+class Attention(NamedTuple):
+    output: Tensor  #: (B, H, T, Dv), dtype of the query
+    logsumexp: Tensor  #: of each row's logits, (B, H, T), float32 or float64; inf without a key
+    stats: Tensor  #: (2, B, H, T): largest logit and entropy of each row; (0,) unless asked for
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_padding_mask: Tensor | None,
+    attn_mask: Tensor | None,
+    seed: Tensor | None,
+    is_causal: bool,
+    dropout_p: float,
+    scale: float,
+    softcap: float,
+    clamp: float,
+    return_stats: bool,
+) -> Attention:
+    """``clamp(dropout(softmax(softcap(scale * q @ k^T) + attn_mask)) @ v)``, differentiable.
+
+    Tiles after Dao 2023 (FlashAttention-2, arXiv 2307.08691): nothing of size T x S is kept.
+
+    Args:
+        query: (B, H, T, D), float32, float64, bfloat16 or float16; T > 0, 1 <= D <= 256.
+        key: (B, G, S, D) and value: (B, G, S, Dv), dtype and device of the query; H a multiple of
+            G (each key's head serves H / G of the query's), S > 0, 1 <= Dv <= 256.
+        key_padding_mask: bool (B, S), True where a key is left out.
+        attn_mask: (B, H, T, S), any strides; bool, True where a key takes part, or float32
+            (float64 for a float64 query), added to the logits.
+        seed: int64 (2,), of the dropout's generator, see :func:`dropout_keep_ref`.
+        is_causal: row i sees keys 0 to i only.
+        softcap: c > 0 replaces the logits by ``c * tanh(logits / c)``; 0 does not.
+        clamp: bound on the output; inf for none. Gradients pass where ``abs(output) < clamp``.
+
+    Raises:
+        RuntimeError: anything else.
+    """
+    args = (query, key, value, key_padding_mask, attn_mask, seed, is_causal, dropout_p)
+    args += (scale, softcap, clamp, return_stats)
+    # The kernels give no gradient to a mask.
+    if _has_kernel(query) and not (attn_mask is not None and attn_mask.requires_grad):
+        return Attention(*torch.ops.fastguard.attention.default(*args))
+    return attention_ref(*args)
+
+
+def attention_ref(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_padding_mask: Tensor | None,
+    attn_mask: Tensor | None,
+    seed: Tensor | None,
+    is_causal: bool,
+    dropout_p: float,
+    scale: float,
+    softcap: float,
+    clamp: float,
+    return_stats: bool,
+) -> Attention:
+    """:func:`attention` in plain torch, with tensors of T x S; its gradients are autograd's."""
+    dtype = query.dtype
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    query, key, value = (x.to(wide) for x in (query, key, value))
+    if key_padding_mask is not None:
+        # Masking the logits alone is not enough: 0 * NaN is NaN (pytorch issue 101967).
+        key = key.masked_fill(key_padding_mask[:, None, :, None], 0.0)
+        value = value.masked_fill(key_padding_mask[:, None, :, None], 0.0)
+    group = query.size(1) // key.size(1)
+    key, value = (x.repeat_interleave(group, dim=1) for x in (key, value))
+
+    logits = query @ key.transpose(2, 3) * scale
+    if softcap > 0:
+        logits = softcap * (logits / softcap).tanh()
+    hidden = _hidden(logits, key_padding_mask, attn_mask, is_causal)
+    if attn_mask is not None and attn_mask.dtype != torch.bool:
+        logits = logits + attn_mask
+    logits = logits.masked_fill(hidden, -torch.inf)
+    largest = logits.detach().amax(-1)
+    dead = largest == -torch.inf
+    weights = logits.masked_fill(dead.unsqueeze(-1), 0.0).softmax(-1)
+    weights = weights.masked_fill(hidden | dead.unsqueeze(-1), 0.0)
+    logsumexp = logits.detach().logsumexp(-1).masked_fill(dead, torch.inf)
+    stats = torch.stack([largest, torch.special.entr(weights.detach()).sum(-1)])
+
+    if dropout_p > 0:
+        kept, rescale = dropout_keep_ref(seed, logits.shape, dropout_p)
+        weights = torch.where(kept, weights * rescale, 0.0)
+    output = (weights @ value).masked_fill(dead.unsqueeze(-1), 0.0).to(dtype)
+    bounded = output.detach().clamp(-clamp, clamp)
+    if clamp != torch.inf:
+        output = torch.where(output.abs() < clamp, output, bounded)
+    return Attention(output, logsumexp, stats if return_stats else logsumexp.new_empty(0))
+
+
+def _hidden(logits, key_padding_mask, attn_mask, is_causal):
+    """Which keys a row does not see, (B, H, T, S)."""
+    hidden = torch.zeros_like(logits, dtype=torch.bool)
+    if key_padding_mask is not None:
+        hidden = hidden | key_padding_mask[:, None, None, :]
+    if is_causal:
+        hidden = hidden | torch.ones_like(hidden[0, 0]).triu_(1)
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        hidden = hidden | ~attn_mask
+    return hidden
+
+
+def dropout_keep_ref(
+    seed: Tensor, shape: tuple[int, int, int, int], dropout_p: float
+) -> tuple[Tensor, float]:
+    """Which weights dropout keeps, and the factor for those: csrc/philox.h in plain torch.
+
+    Args:
+        seed: int64 (2,).
+        shape: (B, H, T, S).
+
+    Returns:
+        bool (B, H, T, S), True with a probability that is a multiple of 2^-16, and its inverse.
+    """
+    threshold = max(1, int((1.0 - dropout_p) * 65536 + 0.5))
+    batch, heads, rows, columns = shape
+    device = seed.device
+    i = torch.arange(rows, device=device)[:, None]
+    j = torch.arange(columns, device=device)
+    call = 4 * (i % 8) + j % 8 // 2
+    word = 2 * (j % 16 // 8) + i % 16 // 8
+    head = torch.arange(batch * heads, device=device).view(batch, heads, 1, 1)
+    low = 0xFFFFFFFF
+    counter = torch.broadcast_tensors(i // 16 * 32 + call, j // 16, head, seed[1] & low)
+    drawn = torch.stack(_philox(list(counter), [seed[0] & low, seed[0] >> 32 & low]))
+    number = drawn.gather(0, word.expand(shape).unsqueeze(0)).squeeze(0)
+    number = number >> (16 * (j % 2)) & 0xFFFF
+    return number < threshold, 65536 / threshold
+
+
+def _philox(counter: list[Tensor], key: list[Tensor]) -> list[Tensor]:
+    """Philox4x32 of 7 rounds on 32-bit numbers held in int64."""
+
+    def multiply(x: Tensor, by: int) -> tuple[Tensor, Tensor]:
+        product = x * by  # wraps around, which leaves its 64 bits as they are
+        return product >> 32 & 0xFFFFFFFF, product & 0xFFFFFFFF
+
+    for _ in range(7):
+        high0, low0 = multiply(counter[0], 0xD2511F53)
+        high1, low1 = multiply(counter[2], 0xCD9E8D57)
+        counter = [high1 ^ counter[1] ^ key[0], low1, high0 ^ counter[3] ^ key[1], low0]
+        key = [key[0] + 0x9E3779B9 & 0xFFFFFFFF, key[1] + 0xBB67AE85 & 0xFFFFFFFF]
+    return counter
+
+
+def attention_backward_ref(grad_output, query, key, value, output, logsumexp, *options):
+    """The backward operator's gradients of query, key and value, by autograd of the reference."""
+    with torch.enable_grad():
+        inputs = [x.detach().requires_grad_() for x in (query, key, value)]
+        again = attention_ref(*inputs, *options, False).output
+    return torch.autograd.grad(again, inputs, grad_output)
+
+
+# --- autograd and fake kernels --------------------------------------------------------------------
+
+
+def _empty_heads(like: Tensor, heads: int, rows: int, columns: int) -> Tensor:
+    """(B, H, rows, columns) whose memory is that of (B, rows, H, columns)."""
+    return like.new_empty(like.size(0), rows, heads, columns).transpose(1, 2)
+
+
+def _fake_attention(query, key, value, *options):
+    batch, heads, rows, _ = query.shape
+    wide = torch.float64 if query.dtype == torch.float64 else torch.float32
+    stats = (2, batch, heads, rows) if options[-1] else (0,)
+    return (
+        _empty_heads(query, heads, rows, value.size(3)),
+        query.new_empty((batch, heads, rows), dtype=wide),
+        query.new_empty(stats, dtype=wide),
+    )
+
+
+def _fake_attention_backward(grad_output, query, key, value, *saved_and_options):
+    return tuple(_empty_heads(x, *x.shape[1:]) for x in (query, key, value))
+
+
+def _save_for_backward(ctx, inputs, output):
+    query, key, value, key_padding_mask, attn_mask, seed, *options, _ = inputs
+    attended, logsumexp, _ = output
+    ctx.save_for_backward(query, key, value, attended, logsumexp, key_padding_mask, attn_mask, seed)
+    ctx.options = options
+
+
+def _backward(ctx, grad_output, grad_logsumexp, grad_stats):
+    grads = torch.ops.fastguard.attention_backward.default(
+        grad_output, *ctx.saved_tensors, *ctx.options
+    )
+    return (*grads, *[None] * 9)
+
+
+def _no_second_derivative(ctx, *grads):
+    raise NotImplementedError(
+        "fastguard's attention has first derivatives only: use create_graph=False, or "
+        "torch.nn.functional.scaled_dot_product_attention where second ones are needed"
+    )
+
+
+if _native.cpu_problem is None:
+    torch.library.register_fake("fastguard::attention", _fake_attention)
+    torch.library.register_fake("fastguard::attention_backward", _fake_attention_backward)
+    torch.library.register_autograd(
+        "fastguard::attention", _backward, setup_context=_save_for_backward
+    )
+    torch.library.register_autograd("fastguard::attention_backward", _no_second_derivative)
