@@ -38,14 +38,18 @@ def isa_variants():
     """Flags of each CPU capability; the same kernel source is compiled once for each."""
     if platform.machine().lower() not in ("x86_64", "amd64") or WINDOWS:
         return {"default": []}
-    return {
-        "default": [],
-        "avx2": ["-mavx2", "-mfma", "-mf16c"],
-        "avx512": [
-            *["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"],
-            "-mprefer-vector-width=512",
-        ],
-    }
+    avx512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"]
+    avx512 += ["-mprefer-vector-width=512"]
+    return {"default": [], "avx2": ["-mavx2", "-mfma", "-mf16c"], "avx512": avx512}
+
+
+def bf16_variants():
+    """The same for products of bf16 numbers, csrc/cpu/*_bf16_kernel.cpp."""
+    avx512 = isa_variants().get("avx512")
+    if avx512 is None or not sys.platform.startswith("linux"):
+        return {}
+    bf16 = [*avx512, "-mavx512bf16"]
+    return {"avx512_bf16": bf16, "amx": [*bf16, "-mamx-tile", "-mamx-bf16"]}
 
 
 def find_cuda_home():
@@ -120,23 +124,26 @@ class BuildLibraries(build_ext):
                 extra_postargs=flags + extra,
             )
 
-        variants = isa_variants()
+        variants, bf16 = isa_variants(), bf16_variants()
         system = "/external:I" if WINDOWS else "-isystem"
         kernels = sources("csrc/cpu", "_kernel.cpp")
         rest = [
             s for s in sources("csrc", ".cpp") + sources("csrc/cpu", ".cpp") if s not in kernels
         ]
+        bf16_kernels = [s for s in kernels if s.endswith("_bf16_kernel.cpp")]
         objects = compile_(
             rest,
             "ops",
             [
                 TORCH_TARGET,
                 f"{system}{torch / 'include'}",
-                *(f"-DFASTGUARD_HAS_{capability.upper()}" for capability in variants),
+                *(f"-DFASTGUARD_HAS_{capability.upper()}" for capability in variants | bf16),
             ],
         )
         for capability, extra in variants.items():
-            objects += compile_(kernels, capability, extra)
+            objects += compile_(sorted({*kernels} - {*bf16_kernels}), capability, extra)
+        for capability, extra in bf16.items():
+            objects += compile_(bf16_kernels, capability, extra)
         self.compiler.link_shared_object(
             objects,
             str(target),

@@ -40,6 +40,8 @@ AdamwFunction* pick_function(const AdamwKernels& kernels, const TensorView& p, c
 const AdamwKernels& adamw_kernels() {
   switch (cpu_capability()) {
 #ifdef FASTGUARD_HAS_AVX512
+    case Capability::amx:
+    case Capability::avx512_bf16:
     case Capability::avx512:
       return adamw_kernels_avx512;
 #endif

@@ -5,8 +5,21 @@
 #include <cstdlib>
 #include <string>
 
+#ifdef FASTGUARD_HAS_AMX
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace fastguard {
 namespace {
+
+#ifdef FASTGUARD_HAS_AMX
+// Linux saves the tiles of those only who asked for them (Documentation/arch/x86/xstate.rst).
+bool may_use_tiles() {
+  constexpr long request = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM
+  return syscall(SYS_arch_prctl, request, tile_data) == 0;
+}
+#endif
 
 Capability best_of_machine() {
 #ifdef FASTGUARD_HAS_AVX2
@@ -14,8 +27,25 @@ Capability best_of_machine() {
       __builtin_cpu_supports("f16c");
 #endif
 #ifdef FASTGUARD_HAS_AVX512
-  if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+#endif
+#ifdef FASTGUARD_HAS_AVX512_BF16
+  const bool avx512_bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
+#endif
+#ifdef FASTGUARD_HAS_AMX
+  if (avx512_bf16 && __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") &&
+      may_use_tiles()) {
+    return Capability::amx;
+  }
+#endif
+#ifdef FASTGUARD_HAS_AVX512_BF16
+  if (avx512_bf16) {
+    return Capability::avx512_bf16;
+  }
+#endif
+#ifdef FASTGUARD_HAS_AVX512
+  if (avx512) {
     return Capability::avx512;
   }
 #endif
@@ -33,13 +63,14 @@ Capability choose() {
   if (wanted == nullptr || *wanted == '\0') {
     return best;
   }
-  for (const Capability c : {Capability::basic, Capability::avx2, Capability::avx512}) {
+  for (const Capability c : {Capability::basic, Capability::avx2, Capability::avx512,
+                             Capability::avx512_bf16, Capability::amx}) {
     if (std::string(wanted) == name(c)) {
       return c < best ? c : best;
     }
   }
   STD_TORCH_CHECK(
-      false, "FASTGUARD_CPU_CAPABILITY=", wanted, " is not one of default, avx2, avx512");
+      false, "FASTGUARD_CPU_CAPABILITY=", wanted, " is not one of default, avx2, avx512, avx512_bf16, amx");
 }
 
 }  // namespace
@@ -51,6 +82,10 @@ Capability cpu_capability() {
 
 const char* name(Capability capability) {
   switch (capability) {
+    case Capability::amx:
+      return "amx";
+    case Capability::avx512_bf16:
+      return "avx512_bf16";
     case Capability::avx512:
       return "avx512";
     case Capability::avx2:

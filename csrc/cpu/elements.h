@@ -4,13 +4,11 @@
 // different instruction sets, and an inline function with a name would be linked once for all.
 #pragma once
 
+#include "intrinsics.h"
+
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
-
-#ifdef __F16C__
-#include <immintrin.h>
-#endif
 
 namespace fastguard {
 namespace {

@@ -7,6 +7,8 @@ namespace fastguard {
 const GradientKernels& gradient_kernels() {
   switch (cpu_capability()) {
 #ifdef FASTGUARD_HAS_AVX512
+    case Capability::amx:
+    case Capability::avx512_bf16:
     case Capability::avx512:
       return gradient_kernels_avx512;
 #endif

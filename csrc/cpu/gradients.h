@@ -4,19 +4,15 @@
 
 #include "dense.h"
 #include "gradients_kernel.h"
+#include "tasks.h"
 
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
-#include <atomic>
 #include <cstdint>
 #include <vector>
-
-#ifdef __SSE2__
-#include <xmmintrin.h>
-#endif
 
 namespace fastguard {
 
@@ -87,25 +83,7 @@ inline std::vector<Chunk> cut(const std::vector<Span>& spans) {
   return chunks;
 }
 
-// Denormal numbers count while this lives, whatever torch.set_flush_denormal says: that holds for
-// the calling thread alone, and the result would depend on which thread takes which chunk.
-class KeepDenormals {
-#ifdef __SSE2__
- public:
-  KeepDenormals() : saved_(_mm_getcsr()) {
-    _mm_setcsr(saved_ & ~0x8040u);
-  }
-  ~KeepDenormals() {
-    _mm_setcsr(saved_);
-  }
-
- private:
-  unsigned saved_;
-#endif
-};
-
-// Calls work(index of a chunk) for all chunks. Threads take the next chunks as they get free: a
-// thread that the machine slows down does not hold up the others. `work` must not throw.
+// Calls work(index of a chunk) for all chunks. `work` must not throw.
 template <class Work>
 void for_each_chunk(const std::vector<Chunk>& chunks, const Work& work) {
   const int64_t n = static_cast<int64_t>(chunks.size());
@@ -115,20 +93,8 @@ void for_each_chunk(const std::vector<Chunk>& chunks, const Work& work) {
     elements += chunk.size;
   }
   const int64_t batch = std::clamp<int64_t>(n / (4 * threads), 1, 8);
-  std::atomic<int64_t> next{0};
-  const auto take_chunks = [&](int64_t, int64_t) {
-    [[maybe_unused]] const KeepDenormals keep;
-    for (int64_t c = next.fetch_add(batch); c < n; c = next.fetch_add(batch)) {
-      for (int64_t i = c; i < std::min(c + batch, n); ++i) {
-        work(i);
-      }
-    }
-  };
-  if (elements <= serial_elements) {
-    take_chunks(0, 1);
-  } else {
-    torch::stable::parallel_for(0, threads, 1, take_chunks);
-  }
+  for_each_task(
+      n, batch, elements > serial_elements, [&](int64_t) -> const Work& { return work; });
 }
 
 }  // namespace fastguard

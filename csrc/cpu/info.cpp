@@ -24,6 +24,12 @@ std::string cpu_info() {
 #ifdef FASTGUARD_HAS_AVX512
   variants += " avx512";
 #endif
+#ifdef FASTGUARD_HAS_AVX512_BF16
+  variants += " avx512_bf16";
+#endif
+#ifdef FASTGUARD_HAS_AMX
+  variants += " amx";
+#endif
   return std::string("torch=") + TORCH_VERSION + "\ncompiler=" + compiler +
       "\ncompiled=" + variants +
       "\nchosen=" + fastguard::name(fastguard::cpu_capability()) +

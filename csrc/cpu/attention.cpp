@@ -1,0 +1,298 @@
+// attention and attention_backward. References: fastguard/attention_ops.py. What runs on a row of the
+// query does not depend on how rows are cut into tasks, and how keys are cut depends on shapes alone:
+// results are the same for any number of threads.
+
+#include "attention.h"
+#include "attention_kernel.h"
+#include "capability.h"
+#include "tasks.h"
+
+#include <torch/csrc/stable/library.h>
+
+#include <algorithm>
+#include <cstring>
+#include <limits>
+
+namespace fastguard {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+const AttentionKernels& kernels_of_machine() {
+  switch (cpu_capability()) {
+#ifdef FASTGUARD_HAS_AVX512
+    case Capability::amx:
+    case Capability::avx512_bf16:
+    case Capability::avx512:
+      return attention_kernels_avx512;
+#endif
+#ifdef FASTGUARD_HAS_AVX2
+    case Capability::avx2:
+      return attention_kernels_avx2;
+#endif
+    default:
+      return attention_kernels_default;
+  }
+}
+
+const AttentionKernel& kernel_for(ScalarType dtype) {
+  const AttentionKernels& kernels = kernels_of_machine();
+  switch (dtype) {
+    case ScalarType::Double:
+      return kernels.float64;
+    case ScalarType::Half:
+      return kernels.float16;
+    case ScalarType::BFloat16:
+#ifdef FASTGUARD_HAS_AMX
+      if (cpu_capability() == Capability::amx) {
+        return attention_bf16_kernel_amx;
+      }
+#endif
+#ifdef FASTGUARD_HAS_AVX512_BF16
+      if (cpu_capability() == Capability::avx512_bf16) {
+        return attention_bf16_kernel_avx512_bf16;
+      }
+#endif
+      return kernels.bfloat16;
+    default:
+      return kernels.float32;
+  }
+}
+
+// A tensor whose rows are contiguous.
+Tensor with_rows(const Tensor& tensor) {
+  return tensor.size(3) == 1 || tensor.stride(3) == 1 ? tensor : torch::stable::contiguous(tensor);
+}
+
+Heads heads_of(const Tensor& tensor) {
+  return {
+      const_cast<void*>(tensor.const_data_ptr()), tensor.stride(0), tensor.stride(1),
+      tensor.stride(2)};
+}
+
+AttentionMask mask_of(const std::optional<Tensor>& mask) {
+  if (!mask.has_value()) {
+    return {};
+  }
+  return {
+      mask->const_data_ptr(), mask->scalar_type() != ScalarType::Bool, mask->stride(0),
+      mask->stride(1), mask->stride(2), mask->stride(3)};
+}
+
+std::vector<Panel> panels_of(int64_t keys, const bool* padded, int64_t step) {
+  std::vector<Panel> panels;
+  for (int64_t first = 0; first < keys; first += panel_keys) {
+    Panel panel{first, 0, 0};
+    for (int64_t j = 0; j < std::min(panel_keys, keys - first); ++j) {
+      if (padded == nullptr || !padded[(first + j) * step]) {
+        panel.keep |= uint64_t{1} << j;
+        panel.columns = j + 1;
+      }
+    }
+    panel.columns = (panel.columns + 31) / 32 * 32;
+    if (panel.keep != 0) {
+      panels.push_back(panel);
+    }
+  }
+  return panels;
+}
+
+// The tensors that a problem points into.
+struct Inputs {
+  Inputs(const Tensor& q, const Tensor& k, const Tensor& v)
+      : query(with_rows(q)), key(with_rows(k)), value(with_rows(v)) {}
+  Tensor query, key, value;
+};
+
+AttentionProblem problem_of(
+    const AttentionSizes& sizes,
+    const Inputs& inputs,
+    const std::optional<Tensor>& key_padding_mask,
+    const std::optional<Tensor>& attn_mask,
+    const std::optional<Tensor>& seed,
+    const AttentionOptions& options) {
+  AttentionProblem p{};
+  p.batch = sizes.batch;
+  p.heads = sizes.heads;
+  p.kv_heads = sizes.kv_heads;
+  p.queries = sizes.queries;
+  p.keys = sizes.keys;
+  p.head_dim = sizes.head_dim;
+  p.value_dim = sizes.value_dim;
+  p.query = heads_of(inputs.query);
+  p.key = heads_of(inputs.key);
+  p.value = heads_of(inputs.value);
+  p.mask = mask_of(attn_mask);
+  p.seed = options.dropout_p > 0.0 ? seed->const_data_ptr<int64_t>() : nullptr;
+  p.dropout_p = options.dropout_p;
+  p.scale = options.scale;
+  p.softcap = options.softcap;
+  p.clamp = options.clamp;
+  p.is_causal = options.is_causal;
+  for (int64_t b = 0; b < sizes.batch; ++b) {
+    const bool* padded = nullptr;
+    int64_t step = 0;
+    if (key_padding_mask.has_value()) {
+      padded = key_padding_mask->const_data_ptr<bool>() + b * key_padding_mask->stride(0);
+      step = key_padding_mask->stride(1);
+    }
+    p.panels.push_back(panels_of(sizes.keys, padded, step));
+  }
+  return p;
+}
+
+ScalarType sums_of(const Tensor& query) {
+  return query.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+// Memory for each thread, which starts as no task's.
+class Scratch {
+ public:
+  explicit Scratch(int64_t bytes)
+      : bytes_((bytes + 127) / 64 * 64),
+        memory_(torch::stable::empty(
+            {bytes_ * torch::stable::get_num_threads()}, ScalarType::Byte)) {}
+
+  char* of(int64_t thread) const {
+    auto* const first = static_cast<char*>(memory_.mutable_data_ptr()) + thread * bytes_;
+    auto* const aligned = reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(first) + 63) / 64 * 64);
+    std::memset(aligned, 0xff, 64);
+    return aligned;
+  }
+
+ private:
+  int64_t bytes_;
+  Tensor memory_;
+};
+
+// Whether a parallel region costs less than it saves.
+bool is_much(const AttentionSizes& sizes) {
+  constexpr int64_t serial_products = 1 << 17;
+  return sizes.batch * sizes.heads * sizes.queries * sizes.keys * sizes.head_dim > serial_products;
+}
+
+// Rows of a task: whole heads if they are enough to keep all threads busy.
+int64_t rows_of_task(const AttentionSizes& sizes) {
+  const int64_t heads = std::max<int64_t>(1, sizes.batch * sizes.heads);
+  const int64_t wanted = 4 * static_cast<int64_t>(torch::stable::get_num_threads());
+  const int64_t blocks = (sizes.queries + row_block - 1) / row_block;
+  const int64_t parts = std::clamp<int64_t>((wanted + heads - 1) / heads, 1, blocks);
+  return (blocks + parts - 1) / parts * row_block;
+}
+
+std::tuple<Tensor, Tensor, Tensor> attention_cpu(
+    const Tensor& query,
+    const Tensor& key,
+    const Tensor& value,
+    const std::optional<Tensor>& key_padding_mask,
+    const std::optional<Tensor>& attn_mask,
+    const std::optional<Tensor>& seed,
+    bool is_causal,
+    double dropout_p,
+    double scale,
+    double softcap,
+    double clamp,
+    bool return_stats) {
+  const AttentionOptions options{is_causal, dropout_p, scale, softcap, clamp};
+  const AttentionSizes sizes = check_attention(
+      "attention", query, key, value, key_padding_mask, attn_mask, seed, options);
+  const Inputs inputs(query, key, value);
+  AttentionProblem p = problem_of(sizes, inputs, key_padding_mask, attn_mask, seed, options);
+  const Tensor output =
+      empty_heads(query, sizes.batch, sizes.heads, sizes.queries, sizes.value_dim);
+  const std::vector<int64_t> rows{sizes.batch, sizes.heads, sizes.queries};
+  const Tensor logsumexp = torch::stable::new_empty(query, rows, sums_of(query));
+  const std::vector<int64_t> of_stats{2, sizes.batch, sizes.heads, sizes.queries};
+  const Tensor stats = torch::stable::new_empty(
+      query, return_stats ? of_stats : std::vector<int64_t>{0}, sums_of(query));
+  p.output = heads_of(output);
+  p.logsumexp = logsumexp.mutable_data_ptr();
+  p.stats = return_stats ? stats.mutable_data_ptr() : nullptr;
+
+  const AttentionKernel& kernel = kernel_for(query.scalar_type());
+  const Scratch scratch(kernel.forward_scratch(p));
+  const int64_t step = rows_of_task(sizes), parts = (sizes.queries + step - 1) / step;
+  for_each_task(sizes.batch * sizes.heads * parts, 1, is_much(sizes), [&](int64_t thread) {
+    return [&, memory = scratch.of(thread)](int64_t i) {
+      const int64_t head = i / parts, begin = i % parts * step;
+      const int64_t b = head / sizes.heads, h = head % sizes.heads;
+      kernel.forward(p, {b, h, begin, std::min(begin + step, sizes.queries)}, memory);
+    };
+  });
+  return {output, logsumexp, stats};
+}
+
+// The fewer heads there are the more parts the keys are cut into, so that many threads find work; by
+// shapes alone.
+int64_t chunks_of(const AttentionSizes& sizes) {
+  constexpr int64_t enough_tasks = 32, fewest_keys = 128;
+  const int64_t heads = std::max<int64_t>(1, sizes.batch * sizes.kv_heads);
+  return std::clamp<int64_t>(
+      (enough_tasks + heads - 1) / heads, 1, (sizes.keys + fewest_keys - 1) / fewest_keys);
+}
+
+std::tuple<Tensor, Tensor, Tensor> attention_backward_cpu(
+    const Tensor& grad_output,
+    const Tensor& query,
+    const Tensor& key,
+    const Tensor& value,
+    const Tensor& output,
+    const Tensor& logsumexp,
+    const std::optional<Tensor>& key_padding_mask,
+    const std::optional<Tensor>& attn_mask,
+    const std::optional<Tensor>& seed,
+    bool is_causal,
+    double dropout_p,
+    double scale,
+    double softcap,
+    double clamp) {
+  const AttentionOptions options{is_causal, dropout_p, scale, softcap, clamp};
+  const AttentionSizes sizes = check_attention(
+      "attention_backward", query, key, value, key_padding_mask, attn_mask, seed, options);
+  check_attention_saved(sizes, query, grad_output, output, logsumexp);
+  const Inputs inputs(query, key, value);
+  const Tensor grad_rows = with_rows(grad_output), output_rows = with_rows(output);
+  AttentionProblem p = problem_of(sizes, inputs, key_padding_mask, attn_mask, seed, options);
+  p.output = heads_of(output_rows);
+  p.logsumexp = const_cast<void*>(logsumexp.const_data_ptr());
+  p.grad_output = heads_of(grad_rows);
+  const Tensor grad_query =
+      empty_heads(query, sizes.batch, sizes.heads, sizes.queries, sizes.head_dim);
+  const Tensor grad_key =
+      empty_heads(query, sizes.batch, sizes.kv_heads, sizes.keys, sizes.head_dim);
+  const Tensor grad_value =
+      empty_heads(query, sizes.batch, sizes.kv_heads, sizes.keys, sizes.value_dim);
+  p.grad_query = heads_of(grad_query);
+  p.grad_key = heads_of(grad_key);
+  p.grad_value = heads_of(grad_value);
+  p.chunks = chunks_of(sizes);
+  const std::vector<int64_t> of_partial{
+      p.chunks > 1 ? p.chunks : 0, sizes.batch, sizes.heads, sizes.queries, sizes.head_dim};
+  const Tensor partial = torch::stable::new_empty(query, of_partial, sums_of(query));
+  p.partial_grad_query = p.chunks > 1 ? partial.mutable_data_ptr() : nullptr;
+
+  const AttentionKernel& kernel = kernel_for(query.scalar_type());
+  const Scratch scratch(kernel.backward_scratch(p));
+  for_each_task(sizes.batch * sizes.kv_heads * p.chunks, 1, is_much(sizes), [&](int64_t thread) {
+    return [&, memory = scratch.of(thread)](int64_t i) {
+      const int64_t head = i / p.chunks;
+      kernel.backward(
+          p, {head / sizes.kv_heads, head % sizes.kv_heads, i % p.chunks}, memory);
+    };
+  });
+  if (p.chunks > 1) {
+    for_each_task(sizes.batch * sizes.heads, 1, is_much(sizes), [&](int64_t) {
+      return [&](int64_t head) { kernel.add_partials(p, head / sizes.heads, head % sizes.heads); };
+    });
+  }
+  return {grad_query, grad_key, grad_value};
+}
+
+}  // namespace
+}  // namespace fastguard
+
+STABLE_TORCH_LIBRARY_IMPL(fastguard, CPU, m) {
+  m.impl("attention", TORCH_BOX(&fastguard::attention_cpu));
+  m.impl("attention_backward", TORCH_BOX(&fastguard::attention_backward_cpu));
+}

@@ -1,0 +1,305 @@
+// Attention's backward pass for one chunk of the keys of one of their heads: five products for each
+// tile of 64 rows and 64 keys (Dao 2023, algorithm 2). The gradients of keys and values are summed up
+// transposed: so the weights, rows of which are rows of the query, are always `b` of a product, and
+// never need to be transposed themselves.
+#pragma once
+
+#include "attention_rows.h"
+
+namespace fastguard {
+namespace {
+
+template <class Type, class In>
+class AttentionBackward {
+ public:
+  using T = typename In::Sum;
+  using Word = typename In::Word;
+  using V = Vec<T>;
+
+  AttentionBackward(const AttentionProblem& problem, void* scratch)
+      : p_(problem),
+        arena_(scratch),
+        depth_(rounded_up((p_.head_dim + In::pairs - 1) / In::pairs, unit)),
+        value_depth_(rounded_up((p_.value_dim + In::pairs - 1) / In::pairs, unit)),
+        width_(rounded_up(p_.head_dim, unit)),
+        value_width_(rounded_up(p_.value_dim, unit)),
+        chunk_keys_(keys_of_chunk(p_)),
+        dropout_(dropout_of(p_.dropout_p)) {
+    const int64_t panels = chunk_keys_ / panel_keys;
+    key_ = arena_.take<Word>(panels * panel_keys * depth_);
+    key_below_ = arena_.take<Word>(panels * below * width_);
+    value_ = arena_.take<Word>(panels * panel_keys * value_depth_);
+    grad_key_ = arena_.take<T>(panels * panel_keys * width_);
+    grad_value_ = arena_.take<T>(panels * panel_keys * value_width_);
+    query_ = arena_.take<Word>(row_block * depth_);
+    query_turned_ = arena_.take<Word>(width_ * below);
+    grad_output_ = arena_.take<Word>(row_block * value_depth_);
+    grad_output_turned_ = arena_.take<Word>(value_width_ * below);
+    const int64_t widest = std::max(width_, value_width_);
+    packing_ = arena_.take<Word>(row_block * widest);
+    passed_ = arena_.take<typename Type::storage>(row_block * widest);
+    grad_query_ = arena_.take<T>(row_block * width_);
+    turned_ = arena_.take<T>(panel_keys * widest);
+    weights_ = arena_.take<T>(row_block * panel_keys);
+    grad_weights_ = arena_.take<T>(row_block * panel_keys);
+    slope_ = arena_.take<T>(panel_keys);
+    delta_ = arena_.take<T>(row_block);
+    logsumexp_ = arena_.take<T>(row_block);
+    kept_ = arena_.take<uint64_t>(row_block);
+    if constexpr (In::pairs == 2) {
+      weights_below_ = arena_.take<Word>(below * panel_keys);
+      grad_logits_below_ = arena_.take<Word>(below * panel_keys);
+      grad_logits_ = arena_.take<Word>(row_block * panel_keys / In::pairs);
+    } else {
+      weights_below_ = weights_;
+      grad_logits_below_ = grad_logits_ = grad_weights_;
+    }
+  }
+
+  int64_t scratch() const { return arena_.used(); }
+
+  void run(const BackwardTask& task) {
+    [[maybe_unused]] const Tiles tiles;
+    const int64_t begin = task.chunk * chunk_keys_;
+    const int64_t end = std::min(p_.keys, begin + chunk_keys_);
+    list_.clear();
+    for (const Panel& panel : p_.panels[task.b]) {
+      if (panel.first >= begin && panel.first < end) {
+        list_.push_back(panel);
+      }
+    }
+    pack_keys(task);
+    const int64_t panels = static_cast<int64_t>(list_.size());
+    std::fill(grad_key_, grad_key_ + panels * panel_keys * width_, T{0});
+    std::fill(grad_value_, grad_value_ + panels * panel_keys * value_width_, T{0});
+    const int64_t group = p_.heads / p_.kv_heads;
+    for (int64_t h = task.kv_head * group; h < (task.kv_head + 1) * group; ++h) {
+      for (int64_t row = 0; row < p_.queries; row += row_block) {
+        rows_of(task, {task.b, h, row}, std::min(row_block, p_.queries - row));
+      }
+    }
+    write_keys(task, begin, end);
+  }
+
+ private:
+  static constexpr int64_t below = 64 / In::pairs;  // words that 64 rows are
+
+  static int64_t keys_of_chunk(const AttentionProblem& p) {
+    return rounded_up((p.keys + p.chunks - 1) / p.chunks, panel_keys);
+  }
+
+  void pack_keys(const BackwardTask& task) {
+    for (size_t i = 0; i < list_.size(); ++i) {
+      const Panel& panel = list_[i];
+      const auto* key = row_at<Type>(p_.key, task.b, task.kv_head, panel.first);
+      const auto* value = row_at<Type>(p_.value, task.b, task.kv_head, panel.first);
+      const Rows<Type, In> keys{key, p_.key.row, p_.head_dim, panel.keep};
+      const Rows<Type, In> values{value, p_.value.row, p_.value_dim, panel.keep};
+      pack_rows(keys, packing_, depth_);
+      transpose(packing_, depth_, panel_keys, depth_, key_ + i * panel_keys * depth_, panel_keys);
+      pack_rows(values, packing_, value_depth_);
+      transpose(
+          packing_, value_depth_, panel_keys, value_depth_, value_ + i * panel_keys * value_depth_,
+          panel_keys);
+      pack_below(keys, key_below_ + i * below * width_, width_);
+    }
+  }
+
+  // Along the columns, and turned: `a` of a product along the rows.
+  void pack_both(
+      const Rows<Type, In>& rows, int64_t depth, int64_t width, Word* to, Word* turned) {
+    pack_rows(rows, to, depth);
+    pack_below(rows, packing_, width);
+    transpose(packing_, width, below, width, turned, below);
+  }
+
+  // The gradient of the output as it passes the clamp, and what the softmax subtracts from it. It
+  // does not pass where a row has no key.
+  void pass_clamp(const Place& first, int64_t rows) {
+    const T bound = bound_of<Type, T>(p_.clamp);
+    const bool bounded = p_.clamp != std::numeric_limits<double>::infinity();
+    for (int64_t r = 0; r < rows; ++r) {
+      const auto* grad = row_at<Type>(p_.grad_output, first.b, first.h, first.row + r);
+      const auto* output = row_at<Type>(p_.output, first.b, first.h, first.row + r);
+      auto* passed = passed_ + r * p_.value_dim;
+      const T logsumexp =
+          static_cast<const T*>(p_.logsumexp)[p_.row_of(first.b, first.h, first.row + r)];
+      const bool dead = logsumexp == std::numeric_limits<T>::infinity();
+      T delta = 0;
+      for (int64_t j = 0; j < p_.value_dim; ++j) {
+        const T value = static_cast<T>(Type::widen(output[j]));
+        const bool passes = !dead && (!bounded || std::fabs(value) < bound);
+        passed[j] = passes ? grad[j] : typename Type::storage{0};
+        delta += passes ? value * static_cast<T>(Type::widen(grad[j])) : T{0};
+      }
+      delta_[r] = delta;
+      logsumexp_[r] = logsumexp * static_cast<T>(log2_of_e);
+    }
+  }
+
+  void rows_of(const BackwardTask& task, const Place& first, int64_t rows) {
+    const uint64_t real = first_bits(rows);
+    pass_clamp(first, rows);
+    pack_both(
+        {row_at<Type>(p_.query, first.b, first.h, first.row), p_.query.row, p_.head_dim, real},
+        depth_, width_, query_, query_turned_);
+    pack_both(
+        {passed_, p_.value_dim, p_.value_dim, real}, value_depth_, value_width_, grad_output_,
+        grad_output_turned_);
+    std::fill(grad_query_, grad_query_ + row_block * width_, T{0});
+    for (size_t i = 0; i < list_.size(); ++i) {
+      if (seen(p_, list_[i], first.row + rows - 1)) {
+        tile(first, rows, i);
+      }
+    }
+    for (int64_t r = 0; r < rows; ++r) {
+      const T* from = grad_query_ + r * width_;
+      if (p_.partial_grad_query == nullptr) {
+        write_row<Type>(
+            p_.grad_query, first.b, first.h, first.row + r, from, p_.head_dim,
+            static_cast<T>(p_.scale));
+      } else {
+        const int64_t row = p_.row_of(task.chunk * p_.batch + first.b, first.h, first.row + r);
+        std::copy(
+            from, from + p_.head_dim, static_cast<T*>(p_.partial_grad_query) + row * p_.head_dim);
+      }
+    }
+  }
+
+  void tile(const Place& first, int64_t rows, size_t i) {
+    const Panel& panel = list_[i];
+    multiply<In>(
+        {query_, depth_, key_ + i * panel_keys * depth_, panel_keys, weights_, panel_keys}, rows,
+        panel.columns, depth_, false);
+    multiply<In>(
+        {grad_output_, value_depth_, value_ + i * panel_keys * value_depth_, panel_keys,
+         grad_weights_, panel_keys},
+        rows, panel.columns, value_depth_, false);
+    if (p_.seed != nullptr) {
+      kept_in_panel(p_, dropout_.threshold, first, rows, panel, kept_);
+    }
+    for (int64_t r = 0; r < rows; ++r) {
+      derive({first.b, first.h, first.row + r}, r, panel);
+    }
+    const int64_t depth = pair_up(rows, panel.columns);
+    multiply<In>(
+        {grad_logits_, panel_keys / In::pairs, key_below_ + i * below * width_, width_, grad_query_,
+         width_},
+        rows, width_, panel.columns / In::pairs, true);
+    multiply<In>(
+        {query_turned_, below, grad_logits_below_, panel_keys, grad_key_ + i * panel_keys * width_,
+         panel_keys},
+        width_, panel.columns, depth, true);
+    multiply<In>(
+        {grad_output_turned_, below, weights_below_, panel_keys,
+         grad_value_ + i * panel_keys * value_width_, panel_keys},
+        value_width_, panel.columns, depth, true);
+  }
+
+  // Of row r: products become weights after dropout, their gradients those of the logits.
+  void derive(const Place& at, int64_t r, const Panel& panel) {
+    T* const x = weights_ + r * panel_keys;
+    T* const grad = grad_weights_ + r * panel_keys;
+    const uint64_t bits = keys_of_row(p_, panel, at);
+    const bool plain = is_plain(p_, panel, bits), capped = p_.softcap != 0.0;
+    if (!plain) {
+      finish_logits<T>(p_, panel, at, bits, x, slope_);
+    }
+    const V scale = V::all(plain ? static_cast<T>(p_.scale * log2_of_e) : T{1});
+    const V origin = V::all(-logsumexp_[r]), delta = V::all(delta_[r]), zero = V::all(0);
+    const uint64_t kept = p_.seed == nullptr ? ~uint64_t{0} : kept_[r];
+    const V rescale = V::all(p_.seed == nullptr ? T{1} : rescale_of<T>(dropout_));
+    for (int64_t j = 0; j < panel.columns; j += V::lanes) {
+      const V weight = exp2(fma(V::load(x + j), scale, origin));
+      const Bits here = static_cast<Bits>(kept >> j);
+      const V back = select(here, V::load(grad + j) * rescale, zero);
+      V derived = weight * (back - delta);
+      if (capped) {
+        derived = derived * V::load(slope_ + j);
+      }
+      select(here, weight * rescale, zero).store(x + j);
+      select(static_cast<Bits>(bits >> j), derived, zero).store(grad + j);
+    }
+  }
+
+  // Weights and gradients of the logits as words; returns how many words deep their columns are.
+  int64_t pair_up(int64_t rows, int64_t columns) {
+    if constexpr (In::pairs == 1) {
+      return rows;
+    } else {
+      const int64_t all = rounded_up(rows, unit * In::pairs);
+      std::fill(weights_ + rows * panel_keys, weights_ + all * panel_keys, T{0});
+      std::fill(grad_weights_ + rows * panel_keys, grad_weights_ + all * panel_keys, T{0});
+      for (int64_t r = 0; r < all; r += 2) {
+        const T* const x = weights_ + r * panel_keys;
+        const T* const grad = grad_weights_ + r * panel_keys;
+        pair_rows(x, x + panel_keys, columns, weights_below_ + r / 2 * panel_keys);
+        pair_rows(grad, grad + panel_keys, columns, grad_logits_below_ + r / 2 * panel_keys);
+        pair_in_row(grad, columns, grad_logits_ + r * panel_keys / 2);
+        pair_in_row(grad + panel_keys, columns, grad_logits_ + (r + 1) * panel_keys / 2);
+      }
+      return all / In::pairs;
+    }
+  }
+
+  void write_keys(const BackwardTask& task, int64_t begin, int64_t end) {
+    for (int64_t key = begin; key < end; ++key) {
+      zero_row<Type>(p_.grad_key, task.b, task.kv_head, key, p_.head_dim);
+      zero_row<Type>(p_.grad_value, task.b, task.kv_head, key, p_.value_dim);
+    }
+    for (size_t i = 0; i < list_.size(); ++i) {
+      write_panel(
+          task, list_[i], grad_key_ + i * panel_keys * width_, width_, p_.grad_key, p_.head_dim,
+          static_cast<T>(p_.scale));
+      write_panel(
+          task, list_[i], grad_value_ + i * panel_keys * value_width_, value_width_, p_.grad_value,
+          p_.value_dim, T{1});
+    }
+  }
+
+  // Of the keys that are not padded: an Inf in the gradient of the output would make a NaN of those.
+  void write_panel(
+      const BackwardTask& task, const Panel& panel, const T* grad, int64_t width, const Heads& to,
+      int64_t n, T factor) {
+    transpose(grad, panel_keys, width, panel_keys, turned_, width);
+    for (int64_t j = 0; j < panel.columns; ++j) {
+      if (panel.keep >> j & 1) {
+        write_row<Type>(
+            to, task.b, task.kv_head, panel.first + j, turned_ + j * width, n, factor);
+      }
+    }
+  }
+
+  const AttentionProblem& p_;
+  Arena arena_;
+  // Words of a row of query or key, of value or output; their elements; all rounded up.
+  const int64_t depth_, value_depth_, width_, value_width_;
+  const int64_t chunk_keys_;
+  const Dropout dropout_;
+  std::vector<Panel> list_;
+  Word *key_, *key_below_, *value_, *query_, *query_turned_, *grad_output_, *grad_output_turned_;
+  Word *packing_, *weights_below_, *grad_logits_below_, *grad_logits_;
+  typename Type::storage* passed_;
+  T *grad_key_, *grad_value_, *grad_query_, *turned_, *weights_, *grad_weights_, *slope_, *delta_;
+  T* logsumexp_;
+  uint64_t* kept_;
+};
+
+template <class Type, class T>
+void add_partials(const AttentionProblem& p, int64_t b, int64_t h) {
+  T sums[most_columns];
+  for (int64_t row = 0; row < p.queries; ++row) {
+    std::fill(sums, sums + p.head_dim, T{0});
+    for (int64_t chunk = 0; chunk < p.chunks; ++chunk) {
+      const T* const from = static_cast<const T*>(p.partial_grad_query) +
+          p.row_of(chunk * p.batch + b, h, row) * p.head_dim;
+      for (int64_t j = 0; j < p.head_dim; ++j) {
+        sums[j] += from[j];
+      }
+    }
+    write_row<Type>(p.grad_query, b, h, row, sums, p.head_dim, static_cast<T>(p.scale));
+  }
+}
+
+}  // namespace
+}  // namespace fastguard

@@ -1,0 +1,29 @@
+// The entries of attention_kernel.h for one dtype and one arithmetic.
+#pragma once
+
+#include "attention_backward.h"
+#include "attention_forward.h"
+#include "attention_kernel.h"
+
+#define FASTGUARD_CONCAT_(a, b) a##b
+#define FASTGUARD_CONCAT(a, b) FASTGUARD_CONCAT_(a, b)
+
+namespace fastguard {
+namespace {
+
+template <class Type, class In>
+AttentionKernel attention_kernel_of() {
+  return {
+      [](const AttentionProblem& p) { return AttentionForward<Type, In>(p, nullptr).scratch(); },
+      [](const AttentionProblem& p) { return AttentionBackward<Type, In>(p, nullptr).scratch(); },
+      [](const AttentionProblem& p, const ForwardTask& task, void* scratch) {
+        AttentionForward<Type, In>(p, scratch).run(task);
+      },
+      [](const AttentionProblem& p, const BackwardTask& task, void* scratch) {
+        AttentionBackward<Type, In>(p, scratch).run(task);
+      },
+      add_partials<Type, typename In::Sum>};
+}
+
+}  // namespace
+}  // namespace fastguard

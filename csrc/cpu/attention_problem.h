@@ -1,0 +1,58 @@
+// One call of attention as the CPU's kernels see it, and how it is cut into tasks.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+namespace fastguard {
+
+constexpr int64_t panel_keys = 64;
+constexpr int64_t most_columns = 256;  // of a head
+constexpr int64_t row_block = 64;  // rows of the query that are worked on together
+
+// A tensor (B, H, rows, columns); strides in elements, that of the columns is 1.
+struct Heads {
+  void* data = nullptr;
+  int64_t batch = 0, head = 0, row = 0;
+};
+
+struct AttentionMask {
+  const void* data = nullptr;  // none
+  bool additive = false;
+  int64_t batch = 0, head = 0, row = 0, column = 0;
+};
+
+// 64 keys of one utterance, of which at least one is not padded.
+struct Panel {
+  int64_t first;
+  int64_t columns;  // up to the last that is not padded, rounded up to 32
+  uint64_t keep;  // a bit for each key
+};
+
+struct AttentionProblem {
+  int64_t batch, heads, kv_heads, queries, keys, head_dim, value_dim;
+  Heads query, key, value, output;
+  void* logsumexp;  // (B, H, T), as wide as sums are
+  void* stats;  // (2, B, H, T), or null
+  AttentionMask mask;
+  std::vector<std::vector<Panel>> panels;  // of each utterance, in order
+  const int64_t* seed;  // null without dropout
+  double dropout_p, scale, softcap, clamp;
+  bool is_causal;
+  // Of the backward pass only.
+  Heads grad_output, grad_query, grad_key, grad_value;
+  int64_t chunks;  // into which the keys are cut
+  void* partial_grad_query;  // (chunks, B, H, T, D), as wide as sums are; null if there is one chunk
+
+  int64_t row_of(int64_t b, int64_t h, int64_t row) const { return (b * heads + h) * queries + row; }
+};
+
+struct ForwardTask {
+  int64_t b, h, begin, end;  // rows, from a multiple of row_block on
+};
+
+struct BackwardTask {
+  int64_t b, kv_head, chunk;
+};
+
+}  // namespace fastguard

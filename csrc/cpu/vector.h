@@ -1,0 +1,294 @@
+// Vectors of float and double for the widest instruction set that the file is compiled for: an
+// implementation for AVX-512, one for AVX2, and arrays for all else (and for double).
+//
+// In an unnamed namespace for the same reason as elements.h.
+#pragma once
+
+#include "elements.h"
+
+#include <cmath>
+#include <cstdint>
+#include <limits>
+
+namespace fastguard {
+namespace {
+
+// One bit for each lane, the lowest for the first.
+using Bits = uint32_t;
+
+// 2^f for -0.5 <= f <= 0.5, 7.5e-8 relative: the polynomial of degree 5 whose largest relative error
+// is smallest.
+constexpr float exp2_polynomial[] = {
+    1.0000000717f, 0.6931469671f, 0.2402211972f, 0.0555071329f, 0.0096755413f, 0.0013276467f};
+
+// (tanh(x) - x) / x^3 in x^2, |x| < 0.625: the one of Cephes' tanhf (Moshier).
+constexpr float tanh_polynomial[] = {
+    -3.33332819422e-1f, 1.33314422036e-1f, -5.37397155531e-2f, 2.06390887954e-2f,
+    -5.70498872745e-3f};
+
+// max(a, b): b where either is NaN, on every instruction set.
+
+template <class T>
+struct Vec {
+  static constexpr int lanes = 8;
+  T at[lanes];
+
+  static Vec load(const T* x) {
+    Vec v;
+    for (int i = 0; i < lanes; ++i) v.at[i] = x[i];
+    return v;
+  }
+  static Vec all(T x) {
+    Vec v;
+    for (int i = 0; i < lanes; ++i) v.at[i] = x;
+    return v;
+  }
+  void store(T* x) const {
+    for (int i = 0; i < lanes; ++i) x[i] = at[i];
+  }
+  template <class F>
+  static Vec map(const F& f) {
+    Vec v;
+    for (int i = 0; i < lanes; ++i) v.at[i] = f(i);
+    return v;
+  }
+  friend Vec operator+(Vec a, Vec b) { return map([&](int i) { return a.at[i] + b.at[i]; }); }
+  friend Vec operator-(Vec a, Vec b) { return map([&](int i) { return a.at[i] - b.at[i]; }); }
+  friend Vec operator*(Vec a, Vec b) { return map([&](int i) { return a.at[i] * b.at[i]; }); }
+  friend Vec operator/(Vec a, Vec b) { return map([&](int i) { return a.at[i] / b.at[i]; }); }
+};
+
+template <class T>
+inline Vec<T> fma(Vec<T> a, Vec<T> b, Vec<T> c) {
+  return Vec<T>::map([&](int i) { return a.at[i] * b.at[i] + c.at[i]; });
+}
+template <class T>
+inline Vec<T> max(Vec<T> a, Vec<T> b) {
+  return Vec<T>::map([&](int i) { return a.at[i] > b.at[i] ? a.at[i] : b.at[i]; });
+}
+template <class T>
+inline Vec<T> min(Vec<T> a, Vec<T> b) {
+  return Vec<T>::map([&](int i) { return a.at[i] < b.at[i] ? a.at[i] : b.at[i]; });
+}
+template <class T>
+inline Vec<T> abs(Vec<T> a) {
+  return Vec<T>::map([&](int i) { return std::fabs(a.at[i]); });
+}
+// a where the bit is set, else b.
+template <class T>
+inline Vec<T> select(Bits bits, Vec<T> a, Vec<T> b) {
+  return Vec<T>::map([&](int i) { return bits >> i & 1 ? a.at[i] : b.at[i]; });
+}
+template <class T>
+inline Bits less(Vec<T> a, Vec<T> b) {
+  Bits bits = 0;
+  for (int i = 0; i < Vec<T>::lanes; ++i) bits |= Bits{a.at[i] < b.at[i]} << i;
+  return bits;
+}
+template <class T>
+inline T reduce_add(Vec<T> a) {
+  T sum = 0;
+  for (int i = 0; i < Vec<T>::lanes; ++i) sum += a.at[i];
+  return sum;
+}
+template <class T>
+inline T reduce_max(Vec<T> a) {
+  T most = a.at[0];
+  for (int i = 1; i < Vec<T>::lanes; ++i) most = most > a.at[i] ? most : a.at[i];
+  return most;
+}
+template <class T>
+inline Vec<T> exp2(Vec<T> a) {
+  return Vec<T>::map([&](int i) { return std::exp2(a.at[i]); });
+}
+template <class T>
+inline Vec<T> tanh(Vec<T> a) {
+  return Vec<T>::map([&](int i) { return std::tanh(a.at[i]); });
+}
+
+#ifdef __AVX512F__
+
+template <>
+struct Vec<float> {
+  static constexpr int lanes = 16;
+  __m512 v;
+
+  static Vec load(const float* x) { return {_mm512_loadu_ps(x)}; }
+  static Vec all(float x) { return {_mm512_set1_ps(x)}; }
+  void store(float* x) const { _mm512_storeu_ps(x, v); }
+  friend Vec operator+(Vec a, Vec b) { return {_mm512_add_ps(a.v, b.v)}; }
+  friend Vec operator-(Vec a, Vec b) { return {_mm512_sub_ps(a.v, b.v)}; }
+  friend Vec operator*(Vec a, Vec b) { return {_mm512_mul_ps(a.v, b.v)}; }
+  friend Vec operator/(Vec a, Vec b) { return {_mm512_div_ps(a.v, b.v)}; }
+};
+
+using Floats = Vec<float>;
+
+inline Floats fma(Floats a, Floats b, Floats c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+inline Floats max(Floats a, Floats b) { return {_mm512_max_ps(a.v, b.v)}; }
+inline Floats min(Floats a, Floats b) { return {_mm512_min_ps(a.v, b.v)}; }
+inline Floats abs(Floats a) { return {_mm512_abs_ps(a.v)}; }
+inline Floats select(Bits bits, Floats a, Floats b) {
+  return {_mm512_mask_blend_ps(static_cast<__mmask16>(bits), b.v, a.v)};
+}
+inline Bits less(Floats a, Floats b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ); }
+inline float reduce_add(Floats a) { return _mm512_reduce_add_ps(a.v); }
+inline float reduce_max(Floats a) { return _mm512_reduce_max_ps(a.v); }
+
+inline Floats round_nearest(Floats a) {
+  return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
+}
+// a 2^n for whole n.
+inline Floats times_exp2(Floats a, Floats n) { return {_mm512_scalef_ps(a.v, n.v)}; }
+inline Floats with_sign_of(Floats a, Floats sign) {
+  return {_mm512_or_ps(a.v, _mm512_and_ps(sign.v, _mm512_set1_ps(-0.0f)))};
+}
+
+#elif defined(__AVX2__)
+
+template <>
+struct Vec<float> {
+  static constexpr int lanes = 8;
+  __m256 v;
+
+  static Vec load(const float* x) { return {_mm256_loadu_ps(x)}; }
+  static Vec all(float x) { return {_mm256_set1_ps(x)}; }
+  void store(float* x) const { _mm256_storeu_ps(x, v); }
+  friend Vec operator+(Vec a, Vec b) { return {_mm256_add_ps(a.v, b.v)}; }
+  friend Vec operator-(Vec a, Vec b) { return {_mm256_sub_ps(a.v, b.v)}; }
+  friend Vec operator*(Vec a, Vec b) { return {_mm256_mul_ps(a.v, b.v)}; }
+  friend Vec operator/(Vec a, Vec b) { return {_mm256_div_ps(a.v, b.v)}; }
+};
+
+using Floats = Vec<float>;
+
+inline Floats fma(Floats a, Floats b, Floats c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
+inline Floats max(Floats a, Floats b) { return {_mm256_max_ps(a.v, b.v)}; }
+inline Floats min(Floats a, Floats b) { return {_mm256_min_ps(a.v, b.v)}; }
+inline Floats abs(Floats a) { return {_mm256_andnot_ps(_mm256_set1_ps(-0.0f), a.v)}; }
+inline Floats select(Bits bits, Floats a, Floats b) {
+  const __m256i bit = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+  const __m256i set = _mm256_and_si256(_mm256_set1_epi32(static_cast<int>(bits)), bit);
+  return {_mm256_blendv_ps(b.v, a.v, _mm256_castsi256_ps(_mm256_cmpeq_epi32(set, bit)))};
+}
+inline Bits less(Floats a, Floats b) {
+  return static_cast<Bits>(_mm256_movemask_ps(_mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ)));
+}
+inline float reduce_add(Floats a) {
+  __m128 x = _mm_add_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
+  x = _mm_add_ps(x, _mm_movehl_ps(x, x));
+  return _mm_cvtss_f32(_mm_add_ss(x, _mm_movehdup_ps(x)));
+}
+inline float reduce_max(Floats a) {
+  __m128 x = _mm_max_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
+  x = _mm_max_ps(x, _mm_movehl_ps(x, x));
+  return _mm_cvtss_f32(_mm_max_ss(x, _mm_movehdup_ps(x)));
+}
+
+inline Floats round_nearest(Floats a) {
+  return {_mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
+}
+inline Floats times_exp2(Floats a, Floats n) {
+  // In two steps, for 2^-160 has no exponent of its own: n is -160 to 160.
+  const auto power = [](__m256i e) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(e, _mm256_set1_epi32(127)), 23));
+  };
+  const __m256i e = _mm256_cvtps_epi32(n.v), half = _mm256_srai_epi32(e, 1);
+  return {_mm256_mul_ps(
+      _mm256_mul_ps(a.v, power(half)), power(_mm256_sub_epi32(e, half)))};
+}
+inline Floats with_sign_of(Floats a, Floats sign) {
+  return {_mm256_or_ps(a.v, _mm256_and_ps(sign.v, _mm256_set1_ps(-0.0f)))};
+}
+
+#else
+
+using Floats = Vec<float>;
+
+#endif
+
+#ifdef __AVX2__
+
+// 0 from -inf to -150, inf from 128 on, NaN of NaN.
+inline Floats exp2(Floats x) {
+  x = min(Floats::all(160.0f), max(Floats::all(-160.0f), x));
+  const Floats n = round_nearest(x), f = x - n;
+  Floats sum = Floats::all(exp2_polynomial[5]);
+  for (int i = 4; i >= 0; --i) {
+    sum = fma(sum, f, Floats::all(exp2_polynomial[i]));
+  }
+  return times_exp2(sum, n);
+}
+
+inline Floats tanh(Floats x) {
+  const Floats square = x * x, one = Floats::all(1.0f), size = abs(x);
+  Floats sum = Floats::all(tanh_polynomial[4]);
+  for (int i = 3; i >= 0; --i) {
+    sum = fma(sum, square, Floats::all(tanh_polynomial[i]));
+  }
+  const Floats small = fma(sum * square, x, x);
+  const Floats power = exp2(size * Floats::all(2.0f * 1.44269504f));
+  const Floats large = with_sign_of(one - Floats::all(2.0f) / (power + one), x);
+  return select(less(size, Floats::all(0.625f)), small, large);
+}
+
+#endif
+
+// --- elements as vectors ----------------------------------------------------------------------------
+
+// A vector of consecutive elements in the type they are computed in.
+template <class T, class Type>
+inline Vec<T> load_as(const typename Type::storage* x) {
+#ifdef __AVX512F__
+  if constexpr (std::is_same_v<Type, Float16>) {
+    return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)))};
+  } else if constexpr (std::is_same_v<Type, BFloat16>) {
+    const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x));
+    return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16))};
+  }
+#elif defined(__F16C__)
+  if constexpr (std::is_same_v<Type, Float16>) {
+    return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x)))};
+  }
+#endif
+  if constexpr (std::is_same_v<T, typename Type::storage>) {
+    return Vec<T>::load(x);
+  } else {
+    T wide[Vec<T>::lanes];
+    for (int i = 0; i < Vec<T>::lanes; ++i) {
+      wide[i] = static_cast<T>(Type::widen(x[i]));
+    }
+    return Vec<T>::load(wide);
+  }
+}
+
+template <class Type, class T>
+inline void store_as(Vec<T> v, typename Type::storage* x) {
+#ifdef __AVX512F__
+  if constexpr (std::is_same_v<Type, Float16>) {
+    _mm256_storeu_si256(
+        reinterpret_cast<__m256i*>(x),
+        _mm512_cvtps_ph(v.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+    return;
+  }
+#elif defined(__F16C__)
+  if constexpr (std::is_same_v<Type, Float16>) {
+    _mm_storeu_si128(
+        reinterpret_cast<__m128i*>(x),
+        _mm256_cvtps_ph(v.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+    return;
+  }
+#endif
+  if constexpr (std::is_same_v<T, typename Type::storage>) {
+    v.store(x);
+  } else {
+    T wide[Vec<T>::lanes];
+    v.store(wide);
+    for (int i = 0; i < Vec<T>::lanes; ++i) {
+      x[i] = Type::narrow(wide[i]);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace fastguard
