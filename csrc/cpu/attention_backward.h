@@ -95,13 +95,18 @@ class AttentionBackward {
       const auto* value = row_at<Type>(p_.value, task.b, task.kv_head, panel.first);
       const Rows<Type, In> keys{key, p_.key.row, p_.head_dim, panel.keep};
       const Rows<Type, In> values{value, p_.value.row, p_.value_dim, panel.keep};
-      pack_rows(keys, packing_, depth_);
-      transpose(packing_, depth_, panel_keys, depth_, key_ + i * panel_keys * depth_, panel_keys);
+      Word* const below_each_other = key_below_ + i * below * width_;
+      pack_below(keys, below_each_other, width_);
+      Word* rows = below_each_other;  // the same where a word is an element
+      if constexpr (In::pairs == 2) {
+        rows = packing_;
+        pack_rows(keys, rows, depth_);
+      }
+      transpose(rows, depth_, panel_keys, depth_, key_ + i * panel_keys * depth_, panel_keys);
       pack_rows(values, packing_, value_depth_);
       transpose(
           packing_, value_depth_, panel_keys, value_depth_, value_ + i * panel_keys * value_depth_,
           panel_keys);
-      pack_below(keys, key_below_ + i * below * width_, width_);
     }
   }
 
@@ -109,32 +114,53 @@ class AttentionBackward {
   void pack_both(
       const Rows<Type, In>& rows, int64_t depth, int64_t width, Word* to, Word* turned) {
     pack_rows(rows, to, depth);
-    pack_below(rows, packing_, width);
-    transpose(packing_, width, below, width, turned, below);
+    const Word* below_each_other = to;  // the same where a word is an element
+    if constexpr (In::pairs == 2) {
+      pack_below(rows, packing_, width);
+      below_each_other = packing_;
+    }
+    transpose(below_each_other, width, below, width, turned, below);
   }
 
   // The gradient of the output as it passes the clamp, and what the softmax subtracts from it. It
   // does not pass where a row has no key.
   void pass_clamp(const Place& first, int64_t rows) {
-    const T bound = bound_of<Type, T>(p_.clamp);
-    const bool bounded = p_.clamp != std::numeric_limits<double>::infinity();
     for (int64_t r = 0; r < rows; ++r) {
       const auto* grad = row_at<Type>(p_.grad_output, first.b, first.h, first.row + r);
       const auto* output = row_at<Type>(p_.output, first.b, first.h, first.row + r);
-      auto* passed = passed_ + r * p_.value_dim;
+      auto* const passed = passed_ + r * value_width_;
       const T logsumexp =
           static_cast<const T*>(p_.logsumexp)[p_.row_of(first.b, first.h, first.row + r)];
-      const bool dead = logsumexp == std::numeric_limits<T>::infinity();
-      T delta = 0;
-      for (int64_t j = 0; j < p_.value_dim; ++j) {
-        const T value = static_cast<T>(Type::widen(output[j]));
-        const bool passes = !dead && (!bounded || std::fabs(value) < bound);
-        passed[j] = passes ? grad[j] : typename Type::storage{0};
-        delta += passes ? value * static_cast<T>(Type::widen(grad[j])) : T{0};
-      }
-      delta_[r] = delta;
       logsumexp_[r] = logsumexp * static_cast<T>(log2_of_e);
+      if (logsumexp == std::numeric_limits<T>::infinity()) {
+        std::fill(passed, passed + value_width_, typename Type::storage{0});
+        delta_[r] = 0;
+        continue;
+      }
+      V sum = V::all(0);
+      int64_t j = 0;
+      for (; j + V::lanes <= p_.value_dim; j += V::lanes) {
+        sum = pass_clamp(grad + j, output + j, passed + j, sum);
+      }
+      if (j < p_.value_dim) {
+        typename Type::storage last_grad[V::lanes] = {}, last_output[V::lanes] = {};
+        std::copy(grad + j, grad + p_.value_dim, last_grad);
+        std::copy(output + j, output + p_.value_dim, last_output);
+        sum = pass_clamp(last_grad, last_output, passed + j, sum);
+      }
+      delta_[r] = reduce_add(sum);
     }
+  }
+
+  V pass_clamp(
+      const typename Type::storage* grad, const typename Type::storage* output,
+      typename Type::storage* passed, V sum) const {
+    const V bound = V::all(bound_of<Type, T>(p_.clamp));
+    const V value = load_as<T, Type>(output), back = load_as<T, Type>(grad);
+    const bool bounded = p_.clamp != std::numeric_limits<double>::infinity();
+    const Bits passes = bounded ? less(abs(value), bound) : ~Bits{0};
+    store_as<Type>(select(passes, back, V::all(0)), passed);
+    return select(passes, fma(value, back, sum), sum);
   }
 
   void rows_of(const BackwardTask& task, const Place& first, int64_t rows) {
@@ -144,7 +170,7 @@ class AttentionBackward {
         {row_at<Type>(p_.query, first.b, first.h, first.row), p_.query.row, p_.head_dim, real},
         depth_, width_, query_, query_turned_);
     pack_both(
-        {passed_, p_.value_dim, p_.value_dim, real}, value_depth_, value_width_, grad_output_,
+        {passed_, value_width_, p_.value_dim, real}, value_depth_, value_width_, grad_output_,
         grad_output_turned_);
     std::fill(grad_query_, grad_query_ + row_block * width_, T{0});
     for (size_t i = 0; i < list_.size(); ++i) {
@@ -201,24 +227,24 @@ class AttentionBackward {
     T* const x = weights_ + r * panel_keys;
     T* const grad = grad_weights_ + r * panel_keys;
     const uint64_t bits = keys_of_row(p_, panel, at);
-    const bool plain = is_plain(p_, panel, bits), capped = p_.softcap != 0.0;
+    const bool plain = is_plain(p_), capped = p_.softcap != 0.0;
     if (!plain) {
-      finish_logits<T>(p_, panel, at, bits, x, slope_);
+      finish_logits<T>(p_, panel, at, x, slope_);
     }
     const V scale = V::all(plain ? static_cast<T>(p_.scale * log2_of_e) : T{1});
     const V origin = V::all(-logsumexp_[r]), delta = V::all(delta_[r]), zero = V::all(0);
     const uint64_t kept = p_.seed == nullptr ? ~uint64_t{0} : kept_[r];
     const V rescale = V::all(p_.seed == nullptr ? T{1} : rescale_of<T>(dropout_));
     for (int64_t j = 0; j < panel.columns; j += V::lanes) {
-      const V weight = exp2(fma(V::load(x + j), scale, origin));
-      const Bits here = static_cast<Bits>(kept >> j);
+      const Bits shown = static_cast<Bits>(bits >> j), here = static_cast<Bits>(kept >> j);
+      const V weight = select(shown, exp2(fma(V::load(x + j), scale, origin)), zero);
       const V back = select(here, V::load(grad + j) * rescale, zero);
       V derived = weight * (back - delta);
       if (capped) {
         derived = derived * V::load(slope_ + j);
       }
       select(here, weight * rescale, zero).store(x + j);
-      select(static_cast<Bits>(bits >> j), derived, zero).store(grad + j);
+      select(shown, derived, zero).store(grad + j);
     }
   }
 

@@ -130,38 +130,38 @@ class AttentionForward {
   template <bool with_stats>
   void softmax(const Place& at, int64_t r, const Panel* list, int n) {
     T* const x = logits_ + r * logits_row;
-    const T scale = static_cast<T>(p_.scale * log2_of_e);
+    const V scale = V::all(is_plain(p_) ? static_cast<T>(p_.scale * log2_of_e) : T{1});
+    const V hidden = V::all(-std::numeric_limits<T>::infinity()), zero = V::all(0);
     uint64_t bits[block_panels];
-    T scales[block_panels];
-    V most = V::all(-std::numeric_limits<T>::infinity());
+    V most = hidden;
     for (int i = 0; i < n; ++i) {
       bits[i] = keys_of_row(p_, list[i], at);
-      const bool plain = is_plain(p_, list[i], bits[i]);
-      scales[i] = plain ? scale : T{1};
       T* const panel = x + i * panel_keys;
-      if (!plain) {
-        finish_logits<T>(p_, list[i], at, bits[i], panel, nullptr);
+      if (!is_plain(p_)) {
+        finish_logits<T>(p_, list[i], at, panel, nullptr);
       }
-      const V factor = V::all(scales[i]);
       for (int64_t j = 0; j < list[i].columns; j += V::lanes) {
-        most = max(V::load(panel + j) * factor, most);
+        const V logit = V::load(panel + j) * scale;
+        most = max(select(static_cast<Bits>(bits[i] >> j), logit, hidden), most);
       }
     }
     const T before = most_[r], now = std::max(before, reduce_max(most));
     const T origin = now == -std::numeric_limits<T>::infinity() ? T{0} : now;
-    V sum = V::all(0), moment = V::all(0);
+    const V below = V::all(-origin);
+    V sum = zero, moment = zero;
     for (int i = 0; i < n; ++i) {
       const uint64_t kept = p_.seed == nullptr ? ~uint64_t{0} : kept_[i * row_block + r];
       T* const panel = x + i * panel_keys;
       for (int64_t j = 0; j < list[i].columns; j += V::lanes) {
-        const V distance = fma(V::load(panel + j), V::all(scales[i]), V::all(-origin));
-        const V weight = exp2(distance);
+        const V distance = fma(V::load(panel + j), scale, below);
+        const V weight = select(static_cast<Bits>(bits[i] >> j), exp2(distance), zero);
         sum = sum + weight;
         if constexpr (with_stats) {
-          moment = moment +
-              select(static_cast<Bits>(bits[i] >> j), weight * max(V::all(T{-1e4}), distance), V::all(0));
+          // No weight, however far away, has 0 * inf; nor has a NaN that is hidden.
+          const V near = select(less(V::all(T{-1e4}), distance), distance, zero);
+          moment = fma(weight, near, moment);
         }
-        select(static_cast<Bits>(kept >> j), weight, V::all(0)).store(panel + j);
+        select(static_cast<Bits>(kept >> j), weight, zero).store(panel + j);
       }
     }
     const T shrink = before == now ? T{1} : std::exp2(before - origin);

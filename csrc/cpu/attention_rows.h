@@ -130,20 +130,21 @@ inline uint64_t keys_of_row(const AttentionProblem& p, const Panel& panel, const
   return bits;
 }
 
-// Whether the logits of a row are the products times the scale, and no more.
-inline bool is_plain(const AttentionProblem& p, const Panel& panel, uint64_t bits) {
-  return bits == first_bits(panel.columns) && p.softcap == 0.0 &&
-      !(p.mask.data != nullptr && p.mask.additive);
+inline bool is_additive(const AttentionProblem& p) {
+  return p.mask.data != nullptr && p.mask.additive;
 }
 
-// Products of a row with the keys of a panel become logits, in units of log 2; -inf where hidden.
-// `slope`, if not null, gets the derivative of the softcap.
+// Whether the logits are the products times the scale, and no more.
+inline bool is_plain(const AttentionProblem& p) { return p.softcap == 0.0 && !is_additive(p); }
+
+// Products of a row with the keys of a panel become logits, in units of log 2, where they are more
+// than plain. `slope`, if not null, gets the derivative of the softcap.
 template <class T>
 inline void finish_logits(
-    const AttentionProblem& p, const Panel& panel, const Place& at, uint64_t bits, T* x, T* slope) {
+    const AttentionProblem& p, const Panel& panel, const Place& at, T* x, T* slope) {
   using V = Vec<T>;
   alignas(64) T added[panel_keys] = {};
-  if (p.mask.data != nullptr && p.mask.additive) {
+  if (is_additive(p)) {
     const T* mask = static_cast<const T*>(p.mask.data) + at.b * p.mask.batch +
         at.h * p.mask.head + at.row * p.mask.row + panel.first * p.mask.column;
     for (int64_t j = 0; j < std::min(panel_keys, p.keys - panel.first); ++j) {
@@ -153,7 +154,6 @@ inline void finish_logits(
   const bool capped = p.softcap != 0.0;
   const V scale = V::all(static_cast<T>(capped ? p.scale / p.softcap : p.scale * log2_of_e));
   const V cap = V::all(static_cast<T>(p.softcap * log2_of_e)), one = V::all(1);
-  const V hidden = V::all(-std::numeric_limits<T>::infinity());
   const V unit_of_log = V::all(static_cast<T>(log2_of_e));
   for (int64_t j = 0; j < panel.columns; j += V::lanes) {
     V v = V::load(x + j) * scale;
@@ -164,8 +164,7 @@ inline void finish_logits(
         (one - bent * bent).store(slope + j);
       }
     }
-    v = fma(V::load(added + j), unit_of_log, v);
-    select(static_cast<Bits>(bits >> j), v, hidden).store(x + j);
+    fma(V::load(added + j), unit_of_log, v).store(x + j);
   }
 }
 
