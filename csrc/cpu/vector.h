@@ -270,6 +270,15 @@ inline void store_as(Vec<T> v, typename Type::storage* x) {
         reinterpret_cast<__m256i*>(x),
         _mm512_cvtps_ph(v.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
     return;
+  } else if constexpr (std::is_same_v<Type, BFloat16>) {  // as BFloat16::narrow
+    const __m512i bits = _mm512_castps_si512(v.v), one = _mm512_set1_epi32(1);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), one);
+    const __m512i half = _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff));
+    const __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(bits, half), 16);
+    const __mmask16 nan = _mm512_cmp_ps_mask(v.v, v.v, _CMP_UNORD_Q);
+    const __m512i words = _mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc0));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(x), _mm512_cvtepi32_epi16(words));
+    return;
   }
 #elif defined(__F16C__)
   if constexpr (std::is_same_v<Type, Float16>) {
