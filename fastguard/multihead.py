@@ -185,15 +185,14 @@ class ClampedMultiheadAttention(nn.MultiheadAttention):
         if not batched:
             x = x.squeeze(0)
         elif not self.batch_first:
-            # The one copy: callers may `view` torch's output, which is contiguous here.
-            x = x.transpose(0, 1).contiguous()
+            x = x.transpose(0, 1)  # the one copy, in the projection, whose output is contiguous
         return self.out_proj(x)
 
     def _append(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """(N, H, S, D) -> (N, H, S', D), with what `add_bias_kv` and `add_zero_attn` append."""
         parts = [x]
         if bias is not None:
-            bias = bias.to(x.dtype).view(1, self.num_heads, 1, self.head_dim)
+            bias = bias.view(1, self.num_heads, 1, self.head_dim)
             parts.append(bias.expand(x.size(0), -1, -1, -1))
         if self.add_zero_attn:
             parts.append(torch.zeros_like(x[:, :, :1]))

@@ -24,8 +24,9 @@ pytestmark = [
 ]
 
 NAN, INF = float("nan"), float("inf")
-#: Largest difference from torch's, relative to the largest element of the outputs or gradients.
-TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 5e-2}
+#: Largest difference from torch's, relative to the largest element of the outputs or gradients, or
+#: to 1 if that is larger: gradients of few channels are differences of what is close to 1.
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 3e-2}
 
 
 def draw(*shape: int, seed: int, dtype=torch.float64) -> Tensor:
@@ -65,7 +66,7 @@ def results(attention, inputs, **call):
 def assert_same(got, expected, tolerance: float) -> None:
     """`results` of two modules: same shapes and dtypes, differences small beside the largest."""
     for one, other in ((got[:1], expected[:1]), (got[2], expected[2])):
-        largest = max(x.abs().max().item() for x in other)
+        largest = max(1.0, *(x.abs().max().item() for x in other))
         torch.testing.assert_close(one, other, rtol=0, atol=tolerance * largest)
     assert (got[1] is None) == (expected[1] is None)
     if got[1] is not None:
@@ -319,7 +320,7 @@ def test_is_causal_needs_no_mask_and_stands_for_the_one_given(need_weights, appe
     call = {"need_weights": need_weights}
     call["key_padding_mask"] = length_mask([6, 3], 6) if padded else None
     expected = results(theirs, (x, x, x), attn_mask=causal, **call)
-    for mask in (None, causal, as_float(causal)):
+    for mask in (None, causal, as_float(causal), torch.ones_like(causal)):  # the last is not read
         got = results(ours, (x, x, x), attn_mask=mask, is_causal=True, **call)
         assert_same(got, expected, 1e-10)
 
