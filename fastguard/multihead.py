@@ -219,24 +219,15 @@ class ClampedMultiheadAttention(nn.MultiheadAttention):
                 device = self.out_proj.weight.device
                 attn_mask = torch.ones(rows, keys, dtype=torch.bool, device=device).triu_(1)
         if attn_mask is not None:
-            _check_mask("attn_mask", attn_mask)
-            if tuple(attn_mask.shape) not in ((rows, keys), (batch * self.num_heads, rows, keys)):
-                raise RuntimeError(
-                    f"attn_mask must be of shape (T, S) = {(rows, keys)} or (N * H, T, S) = "
-                    f"{(batch * self.num_heads, rows, keys)}, got {tuple(attn_mask.shape)}"
-                )
-            attn_mask = F.pad(attn_mask, (0, appended))
+            shapes = {"(T, S)": (rows, keys), "(N * H, T, S)": (batch * self.num_heads, rows, keys)}
+            attn_mask = _extended("attn_mask", attn_mask, shapes, appended, RuntimeError)
             if attn_mask.dim() == 3:
                 attn_mask = attn_mask.unflatten(0, (batch, self.num_heads))
         if key_padding_mask is not None:
-            _check_mask("key_padding_mask", key_padding_mask)
-            expected = (batch, keys) if batched else (keys,)
-            if tuple(key_padding_mask.shape) != expected:
-                raise AssertionError(
-                    f"key_padding_mask must be of shape {'(N, S)' if batched else '(S,)'} = "
-                    f"{expected}, got {tuple(key_padding_mask.shape)}"
-                )
-            key_padding_mask = F.pad(key_padding_mask.view(batch, keys), (0, appended))
+            shapes = {"(N, S)": (batch, keys)} if batched else {"(S,)": (keys,)}
+            key_padding_mask = _extended(
+                "key_padding_mask", key_padding_mask, shapes, appended, AssertionError
+            ).view(batch, keys + appended)
         key_padding_mask, attn_mask = _seen(key_padding_mask, attn_mask)
         return {
             "key_padding_mask": key_padding_mask,
@@ -251,11 +242,22 @@ class ClampedMultiheadAttention(nn.MultiheadAttention):
         )
 
 
-def _check_mask(name: str, mask: Tensor) -> None:
+def _extended(
+    name: str,
+    mask: Tensor,
+    shapes: dict[str, tuple[int, ...]],
+    appended: int,
+    error: type[Exception],
+) -> Tensor:
+    """`mask`, checked, with `appended` keys that it leaves seen; a copy only if there are any."""
     if mask.dtype != torch.bool and not mask.is_floating_point():
         raise AssertionError(
             f"{name} must be bool (True: hidden) or floating point (added), got {mask.dtype}"
         )
+    if tuple(mask.shape) not in shapes.values():
+        wanted = " or ".join(f"{axes} = {shape}" for axes, shape in shapes.items())
+        raise error(f"{name} must be of shape {wanted}, got {tuple(mask.shape)}")
+    return F.pad(mask, (0, appended)) if appended else mask
 
 
 def _seen(

@@ -445,6 +445,15 @@ def test_copies_compute_the_same(copied, flags):
     assert again.out_proj.weight is not ours.out_proj.weight
 
 
+@pytest.mark.parametrize("need_weights", [True, False])
+def test_a_batch_of_nothing_gives_nothing(need_weights):
+    ours = ClampedMultiheadAttention(24, 3, add_zero_attn=True, batch_first=True)
+    x, mask = torch.zeros(0, 7, 24), torch.zeros(0, 7, dtype=torch.bool)
+    output, weights = ours(x, x, x, key_padding_mask=mask, need_weights=need_weights)
+    assert output.shape == (0, 7, 24)
+    assert weights is None or weights.shape == (0, 7, 8)
+
+
 def test_meta_device_gives_shapes():
     ours = ClampedMultiheadAttention(24, 3, device="meta")
     x = torch.empty(7, 2, 24, device="meta")
@@ -479,6 +488,7 @@ def test_impossible_options_are_named(options, message):
         ((7, 2, 8), (7, 2, 8), (7, 2, 4)),
         ((7, 2, 8), (5, 2, 8), (4, 2, 8)),
         ((7, 2, 8), (7, 3, 8), (7, 3, 8)),
+        ((7, 2, 8), (7, 2, 8), (7, 3, 8)),
     ],
 )
 def test_shapes_of_inputs_are_named(shapes):
