@@ -1,10 +1,11 @@
 """fastguard: make a PyTorch training step survive a gradient explosion at almost no cost."""
 
-from .attention import ClampedMultiheadAttention, clamped_attention
+from .attention import clamped_attention
 from .clip import clip_grad_norm_, clip_grads_with_norm_, get_total_norm
 from .diagnose import GradientExplosionError, StepReport
 from .guard import GradGuard
 from .init import stable_init_
+from .multihead import ClampedMultiheadAttention, replace_attention_
 from .ops import Verdict
 from .optim import Adam, AdamW
 from .rollback import Rollback
@@ -22,5 +23,6 @@ __all__ = [
     "clip_grad_norm_",
     "clip_grads_with_norm_",
     "get_total_norm",
+    "replace_attention_",
     "stable_init_",
 ]

@@ -6,8 +6,7 @@ import math
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import attention_ops
 from .attention_ops import MOST_HEAD_DIM
@@ -78,6 +77,49 @@ def clamped_attention(
     Raises:
         ValueError: shapes, dtypes, devices or options that do not fit; the message has them.
     """
+    operands = _operands(
+        query, key, value, key_padding_mask, attn_mask, is_causal, dropout_p, scale, softcap, clamp
+    )
+    output, _, rows = attention_ops.attention(*operands, return_stats)
+    return (output, _per_head(output, rows, clamp)) if return_stats else output
+
+
+def clamped_attention_and_weights(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    key_padding_mask: Tensor | None = None,
+    attn_mask: Tensor | None = None,
+    is_causal: bool = False,
+    dropout_p: float = 0.0,
+    scale: float | None = None,
+    softcap: float | None = None,
+    clamp: float | None = 10.0,
+) -> tuple[Tensor, Tensor]:
+    """:func:`clamped_attention` and its weights, in plain torch.
+
+    Given the state of torch's generator, the output is that of `clamped_attention`. The weights
+    take T x S numbers by definition, and so do a few tensors on the way to them.
+
+    Returns:
+        (B, H, T, Dv), and the weights (B, H, T, S), which the values were multiplied by: after
+        dropout, zero in a row without a key. Both in the dtype of the query and differentiable.
+
+    Raises:
+        ValueError: as `clamped_attention`.
+    """
+    operands = _operands(
+        query, key, value, key_padding_mask, attn_mask, is_causal, dropout_p, scale, softcap, clamp
+    )
+    attended, weights = attention_ops.attention_and_weights_ref(*operands, False)
+    return attended.output, weights
+
+
+def _operands(
+    query, key, value, key_padding_mask, attn_mask, is_causal, dropout_p, scale, softcap, clamp
+) -> tuple:
+    """What the operator takes for these, checked; all but its last argument."""
     query, key, value = _autocast(query, key, value)
     _check_inputs(query, key, value)
     check_options(dropout_p, softcap, clamp)
@@ -89,27 +131,17 @@ def clamped_attention(
     seed = None
     if dropout_p > 0:
         seed = torch.randint(2**63 - 1, (2,), device=query.device)
-    output, _, rows = attention_ops.attention(
-        query,
-        key,
-        value,
-        key_padding_mask,
-        attn_mask,
-        seed,
-        is_causal,
-        dropout_p,
-        1 / math.sqrt(query.size(3)) if scale is None else scale,
-        softcap or 0.0,
-        math.inf if clamp is None else clamp,
-        return_stats,
-    )
-    return (output, _per_head(output, rows, clamp)) if return_stats else output
+    scale = 1 / math.sqrt(query.size(3)) if scale is None else scale
+    bound = math.inf if clamp is None else clamp
+    masks = (key_padding_mask, attn_mask, seed)
+    return query, key, value, *masks, is_causal, dropout_p, scale, softcap or 0.0, bound
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Cast for autocast, as it casts for torch's own attention."""
     device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
+    # The meta device has no autocast, and raises when it is asked.
+    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)
@@ -126,112 +158,6 @@ def _per_head(output: Tensor, rows: Tensor, clamp: float | None) -> AttentionSta
         entropy.where(alive, 0.0).sum(1) / alive.sum(1),
         held.float().mean(1) if clamp is not None else torch.zeros_like(largest[:, 0]),
     )
-
-
-class ClampedMultiheadAttention(nn.Module):
-    """Batch-first multi-head attention with a clamp before the output projection.
-
-    Vaswani et al. 2017 (arXiv 1706.03762), with `clamped_attention` in the middle.
-    Parameters, their names and their initialisation are those of `nn.MultiheadAttention`:
-    a checkpoint of one loads into the other, and ``clamp=None`` computes the same
-    function as ``nn.MultiheadAttention(..., batch_first=True)``.
-
-    Args:
-        embed_dim: C, width of query, key, value and output.
-        num_heads: H, must divide `embed_dim`.
-        dropout: probability of dropping an attention weight in training.
-        bias: whether the four projections have a bias.
-        clamp: bound on the attention output, > 0; None leaves it free.
-
-    Raises:
-        ValueError: `embed_dim` is not a multiple of `num_heads`, or `clamp` <= 0.
-    """
-
-    def __init__(
-        self,
-        embed_dim: int,
-        num_heads: int,
-        dropout: float = 0.0,
-        bias: bool = True,
-        clamp: float | None = 10.0,
-    ):
-        super().__init__()
-        if num_heads < 1 or embed_dim % num_heads:
-            raise ValueError(
-                f"num_heads must divide embed_dim, got embed_dim={embed_dim}, "
-                f"num_heads={num_heads}: change one of the two"
-            )
-        check_clamp(clamp)
-        self.embed_dim = embed_dim
-        self.num_heads = num_heads
-        self.dropout = dropout
-        self.clamp = clamp
-        self.in_proj_weight = nn.Parameter(torch.empty(3 * embed_dim, embed_dim))
-        self.in_proj_bias = nn.Parameter(torch.empty(3 * embed_dim)) if bias else None
-        self.out_proj = nn.Linear(embed_dim, embed_dim, bias=bias)
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        nn.init.xavier_uniform_(self.in_proj_weight)
-        if self.in_proj_bias is not None:
-            nn.init.zeros_(self.in_proj_bias)
-            nn.init.zeros_(self.out_proj.bias)
-
-    def forward(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        key_padding_mask: Tensor | None = None,
-        need_weights: bool = False,
-    ) -> tuple[Tensor, None]:
-        """Attend from `query` (B, T, C) to `key` and `value` (B, S, C).
-
-        Args:
-            key_padding_mask: (B, S) bool, True where the key is padding.
-            need_weights: must stay False; the argument exists for `nn.MultiheadAttention`'s
-                callers, whose default it reverses.
-
-        Returns:
-            (output (B, T, C), None).
-
-        Raises:
-            NotImplementedError: `need_weights` is True.
-            ValueError: see `clamped_attention`.
-        """
-        if need_weights:
-            raise NotImplementedError(
-                "need_weights=True: the attention weights are never materialised here; "
-                "pass need_weights=False, or load this state dict into "
-                "nn.MultiheadAttention(batch_first=True) to look at them"
-            )
-        query, key, value = (self._split_heads(x) for x in self._project(query, key, value))
-        output = clamped_attention(
-            query,
-            key,
-            value,
-            key_padding_mask=key_padding_mask,
-            dropout_p=self.dropout if self.training else 0.0,
-            clamp=self.clamp,
-        )  # (B, H, T, D)
-        return self.out_proj(output.transpose(1, 2).flatten(2)), None
-
-    def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
-        if query is key and key is value:
-            # Self-attention: one GEMM of three times the width.
-            return F.linear(query, self.in_proj_weight, self.in_proj_bias).chunk(3, dim=-1)
-        weights = self.in_proj_weight.chunk(3)
-        biases = (None,) * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
-        return tuple(map(F.linear, (query, key, value), weights, biases))
-
-    def _split_heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, H, T, D)
-
-    def extra_repr(self) -> str:
-        return (
-            f"embed_dim={self.embed_dim}, num_heads={self.num_heads}, "
-            f"dropout={self.dropout}, clamp={self.clamp}"
-        )
 
 
 def check_options(dropout_p: float, softcap: float | None, clamp: float | None) -> None:

@@ -62,7 +62,30 @@ def attention(
     return attention_ref(*args)
 
 
-def attention_ref(
+def attention_ref(*args) -> Attention:
+    """:func:`attention` in plain torch, with tensors of T x S; its gradients are autograd's."""
+    return attention_and_weights_ref(*args)[0]
+
+
+def attention_and_weights_ref(*args) -> tuple[Attention, Tensor]:
+    """:func:`attention_ref`, and the weights that its values were multiplied by.
+
+    Args:
+        args: those of :func:`attention`.
+
+    Returns:
+        :class:`Attention` and (B, H, T, S) in the dtype of the query, after dropout; zero where a
+        row does not see a key. Both are differentiable.
+    """
+    device = args[0].device.type
+    if not torch.amp.is_autocast_available(device):  # the meta device
+        return _attention_and_weights(*args)
+    # Autocast would narrow what the reference widens.
+    with torch.autocast(device, enabled=False):
+        return _attention_and_weights(*args)
+
+
+def _attention_and_weights(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -75,8 +98,7 @@ def attention_ref(
     softcap: float,
     clamp: float,
     return_stats: bool,
-) -> Attention:
-    """:func:`attention` in plain torch, with tensors of T x S; its gradients are autograd's."""
+) -> tuple[Attention, Tensor]:
     dtype = query.dtype
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     query, key, value = (x.to(wide) for x in (query, key, value))
@@ -108,7 +130,8 @@ def attention_ref(
     bounded = output.detach().clamp(-clamp, clamp)
     if clamp != torch.inf:
         output = torch.where(output.abs() < clamp, output, bounded)
-    return Attention(output, logsumexp, stats if return_stats else logsumexp.new_empty(0))
+    attended = Attention(output, logsumexp, stats if return_stats else logsumexp.new_empty(0))
+    return attended, weights.to(dtype)
 
 
 def _hidden(logits, key_padding_mask, attn_mask, is_causal):

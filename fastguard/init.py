@@ -7,10 +7,7 @@ import math
 import torch
 from torch import nn
 
-from fastguard.attention import ClampedMultiheadAttention
-
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-ATTENTIONS = (nn.MultiheadAttention, ClampedMultiheadAttention)
 # nn.MultiheadAttention splits the first when key or value have a width of their own.
 INPUT_PROJECTIONS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 
@@ -45,7 +42,7 @@ def stable_init_(model: nn.Module, linear_std: float = 0.001, conv_scale: float 
     for module in model.modules():
         if isinstance(module, nn.Linear):
             init_linear_(module.weight, module.bias, linear_std)
-        elif isinstance(module, ATTENTIONS):
+        elif isinstance(module, nn.MultiheadAttention):
             for projection in INPUT_PROJECTIONS:
                 weight = getattr(module, projection, None)
                 if weight is not None:

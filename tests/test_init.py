@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from fastguard.attention import ClampedMultiheadAttention
 from fastguard.init import stable_init_
+from fastguard.multihead import ClampedMultiheadAttention
 
 
 class Everything(nn.Module):

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastguard.attention import ClampedMultiheadAttention
+from fastguard.multihead import ClampedMultiheadAttention
 from fastguard.speech.models.ctc import CTCModel
 from fastguard.speech.models.layers import MaskedBatchNorm1d, check_kernel_size
 
@@ -65,8 +65,7 @@ class ConformerBlock(nn.Module):
     """Half-step feed-forward, self-attention, convolution, half-step feed-forward, LayerNorm.
 
     Dropout takes whole channels of a branch, as in the baseline and for its reasons.
-    Attention weights are not dropped: the branch is regularised as it is, and on the CPU
-    `scaled_dot_product_attention` leaves its fused path for dropout.
+    Attention weights are not dropped: the branch is regularised as it is.
     """
 
     def __init__(self, config: TeacherConfig):
@@ -75,7 +74,7 @@ class ConformerBlock(nn.Module):
         self.feed_forward1 = FeedForward(d_model)
         self.attention_norm = nn.LayerNorm(d_model)
         self.attention = ClampedMultiheadAttention(
-            d_model, config.num_heads, clamp=config.attention_clamp
+            d_model, config.num_heads, batch_first=True, clamp=config.attention_clamp
         )
         self.convolution = ConvolutionModule(d_model, config.kernel_size)
         self.feed_forward2 = FeedForward(d_model)
@@ -86,7 +85,8 @@ class ConformerBlock(nn.Module):
         """(B, T, C), (B, T) -> (B, T, C)."""
         x = torch.add(x, self._drop(self.feed_forward1(x)), alpha=0.5)
         y = self.attention_norm(x)
-        x = x + self._drop(self.attention(y, y, y, key_padding_mask=padding_mask)[0])
+        y, _ = self.attention(y, y, y, key_padding_mask=padding_mask, need_weights=False)
+        x = x + self._drop(y)
         x = x + self._drop(self.convolution(x, padding_mask))
         x = torch.add(x, self._drop(self.feed_forward2(x)), alpha=0.5)
         return self.norm(x)

@@ -1,0 +1,587 @@
+"""ClampedMultiheadAttention against nn.MultiheadAttention."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import pickle
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from fastguard import multihead
+from fastguard.attention import clamped_attention
+from fastguard.multihead import ClampedMultiheadAttention, replace_attention_
+
+# torch's encoder warns of its own nested tensors, and of masks of two dtypes, which are fine here.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*nested tensor"),
+    pytest.mark.filterwarnings("ignore:enable_nested_tensor"),
+    pytest.mark.filterwarnings("ignore:Support for mismatched"),
+]
+
+NAN, INF = float("nan"), float("inf")
+#: Largest difference from torch's, relative to the largest element of the outputs or gradients, or
+#: to 1 if that is larger: gradients of few channels are differences of what is close to 1.
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 3e-2}
+
+
+def draw(*shape: int, seed: int, dtype=torch.float64) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def twins(*sizes: int, dtype=torch.float64, clamp=None, **options):
+    """nn.MultiheadAttention and ours, same checkpoint, no parameter at its initial zero."""
+    torch.manual_seed(0)
+    theirs = nn.MultiheadAttention(*sizes, dtype=dtype, **options)
+    for parameter in theirs.parameters():
+        parameter.data.uniform_(-0.4, 0.4)
+    ours = ClampedMultiheadAttention(*sizes, dtype=dtype, clamp=clamp, **options)
+    ours.load_state_dict(theirs.state_dict())
+    return theirs, ours
+
+
+def length_mask(lengths: list[int], size: int) -> Tensor:
+    return torch.arange(size) >= torch.tensor(lengths)[:, None]
+
+
+def as_float(mask: Tensor, dtype=torch.float64) -> Tensor:
+    return torch.zeros(mask.shape, dtype=dtype).masked_fill(mask, -INF)
+
+
+def results(attention, inputs, **call):
+    """Output, weights, and the gradients of all inputs and parameters through both."""
+    output, weights = attention(*inputs, **call)
+    loss = (output * draw(*output.shape, seed=7, dtype=output.dtype)).sum()
+    if call.get("need_weights", True):
+        loss = loss + (weights * draw(*weights.shape, seed=8, dtype=weights.dtype)).sum()
+    leaves = [x for x in (*dict.fromkeys(inputs), *attention.parameters()) if x.requires_grad]
+    return output, weights, torch.autograd.grad(loss, leaves)
+
+
+def assert_same(got, expected, tolerance: float) -> None:
+    """`results` of two modules: same shapes and dtypes, differences small beside the largest."""
+    for one, other in ((got[:1], expected[:1]), (got[2], expected[2])):
+        largest = max(1.0, *(x.abs().max().item() for x in other))
+        torch.testing.assert_close(one, other, rtol=0, atol=tolerance * largest)
+    assert (got[1] is None) == (expected[1] is None)
+    if got[1] is not None:
+        torch.testing.assert_close(got[1], expected[1], rtol=0, atol=tolerance)
+
+
+@st.composite
+def problems(draw_from):
+    """Options of the constructor, inputs, and arguments of `forward` for torch's and for ours."""
+    flag = lambda: draw_from(st.booleans())  # noqa: E731
+    size = lambda high: draw_from(st.integers(1, high))  # noqa: E731
+    generator = torch.Generator().manual_seed(draw_from(st.integers(0, 2**31)))
+    dtype = draw_from(st.sampled_from(list(TOLERANCE)))
+    heads, width = size(4), size(5)
+    channels, frames, keys = heads * width, size(6), size(9)
+    batch = size(3) if (batched := flag()) else 1
+    kind = draw_from(st.sampled_from(["self", "query is key", "key is value", "all differ"]))
+    if kind in ("self", "query is key"):
+        keys = frames
+    options = {name: flag() for name in ("bias", "add_bias_kv", "add_zero_attn", "batch_first")}
+    if kind == "all differ" and flag():
+        options |= {"kdim": size(7), "vdim": size(7)}
+
+    def sequence(length: int, width: int) -> Tensor:
+        shape = (batch, length) if options["batch_first"] else (length, batch)
+        x = torch.randn(*shape if batched else (length,), width, generator=generator)
+        return x.to(dtype).requires_grad_()
+
+    query = sequence(frames, channels)
+    key = query if kind in ("self", "query is key") else None
+    key = sequence(keys, options.get("kdim", channels)) if key is None else key
+    value = key if kind in ("self", "key is value") else None
+    value = sequence(keys, options.get("vdim", channels)) if value is None else value
+
+    def mask(*shape: int) -> Tensor | None:
+        kind = draw_from(st.sampled_from(["none", "bool", "hiding", "added"]))
+        if kind == "none":
+            return None
+        hidden = torch.rand(shape, generator=generator) < 0.4
+        hidden[..., 0] = False  # a row without a key is NaN in torch
+        if kind == "bool":
+            return hidden
+        floats = as_float(hidden, dtype)
+        return floats + torch.randn(shape, generator=generator).to(dtype) * (kind == "added")
+
+    shapes = [(frames, keys), (batch * heads, frames, keys)]
+    call = {
+        "key_padding_mask": mask(*(batch, keys) if batched else (keys,)),
+        "attn_mask": mask(*draw_from(st.sampled_from(shapes))),
+        "need_weights": flag(),
+        "average_attn_weights": flag(),
+    }
+    our_call = dict(call)
+    if draw_from(st.integers(0, 3)) == 0:
+        call["attn_mask"] = torch.ones(frames, keys, dtype=torch.bool).triu(1)
+        our_call |= {"is_causal": True, "attn_mask": call["attn_mask"] if flag() else None}
+    sizes = {"embed_dim": channels, "num_heads": heads, "dtype": dtype}
+    return sizes | options, (query, key, value), call, our_call, flag()
+
+
+@settings(max_examples=200, deadline=None)
+@given(problems())
+def test_without_clamp_it_is_multihead_attention(problem):
+    options, inputs, call, our_call, training = problem
+    sizes = options.pop("embed_dim"), options.pop("num_heads")
+    theirs, ours = twins(*sizes, **options)
+    expected = results(theirs.train(training), inputs, **call)
+    got = results(ours.train(training), inputs, **our_call)
+    assert_same(got, expected, TOLERANCE[options["dtype"]])
+    assert got[0].is_contiguous()
+
+
+@pytest.mark.parametrize("kind", ["self", "query is key", "key is value", "all differ"])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("lengths", [None, [7, 3]])
+@pytest.mark.parametrize("need_weights", [True, False])
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_each_kind_of_projection(kind, bias, lengths, need_weights, batch_first):
+    theirs, ours = twins(24, 3, bias=bias, batch_first=batch_first)
+    shape = (2, 7, 24) if batch_first else (7, 2, 24)
+    a, b, c = (draw(*shape, seed=i).requires_grad_() for i in range(3))
+    inputs = {
+        "self": (a, a, a),
+        "query is key": (a, a, b),
+        "key is value": (a, b, b),
+        "all differ": (a, b, c),
+    }[kind]
+    mask = None if lengths is None else length_mask(lengths, 7)
+    call = {"key_padding_mask": mask, "need_weights": need_weights}
+    assert_same(results(ours, inputs, **call), results(theirs, inputs, **call), 1e-10)
+
+
+FLAGS = [
+    {},
+    {"bias": False},
+    {"add_bias_kv": True, "add_zero_attn": True},
+    {"kdim": 5, "vdim": 6, "batch_first": True},
+    {"kdim": 5, "bias": False, "add_bias_kv": True},
+]
+
+
+@pytest.mark.parametrize("flags", FLAGS)
+def test_same_seed_gives_torchs_parameters_and_each_loads_the_other(flags):
+    torch.manual_seed(3)
+    theirs = nn.MultiheadAttention(24, 3, **flags)
+    torch.manual_seed(3)
+    ours = ClampedMultiheadAttention(24, 3, **flags)
+    for module, other in ((ours, theirs), (theirs, ours)):
+        assert list(module.state_dict()) == list(other.state_dict())
+        for name, expected in other.state_dict().items():
+            assert torch.equal(module.state_dict()[name], expected), name
+        for parameter in module.parameters():
+            parameter.data.fill_(3.0)
+        module.load_state_dict(other.state_dict(), strict=True)
+    torch.manual_seed(3)
+    theirs = nn.MultiheadAttention(24, 3, **flags)
+    torch.manual_seed(3)
+    ours._reset_parameters()  # out_proj.weight is drawn in its own constructor, before
+    torch.manual_seed(3)
+    theirs._reset_parameters()
+    for (name, got), expected in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        assert name == "out_proj.weight" or torch.equal(got, expected), name
+
+
+def test_signatures_are_torchs():
+    def parameters(function):
+        return [
+            (p.name, p.default, p.kind)
+            for p in inspect.signature(function).parameters.values()
+            if p.name not in ("clamp", "softcap")
+        ]
+
+    for name in ("__init__", "forward"):
+        theirs = parameters(getattr(nn.MultiheadAttention, name))
+        assert parameters(getattr(ClampedMultiheadAttention, name)) == theirs
+    options = inspect.signature(ClampedMultiheadAttention).parameters
+    for name, default in (("clamp", 10.0), ("softcap", None)):
+        assert options[name].kind is inspect.Parameter.KEYWORD_ONLY
+        assert options[name].default == default
+    assert "batch_first=True, clamp=3.0, softcap=5.0" in repr(
+        ClampedMultiheadAttention(4, 2, batch_first=True, clamp=3.0, softcap=5.0)
+    )
+
+
+@pytest.mark.parametrize("need_weights", [True, False])
+def test_it_clamps_before_the_projection(need_weights):
+    ours = ClampedMultiheadAttention(8, 2, clamp=0.25)
+    ours.in_proj_weight.data.mul_(100.0)
+    nn.init.eye_(ours.out_proj.weight)
+    x = draw(5, 1, 8, seed=0, dtype=torch.float32)
+    assert ours(x, x, x, need_weights=need_weights)[0].abs().max() == 0.25
+    ours.clamp = None
+    assert ours(x, x, x, need_weights=need_weights)[0].abs().max() > 1
+
+
+@pytest.mark.parametrize("need_weights", [True, False])
+def test_softcap_bounds_the_logits(need_weights):
+    ours = ClampedMultiheadAttention(8, 2, softcap=1e-6, clamp=None)
+    x = 10 * draw(5, 1, 8, seed=0, dtype=torch.float32)
+    output, weights = ours(x, x, x, need_weights=need_weights)
+    mean = ours.out_proj(ours._project(x, x, x)[2].mean(0, keepdim=True))
+    torch.testing.assert_close(output, mean.expand_as(output))
+    if need_weights:
+        torch.testing.assert_close(weights, torch.full_like(weights, 1 / 5))
+
+
+def test_dropout_acts_in_training_only_and_weights_are_those_used():
+    _, ours = twins(24, 3, dropout=0.5, batch_first=True)
+    x = draw(2, 7, 24, seed=0)
+
+    def run(seed, **call):
+        torch.manual_seed(seed)
+        return ours(x, x, x, **call)
+
+    output, weights = run(1, average_attn_weights=False)
+    torch.testing.assert_close(run(1, need_weights=False)[0], output)
+    assert not torch.equal(run(2)[0], output)
+    assert 0.3 < (weights == 0).double().mean() < 0.7
+    values = x @ ours.in_proj_weight[48:].T + ours.in_proj_bias[48:]
+    heads = weights @ values.unflatten(-1, (3, 8)).transpose(1, 2)
+    torch.testing.assert_close(ours.out_proj(heads.transpose(1, 2).flatten(2)), output)
+    torch.testing.assert_close(run(1)[1], weights.mean(1))
+
+    ours.eval()
+    assert torch.equal(run(1)[0], run(2)[0])
+    assert run(1)[1].min() > 0
+
+
+def test_torch_returns_weights_after_dropout():
+    # What the test above asks of ours.
+    theirs = nn.MultiheadAttention(8, 2, dropout=0.5)
+    x = draw(5, 20, 8, seed=0, dtype=torch.float32)
+    weights = theirs(x, x, x, average_attn_weights=False)[1]
+    assert 0.3 < (weights == 0).double().mean() < 0.7
+
+
+@pytest.mark.parametrize("need_weights", [True, False])
+@pytest.mark.parametrize("kind", ["bool", "float"])
+@pytest.mark.parametrize("where", ["key_padding_mask", "attn_mask"])
+def test_rows_without_a_key_attend_to_nothing(need_weights, kind, where):
+    _, ours = twins(24, 3, batch_first=True)
+    x = draw(2, 7, 24, seed=0).requires_grad_()
+    if where == "key_padding_mask":
+        mask = length_mask([7, 0], 7)
+    else:
+        mask = torch.zeros(2, 3, 7, 7, dtype=torch.bool)
+        mask[1] = True
+        mask = mask.flatten(0, 1)
+    call = {where: mask if kind == "bool" else as_float(mask), "need_weights": need_weights}
+    output, weights, gradients = results(ours, (x, x, x), **call)
+    torch.testing.assert_close(output[1], ours.out_proj.bias.expand(7, 24))
+    assert output.isfinite().all()
+    assert all(gradient.isfinite().all() for gradient in gradients)
+    if need_weights:
+        assert torch.equal(weights[1], torch.zeros_like(weights[1]))
+        torch.testing.assert_close(weights[0].sum(-1), torch.ones_like(weights[0, 0]))
+
+
+@pytest.mark.parametrize("need_weights", [True, False])
+@pytest.mark.parametrize("kind", ["bool", "float"])
+@pytest.mark.parametrize("garbage", [NAN, INF])
+def test_garbage_in_padded_keys_reaches_nothing(need_weights, kind, garbage):
+    _, ours = twins(24, 3, batch_first=True, add_zero_attn=True)
+    query, key = draw(2, 4, 24, seed=0).requires_grad_(), draw(2, 7, 24, seed=1)
+    mask = length_mask([5, 2], 7)
+    dirty = key.masked_fill(mask[:, :, None], garbage)
+    call = {
+        "key_padding_mask": mask if kind == "bool" else as_float(mask),
+        "need_weights": need_weights,
+    }
+
+    def run(key):
+        output, weights = ours(query, key, key, **call)
+        loss = output.square().sum() + (weights.square().sum() if need_weights else 0)
+        # in_proj_weight's gradient multiplies the garbage by zero, in torch too.
+        leaves = (query, ours.in_proj_bias, ours.out_proj.weight)
+        return output, weights, torch.autograd.grad(loss, leaves)
+
+    clean = run(key)
+    assert clean[0].isfinite().all() and clean[2][0].abs().sum() > 0
+    torch.testing.assert_close(run(dirty), clean, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("need_weights", [True, False])
+@pytest.mark.parametrize("appended", [True, False])
+@pytest.mark.parametrize("padded", [True, False])
+def test_is_causal_needs_no_mask_and_stands_for_the_one_given(need_weights, appended, padded):
+    theirs, ours = twins(24, 3, add_bias_kv=appended, add_zero_attn=appended)
+    x = draw(6, 2, 24, seed=0).requires_grad_()
+    causal = torch.ones(6, 6, dtype=torch.bool).triu(1)
+    call = {"need_weights": need_weights}
+    call["key_padding_mask"] = length_mask([6, 3], 6) if padded else None
+    expected = results(theirs, (x, x, x), attn_mask=causal, **call)
+    for mask in (None, causal, as_float(causal), torch.ones_like(causal)):  # the last is not read
+        got = results(ours, (x, x, x), attn_mask=mask, is_causal=True, **call)
+        assert_same(got, expected, 1e-10)
+
+
+@pytest.mark.parametrize("need_weights", [True, False])
+def test_an_added_mask_may_be_learnt(need_weights):
+    theirs, ours = twins(24, 3)
+    x = draw(6, 2, 24, seed=0)
+    mask = draw(6, 6, seed=1).requires_grad_()
+    gradients = []
+    for attention in (ours, theirs):
+        output, _ = attention(x, x, x, attn_mask=mask, need_weights=need_weights)
+        gradients += torch.autograd.grad(output.square().sum(), mask)
+    assert gradients[1].abs().max() > 0
+    torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("shape", [(4, 2, 24), (4, 24)])
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_heads_are_views_of_one_gemm(monkeypatch, shape, batch_first):
+    seen = []
+
+    def spy(*heads, **options):
+        seen.extend(heads)
+        return clamped_attention(*heads, **options)
+
+    monkeypatch.setattr(multihead, "clamped_attention", spy)
+    _, ours = twins(24, 3, batch_first=batch_first)
+    x = draw(*shape, seed=0)
+    ours(x, x, x, need_weights=False)
+    assert len(seen) == 3 and len({head.untyped_storage().data_ptr() for head in seen}) == 1
+    assert all(head.stride(3) == 1 and head.shape[1::2] == (3, 8) for head in seen)
+
+
+def encoder_layers(clamp=None, **options):
+    """torch's encoder layer, and one with ours put in its place."""
+    torch.manual_seed(0)
+    theirs = nn.TransformerEncoderLayer(24, 4, 32, dropout=0.0, batch_first=True, **options)
+    ours = copy.deepcopy(theirs)
+    ours.self_attn = ClampedMultiheadAttention(24, 4, batch_first=True, clamp=clamp)
+    ours.self_attn.load_state_dict(theirs.self_attn.state_dict())
+    return theirs, ours
+
+
+@pytest.mark.parametrize("norm_first", [True, False])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("lengths", [None, [7, 3]])
+def test_encoder_layer_takes_it_and_no_fast_path_passes_it_by(norm_first, training, lengths):
+    theirs, ours = encoder_layers(norm_first=norm_first)
+    x = draw(2, 7, 24, seed=0, dtype=torch.float32)
+    mask = None if lengths is None else length_mask(lengths, 7)
+    theirs.train(training)
+    ours.train(training)
+    with torch.no_grad():
+        expected = theirs(x, src_key_padding_mask=mask)
+        torch.testing.assert_close(ours(x, src_key_padding_mask=mask), expected)
+        ours.self_attn.clamp = 1e-6
+        clamped = ours(x, src_key_padding_mask=mask)
+        ours.self_attn.out_proj.weight.zero_()
+        torch.testing.assert_close(clamped, ours(x, src_key_padding_mask=mask))
+    assert not torch.allclose(clamped, expected, atol=1e-3)
+
+
+@pytest.mark.parametrize("how", ["constructor", "replace_attention_"])
+def test_encoder_makes_no_nested_tensors_for_it(how):
+    theirs, ours = encoder_layers(clamp=1e-6)
+    if how == "constructor":
+        encoder = nn.TransformerEncoder(ours, 2).eval()
+    else:
+        encoder = nn.TransformerEncoder(theirs, 2).eval()
+        assert encoder.use_nested_tensor
+        assert replace_attention_(encoder, clamp=1e-6) == 2
+    x, mask = draw(2, 7, 24, seed=0, dtype=torch.float32), length_mask([7, 3], 7)
+    with torch.no_grad():
+        got = encoder(x, src_key_padding_mask=mask)
+        for layer in encoder.layers:
+            layer.self_attn.out_proj.weight.zero_()
+        torch.testing.assert_close(got, encoder(x, src_key_padding_mask=mask))
+    assert (got - x).abs().max() > 0.1
+
+
+def test_nested_tensors_are_refused():
+    ours = ClampedMultiheadAttention(24, 4, batch_first=True).eval()
+    nested = torch.nested.nested_tensor([torch.ones(3, 24), torch.ones(2, 24)])
+    with torch.no_grad(), pytest.raises(AssertionError, match=r"no nested.*use_nested_tensor"):
+        ours(nested, nested, nested)
+
+
+@pytest.mark.parametrize("need_weights", [True, False])
+@pytest.mark.parametrize("options", [{"dropout": 0.3}, {"add_bias_kv": True, "batch_first": True}])
+def test_compiles_into_one_graph(need_weights, options):
+    _, ours = twins(24, 3, dtype=torch.float32, clamp=1.0, **options)
+    x = draw(5, 5, 24, seed=0, dtype=torch.float32).requires_grad_()
+    call = {"key_padding_mask": length_mask([5, 4, 3, 2, 1], 5), "need_weights": need_weights}
+    torch.manual_seed(0)
+    expected = results(ours, (x, x, x), **call)
+    compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
+    torch.manual_seed(0)
+    assert_same(results(compiled, (x, x, x), **call), expected, 1e-5)
+
+
+@pytest.mark.parametrize("need_weights", [True, False])
+@pytest.mark.parametrize("options", [{}, {"add_bias_kv": True, "add_zero_attn": True}])
+def test_autocast_works_as_torchs(need_weights, options):
+    theirs, ours = twins(24, 3, dtype=torch.float32, **options)
+    x = draw(6, 2, 24, seed=0, dtype=torch.float32).requires_grad_()
+    call = {"key_padding_mask": length_mask([6, 3], 6), "need_weights": need_weights}
+    with torch.autocast("cpu", torch.bfloat16):
+        got, expected = results(ours, (x, x, x), **call), results(theirs, (x, x, x), **call)
+    assert got[0].dtype == torch.bfloat16
+    assert_same(got, expected, 5e-2)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+@pytest.mark.parametrize("flags", FLAGS)
+def test_copies_compute_the_same(copied, flags):
+    ours = ClampedMultiheadAttention(24, 4, clamp=0.1, softcap=3.0, **flags).eval()
+    again = copied(ours)
+    inputs = [draw(5, 2, n, seed=n, dtype=torch.float32) for n in (24, ours.kdim, ours.vdim)]
+    torch.testing.assert_close(again(*inputs), ours(*inputs), rtol=0, atol=0)
+    assert repr(again) == repr(ours)
+    assert again.out_proj.weight is not ours.out_proj.weight
+
+
+@pytest.mark.parametrize("need_weights", [True, False])
+def test_a_batch_of_nothing_gives_nothing(need_weights):
+    ours = ClampedMultiheadAttention(24, 3, add_zero_attn=True, batch_first=True)
+    x, mask = torch.zeros(0, 7, 24), torch.zeros(0, 7, dtype=torch.bool)
+    output, weights = ours(x, x, x, key_padding_mask=mask, need_weights=need_weights)
+    assert output.shape == (0, 7, 24)
+    assert weights is None or weights.shape == (0, 7, 8)
+
+
+def test_meta_device_gives_shapes():
+    ours = ClampedMultiheadAttention(24, 3, device="meta")
+    x = torch.empty(7, 2, 24, device="meta")
+    for need_weights in (True, False):
+        output, weights = ours(x, x, x, is_causal=True, need_weights=need_weights)
+        assert output.device.type == "meta" and output.shape == (7, 2, 24)
+        assert weights is None or weights.shape == (2, 7, 7)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"clamp": 0.0}, "got 0.0: pass None"),
+        ({"clamp": NAN}, "got nan: pass None"),
+        ({"softcap": -1.0}, "got -1.0: pass None"),
+        ({"dropout": 1.5}, r"\[0, 1\), got 1.5"),
+        *(({"num_heads": n}, f"embed_dim=8, num_heads={n}") for n in (-2, 0, 3, 16)),
+    ],
+)
+def test_impossible_options_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        ClampedMultiheadAttention(**{"embed_dim": 8, "num_heads": 2} | options)
+
+
+@pytest.mark.parametrize(
+    "shapes",
+    [
+        ((8,), (8,), (8,)),
+        ((7, 2, 8), (7, 8), (7, 8)),
+        ((1, 7, 2, 8),) * 3,
+        ((7, 2, 4), (7, 2, 8), (7, 2, 8)),
+        ((7, 2, 8), (7, 2, 8), (7, 2, 4)),
+        ((7, 2, 8), (5, 2, 8), (4, 2, 8)),
+        ((7, 2, 8), (7, 3, 8), (7, 3, 8)),
+        ((7, 2, 8), (7, 2, 8), (7, 3, 8)),
+    ],
+)
+def test_shapes_of_inputs_are_named(shapes):
+    inputs = [torch.zeros(shape) for shape in shapes]
+    with pytest.raises(AssertionError, match="must be ") as caught:
+        ClampedMultiheadAttention(8, 2)(*inputs)
+    message = str(caught.value)
+    assert "(T, N, 8), (S, N, 8), (S, N, 8), or unbatched" in message
+    assert message.endswith(", ".join(map(str, shapes)))
+    with pytest.raises((AssertionError, RuntimeError)):  # torch's say less
+        nn.MultiheadAttention(8, 2)(*inputs)
+
+
+BOOL = torch.bool
+
+
+@pytest.mark.parametrize(
+    ("mask", "error", "message"),
+    [
+        (("attn_mask", (7, 4), BOOL), RuntimeError, r"\(7, 5\) or .* \(4, 7, 5\), got \(7, 4\)"),
+        (("attn_mask", (2, 7, 5), BOOL), RuntimeError, r"got \(2, 7, 5\)"),
+        (("attn_mask", (7, 5), torch.int64), AssertionError, "attn_mask must be bool.*int64"),
+        (("key_padding_mask", (2, 7), BOOL), AssertionError, r"\(N, S\) = \(2, 5\), got \(2, 7\)"),
+        (("key_padding_mask", (5,), BOOL), AssertionError, r"got \(5,\)"),
+        (("key_padding_mask", (2, 5), torch.uint8), AssertionError, "key_padding_mask must.*uint8"),
+    ],
+)
+def test_masks_that_do_not_fit_are_named(mask, error, message):
+    name, shape, dtype = mask
+    query, key = torch.zeros(7, 2, 8), torch.zeros(5, 2, 8)
+    call = {name: torch.zeros(shape, dtype=dtype)}
+    with pytest.raises(error, match=message):
+        ClampedMultiheadAttention(8, 2)(query, key, key, **call)
+    with pytest.raises(error):
+        nn.MultiheadAttention(8, 2)(query, key, key, **call)
+
+
+def test_unbatched_masks_that_do_not_fit_are_named():
+    x = torch.zeros(7, 8)
+    with pytest.raises(AssertionError, match=r"\(S,\) = \(7,\), got \(1, 7\)"):
+        ClampedMultiheadAttention(8, 2)(x, x, x, torch.zeros(1, 7, dtype=BOOL))
+
+
+class Custom(nn.MultiheadAttention):
+    pass
+
+
+def test_replace_attention_shares_parameters_and_leaves_subclasses():
+    shared = nn.MultiheadAttention(8, 2, kdim=4, vdim=4)
+    model = nn.ModuleDict(
+        {
+            "transformer": nn.Transformer(8, 2, 2, 1, 16, dropout=0.0),
+            "lists": nn.ModuleList([shared, shared, Custom(8, 2), nn.Linear(3, 3)]),
+            "ours": ClampedMultiheadAttention(8, 2, clamp=2.0),
+        }
+    ).eval()
+    parameters, keys = dict(model.named_parameters()), list(model.state_dict())
+    x, y = draw(5, 2, 8, seed=0).float(), draw(5, 2, 4, seed=1).float()
+
+    def outputs():
+        with torch.no_grad():
+            return model["transformer"](x, x), shared(x, y, y)[0]
+
+    before = outputs()
+    # Two layers of the encoder with one, one of the decoder with two, and the shared one.
+    assert replace_attention_(model, clamp=None) == 5
+    torch.testing.assert_close(outputs(), before)
+    assert type(shared) is ClampedMultiheadAttention and type(model["lists"][2]) is Custom
+    assert model["ours"].clamp == 2.0
+    assert list(model.state_dict()) == keys
+    assert all(parameters[name] is now for name, now in model.named_parameters())
+    assert replace_attention_(model) == 0
+
+
+def test_replaced_attention_clamps_and_trains():
+    attention = nn.MultiheadAttention(8, 2)
+    optimizer = torch.optim.SGD(attention.parameters(), lr=1.0)
+    assert replace_attention_(attention, clamp=1e-6, softcap=5.0) == 1
+    assert (attention.clamp, attention.softcap) == (1e-6, 5.0)
+    x = draw(5, 2, 8, seed=0).float()
+    output, _ = attention(x, x, x)
+    assert 0 < output.abs().max() < 1e-4
+    before = attention.out_proj.weight.detach().clone()
+    output.sum().backward()
+    optimizer.step()
+    assert not torch.equal(attention.out_proj.weight, before)
+    attention._reset_parameters()
+    assert attention.out_proj.bias.abs().max() == 0
+
+
+def test_replace_attention_refuses_before_anything_changes():
+    model = nn.Sequential(nn.MultiheadAttention(8, 2), nn.MultiheadAttention(8, 2, dropout=1.0))
+    for options in ({"clamp": -1.0}, {}):
+        with pytest.raises(ValueError, match=r"got -1\.0|got 1\.0"):
+            replace_attention_(model, **options)
+    assert all(type(module) is nn.MultiheadAttention for module in model)
