@@ -131,7 +131,7 @@ class AttentionBackward {
       auto* const passed = passed_ + r * value_width_;
       const T logsumexp =
           static_cast<const T*>(p_.logsumexp)[p_.row_of(first.b, first.h, first.row + r)];
-      logsumexp_[r] = logsumexp * static_cast<T>(log2_of_e);
+      logsumexp_[r] = logsumexp;
       if (logsumexp == std::numeric_limits<T>::infinity()) {
         std::fill(passed, passed + value_width_, typename Type::storage{0});
         delta_[r] = 0;
@@ -231,13 +231,13 @@ class AttentionBackward {
     if (!plain) {
       finish_logits<T>(p_, panel, at, x, slope_);
     }
-    const V scale = V::all(plain ? static_cast<T>(p_.scale * log2_of_e) : T{1});
+    const V scale = V::all(plain ? static_cast<T>(p_.scale) : T{1});
     const V origin = V::all(-logsumexp_[r]), delta = V::all(delta_[r]), zero = V::all(0);
     const uint64_t kept = p_.seed == nullptr ? ~uint64_t{0} : kept_[r];
     const V rescale = V::all(p_.seed == nullptr ? T{1} : rescale_of<T>(dropout_));
     for (int64_t j = 0; j < panel.columns; j += V::lanes) {
       const Bits shown = static_cast<Bits>(bits >> j), here = static_cast<Bits>(kept >> j);
-      const V weight = select(shown, exp2(fma(V::load(x + j), scale, origin)), zero);
+      const V weight = select(shown, exp(fma(V::load(x + j), scale, origin)), zero);
       const V back = select(here, V::load(grad + j) * rescale, zero);
       V derived = weight * (back - delta);
       if (capped) {

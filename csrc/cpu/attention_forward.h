@@ -130,7 +130,7 @@ class AttentionForward {
   template <bool with_stats>
   void softmax(const Place& at, int64_t r, const Panel* list, int n) {
     T* const x = logits_ + r * logits_row;
-    const V scale = V::all(is_plain(p_) ? static_cast<T>(p_.scale * log2_of_e) : T{1});
+    const V scale = V::all(is_plain(p_) ? static_cast<T>(p_.scale) : T{1});
     const V hidden = V::all(-std::numeric_limits<T>::infinity()), zero = V::all(0);
     uint64_t bits[block_panels];
     V most = hidden;
@@ -154,7 +154,7 @@ class AttentionForward {
       T* const panel = x + i * panel_keys;
       for (int64_t j = 0; j < list[i].columns; j += V::lanes) {
         const V distance = fma(V::load(panel + j), scale, below);
-        const V weight = select(static_cast<Bits>(bits[i] >> j), exp2(distance), zero);
+        const V weight = select(static_cast<Bits>(bits[i] >> j), exp(distance), zero);
         sum = sum + weight;
         if constexpr (with_stats) {
           // No weight, however far away, has 0 * inf; nor has a NaN that is hidden.
@@ -164,7 +164,7 @@ class AttentionForward {
         select(static_cast<Bits>(kept >> j), weight, zero).store(panel + j);
       }
     }
-    const T shrink = before == now ? T{1} : std::exp2(before - origin);
+    const T shrink = before == now ? T{1} : std::exp(before - origin);
     if (shrink != T{1}) {
       T* const output = output_ + r * width_;
       for (int64_t j = 0; j < width_; j += V::lanes) {
@@ -194,14 +194,13 @@ class AttentionForward {
       write_row<Type>(p_.output, at.b, at.h, at.row, output, p_.value_dim, T{1});
     }
     const int64_t row = p_.row_of(at.b, at.h, at.row);
-    const T log_sum = std::log2(sum_[r]);
-    static_cast<T*>(p_.logsumexp)[row] =
-        dead ? inf : static_cast<T>((most_[r] + log_sum) * T(log_of_2));
+    const T log_sum = std::log(sum_[r]);
+    static_cast<T*>(p_.logsumexp)[row] = dead ? inf : most_[r] + log_sum;
     if (p_.stats != nullptr) {
       T* const stats = static_cast<T*>(p_.stats);
-      stats[row] = most_[r] * T(log_of_2);
+      stats[row] = most_[r];
       stats[p_.batch * p_.heads * p_.queries + row] =
-          dead ? T{0} : (log_sum - moment_[r] / sum_[r]) * T(log_of_2);
+          dead ? T{0} : log_sum - moment_[r] / sum_[r];
     }
   }
 

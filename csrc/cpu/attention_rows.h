@@ -9,9 +9,6 @@
 namespace fastguard {
 namespace {
 
-constexpr double log2_of_e = 1.4426950408889634;
-constexpr double log_of_2 = 0.6931471805599453;
-
 // Cuts scratch memory into arrays. On a null pointer it only counts.
 class Arena {
  public:
@@ -137,8 +134,7 @@ inline bool is_additive(const AttentionProblem& p) {
 // Whether the logits are the products times the scale, and no more.
 inline bool is_plain(const AttentionProblem& p) { return p.softcap == 0.0 && !is_additive(p); }
 
-// Products of a row with the keys of a panel become logits, in units of log 2, where they are more
-// than plain. `slope`, if not null, gets the derivative of the softcap.
+// Products of a row with the keys of a panel become logits where they are more than plain. `slope`, if not null, gets the derivative of the softcap.
 template <class T>
 inline void finish_logits(
     const AttentionProblem& p, const Panel& panel, const Place& at, T* x, T* slope) {
@@ -152,9 +148,8 @@ inline void finish_logits(
     }
   }
   const bool capped = p.softcap != 0.0;
-  const V scale = V::all(static_cast<T>(capped ? p.scale / p.softcap : p.scale * log2_of_e));
-  const V cap = V::all(static_cast<T>(p.softcap * log2_of_e)), one = V::all(1);
-  const V unit_of_log = V::all(static_cast<T>(log2_of_e));
+  const V scale = V::all(static_cast<T>(capped ? p.scale / p.softcap : p.scale));
+  const V cap = V::all(static_cast<T>(p.softcap)), one = V::all(1);
   for (int64_t j = 0; j < panel.columns; j += V::lanes) {
     V v = V::load(x + j) * scale;
     if (capped) {
@@ -164,7 +159,7 @@ inline void finish_logits(
         (one - bent * bent).store(slope + j);
       }
     }
-    fma(V::load(added + j), unit_of_log, v).store(x + j);
+    (V::load(added + j) + v).store(x + j);
   }
 }
 

@@ -82,7 +82,8 @@ struct Matrices {
   int64_t c_row;
 };
 
-// R x V vectors of c stay in registers; of AVX-512's 32 that leaves 8 for b and a.
+// R x V vectors of c stay in registers; of AVX-512's 32 that leaves 8 for b and a. They start at zero
+// also where c is added to: errors grow with the length of a sum.
 constexpr int most_rows = 6;
 #ifdef __AVX512F__
 constexpr int most_vectors = 4;
@@ -99,7 +100,7 @@ inline void multiply_in_registers(const Matrices<In>& m, int64_t depth, bool add
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 8
     for (int v = 0; v < V; ++v) {
-      c[r][v] = add ? Sums::load(m.c + r * m.c_row + v * Sums::lanes) : Sums::all(0);
+      c[r][v] = Sums::all(0);
     }
   }
   for (int64_t k = 0; k < depth; ++k) {
@@ -121,7 +122,8 @@ inline void multiply_in_registers(const Matrices<In>& m, int64_t depth, bool add
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 8
     for (int v = 0; v < V; ++v) {
-      c[r][v].store(m.c + r * m.c_row + v * Sums::lanes);
+      auto* const to = m.c + r * m.c_row + v * Sums::lanes;
+      (add ? Sums::load(to) + c[r][v] : c[r][v]).store(to);
     }
   }
 }

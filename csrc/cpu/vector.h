@@ -16,10 +16,10 @@ namespace {
 // One bit for each lane, the lowest for the first.
 using Bits = uint32_t;
 
-// 2^f for -0.5 <= f <= 0.5, 7.5e-8 relative: the polynomial of degree 5 whose largest relative error
-// is smallest.
-constexpr float exp2_polynomial[] = {
-    1.0000000717f, 0.6931469671f, 0.2402211972f, 0.0555071329f, 0.0096755413f, 0.0013276467f};
+// exp(x) for |x| <= log(2) / 2: the polynomial of degree 5 with p(0) = 1 whose largest relative error
+// is smallest, 9.1e-8.
+constexpr float exp_polynomial[] = {
+    1.0f, 0.9999997072f, 0.4999914951f, 0.1666763621f, 0.0418979299f, 0.0082903136f};
 
 // (tanh(x) - x) / x^3 in x^2, |x| < 0.625: the one of Cephes' tanhf (Moshier).
 constexpr float tanh_polynomial[] = {
@@ -98,8 +98,8 @@ inline T reduce_max(Vec<T> a) {
   return most;
 }
 template <class T>
-inline Vec<T> exp2(Vec<T> a) {
-  return Vec<T>::map([&](int i) { return std::exp2(a.at[i]); });
+inline Vec<T> exp(Vec<T> a) {
+  return Vec<T>::map([&](int i) { return std::exp(a.at[i]); });
 }
 template <class T>
 inline Vec<T> tanh(Vec<T> a) {
@@ -189,7 +189,7 @@ inline Floats round_nearest(Floats a) {
   return {_mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
 }
 inline Floats times_exp2(Floats a, Floats n) {
-  // In two steps, for 2^-160 has no exponent of its own: n is -160 to 160.
+  // In two steps, for 2^-159 has no exponent of its own.
   const auto power = [](__m256i e) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(e, _mm256_set1_epi32(127)), 23));
   };
@@ -209,13 +209,15 @@ using Floats = Vec<float>;
 
 #ifdef __AVX2__
 
-// 0 from -inf to -150, inf from 128 on, NaN of NaN.
-inline Floats exp2(Floats x) {
-  x = min(Floats::all(160.0f), max(Floats::all(-160.0f), x));
-  const Floats n = round_nearest(x), f = x - n;
-  Floats sum = Floats::all(exp2_polynomial[5]);
+// 0 from -inf to -104, inf from 89 on, NaN of NaN. x = n log(2) + r; log(2) in two parts, of which the
+// first times n is exact (Cody and Waite).
+inline Floats exp(Floats x) {
+  x = min(Floats::all(110.0f), max(Floats::all(-110.0f), x));
+  const Floats n = round_nearest(x * Floats::all(1.44269504f));
+  const Floats r = fma(n, Floats::all(2.12194440e-4f), fma(n, Floats::all(-0.693359375f), x));
+  Floats sum = Floats::all(exp_polynomial[5]);
   for (int i = 4; i >= 0; --i) {
-    sum = fma(sum, f, Floats::all(exp2_polynomial[i]));
+    sum = fma(sum, r, Floats::all(exp_polynomial[i]));
   }
   return times_exp2(sum, n);
 }
@@ -227,7 +229,7 @@ inline Floats tanh(Floats x) {
     sum = fma(sum, square, Floats::all(tanh_polynomial[i]));
   }
   const Floats small = fma(sum * square, x, x);
-  const Floats power = exp2(size * Floats::all(2.0f * 1.44269504f));
+  const Floats power = exp(size + size);
   const Floats large = with_sign_of(one - Floats::all(2.0f) / (power + one), x);
   return select(less(size, Floats::all(0.625f)), small, large);
 }
