@@ -6,6 +6,7 @@ import math
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import attention_ops
@@ -154,7 +155,7 @@ def _per_head(output: Tensor, rows: Tensor, clamp: float | None) -> AttentionSta
     bound = math.inf if clamp is None else clamp
     held = (output.abs() >= bound).transpose(0, 1).flatten(1)
     return AttentionStats(
-        largest.amax(1),
+        F.pad(largest, (0, 1), value=-math.inf).amax(1),  # of an empty batch too
         entropy.where(alive, 0.0).sum(1) / alive.sum(1),
         held.float().mean(1) if clamp is not None else torch.zeros_like(largest[:, 0]),
     )

@@ -227,7 +227,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_cpu(
 // shapes alone, for each part has a sum of its own. A part costs a packing of the query: 10 to 20 %
 // of a chunk of 192 keys, so that 16 heads are left whole.
 int64_t chunks_of(const AttentionSizes& sizes) {
-  constexpr int64_t many_heads = 16, enough_tasks = 64, fewest_keys = 128;
+  constexpr int64_t many_heads = 16, enough_tasks = 32, fewest_keys = 128;
   const int64_t heads = std::max<int64_t>(1, sizes.batch * sizes.kv_heads);
   const int64_t wanted = heads >= many_heads ? 1 : (enough_tasks + heads - 1) / heads;
   return std::clamp<int64_t>(wanted, 1, (sizes.keys + fewest_keys - 1) / fewest_keys);
