@@ -4,13 +4,14 @@ import dataclasses
 import json
 import logging
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from .attention import AttentionStats
 from .ops import LARGEST_APPLIED, GradNorm, Verdict
 
 logger = logging.getLogger(__name__)
@@ -137,6 +138,7 @@ class PendingReport:
         names: list[str],
         loss: Tensor | None,
         micro_batches: Iterable["PendingReport"] = (),
+        attention_stats: Mapping[str, AttentionStats] | None = None,
     ):
         self.step = step
         self.batch_id = batch_id
@@ -146,6 +148,7 @@ class PendingReport:
         self._loss_given = loss is not None
         self._names = names
         self._micro_batches = tuple(micro_batches)
+        self._attention_stats = attention_stats or {}
         self._result: StepReport | None = None
 
     @property
@@ -177,6 +180,16 @@ class PendingReport:
         norms = self._measured.norms
         norms = norms if self._unscale is None else norms * self._unscale
         return dict(zip(self._names, norms.tolist(), strict=True))
+
+    def attention(self) -> dict[str, dict[str, list[float]]]:
+        """What `ClampedMultiheadAttention(record_stats=True)` saw in this step's last forward.
+
+        Of each module by name: largest logit, entropy and clamped share of each head.
+        """
+        return {
+            name: {key: values.tolist() for key, values in stats._asdict().items()}
+            for name, stats in self._attention_stats.items()
+        }
 
     def _offenders(self) -> tuple[tuple[Offender, ...], tuple[Stretch, ...]]:
         rows = list(zip(self._names, self._measured.nonfinite.tolist(), strict=True))
@@ -266,8 +279,9 @@ class GradientExplosionError(RuntimeError):
 class BadStepFiles:
     """One JSON file per bad step, ``bad_step_<number>.json``, in a folder that may be absent yet.
 
-    It holds the report, the batch's id, the bracket and the norm of every parameter. At most 100
-    are written; a folder that can not be written costs a warning, not the run.
+    It holds the report, the batch's id, the bracket, the norm of every parameter, and the logits of
+    the attentions that record them. At most 100 are written; a folder that can not be written costs
+    a warning, not the run.
     """
 
     def __init__(self, folder: str | Path | None):
@@ -284,6 +298,7 @@ class BadStepFiles:
         for offender, found in zip(content["offenders"], report.offenders, strict=True):
             offender["kind"] = found.kind
         content["norms"] = report.norms()
+        content["attention"] = report.attention()
         path = self._folder / f"bad_step_{report.step:06d}.json"
         try:
             self._folder.mkdir(parents=True, exist_ok=True)

@@ -246,8 +246,9 @@ class GradGuard:
 
         micro_batches = () if window is None else window.reports
         report = PendingReport(
-            self._steps, batch_id, decision.record, measured, unscale, names, loss, micro_batches
-        )
+            self._steps, batch_id, decision.record, measured, unscale, names, loss, micro_batches,
+            self._watched.attention_stats(),
+        )  # fmt: skip
         self._steps += 1
         self._pending.append(report)
         self._stepped = optimizers, scaler

@@ -6,7 +6,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attention import check_options, clamped_attention, clamped_attention_and_weights
+from .attention import (
+    AttentionStats,
+    check_options,
+    clamped_attention,
+    clamped_attention_and_weights,
+)
 
 
 class ClampedMultiheadAttention(nn.MultiheadAttention):
@@ -33,10 +38,17 @@ class ClampedMultiheadAttention(nn.MultiheadAttention):
         batch_first: (N, T, C) instead of (T, N, C).
         clamp: bound on the attention output, > 0; None leaves it free.
         softcap: bound on the logits, > 0, see `clamped_attention`; None leaves them free.
+        record_stats: keep the `AttentionStats` of the last forward in `stats`; a `GradGuard` of the
+            model writes them to its reports on bad steps. May be set later. A forward that returns
+            weights has none.
 
     Raises:
         ValueError: `embed_dim` is not a multiple of `num_heads`, or an option is out of its range.
     """
+
+    #: Of the last forward, None if it recorded none.
+    stats: AttentionStats | None = None
+    record_stats: bool = False
 
     def __init__(
         self,
@@ -54,6 +66,7 @@ class ClampedMultiheadAttention(nn.MultiheadAttention):
         *,
         clamp: float | None = 10.0,
         softcap: float | None = None,
+        record_stats: bool = False,
     ):
         if embed_dim < 1 or num_heads < 1 or embed_dim % num_heads:
             raise ValueError(
@@ -67,6 +80,7 @@ class ClampedMultiheadAttention(nn.MultiheadAttention):
         )
         self.clamp = clamp
         self.softcap = softcap
+        self.record_stats = record_stats
 
     def _reset_parameters(self) -> None:
         # The base class' constructor ends here, and nothing of it reads this attribute later. Those
@@ -126,8 +140,13 @@ class ClampedMultiheadAttention(nn.MultiheadAttention):
         options["dropout_p"] = self.dropout if self.training else 0.0
         options.update(softcap=self.softcap, clamp=self.clamp)
         k, v = self._append(k, self.bias_k), self._append(v, self.bias_v)
+        if self.stats is not None:
+            self.stats = None  # of another batch
         if not need_weights:
-            return self._join_heads(clamped_attention(q, k, v, **options), batched), None
+            output = clamped_attention(q, k, v, return_stats=self.record_stats, **options)
+            if self.record_stats:
+                output, self.stats = output
+            return self._join_heads(output, batched), None
         output, weights = clamped_attention_and_weights(q, k, v, **options)
         if average_attn_weights:
             weights = weights.mean(1)

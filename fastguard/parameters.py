@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
+from .attention import AttentionStats
 from .clip import is_dtensor, readable
+from .multihead import ClampedMultiheadAttention
 
 _COMPLEX = {torch.complex64, torch.complex128}
 _DTYPES = {*ops.DTYPES, *_COMPLEX}
@@ -54,7 +56,17 @@ class Watched:
         self.names = [name.replace("_orig_mod.", "") for name, _ in once.values()]
         self.parameters = [parameter for _, parameter in once.values()]
         self._ids = set(once)
+        modules = () if self.module is None else self.module.named_modules()
+        self._attentions = [
+            (name.replace("_orig_mod.", ""), module)
+            for name, module in modules
+            if isinstance(module, ClampedMultiheadAttention)
+        ]
         self.stale = False
+
+    def attention_stats(self) -> dict[str, AttentionStats]:
+        """Those that the module's attentions recorded in their last forward, by name."""
+        return {name: each.stats for name, each in self._attentions if each.stats is not None}
 
     def check(self, optimizers: list[torch.optim.Optimizer]) -> bool:
         """ValueError if a step with these can not be guarded; True after a new walk."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import inspect
+import json
+import math
 import pickle
 
 import pytest
@@ -12,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from fastguard import multihead
+from fastguard import GradGuard, multihead
 from fastguard.attention import clamped_attention
 from fastguard.multihead import ClampedMultiheadAttention, replace_attention_
 
@@ -196,14 +198,14 @@ def test_signatures_are_torchs():
         return [
             (p.name, p.default, p.kind)
             for p in inspect.signature(function).parameters.values()
-            if p.name not in ("clamp", "softcap")
+            if p.name not in ("clamp", "softcap", "record_stats")
         ]
 
     for name in ("__init__", "forward"):
         theirs = parameters(getattr(nn.MultiheadAttention, name))
         assert parameters(getattr(ClampedMultiheadAttention, name)) == theirs
     options = inspect.signature(ClampedMultiheadAttention).parameters
-    for name, default in (("clamp", 10.0), ("softcap", None)):
+    for name, default in (("clamp", 10.0), ("softcap", None), ("record_stats", False)):
         assert options[name].kind is inspect.Parameter.KEYWORD_ONLY
         assert options[name].default == default
     assert "batch_first=True, clamp=3.0, softcap=5.0" in repr(
@@ -585,3 +587,31 @@ def test_replace_attention_refuses_before_anything_changes():
         with pytest.raises(ValueError, match=r"got -1\.0|got 1\.0"):
             replace_attention_(model, **options)
     assert all(type(module) is nn.MultiheadAttention for module in model)
+
+
+def test_stats_of_the_last_forward_reach_the_report_on_a_bad_step(tmp_path):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention = ClampedMultiheadAttention(8, 2, batch_first=True, record_stats=True)
+            self.quiet = ClampedMultiheadAttention(8, 2, batch_first=True)
+
+        def forward(self, x):
+            x = self.attention(x, x, x, need_weights=False)[0]
+            return self.quiet(x, x, x, need_weights=False)[0]
+
+    net = Net()
+    guard = GradGuard(net, report_dir=tmp_path)
+    x = torch.randn(2, 5, 8)
+    (net(x).sum() * math.nan).backward()
+    seen = net.attention.stats
+    assert seen.max_logit.shape == seen.entropy.shape == seen.clamped_share.shape == (2,)
+    guard.step(torch.optim.SGD(net.parameters()))
+    net(3 * x)  # of a later batch
+    guard.poll(wait=True)
+    (path,) = tmp_path.iterdir()
+    expected = {name: values.tolist() for name, values in seen._asdict().items()}
+    assert json.loads(path.read_text())["attention"] == {"attention": expected}
+    assert net.quiet.stats is None
+    net.attention(x, x, x)  # weights instead
+    assert net.attention.stats is None
