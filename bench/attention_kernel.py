@@ -23,7 +23,7 @@ says where it was missed. A row takes as many repeats as fit into a few seconds,
 
 Second table: fastguard.ClampedMultiheadAttention beside nn.MultiheadAttention(need_weights=False),
 512 channels and 8 heads, self-attention of (2, T, 512), gradients of input and parameters; torch's
-does not clamp. Third table: peak memory of f+b beyond the inputs, see bench/memory.py.
+does not clamp. Third table: peak memory of f+b beyond the inputs, see bench/profiling.py.
 """
 
 import contextlib
@@ -34,7 +34,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from memory import peak_bytes
+from profiling import peak_bytes
 from timing import arguments, print_machine, table, write_json
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
