@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from fastguard import _native, gpucheck, ops
+from fastguard import _native, attention_ops, gpucheck, ops
 from fastguard._gpucheck import checks, machine, timing
 from fastguard._gpucheck.adamw import Options
 from fastguard._gpucheck.cases import LAYOUTS, Grid, Spec, draw, place
@@ -51,7 +51,8 @@ def test_what_is_right_passes(name, device, report):
 def test_every_operator_has_a_check():
     """A new one is a function and a line in OPERATORS."""
     pairs = (re.fullmatch(r"([a-z]\w*)_ref(_?)", name) for name in vars(ops))
-    assert {m[1] + m[2] for m in pairs if m} == {check.name for check in OPERATORS}
+    operators = {m[1] + m[2] for m in pairs if m} | {"attention"}  # with its backward
+    assert operators == {check.name for check in OPERATORS}
 
 
 def off_by_a_millionth(real):
@@ -140,6 +141,25 @@ def never_the_same_twice(real):
         return found._replace(norms=found.norms * (1 + torch.randn(()).double() * 1e-13))
 
     return grad_norm
+
+
+def other_dropout(real):
+    def attention(*arguments):
+        return real(*arguments[:7], arguments[7] / 2, *arguments[8:])
+
+    return attention
+
+
+def test_what_is_wrong_with_attention_is_told(report, monkeypatch):
+    wrong = other_dropout(attention_ops.attention)
+    reference = attention_ops.attention_ref
+    monkeypatch.setattr(
+        attention_ops,
+        "attention",
+        lambda *args: (reference if args[0].dtype == torch.float64 else wrong)(*args),
+    )
+    run_check(ALL["attention"], CPU, TINY, report)
+    assert re.search(r"float32 .*dropout_p=0\.5.*\n.*output: element", written(report))
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
 
-from .. import ops
+from .. import attention_ops, ops
 from .cases import SENTINEL, Grid, Placed
 from .report import Report, tail
 
@@ -107,7 +107,7 @@ def run_check(check: Check, device: torch.device, grid: Grid, report: Report) ->
         report.line(f"{check.name:32} passed over: needs a CUDA device")
         return
     count, worst, lost = 0, 0.0, None
-    ran = _Ran() if hasattr(ops, check.name) else None
+    ran = _Ran() if hasattr(ops, check.name) or hasattr(attention_ops, check.name) else None
     failures: list[str] = []
     for case in tqdm(check.cases(device, grid), desc=check.name, leave=False, disable=None):
         try:

@@ -11,7 +11,7 @@ from .. import ops
 from ..decision import WINDOW
 from ..ops import Verdict
 from ..thresholds import AdaGC, AutoClip, Fixed, RunningMedian, ZClip
-from . import adamw
+from . import adamw, attention
 from .cases import Grid, Spec, lists, on_cpu, placed
 from .checks import Case, Check, Compared, same_bits, untouched_around
 
@@ -299,4 +299,5 @@ OPERATORS = [
     Check("accumulate_", accumulate_),
     Check("scale_", scale_),
     Check("adamw_", adamw.adamw_),
+    Check("attention", attention.attention),
 ]
