@@ -124,7 +124,10 @@ class BuildLibraries(build_ext):
                 extra_postargs=flags + extra,
             )
 
-        variants, bf16 = isa_variants(), bf16_variants()
+        variants, bf16 = isa_variants(), {}
+        for capability, extra in bf16_variants().items():
+            if self.accepts(extra):
+                bf16[capability] = extra
         system = "/external:I" if WINDOWS else "-isystem"
         kernels = sources("csrc/cpu", "_kernel.cpp")
         rest = [
@@ -152,6 +155,11 @@ class BuildLibraries(build_ext):
             extra_postargs=link,
             target_lang="c++",
         )
+
+    def accepts(self, flags):
+        """Whether the compiler knows them; gcc 10 does not know all."""
+        command = [*self.compiler.compiler_so[:1], *flags, "-fsyntax-only", "-xc++", os.devnull]
+        return subprocess.run(command, capture_output=True).returncode == 0
 
     def build_cuda(self, target, torch):
         if not list((torch / "lib").glob("*torch_cuda.*")):

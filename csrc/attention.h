@@ -8,6 +8,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <cmath>
 #include <cstdint>
 #include <optional>
 #include <tuple>
@@ -114,7 +115,7 @@ inline void check_attention_options(
     const std::optional<torch::stable::Tensor>& seed) {
   STD_TORCH_CHECK(
       options.dropout_p >= 0.0 && options.dropout_p < 1.0 && options.softcap >= 0.0 &&
-          options.clamp > 0.0,
+          std::isfinite(options.softcap) && options.clamp > 0.0,
       op,
       ": dropout_p must be in [0, 1), softcap at least 0, clamp above 0; got ",
       options.dropout_p,

@@ -17,6 +17,9 @@
 
 namespace fastguard {
 
+// Static, for files of several instruction sets include this: of an inline function with linkage one
+// copy would be taken for all.
+
 constexpr int philox_rounds = 7;
 constexpr uint32_t philox_m0 = 0xD2511F53, philox_m1 = 0xCD9E8D57;
 constexpr uint32_t philox_w0 = 0x9E3779B9, philox_w1 = 0xBB67AE85;
@@ -27,7 +30,7 @@ struct Random128 {
   uint32_t at[4];
 };
 
-FASTGUARD_HOST_DEVICE inline Random128 philox(Random128 counter, uint64_t key) {
+FASTGUARD_HOST_DEVICE static inline Random128 philox(Random128 counter, uint64_t key) {
   uint32_t keys[2] = {static_cast<uint32_t>(key), static_cast<uint32_t>(key >> 32)};
   for (int round = 0; round < philox_rounds; ++round) {
     const uint64_t a = uint64_t{philox_m0} * counter.at[0];
@@ -43,7 +46,7 @@ FASTGUARD_HOST_DEVICE inline Random128 philox(Random128 counter, uint64_t key) {
 }
 
 // What call `call` of the tile at (16 row_tile, 16 column_tile) draws; `head`: b H + h.
-FASTGUARD_HOST_DEVICE inline Random128 dropout_draw(
+FASTGUARD_HOST_DEVICE static inline Random128 dropout_draw(
     const int64_t seed[2], int64_t head, int64_t row_tile, int64_t column_tile, int call) {
   const Random128 counter{static_cast<uint32_t>(row_tile * dropout_calls + call),
                           static_cast<uint32_t>(column_tile),
@@ -58,7 +61,7 @@ struct Dropout {
   float rescale;
 };
 
-FASTGUARD_HOST_DEVICE inline Dropout dropout_of(double dropout_p) {
+FASTGUARD_HOST_DEVICE static inline Dropout dropout_of(double dropout_p) {
   const double kept = std::floor((1.0 - dropout_p) * 65536.0 + 0.5);
   const double threshold = kept < 1.0 ? 1.0 : kept;
   return {static_cast<uint32_t>(threshold), static_cast<float>(65536.0 / threshold)};

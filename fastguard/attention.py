@@ -53,11 +53,11 @@ def clamped_attention(
             with G < H each head of the keys serves H / G of the queries (GQA). Under autocast all
             three are cast to its dtype.
         key_padding_mask: (B, S) bool, True where the key is padding: `nn.MultiheadAttention`'s
-            convention, the opposite of `attn_mask`'s.
+            convention, the opposite of `attn_mask`'s. It alone keeps NaN and Inf in keys and values
+            out: what `attn_mask` or `is_causal` hide still meets weights of zero.
         attn_mask: broadcastable to (B, H, T, S); bool, True where the key takes part, or floating
-            point, added to the logits (SDPA's convention). NaN in a key that it hides from some
-            rows only may reach those too. One that requires a gradient takes the slow way, in
-            plain torch, with tensors of T x S.
+            point, added to the logits (SDPA's convention). One that requires a gradient takes the
+            slow way, in plain torch, with tensors of T x S.
         is_causal: row i sees keys 0 to i; may be combined with the masks.
         dropout_p: probability, in [0, 1), of dropping a weight; rounded to a multiple of 2^-16. The
             same for forward and backward, CPU and CUDA, given the state of torch's generator.
@@ -127,7 +127,9 @@ def _operands(
     shape = (*query.shape[:3], key.size(2))
     if key_padding_mask is not None:
         check_key_padding_mask(key_padding_mask, shape[0], shape[3])
+        _check_device("key_padding_mask", key_padding_mask, query)
     if attn_mask is not None:
+        _check_device("attn_mask", attn_mask, query)
         attn_mask = _expanded(attn_mask, shape, query.dtype)
     seed = None
     if dropout_p > 0:
@@ -210,6 +212,11 @@ def _check_inputs(query: Tensor, key: Tensor, value: Tensor) -> None:
             "query, key and value must be on one device and of one dtype of float32, float64, "
             f"bfloat16, float16; got {list(dtypes)} on {[str(device) for device in devices]}"
         )
+
+
+def _check_device(name: str, mask: Tensor, query: Tensor) -> None:
+    if mask.device != query.device:
+        raise ValueError(f"{name} must be on the query's device {query.device}, got {mask.device}")
 
 
 def _expanded(mask: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

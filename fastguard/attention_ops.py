@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 
 from . import _native
 from .ops import _has_kernel
@@ -56,10 +57,19 @@ def attention(
     """
     args = (query, key, value, key_padding_mask, attn_mask, seed, is_causal, dropout_p)
     args += (scale, softcap, clamp, return_stats)
-    # The kernels give no gradient to a mask.
-    if _has_kernel(query) and not (attn_mask is not None and attn_mask.requires_grad):
+    # The kernels give no gradient to a mask, and know backward derivatives only.
+    learnt = attn_mask is not None and attn_mask.requires_grad
+    if _has_kernel(query) and not learnt and not _is_transformed(query, key, value):
         return Attention(*torch.ops.fastguard.attention.default(*args))
     return attention_ref(*args)
+
+
+def _is_transformed(*tensors: Tensor) -> bool:
+    """Whether forward derivatives are wanted, or those of torch.func's grad, vjp and jvp."""
+    if torch.compiler.is_compiling():
+        return False
+    tracked = torch._C._functorch.is_gradtrackingtensor
+    return any(tracked(x) or unpack_dual(x).tangent is not None for x in tensors)
 
 
 def attention_ref(*args) -> Attention:
@@ -127,9 +137,9 @@ def _attention_and_weights(
         kept, rescale = dropout_keep_ref(seed, logits.shape, dropout_p)
         weights = torch.where(kept, weights * rescale, 0.0)
     output = (weights @ value).masked_fill(dead.unsqueeze(-1), 0.0).to(dtype)
-    bounded = output.detach().clamp(-clamp, clamp)
     if clamp != torch.inf:
-        output = torch.where(output.abs() < clamp, output, bounded)
+        bound = torch.tensor(clamp, dtype=dtype, device=output.device)  # inf beyond float16
+        output = torch.where(output.abs() < bound, output, output.detach().clamp(-bound, bound))
     attended = Attention(output, logsumexp, stats if return_stats else logsumexp.new_empty(0))
     return attended, weights.to(dtype)
 

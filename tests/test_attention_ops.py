@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
 
 from fastguard import attention_ops, clamped_attention, ops
+from fastguard.attention import clamped_attention_and_weights
 
 OPS = torch.ops.fastguard
 needs_kernel = pytest.mark.skipif(not ops.cpu_info(), reason="the CPU library is not built")
@@ -400,6 +401,90 @@ def test_gradients_do_not_pass_rows_without_a_key_even_if_they_are_not_finite():
         assert torch.equal(each[1], torch.zeros_like(each[1]))
 
 
+def test_a_row_hidden_by_a_mask_passes_nothing_on():
+    """Neither a NaN in its query nor one in the gradient of its output."""
+    query, key, value = torch.randn(3, 1, 1, 5, 8)
+    query[0, 0, 1] = math.nan
+    inputs = [x.requires_grad_() for x in (query, key, value)]
+    mask = torch.ones(5, 5, dtype=torch.bool)
+    mask[1] = False
+    output = clamped_attention(*inputs, attn_mask=mask)
+    assert torch.equal(output[0, 0, 1], torch.zeros(8))
+    grad = torch.ones_like(output)
+    grad[0, 0, 1] = math.nan
+    grad_query, grad_key, grad_value = torch.autograd.grad(output, inputs, grad)
+    assert grad_value.isfinite().all()
+    if ops.cpu_info():  # the reference multiplies the NaN in the query by zero
+        assert grad_key.isfinite().all()
+        assert torch.equal(grad_query[0, 0, 1], torch.zeros(8))
+
+
+def test_padded_keys_have_zero_gradients_even_if_that_of_the_output_is_not_finite():
+    query, key, value = (torch.randn(1, 1, 5, 8, requires_grad=True) for _ in range(3))
+    padding = torch.tensor([[False, False, True, False, False]])
+    output = clamped_attention(query, key, value, key_padding_mask=padding)
+    grad = torch.ones_like(output)
+    grad[0, 0, 0] = math.inf
+    for each in torch.autograd.grad(output, (key, value), grad):
+        assert torch.equal(each[0, 0, 2], torch.zeros(8))
+        assert not each[0, 0, 1].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_logits_that_overflow_are_not_taken_for_none(dtype):
+    query = torch.full((1, 1, 3, 4), 1e15, dtype=dtype)
+    output, stats = clamped_attention(query, query, query, scale=1e10, return_stats=True)
+    assert output.isnan().all()
+    assert not stats.max_logit.isfinite().any()
+
+
+def test_forward_derivatives_and_torch_func():
+    x, tangent = torch.randn(2, 1, 2, 4, 8, dtype=torch.float64)
+
+    def attend(x):
+        return clamped_attention(x, x, x, clamp=1.0)
+
+    _, got = torch.func.jvp(attend, (x,), (tangent,))
+    step = 1e-6 * tangent
+    torch.testing.assert_close(got, (attend(x + step) - attend(x - step)) / 2e-6)
+    with torch.autograd.forward_ad.dual_level():
+        dual = attend(torch.autograd.forward_ad.make_dual(x, tangent))
+        torch.testing.assert_close(torch.autograd.forward_ad.unpack_dual(dual).tangent, got)
+    wanted = torch.autograd.grad(attend(x.requires_grad_()).sum(), x)[0]
+    torch.testing.assert_close(torch.func.grad(lambda x: attend(x).sum())(x.detach()), wanted)
+    each = torch.vmap(attend)(torch.stack([x, 2 * x]))
+    torch.testing.assert_close(each, torch.stack([attend(x), attend(2 * x)]))
+
+
+def test_a_bound_beyond_float16_is_none():
+    x = torch.randn(1, 1, 3, 4).half()
+    for attend in (
+        clamped_attention,
+        lambda *args, clamp: clamped_attention_and_weights(*args, clamp=clamp)[0],
+    ):
+        torch.testing.assert_close(attend(x, x, x, clamp=1e5), attend(x, x, x, clamp=None))
+
+
+@needs_kernel
+def test_stats_follow_a_maximum_that_moves():
+    key = torch.linspace(-8, 8, 300).view(1, 1, 300, 1)
+    query = torch.linspace(-1, 1, 7).view(1, 1, 7, 1)
+    for dtype in (torch.float64, torch.float32):
+        inputs = [x.to(dtype) for x in (query, key, key)]
+        options = (None, None, None, False, 0.0, 1.0, 0.0, math.inf)
+        found = OPS.attention(*inputs, *options, True)[2]
+        wanted = attention_ops.attention_ref(*(x.double() for x in inputs), *options, True).stats
+        torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-5)
+
+
+@needs_kernel
+def test_stats_show_a_nan():
+    query, key, value = torch.randn(3, 1, 2, 3, 4)
+    query[0, 0, 0] = math.nan
+    _, stats = clamped_attention(query, key, value, return_stats=True)
+    assert stats.max_logit.isnan().tolist() == stats.entropy.isnan().tolist() == [True, False]
+
+
 @needs_kernel
 def test_stats_per_head():
     torch.manual_seed(0)
@@ -466,6 +551,8 @@ X = torch.zeros(2, 4, 3, 8)
         ((X, X, X), {"attn_mask": torch.zeros(3, 3).int()}, r"attn_mask .* got torch.int32"),
         ((X, X, X), {"attn_mask": torch.zeros(3, 4)}, r"\(2, 4, 3, 3\), got shape \(3, 4\)"),
         ((X, X, X), {"key_padding_mask": torch.zeros(2, 4) > 0}, r"\(2, 3\), got .* \(2, 4\)"),
+        ((X, X, X), {"key_padding_mask": torch.zeros(2, 3, device="meta") > 0}, r"cpu, got meta"),
+        ((X, X, X), {"attn_mask": torch.zeros(3, 3, device="meta")}, r"attn_mask .* cpu, got meta"),
     ],
 )
 def test_bad_input_is_named(args, options, message):

@@ -182,6 +182,16 @@ def test_builds_without_cuda_and_without_a_compiler(tmp_path):
     assert not list(tmp_path.glob("none/**/*.so"))
 
 
+def test_nothing_of_an_instruction_set_runs_when_the_library_is_loaded():
+    """A machine that does not have it would die of it: the kernels' tables are constants."""
+    library = ROOT / "fastguard" / "_cpu.so"
+    if shutil.which("nm") is None or not library.is_file():
+        pytest.skip("no nm, or no library")
+    symbols = run("nm", "-C", str(library)).stdout
+    assert "attention_kernels_avx512" in symbols
+    assert re.findall(r"_GLOBAL__sub_I_.*kernel.*", symbols) == []
+
+
 @pytest.mark.slow
 def test_native_code_under_sanitizers(tmp_path):
     """The operators' tests on a build under AddressSanitizer and UBSan."""

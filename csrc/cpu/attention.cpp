@@ -98,17 +98,34 @@ std::vector<Panel> panels_of(int64_t keys, const bool* padded, int64_t step) {
   return panels;
 }
 
-// The tensors that a problem points into.
+// What a problem points into.
 struct Inputs {
-  Inputs(const Tensor& q, const Tensor& k, const Tensor& v)
-      : query(with_rows(q)), key(with_rows(k)), value(with_rows(v)) {}
+  Inputs(
+      const Tensor& q, const Tensor& k, const Tensor& v,
+      const std::optional<Tensor>& key_padding_mask)
+      : query(with_rows(q)), key(with_rows(k)), value(with_rows(v)) {
+    for (int64_t b = 0; b < key.size(0); ++b) {
+      const bool* padded = nullptr;
+      int64_t step = 0;
+      if (key_padding_mask.has_value()) {
+        padded = key_padding_mask->const_data_ptr<bool>() + b * key_padding_mask->stride(0);
+        step = key_padding_mask->stride(1);
+      }
+      panels.push_back(panels_of(key.size(2), padded, step));
+    }
+    for (const std::vector<Panel>& each : panels) {
+      lists.push_back({each.data(), static_cast<int64_t>(each.size())});
+    }
+  }
+
   Tensor query, key, value;
+  std::vector<std::vector<Panel>> panels;
+  std::vector<PanelList> lists;
 };
 
 AttentionProblem problem_of(
     const AttentionSizes& sizes,
     const Inputs& inputs,
-    const std::optional<Tensor>& key_padding_mask,
     const std::optional<Tensor>& attn_mask,
     const std::optional<Tensor>& seed,
     const AttentionOptions& options) {
@@ -130,15 +147,7 @@ AttentionProblem problem_of(
   p.softcap = options.softcap;
   p.clamp = options.clamp;
   p.is_causal = options.is_causal;
-  for (int64_t b = 0; b < sizes.batch; ++b) {
-    const bool* padded = nullptr;
-    int64_t step = 0;
-    if (key_padding_mask.has_value()) {
-      padded = key_padding_mask->const_data_ptr<bool>() + b * key_padding_mask->stride(0);
-      step = key_padding_mask->stride(1);
-    }
-    p.panels.push_back(panels_of(sizes.keys, padded, step));
-  }
+  p.panels = inputs.lists.data();
   return p;
 }
 
@@ -197,8 +206,8 @@ std::tuple<Tensor, Tensor, Tensor> attention_cpu(
   const AttentionOptions options{is_causal, dropout_p, scale, softcap, clamp};
   const AttentionSizes sizes = check_attention(
       "attention", query, key, value, key_padding_mask, attn_mask, seed, options);
-  const Inputs inputs(query, key, value);
-  AttentionProblem p = problem_of(sizes, inputs, key_padding_mask, attn_mask, seed, options);
+  const Inputs inputs(query, key, value, key_padding_mask);
+  AttentionProblem p = problem_of(sizes, inputs, attn_mask, seed, options);
   const Tensor output =
       empty_heads(query, sizes.batch, sizes.heads, sizes.queries, sizes.value_dim);
   const std::vector<int64_t> rows{sizes.batch, sizes.heads, sizes.queries};
@@ -224,13 +233,16 @@ std::tuple<Tensor, Tensor, Tensor> attention_cpu(
 }
 
 // The fewer heads there are the more parts the keys are cut into, so that many threads find work; by
-// shapes alone, for each part has a sum of its own. A part costs a packing of the query: 10 to 20 %
+// shapes alone, for each part has a sum of its own for each head of the query. A part costs a packing of the query: 10 to 20 %
 // of a chunk of 192 keys, so that 16 heads are left whole.
 int64_t chunks_of(const AttentionSizes& sizes) {
-  constexpr int64_t many_heads = 16, enough_tasks = 32, fewest_keys = 128;
+  constexpr int64_t many_heads = 16, enough_tasks = 32, fewest_keys = 128, most_sums = 64;
   const int64_t heads = std::max<int64_t>(1, sizes.batch * sizes.kv_heads);
   const int64_t wanted = heads >= many_heads ? 1 : (enough_tasks + heads - 1) / heads;
-  return std::clamp<int64_t>(wanted, 1, (sizes.keys + fewest_keys - 1) / fewest_keys);
+  const int64_t most = std::min(
+      (sizes.keys + fewest_keys - 1) / fewest_keys,
+      most_sums / std::max<int64_t>(1, sizes.batch * sizes.heads));
+  return std::clamp<int64_t>(wanted, 1, std::max<int64_t>(1, most));
 }
 
 std::tuple<Tensor, Tensor, Tensor> attention_backward_cpu(
@@ -252,9 +264,9 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward_cpu(
   const AttentionSizes sizes = check_attention(
       "attention_backward", query, key, value, key_padding_mask, attn_mask, seed, options);
   check_attention_saved(sizes, query, grad_output, output, logsumexp);
-  const Inputs inputs(query, key, value);
+  const Inputs inputs(query, key, value, key_padding_mask);
   const Tensor grad_rows = with_rows(grad_output), output_rows = with_rows(output);
-  AttentionProblem p = problem_of(sizes, inputs, key_padding_mask, attn_mask, seed, options);
+  AttentionProblem p = problem_of(sizes, inputs, attn_mask, seed, options);
   p.output = heads_of(output_rows);
   p.logsumexp = const_cast<void*>(logsumexp.const_data_ptr());
   p.grad_output = heads_of(grad_rows);

@@ -62,16 +62,13 @@ class AttentionBackward {
     [[maybe_unused]] const Tiles tiles;
     const int64_t begin = task.chunk * chunk_keys_;
     const int64_t end = std::min(p_.keys, begin + chunk_keys_);
-    list_.clear();
-    for (const Panel& panel : p_.panels[task.b]) {
-      if (panel.first >= begin && panel.first < end) {
-        list_.push_back(panel);
-      }
-    }
+    const PanelList& all = p_.panels[task.b];
+    const auto before = [](const Panel& panel, int64_t key) { return panel.first < key; };
+    const Panel* const first = std::lower_bound(all.first, all.first + all.count, begin, before);
+    list_ = {first, std::lower_bound(first, all.first + all.count, end, before) - first};
     pack_keys(task);
-    const int64_t panels = static_cast<int64_t>(list_.size());
-    std::fill(grad_key_, grad_key_ + panels * panel_keys * width_, T{0});
-    std::fill(grad_value_, grad_value_ + panels * panel_keys * value_width_, T{0});
+    std::fill(grad_key_, grad_key_ + list_.count * panel_keys * width_, T{0});
+    std::fill(grad_value_, grad_value_ + list_.count * panel_keys * value_width_, T{0});
     const int64_t group = p_.heads / p_.kv_heads;
     for (int64_t h = task.kv_head * group; h < (task.kv_head + 1) * group; ++h) {
       for (int64_t row = 0; row < p_.queries; row += row_block) {
@@ -89,8 +86,8 @@ class AttentionBackward {
   }
 
   void pack_keys(const BackwardTask& task) {
-    for (size_t i = 0; i < list_.size(); ++i) {
-      const Panel& panel = list_[i];
+    for (int64_t i = 0; i < list_.count; ++i) {
+      const Panel& panel = list_.first[i];
       const auto* key = row_at<Type>(p_.key, task.b, task.kv_head, panel.first);
       const auto* value = row_at<Type>(p_.value, task.b, task.kv_head, panel.first);
       const Rows<Type, In> keys{key, p_.key.row, p_.head_dim, panel.keep};
@@ -123,20 +120,22 @@ class AttentionBackward {
   }
 
   // The gradient of the output as it passes the clamp, and what the softmax subtracts from it. It
-  // does not pass where a row has no key.
-  void pass_clamp(const Place& first, int64_t rows) {
+  // does not pass where a row has no key; returns a bit for each that has one.
+  uint64_t pass_clamp(const Place& first, int64_t rows) {
+    uint64_t alive = 0;
     for (int64_t r = 0; r < rows; ++r) {
       const auto* grad = row_at<Type>(p_.grad_output, first.b, first.h, first.row + r);
       const auto* output = row_at<Type>(p_.output, first.b, first.h, first.row + r);
       auto* const passed = passed_ + r * value_width_;
       const T logsumexp =
-          static_cast<const T*>(p_.logsumexp)[p_.row_of(first.b, first.h, first.row + r)];
+          static_cast<const T*>(p_.logsumexp)[row_of(p_, first.b, first.h, first.row + r)];
       logsumexp_[r] = logsumexp;
       if (logsumexp == std::numeric_limits<T>::infinity()) {
         std::fill(passed, passed + value_width_, typename Type::storage{0});
         delta_[r] = 0;
         continue;
       }
+      alive |= uint64_t{1} << r;
       V sum = V::all(0);
       int64_t j = 0;
       for (; j + V::lanes <= p_.value_dim; j += V::lanes) {
@@ -150,6 +149,7 @@ class AttentionBackward {
       }
       delta_[r] = reduce_add(sum);
     }
+    return alive;
   }
 
   V pass_clamp(
@@ -164,17 +164,16 @@ class AttentionBackward {
   }
 
   void rows_of(const BackwardTask& task, const Place& first, int64_t rows) {
-    const uint64_t real = first_bits(rows);
-    pass_clamp(first, rows);
+    const uint64_t alive = pass_clamp(first, rows);
     pack_both(
-        {row_at<Type>(p_.query, first.b, first.h, first.row), p_.query.row, p_.head_dim, real},
+        {row_at<Type>(p_.query, first.b, first.h, first.row), p_.query.row, p_.head_dim, alive},
         depth_, width_, query_, query_turned_);
     pack_both(
-        {passed_, value_width_, p_.value_dim, real}, value_depth_, value_width_, grad_output_,
+        {passed_, value_width_, p_.value_dim, alive}, value_depth_, value_width_, grad_output_,
         grad_output_turned_);
     std::fill(grad_query_, grad_query_ + row_block * width_, T{0});
-    for (size_t i = 0; i < list_.size(); ++i) {
-      if (seen(p_, list_[i], first.row + rows - 1)) {
+    for (int64_t i = 0; i < list_.count; ++i) {
+      if (seen(p_, list_.first[i], first.row + rows - 1)) {
         tile(first, rows, i);
       }
     }
@@ -185,15 +184,15 @@ class AttentionBackward {
             p_.grad_query, first.b, first.h, first.row + r, from, p_.head_dim,
             static_cast<T>(p_.scale));
       } else {
-        const int64_t row = p_.row_of(task.chunk * p_.batch + first.b, first.h, first.row + r);
+        const int64_t row = row_of(p_, task.chunk * p_.batch + first.b, first.h, first.row + r);
         std::copy(
             from, from + p_.head_dim, static_cast<T*>(p_.partial_grad_query) + row * p_.head_dim);
       }
     }
   }
 
-  void tile(const Place& first, int64_t rows, size_t i) {
-    const Panel& panel = list_[i];
+  void tile(const Place& first, int64_t rows, int64_t i) {
+    const Panel& panel = list_.first[i];
     multiply<In>(
         {query_, depth_, key_ + i * panel_keys * depth_, panel_keys, weights_, panel_keys}, rows,
         panel.columns, depth_, false);
@@ -273,12 +272,12 @@ class AttentionBackward {
       zero_row<Type>(p_.grad_key, task.b, task.kv_head, key, p_.head_dim);
       zero_row<Type>(p_.grad_value, task.b, task.kv_head, key, p_.value_dim);
     }
-    for (size_t i = 0; i < list_.size(); ++i) {
+    for (int64_t i = 0; i < list_.count; ++i) {
       write_panel(
-          task, list_[i], grad_key_ + i * panel_keys * width_, width_, p_.grad_key, p_.head_dim,
+          task, list_.first[i], grad_key_ + i * panel_keys * width_, width_, p_.grad_key, p_.head_dim,
           static_cast<T>(p_.scale));
       write_panel(
-          task, list_[i], grad_value_ + i * panel_keys * value_width_, value_width_, p_.grad_value,
+          task, list_.first[i], grad_value_ + i * panel_keys * value_width_, value_width_, p_.grad_value,
           p_.value_dim, T{1});
     }
   }
@@ -302,7 +301,7 @@ class AttentionBackward {
   const int64_t depth_, value_depth_, width_, value_width_;
   const int64_t chunk_keys_;
   const Dropout dropout_;
-  std::vector<Panel> list_;
+  PanelList list_;
   Word *key_, *key_below_, *value_, *query_, *query_turned_, *grad_output_, *grad_output_turned_;
   Word *packing_, *weights_below_, *grad_logits_below_, *grad_logits_;
   typename Type::storage* passed_;
@@ -318,7 +317,7 @@ void add_partials(const AttentionProblem& p, int64_t b, int64_t h) {
     std::fill(sums, sums + p.head_dim, T{0});
     for (int64_t chunk = 0; chunk < p.chunks; ++chunk) {
       const T* const from = static_cast<const T*>(p.partial_grad_query) +
-          p.row_of(chunk * p.batch + b, h, row) * p.head_dim;
+          row_of(p, chunk * p.batch + b, h, row) * p.head_dim;
       for (int64_t j = 0; j < p.head_dim; ++j) {
         sums[j] += from[j];
       }

@@ -55,12 +55,9 @@ class AttentionForward {
  private:
   static constexpr int64_t logits_row = block_panels * panel_keys;
 
-  const std::vector<Panel>& panels(int64_t b) const { return p_.panels[b]; }
-
   void pack(int64_t b, int64_t kv_head) {
-    const std::vector<Panel>& list = panels(b);
-    for (size_t i = 0; i < list.size(); ++i) {
-      const Panel& panel = list[i];
+    for (int64_t i = 0; i < p_.panels[b].count; ++i) {
+      const Panel& panel = p_.panels[b].first[i];
       const auto* key = row_at<Type>(p_.key, b, kv_head, panel.first);
       const auto* value = row_at<Type>(p_.value, b, kv_head, panel.first);
       const Rows<Type, In> keys{key, p_.key.row, p_.head_dim, panel.keep};
@@ -71,8 +68,8 @@ class AttentionForward {
     }
   }
 
-  Word* key_of(size_t i) const { return key_ + i * depth_ * panel_keys; }
-  Word* value_of(size_t i) const { return value_ + i * panel_keys / In::pairs * width_; }
+  Word* key_of(int64_t i) const { return key_ + i * depth_ * panel_keys; }
+  Word* value_of(int64_t i) const { return value_ + i * panel_keys / In::pairs * width_; }
 
   void rows_of(const Place& first, int64_t rows) {
     const Rows<Type, In> queries{
@@ -83,13 +80,13 @@ class AttentionForward {
     std::fill(sum_, sum_ + rows, T{0});
     std::fill(moment_, moment_ + rows, T{0});
     std::fill(output_, output_ + row_block * width_, T{0});
-    const std::vector<Panel>& list = panels(first.b);
-    size_t end = 0;
-    while (end < list.size() && seen(p_, list[end], first.row + rows - 1)) {
+    const PanelList& list = p_.panels[first.b];
+    int64_t end = 0;
+    while (end < list.count && seen(p_, list.first[end], first.row + rows - 1)) {
       ++end;
     }
-    for (size_t i = 0; i < end; i += block_panels) {
-      block(first, rows, i, std::min<size_t>(end, i + block_panels));
+    for (int64_t i = 0; i < end; i += block_panels) {
+      block(first, rows, i, std::min(end, i + block_panels));
     }
     for (int64_t r = 0; r < rows; ++r) {
       write({first.b, first.h, first.row + r}, r);
@@ -97,8 +94,8 @@ class AttentionForward {
   }
 
   // Panels begin to end.
-  void block(const Place& first, int64_t rows, size_t begin, size_t end) {
-    const Panel* list = panels(first.b).data() + begin;
+  void block(const Place& first, int64_t rows, int64_t begin, int64_t end) {
+    const Panel* list = p_.panels[first.b].first + begin;
     const int n = static_cast<int>(end - begin);
     for (int i = 0; i < n; ++i) {
       multiply<In>(
@@ -182,7 +179,7 @@ class AttentionForward {
   void write(const Place& at, int64_t r) {
     constexpr T inf = std::numeric_limits<T>::infinity();
     T* const output = output_ + r * width_;
-    const bool dead = sum_[r] == T{0};  // no key at all; a NaN is not
+    const bool dead = most_[r] == -inf && sum_[r] == T{0};  // no key at all; a NaN is not
     if (dead) {
       zero_row<Type>(p_.output, at.b, at.h, at.row, p_.value_dim);
     } else {
@@ -193,12 +190,12 @@ class AttentionForward {
       }
       write_row<Type>(p_.output, at.b, at.h, at.row, output, p_.value_dim, T{1});
     }
-    const int64_t row = p_.row_of(at.b, at.h, at.row);
+    const int64_t row = row_of(p_, at.b, at.h, at.row);
     const T log_sum = std::log(sum_[r]);
     static_cast<T*>(p_.logsumexp)[row] = dead ? inf : most_[r] + log_sum;
     if (p_.stats != nullptr) {
       T* const stats = static_cast<T*>(p_.stats);
-      stats[row] = most_[r];
+      stats[row] = std::isnan(sum_[r]) ? sum_[r] : most_[r];
       stats[p_.batch * p_.heads * p_.queries + row] =
           dead ? T{0} : log_sum - moment_[r] / sum_[r];
     }

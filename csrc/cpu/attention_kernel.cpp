@@ -5,7 +5,7 @@
 
 namespace fastguard {
 
-extern const AttentionKernels FASTGUARD_CONCAT(attention_kernels_, FASTGUARD_CAPABILITY) = {
+extern constinit const AttentionKernels FASTGUARD_CONCAT(attention_kernels_, FASTGUARD_CAPABILITY) = {
     attention_kernel_of<Float32, InFloat>(),
     attention_kernel_of<Float64, InDouble>(),
     attention_kernel_of<BFloat16, InFloat>(),

@@ -1,4 +1,5 @@
-// The entries of attention_kernel.h for one dtype and one arithmetic.
+// The entries of attention_kernel.h for one dtype and one arithmetic. Constant, for nothing of these
+// files may run when the library is loaded: they are of instructions that a machine may not have.
 #pragma once
 
 #include "attention_backward.h"
@@ -12,7 +13,7 @@ namespace fastguard {
 namespace {
 
 template <class Type, class In>
-AttentionKernel attention_kernel_of() {
+constexpr AttentionKernel attention_kernel_of() {
   return {
       [](const AttentionProblem& p) { return AttentionForward<Type, In>(p, nullptr).scratch(); },
       [](const AttentionProblem& p) { return AttentionBackward<Type, In>(p, nullptr).scratch(); },

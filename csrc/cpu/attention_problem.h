@@ -2,7 +2,6 @@
 #pragma once
 
 #include <cstdint>
-#include <vector>
 
 namespace fastguard {
 
@@ -29,13 +28,19 @@ struct Panel {
   uint64_t keep;  // a bit for each key
 };
 
+// In order.
+struct PanelList {
+  const Panel* first;
+  int64_t count;
+};
+
 struct AttentionProblem {
   int64_t batch, heads, kv_heads, queries, keys, head_dim, value_dim;
   Heads query, key, value, output;
   void* logsumexp;  // (B, H, T), as wide as sums are
   void* stats;  // (2, B, H, T), or null
   AttentionMask mask;
-  std::vector<std::vector<Panel>> panels;  // of each utterance, in order
+  const PanelList* panels;  // of each utterance
   const int64_t* seed;  // null without dropout
   double dropout_p, scale, softcap, clamp;
   bool is_causal;
@@ -43,8 +48,6 @@ struct AttentionProblem {
   Heads grad_output, grad_query, grad_key, grad_value;
   int64_t chunks;  // into which the keys are cut
   void* partial_grad_query;  // (chunks, B, H, T, D), as wide as sums are; null if there is one chunk
-
-  int64_t row_of(int64_t b, int64_t h, int64_t row) const { return (b * heads + h) * queries + row; }
 };
 
 struct ForwardTask {

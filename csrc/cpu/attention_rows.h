@@ -54,6 +54,10 @@ inline void zero_row(const Heads& x, int64_t b, int64_t h, int64_t row, int64_t 
       n * sizeof(typename Type::storage));
 }
 
+inline int64_t row_of(const AttentionProblem& p, int64_t b, int64_t h, int64_t row) {
+  return (b * p.heads + h) * p.queries + row;
+}
+
 // --- 64 rows as words -------------------------------------------------------------------------------
 
 // Up to 64 rows of a head, of which `keep` says which are read; the others are zeros, so that what

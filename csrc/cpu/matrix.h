@@ -14,19 +14,16 @@
 namespace fastguard {
 namespace {
 
-struct InFloat {
-  using Word = float;
-  using Sum = float;
+template <class T>
+struct InWide {
+  using Word = T;
+  using Sum = T;
   static constexpr int pairs = 1;  // elements to a word
 };
+using InFloat = InWide<float>;
+using InDouble = InWide<double>;
 
-struct InDouble {
-  using Word = double;
-  using Sum = double;
-  static constexpr int pairs = 1;
-};
-
-// Products exact, sums in float.
+// Products exact, sums in float; denormals are zeros to the instructions.
 struct InBFloat16 {
   using Word = uint32_t;
   using Sum = float;
@@ -45,10 +42,6 @@ inline __m512bh as_bf16(__m512i words) {
   __m512bh pairs;
   std::memcpy(&pairs, &words, sizeof(pairs));
   return pairs;
-}
-
-inline Floats dot(__m512i a, __m512i b, Floats c) {
-  return {_mm512_dpbf16_ps(c.v, as_bf16(a), as_bf16(b))};
 }
 #endif
 
@@ -180,15 +173,24 @@ class Tiles {
  public:
   Tiles() {
     _tile_storeconfig(before_);
+    see(before_);
     alignas(64) uint8_t config[64] = {1};  // the palette
     for (int tile = 0; tile < 8; ++tile) {
       config[16 + 2 * tile] = 64;
       config[48 + tile] = 16;
     }
+    see(config);
     _tile_loadconfig(config);
   }
-  ~Tiles() { _tile_loadconfig(before_); }
+  ~Tiles() {
+    see(before_);
+    _tile_loadconfig(before_);
+  }
   Tiles(const Tiles&) = delete;
+
+  // gcc 12 does not know that the instructions read and write all of the memory at an address (its
+  // bug 114098).
+  static void see(const void* memory) { asm volatile("" : : "r"(memory) : "memory"); }
 
  private:
   alignas(64) uint8_t before_[64];
@@ -197,6 +199,7 @@ class Tiles {
 // Tiles of c: 0 to 3, of a: 4 and 5, of b: 6 and 7. Which tile is part of an instruction.
 template <int R, int V>
 inline void multiply_in_tiles(const Matrices<InBFloat16>& m, int64_t depth, bool add) {
+  Tiles::see(m.a);
   const int64_t a_bytes = m.a_row * 4, b_bytes = m.b_row * 4, c_bytes = m.c_row * 4;
   float* const c[4] = {m.c, m.c + 16, m.c + 16 * m.c_row, m.c + 16 * m.c_row + 16};
 #define FASTGUARD_EACH_OF_C(What) \
@@ -229,6 +232,7 @@ inline void multiply_in_tiles(const Matrices<InBFloat16>& m, int64_t depth, bool
     }
   }
   FASTGUARD_EACH_OF_C(FASTGUARD_STORE_C)
+  Tiles::see(m.c);
 #undef FASTGUARD_EACH_OF_C
 #undef FASTGUARD_LOAD_C
 #undef FASTGUARD_ZERO_C
