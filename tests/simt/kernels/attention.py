@@ -1,0 +1,100 @@
+"""The operators of fastguard.attention_ops, run by the CUDA kernels on the executor.
+
+An :class:`AttentionDevice` does what the launcher in csrc/cuda/attention.cu does.
+"""
+
+import functools
+
+import torch
+
+from fastguard.attention_ops import Attention
+from tests import simt
+
+NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
+
+
+@functools.cache
+def kernels():
+    return simt.load("attention_kernels", ["tests/simt/kernels/attention_kernels.cpp"])
+
+
+class AttentionDevice:
+    """A GPU whose threads run in an order given by ``options``, those of ``simt.Options``."""
+
+    def __init__(self, **options):
+        self.options = simt.Options(**options)
+        self.report = None  # of the last call
+
+    def run(self, op, given, tensors):
+        run = getattr(kernels(), f"{op}_{NAMES[given[0].dtype]}")
+        _keep = tensors
+        described = {name: strided(x) for name, x in tensors.items()}
+        self.report = run(self.options, described | numbers(*given))
+
+    def attention(self, query, key, value, *options):
+        *masks, _, _, _, _, _, return_stats = options
+        inputs = [ready(x) for x in (query, key, value)]
+        batch, heads, queries, _ = query.shape
+        output = empty_heads(query, heads, queries, value.size(3))
+        logsumexp = torch.full((batch, heads, queries), torch.nan)
+        stats = torch.full((2, batch, heads, queries), torch.nan) if return_stats else None
+        tensors = dict(zip(("query", "key", "value"), inputs, strict=True), output=output)
+        tensors |= {"logsumexp": logsumexp, "stats": stats, **of_masks(*masks[:3])}
+        self.run("attention", (*inputs, *options[:-1]), tensors)
+        output = output[..., : value.size(3)]
+        return Attention(output, logsumexp, stats if return_stats else torch.zeros(0))
+
+
+def ready(x):
+    """Columns side by side, rows at multiples of 16 bytes, and no fewer than 16."""
+    unit = 16 // x.element_size()
+    steps = [s for s, n in zip(x.stride()[:-1], x.shape, strict=False) if n > 1]
+    if x.stride(-1) == 1 and not x.size(-1) % unit and not any(s % unit for s in steps):
+        return x
+    wide = x.new_zeros(*x.shape[:-1], -(-x.size(-1) // unit) * unit)
+    wide[..., : x.size(-1)] = x
+    return wide
+
+
+def empty_heads(like, heads, rows, columns):
+    unit = 16 // like.element_size()
+    columns = -(-columns // unit) * unit
+    made = torch.full((like.size(0), rows, heads, columns), torch.nan, dtype=like.dtype)
+    return made.transpose(1, 2)
+
+
+def of_masks(padding, mask, seed):
+    added = mask is not None and mask.dtype != torch.bool
+    return {
+        "padding": padding,
+        "shown": None if added else mask,
+        "added": mask if added else None,
+        "seed": seed,
+    }
+
+
+def strided(x):
+    if x is None:
+        return None
+    storage = x.untyped_storage()
+    return x.data_ptr(), storage.data_ptr(), storage.nbytes(), list(x.stride())
+
+
+def numbers(query, key, value, padding, mask, seed, is_causal, dropout_p, scale, softcap, clamp):
+    batch, heads, queries, head_dim = query.shape
+    return {
+        "batch": batch,
+        "heads": heads,
+        "kv_heads": key.size(1),
+        "queries": queries,
+        "keys": key.size(2),
+        "head_dim": head_dim,
+        "value_dim": value.size(3),
+        "rows": batch * heads * queries,
+        "scale": scale,
+        "softcap": softcap,
+        "clamp": clamp,
+        "dropout_p": dropout_p,
+        "is_causal": is_causal,
+        "mask_is_added": mask is not None and mask.dtype != torch.bool,
+    }
