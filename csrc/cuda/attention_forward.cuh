@@ -18,9 +18,9 @@ struct ForwardTiles {
   static constexpr int rows = attention_warps * strip_rows * strips;
   static constexpr int keys = sizeof(T) == 2 && strips == 1 ? 64 : 32;
   static constexpr int query = 0;
-  static constexpr int key = query + RowTile<T, D>::bytes(rows);
-  static constexpr int value = key + RowTile<T, D>::bytes(keys);
-  static constexpr int bytes = value + RowTile<T, D>::bytes(keys);
+  static constexpr int key = query + rows * RowTile<T, D>::row_bytes;
+  static constexpr int value = key + keys * RowTile<T, D>::row_bytes;
+  static constexpr int bytes = value + keys * RowTile<T, D>::row_bytes;
 
   static int64_t blocks(const Attention& a, int64_t batch) {
     return batch * a.heads * ((a.queries + rows - 1) / rows);

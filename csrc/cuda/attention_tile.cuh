@@ -26,13 +26,12 @@ template <class T, int D>
 struct RowTile {
   static constexpr int chunks = D / elements_of_16_bytes<T>;
   static_assert(chunks % 4 == 0);
-
-  static constexpr int bytes(int rows) { return rows * chunks * 16; }
+  static constexpr int row_bytes = chunks * 16;
 
   template <class W = T>
   __device__ Shared<W> at(int row, int chunk) const {
     const int turn = chunks % 8 == 0 ? row % 8 : row / 2 % 4;
-    return dynamic_shared<W>(offset + (row * chunks + (chunk ^ turn)) * 16);
+    return dynamic_shared<W>(offset + row * row_bytes + (chunk ^ turn) * 16);
   }
 
   int offset;

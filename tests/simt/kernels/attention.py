@@ -25,11 +25,29 @@ class AttentionDevice:
         self.options = simt.Options(**options)
         self.report = None  # of the last call
 
-    def run(self, op, given, tensors):
+    def run(self, op, given, tensors, **more):
         run = getattr(kernels(), f"{op}_{NAMES[given[0].dtype]}")
         _keep = tensors
         described = {name: strided(x) for name, x in tensors.items()}
-        self.report = run(self.options, described | numbers(*given))
+        self.report = run(self.options, described | numbers(*given) | more)
+
+    def attention_backward(self, grad_output, query, key, value, output, logsumexp, *options):
+        inputs = dict(query=query, key=key, value=value, output=output, grad_output=grad_output)
+        inputs = {name: ready(x) for name, x in inputs.items()}
+        batch, heads, queries, _ = query.shape
+        terms_rows = -(-queries // 64) * 64
+        scratch = {
+            "logsumexp": logsumexp,
+            "passed": torch.full_like(inputs["output"].contiguous(), torch.nan),
+            "terms": torch.full((batch, heads, terms_rows, 2), torch.nan),
+        }
+        grads = {f"grad_{name}": empty_heads(inputs[name], *inputs[name].shape[1:]) for name in ("query", "key", "value")}
+        tensors = inputs | scratch | grads | of_masks(*options[:3])
+        given = (*(inputs[name] for name in ("query", "key", "value")), *options)
+        self.run("attention_backward", given, tensors, terms_rows=terms_rows)
+        return tuple(
+            grad[..., : x.size(3)] for grad, x in zip(grads.values(), (query, key, value), strict=True)
+        )
 
     def attention(self, query, key, value, *options):
         *masks, _, _, _, _, _, return_stats = options

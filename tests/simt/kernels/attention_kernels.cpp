@@ -1,8 +1,7 @@
 // Attention's kernels, bound to Python as their launcher in csrc/cuda/attention.cu calls them.
+#include "cuda/attention_backward.cuh"
 #include "cuda/attention_forward.cuh"
 #include "simt/bind.h"
-
-#include <array>
 
 namespace fastguard {
 namespace {
@@ -104,6 +103,42 @@ simt::Report attention(const Options& options, const py::dict& given) {
   return machine.report();
 }
 
+template <class T>
+simt::Report attention_backward(const Options& options, const py::dict& given) {
+  Machine machine(options);
+  const Arguments arguments(machine, given);
+  const Backward<T> backward{
+      arguments.attention(),
+      arguments.number<int>("batch"),
+      arguments.number<int>("terms_rows"),
+      arguments.heads<const T>("query"),
+      arguments.heads<const T>("key"),
+      arguments.heads<const T>("value"),
+      arguments.heads<const T>("output"),
+      arguments.heads<const T>("grad_output"),
+      arguments.pointer<const float>("logsumexp"),
+      arguments.heads<T>("passed"),
+      arguments.pointer<RowTerms>("terms"),
+      arguments.heads<T>("grad_query"),
+      arguments.heads<T>("grad_key"),
+      arguments.heads<T>("grad_value")};
+  const Attention& a = backward.attention;
+  const auto launch = [&](const char* name, int64_t blocks, int shared, auto* kernel) {
+    machine.launch(name, blocks, attention_threads, shared, false, kernel, backward);
+  };
+  launch("attention_delta_kernel", backward.delta_blocks(), 0, attention_delta_kernel<T>);
+  with_width<T>(std::max(a.head_dim, a.value_dim), [&](auto width) {
+    using Tiles = BackwardTiles<T, width>;
+    launch(
+        "attention_grad_query_kernel", Tiles::query_blocks(backward), Tiles::bytes,
+        attention_grad_query_kernel<T, width>);
+    launch(
+        "attention_grad_key_kernel", Tiles::key_blocks(backward), Tiles::bytes,
+        attention_grad_key_kernel<T, width>);
+  });
+  return machine.report();
+}
+
 }  // namespace
 }  // namespace fastguard
 
@@ -112,4 +147,7 @@ PYBIND11_MODULE(attention_kernels, m) {
   m.def("attention_bfloat16", &fastguard::attention<fastguard::BFloat16>);
   m.def("attention_float16", &fastguard::attention<fastguard::Float16>);
   m.def("attention_float32", &fastguard::attention<float>);
+  m.def("attention_backward_bfloat16", &fastguard::attention_backward<fastguard::BFloat16>);
+  m.def("attention_backward_float16", &fastguard::attention_backward<fastguard::Float16>);
+  m.def("attention_backward_float32", &fastguard::attention_backward<float>);
 }
