@@ -43,11 +43,34 @@ struct Backward {
 
 // --- what passes the clamp ----------------------------------------------------------------------
 
+template <class T>
+__device__ float element_of(uint32_t word, int i) {
+  if constexpr (sizeof(T) == sizeof(float)) {
+    return bits_as<float>(word);
+  } else {
+    return to_float(T{static_cast<uint16_t>(word >> (16 * i))});
+  }
+}
+
+// What of a word's gradients passes; what they and the output sum up to is added to `delta`.
+template <class T>
+__device__ uint32_t pass_word(uint32_t output, uint32_t grad, float bound, float& delta) {
+  constexpr int bits = 8 * sizeof(T);
+  uint32_t passed = 0;
+#pragma unroll
+  for (int i = 0; i < 32 / bits; ++i) {
+    const float x = element_of<T>(output, i);
+    const bool passes = bound == INFINITY || fabsf(x) < bound;
+    delta = passes ? fmaf(x, element_of<T>(grad, i), delta) : delta;
+    passed |= passes ? grad & (~uint32_t{0} >> (32 - bits) << (bits * i)) : 0;
+  }
+  return passed;
+}
+
 // One row of all for each 8 lanes.
 template <class T>
 __global__ void __launch_bounds__(attention_threads) attention_delta_kernel(Backward<T> b) {
   constexpr int n = elements_of_16_bytes<T>;
-  using Elements = Vector<T, n>;
   const Attention& a = b.attention;
   const int64_t place = (int64_t{blockIdx.x} * attention_threads + threadIdx.x) / delta_lanes;
   const int row = place % b.terms_rows, head = place / b.terms_rows % a.heads;
@@ -64,16 +87,13 @@ __global__ void __launch_bounds__(attention_threads) attention_delta_kernel(Back
     const T* grad = b.grad_output.of(batch, head) + row * b.grad_output.row;
     T* passed = b.passed.of(batch, head) + row * b.passed.row;
     for (int i = threadIdx.x % delta_lanes * n; within(i, a.value_dim); i += delta_lanes * n) {
-      const Elements o = load(reinterpret_cast<const Elements*>(output + i));
-      Elements d = load(reinterpret_cast<const Elements*>(grad + i));
+      const Bytes16 o = load(reinterpret_cast<const Bytes16*>(output + i));
+      Bytes16 d = load(reinterpret_cast<const Bytes16*>(grad + i));
 #pragma unroll
-      for (int j = 0; j < n; ++j) {
-        const float x = to_float(o.at[j]);
-        const bool passes = !dead && (a.clamp == INFINITY || fabsf(x) < bound);
-        d.at[j] = passes ? d.at[j] : T{};
-        terms.delta = passes ? fmaf(x, to_float(d.at[j]), terms.delta) : terms.delta;
+      for (int word = 0; word < 4; ++word) {
+        d.at[word] = dead ? 0 : pass_word<T>(o.at[word], d.at[word], bound, terms.delta);
       }
-      store(reinterpret_cast<Elements*>(passed + i), d);
+      store(reinterpret_cast<Bytes16*>(passed + i), d);
     }
   }
 #pragma unroll

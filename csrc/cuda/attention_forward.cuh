@@ -147,7 +147,8 @@ __device__ void finish(
 }
 
 template <class T, int D>
-__global__ void __launch_bounds__(attention_threads) attention_kernel(Forward<T> f) {
+__global__ void __launch_bounds__(attention_threads, D <= 64 ? 3 : 2)
+    attention_kernel(Forward<T> f) {
   using Tiles = ForwardTiles<T, D>;
   constexpr int rows = Tiles::rows, keys = Tiles::keys, strips = Tiles::strips;
   const Attention& a = f.attention;

@@ -27,7 +27,6 @@ class AttentionDevice:
 
     def run(self, op, given, tensors, **more):
         run = getattr(kernels(), f"{op}_{NAMES[given[0].dtype]}")
-        _keep = tensors
         described = {name: strided(x) for name, x in tensors.items()}
         self.report = run(self.options, described | numbers(*given) | more)
 
@@ -41,33 +40,38 @@ class AttentionDevice:
             "passed": torch.full_like(inputs["output"].contiguous(), torch.nan),
             "terms": torch.full((batch, heads, terms_rows, 2), torch.nan),
         }
-        grads = {f"grad_{name}": empty_heads(inputs[name], *inputs[name].shape[1:]) for name in ("query", "key", "value")}
-        tensors = inputs | scratch | grads | of_masks(*options[:3])
+        grads = {
+            f"grad_{name}": empty_heads(inputs[name], *inputs[name].shape[1:])
+            for name in ("query", "key", "value")
+        }
+        tensors = inputs | scratch | grads | of_masks(*options[:5])
         given = (*(inputs[name] for name in ("query", "key", "value")), *options)
         self.run("attention_backward", given, tensors, terms_rows=terms_rows)
         return tuple(
-            grad[..., : x.size(3)] for grad, x in zip(grads.values(), (query, key, value), strict=True)
+            grad[..., : x.size(3)]
+            for grad, x in zip(grads.values(), (query, key, value), strict=True)
         )
 
     def attention(self, query, key, value, *options):
-        *masks, _, _, _, _, _, return_stats = options
+        return_stats = options[-1]
         inputs = [ready(x) for x in (query, key, value)]
         batch, heads, queries, _ = query.shape
         output = empty_heads(query, heads, queries, value.size(3))
         logsumexp = torch.full((batch, heads, queries), torch.nan)
         stats = torch.full((2, batch, heads, queries), torch.nan) if return_stats else None
         tensors = dict(zip(("query", "key", "value"), inputs, strict=True), output=output)
-        tensors |= {"logsumexp": logsumexp, "stats": stats, **of_masks(*masks[:3])}
+        tensors |= {"logsumexp": logsumexp, "stats": stats, **of_masks(*options[:5])}
         self.run("attention", (*inputs, *options[:-1]), tensors)
         output = output[..., : value.size(3)]
         return Attention(output, logsumexp, stats if return_stats else torch.zeros(0))
 
 
 def ready(x):
-    """Columns side by side, rows at multiples of 16 bytes, and no fewer than 16."""
+    """With rows that begin and end at multiples of 16 bytes, if need be as a copy."""
     unit = 16 // x.element_size()
     steps = [s for s, n in zip(x.stride()[:-1], x.shape, strict=False) if n > 1]
-    if x.stride(-1) == 1 and not x.size(-1) % unit and not any(s % unit for s in steps):
+    whole = not any(n % unit for n in (x.size(-1), *steps)) and x.data_ptr() % 16 == 0
+    if x.stride(-1) == 1 and whole:
         return x
     wide = x.new_zeros(*x.shape[:-1], -(-x.size(-1) // unit) * unit)
     wide[..., : x.size(-1)] = x
@@ -81,13 +85,13 @@ def empty_heads(like, heads, rows, columns):
     return made.transpose(1, 2)
 
 
-def of_masks(padding, mask, seed):
+def of_masks(padding, mask, seed, is_causal, dropout_p):
     added = mask is not None and mask.dtype != torch.bool
     return {
         "padding": padding,
         "shown": None if added else mask,
         "added": mask if added else None,
-        "seed": seed,
+        "seed": seed if dropout_p > 0 else None,
     }
 
 
