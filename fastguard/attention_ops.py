@@ -3,16 +3,23 @@
 What :mod:`fastguard.ops` is for the guard; no other file touches ``torch.ops.fastguard``.
 """
 
+import functools
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import _native
 from .ops import _has_kernel
 
-#: The widest head that the kernels take.
+#: The widest head that the operator takes, and the widest that CUDA's kernels do: theirs have the
+#: rows of what they make in registers.
 MOST_HEAD_DIM = 256
+MOST_CUDA_HEAD_DIM = 128
+
+#: T * S from which torch's attention is asked on GPUs of capability 9 and 10. See :func:`route`.
+LONG = 1024 * 1024
 
 
 class Attention(NamedTuple):
@@ -57,9 +64,76 @@ def attention(
     args = (query, key, value, key_padding_mask, attn_mask, seed, is_causal, dropout_p)
     args += (scale, softcap, clamp, return_stats)
     # The kernels give no gradient to a mask.
-    if _has_kernel(query) and not (attn_mask is not None and attn_mask.requires_grad):
-        return Attention(*torch.ops.fastguard.attention.default(*args))
-    return attention_ref(*args)
+    if not _has_kernel(query) or (attn_mask is not None and attn_mask.requires_grad):
+        return attention_ref(*args)
+    return Attention(*route(_capability(query.device), *args)(*args))
+
+
+@functools.cache
+def _capability(device: torch.device) -> tuple[int, int] | None:
+    """Of a GPU; None for a CPU."""
+    if device.type != "cuda":
+        return None
+    if not torch.cuda.is_available():
+        return (0, 0)  # a fake tensor's
+    properties = torch.cuda.get_device_properties(device)
+    return properties.major, properties.minor
+
+
+def route(
+    capability,
+    query,
+    key,
+    value,
+    key_padding_mask,
+    attn_mask,
+    seed,
+    is_causal,
+    dropout_p,
+    scale,
+    softcap,
+    clamp,
+    return_stats,
+):
+    """Which function serves :func:`attention` on a device whose kernels were built.
+
+    The CPU's kernels (``capability`` None) take everything. CUDA's take float32, bfloat16 and
+    float16 and head dims up to 128. Beyond that, and for float64, torch's attention with a clamp
+    serves where it can say the same: no dropout, softcap, statistics or masks but ``is_causal``.
+    The reference serves the rest.
+
+    On capability 9 and 10 (H100, B200) torch has kernels for their own matrix instructions, about
+    twice as fast as any with the older ones, which ours use; the clamp is another pass over the
+    output. So 16-bit requests that torch can serve go to it from ``LONG`` = 1024 * 1024 logits a
+    head on. That number is an estimate: no GPU has measured it.
+    """
+    kernel = torch.ops.fastguard.attention.default
+    if capability is None:
+        return kernel
+    plain = key_padding_mask is None and attn_mask is None and not return_stats
+    plain = plain and dropout_p == 0 and softcap == 0
+    beyond = max(query.size(3), value.size(3)) > MOST_CUDA_HEAD_DIM
+    if beyond or query.dtype == torch.float64:
+        return attention_sdpa if plain else attention_ref
+    long = query.size(2) * key.size(2) >= LONG and query.dtype != torch.float32
+    return attention_sdpa if plain and long and capability[0] in (9, 10) else kernel
+
+
+def attention_sdpa(
+    query, key, value, _padding, _mask, _seed, is_causal, _dropout_p, scale, _softcap, clamp, _stats
+) -> Attention:
+    """:func:`attention` by torch's, for what :func:`route` sends here; without a logsumexp."""
+    grouped = query.size(1) != key.size(1)
+    output = F.scaled_dot_product_attention(
+        query, key, value, is_causal=is_causal, scale=scale, enable_gqa=grouped
+    )
+    return Attention(_bounded(output, clamp), output.new_empty(0), output.new_empty(0))
+
+
+def _bounded(output: Tensor, clamp: float) -> Tensor:
+    if clamp == torch.inf:
+        return output
+    return torch.where(output.abs() < clamp, output, output.detach().clamp(-clamp, clamp))
 
 
 def attention_ref(
@@ -105,9 +179,7 @@ def attention_ref(
         kept, rescale = dropout_keep_ref(seed, logits.shape, dropout_p)
         weights = torch.where(kept, weights * rescale, 0.0)
     output = (weights @ value).masked_fill(dead.unsqueeze(-1), 0.0).to(dtype)
-    bounded = output.detach().clamp(-clamp, clamp)
-    if clamp != torch.inf:
-        output = torch.where(output.abs() < clamp, output, bounded)
+    output = _bounded(output, clamp)
     return Attention(output, logsumexp, stats if return_stats else logsumexp.new_empty(0))
 
 

@@ -75,25 +75,26 @@ __global__ void __launch_bounds__(attention_threads) attention_delta_kernel(Back
   const int64_t place = (int64_t{blockIdx.x} * attention_threads + threadIdx.x) / delta_lanes;
   const int row = place % b.terms_rows, head = place / b.terms_rows % a.heads;
   const int batch = place / b.terms_rows / a.heads;
-  // As torch compares an element with a number: in the element's type.
-  const float bound = to_float(from_float<T>(a.clamp));
-
   RowTerms terms{INFINITY, 0.0f};
   if (within(row, a.queries)) {
     const int64_t of_all = (int64_t{batch} * a.heads + head) * a.queries + row;
     terms.logsumexp = load(b.logsumexp + of_all) * log2_e;
+    // Nothing comes back to a row without a key. Else as torch compares an element with a number: in
+    // the element's type.
     const bool dead = terms.logsumexp == INFINITY;
-    const T* output = b.output.of(batch, head) + row * b.output.row;
-    const T* grad = b.grad_output.of(batch, head) + row * b.grad_output.row;
-    T* passed = b.passed.of(batch, head) + row * b.passed.row;
-    for (int i = threadIdx.x % delta_lanes * n; within(i, a.value_dim); i += delta_lanes * n) {
-      const Bytes16 o = load(reinterpret_cast<const Bytes16*>(output + i));
-      Bytes16 d = load(reinterpret_cast<const Bytes16*>(grad + i));
+    const float bound = dead ? 0.0f : to_float(from_float<T>(a.clamp));
+    const auto* output = b.output.template row_of<const Bytes16>(batch, head, row);
+    const auto* grad = b.grad_output.template row_of<const Bytes16>(batch, head, row);
+    auto* passed = b.passed.template row_of<Bytes16>(batch, head, row);
+#pragma unroll 1
+    for (int i = threadIdx.x % delta_lanes; within(i * n, a.value_dim); i += delta_lanes) {
+      const Bytes16 o = load(output + i);
+      Bytes16 d = load(grad + i);
 #pragma unroll
       for (int word = 0; word < 4; ++word) {
-        d.at[word] = dead ? 0 : pass_word<T>(o.at[word], d.at[word], bound, terms.delta);
+        d.at[word] = pass_word<T>(o.at[word], d.at[word], bound, terms.delta);
       }
-      store(reinterpret_cast<Bytes16*>(passed + i), d);
+      store(passed + i, d);
     }
   }
 #pragma unroll

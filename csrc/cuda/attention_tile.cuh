@@ -44,6 +44,10 @@ struct Heads {
   int64_t batch, head, row;  // strides
 
   __device__ T* of(int b, int h) const { return first + b * batch + h * head; }
+  template <class W>
+  __device__ W* row_of(int b, int h, int i) const {
+    return reinterpret_cast<W*>(of(b, h) + i * row);
+  }
 };
 
 // Brings rows on their way, with zeros for those that do not exist and for columns from `width` on,
@@ -64,7 +68,8 @@ __device__ void copy_rows(
 }
 
 // Puts the warp's rows, in the layout of an mma's result, where it alone has read a tile, and from
-// there into memory, 16 bytes at a time.
+// there into memory, 16 bytes at a time: their place is counted in 16 bytes, for else nvcc stores word
+// by word for sm_80 and sm_90.
 template <class T, int D, int strips>
 __device__ void store_rows(
     const float (&d)[strips][D / 8][4], RowTile<T, D> tile, int row, T* to, int64_t stride,
@@ -92,7 +97,7 @@ __device__ void store_rows(
     const int column = chunk * elements_of_16_bytes<T>;
     if (within(place, count) && within(column, width)) {
       const Bytes16 values = tile.template at<Bytes16>(place, chunk)[0];
-      store(reinterpret_cast<Bytes16*>(to + place * stride + column), values);
+      store(reinterpret_cast<Bytes16*>(to + place * stride) + chunk, values);
     }
   }
 }

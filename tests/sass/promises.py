@@ -113,7 +113,7 @@ def _of_resources(kernel, promise):
             f"SM, not {promise.blocks}"
         )
     if kernel.usage.shared > 48 * 1024:
-        yield f"{kernel.usage.shared} bytes of shared memory: beyond 48 KiB a launch must ask for it"
+        yield f"{kernel.usage.shared} bytes of shared memory without asking: 48 KiB is the most"
     shared = kernel.usage.shared + promise.dynamic_shared
     if shared > 99 * 1024:
         yield f"{shared} bytes of shared memory: no block on sm_86, sm_89 and sm_120 gets so many"

@@ -129,7 +129,7 @@ def exact(arguments):
 
 def weights(arguments, dropped):
     """(B, H, T, S), as the values meet them or before dropout."""
-    query, key, value, padding, mask, seed, causal, dropout_p, scale, softcap, *_ = arguments
+    query, key, _, padding, mask, seed, causal, dropout_p, scale, softcap, *_ = arguments
     eye = torch.eye(key.size(2), dtype=F64).expand(*key.shape[:3], key.size(2))
     options = (padding, mask, seed, causal, dropout_p if dropped else 0.0, scale, softcap, INF)
     return attention_ref(query, key, eye, *options, False).output
@@ -157,7 +157,7 @@ def assert_forward(arguments, found):
     given = exact(arguments)
     wanted = attention_ref(*given)
     absolute = [*given]
-    absolute[2], absolute[9], absolute[10] = given[2].abs(), given[9], INF
+    absolute[2], absolute[10] = given[2].abs(), INF
     terms = attention_ref(*absolute).output
     precision = PRECISION[arguments[0].dtype][0]
     assert_within(found.output, wanted.output, precision * terms)
@@ -171,7 +171,7 @@ def assert_backward(arguments, grad_output, output, found):
     """What passes the clamp is taken from the output that the kernel gave."""
     given = exact(arguments)[:-1]
     query, key, value, *_ = given
-    scale, clamp, heads = given[8], given[9 + 1], query.size(1)
+    scale, clamp, heads = given[8], given[10], query.size(1)
     bound = torch.tensor(clamp).to(output.dtype)
     passed = torch.where(output.abs() < bound, grad_output, 0).double()
     given[10] = INF
