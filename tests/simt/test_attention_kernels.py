@@ -220,7 +220,7 @@ def both(device, arguments):
 # --- results --------------------------------------------------------------------------------------
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(problems(), st.sampled_from(SCHEDULES))
 def test_output_and_gradients_are_the_references(problem, schedule):
     arguments = inputs(**problem)
@@ -233,8 +233,8 @@ def test_output_and_gradients_are_the_references(problem, schedule):
 @pytest.mark.parametrize("dtype", PRECISION)
 @pytest.mark.parametrize("width", [32, 64, 96, 128])
 def test_every_width(dtype, width):
-    options = {"heads": 4, "kv_heads": 2, "dropout_p": 0.2, "softcap": 3.0, "padding": "some"}
-    arguments = inputs(dtype, head_dim=width, value_dim=width, queries=131, keys=131, **options)
+    options = {"heads": 2, "kv_heads": 1, "dropout_p": 0.2, "softcap": 3.0, "padding": "some"}
+    arguments = inputs(dtype, head_dim=width, value_dim=width, queries=70, keys=70, **options)
     found, grads = both(AttentionDevice(), arguments)
     assert_forward(arguments, found)
     assert_backward(arguments, gradient(arguments), found.output, grads)
@@ -243,7 +243,8 @@ def test_every_width(dtype, width):
 @pytest.mark.parametrize("dtype", PRECISION)
 @pytest.mark.parametrize("mask", MASKS)
 def test_every_mask(dtype, mask):
-    arguments = inputs(dtype, batch=2, heads=2, queries=150, keys=140, padding="some", mask=mask)
+    options = {"batch": 2, "head_dim": 16, "value_dim": 16, "padding": "some", "mask": mask}
+    arguments = inputs(dtype, queries=110, keys=100, **options)
     found, grads = both(AttentionDevice(), arguments)
     assert_forward(arguments, found)
     assert_backward(arguments, gradient(arguments), found.output, grads)
