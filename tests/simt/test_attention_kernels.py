@@ -233,7 +233,7 @@ def test_output_and_gradients_are_the_references(problem, schedule):
 @pytest.mark.parametrize("dtype", PRECISION)
 @pytest.mark.parametrize("width", [32, 64, 96, 128])
 def test_every_width(dtype, width):
-    options = {"heads": 2, "kv_heads": 1, "dropout_p": 0.2, "softcap": 3.0, "padding": "some"}
+    options = {"heads": 2, "kv_heads": 1, "dropout_p": 0.2, "softcap": 3.0, "is_causal": True}
     arguments = inputs(dtype, head_dim=width, value_dim=width, queries=70, keys=70, **options)
     found, grads = both(AttentionDevice(), arguments)
     assert_forward(arguments, found)
@@ -309,6 +309,25 @@ def test_nan_in_a_valid_input_passes_the_clamp(dtype, which):
     found, grads = both(AttentionDevice(), arguments)
     assert_forward(arguments, found)
     assert grads[0].isnan().any()
+
+
+@pytest.mark.parametrize("dtype", PRECISION)
+def test_nan_in_a_value_gives_no_gradient_to_rows_that_do_not_see_it(dtype):
+    arguments = list(inputs(dtype, mask="shown", clamp=1.0))
+    arguments[2][0, 0, 5] = NAN
+    arguments[4][0, 0, :, 5] = torch.arange(70) >= 32
+    _, grads = both(AttentionDevice(), arguments)
+    assert not grads[0][0, 0, :32].isnan().any() and grads[0][0, 0, 32:].isnan().all()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_dropout_keeps_what_the_reference_keeps(seed):
+    """157,000 weights: some draw the very threshold."""
+    options = {"heads": 8, "kv_heads": 8, "queries": 140, "keys": 140, "dropout_p": 0.5}
+    arguments = inputs(F32, head_dim=4, value_dim=4, seed=seed, **options)
+    found, grads = both(AttentionDevice(), arguments)
+    assert_forward(arguments, found)
+    assert_backward(arguments, gradient(arguments), found.output, grads)
 
 
 @pytest.mark.parametrize("dtype", PRECISION)
