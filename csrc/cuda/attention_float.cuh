@@ -2,7 +2,7 @@
 // of tensor cores, so that all else is the same source. The tensor cores would drop 13 bits.
 //
 // A lane reads 16 bytes of rows that it shares with 3 or 7 others for 4 multiply-adds of each of its
-// 2 strips n elements: shared memory is asked for a quarter of what it can give.
+// 2 strips n elements: by count, that asks shared memory for about half of what it can give.
 #pragma once
 
 #include "cuda/attention_tile.cuh"

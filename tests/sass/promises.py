@@ -44,7 +44,7 @@ ATTENTION_THREADS = 128  # csrc/cuda/attention_tile.cuh
 
 
 def attention():
-    """Two blocks on an SM, or as many as there is shared memory for: then one waits, one works."""
+    """Two or three blocks on an SM, as far as there is shared memory: one waits, others work."""
     types = {"BFloat16": "bfloat16", "Float16": "float16", "float": "float32"}
     for name, elements in types.items():
         moves = frozenset([(elements, "2 x 128", "1 x 128")])
@@ -66,9 +66,10 @@ def attention():
                 ("attention_grad_query_kernel", backward),
                 ("attention_grad_key_kernel", backward),
             ):
+                blocks = 3 if kernel == "attention_kernel" and width <= 64 else 2
                 yield (
                     f"{kernel}<{name},{width}>",
-                    Promise(2, shared, bytes=True, threads=ATTENTION_THREADS, needs=needs),
+                    Promise(blocks, shared, bytes=True, threads=ATTENTION_THREADS, needs=needs),
                 )
 
 
