@@ -3,17 +3,24 @@
 What :mod:`fastguard.ops` is for the guard; no other file touches ``torch.ops.fastguard``.
 """
 
+import functools
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 
 from . import _native
 from .ops import _has_kernel
 
-#: The widest head that the kernels take.
+#: The widest head that the operator takes, and the widest that CUDA's kernels do: theirs have the
+#: rows of what they make in registers.
 MOST_HEAD_DIM = 256
+MOST_CUDA_HEAD_DIM = 128
+
+#: T * S from which torch's attention is asked on GPUs of capability 9 and 10. See :func:`route`.
+LONG = 1024 * 1024
 
 
 class Attention(NamedTuple):
@@ -59,9 +66,73 @@ def attention(
     args += (scale, softcap, clamp, return_stats)
     # The kernels give no gradient to a mask, and know backward derivatives only.
     learnt = attn_mask is not None and attn_mask.requires_grad
-    if _has_kernel(query) and not learnt and not _is_transformed(query, key, value):
+    if not _has_kernel(query) or learnt or _is_transformed(query, key, value):
+        return attention_ref(*args)
+    if query.device.type == "cpu":
         return Attention(*torch.ops.fastguard.attention.default(*args))
-    return attention_ref(*args)
+    return Attention(*route(_capability(query.device), *args)(*args))
+
+
+@functools.cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    if not torch.cuda.is_available():
+        return (0, 0)  # a fake tensor's
+    properties = torch.cuda.get_device_properties(device)
+    return properties.major, properties.minor
+
+
+def route(
+    capability,
+    query,
+    key,
+    value,
+    key_padding_mask,
+    attn_mask,
+    seed,
+    is_causal,
+    dropout_p,
+    scale,
+    softcap,
+    clamp,
+    return_stats,
+):
+    """Which function serves :func:`attention` on a GPU of this capability.
+
+    The kernels take float32, bfloat16 and float16 and head dims up to 128. Beyond that, and for
+    float64, torch's attention with a clamp serves where it can say the same: no dropout, softcap,
+    statistics or masks but ``is_causal``. The reference serves the rest.
+
+    On capability 9 and 10 (H100, B200) torch has kernels for their own matrix instructions, about
+    twice as fast as any with the older ones, which ours use; the clamp is another pass over the
+    output. So 16-bit requests that torch can serve go to it from ``LONG`` = 1024 * 1024 logits a
+    head on. That number is an estimate: no GPU has measured it.
+    """
+    kernel = torch.ops.fastguard.attention.default
+    plain = key_padding_mask is None and attn_mask is None and not return_stats
+    plain = plain and dropout_p == 0 and softcap == 0
+    beyond = max(query.size(3), value.size(3)) > MOST_CUDA_HEAD_DIM
+    if beyond or query.dtype == torch.float64:
+        return attention_sdpa if plain else attention_ref
+    long = query.size(2) * key.size(2) >= LONG and query.dtype != torch.float32
+    return attention_sdpa if plain and long and capability[0] in (9, 10) else kernel
+
+
+def attention_sdpa(
+    query, key, value, _padding, _mask, _seed, is_causal, _dropout_p, scale, _softcap, clamp, _stats
+) -> Attention:
+    """:func:`attention` by torch's, for what :func:`route` sends here; without a logsumexp."""
+    grouped = query.size(1) != key.size(1)
+    output = F.scaled_dot_product_attention(
+        query, key, value, is_causal=is_causal, scale=scale, enable_gqa=grouped
+    )
+    return Attention(_bounded(output, clamp), output.new_empty(0), output.new_empty(0))
+
+
+def _bounded(output: Tensor, clamp: float) -> Tensor:
+    if clamp == torch.inf:
+        return output
+    bound = torch.tensor(clamp, dtype=output.dtype, device=output.device)  # inf beyond float16
+    return torch.where(output.abs() < bound, output, output.detach().clamp(-bound, bound))
 
 
 def _is_transformed(*tensors: Tensor) -> bool:
@@ -137,9 +208,7 @@ def _attention_and_weights(
         kept, rescale = dropout_keep_ref(seed, logits.shape, dropout_p)
         weights = torch.where(kept, weights * rescale, 0.0)
     output = (weights @ value).masked_fill(dead.unsqueeze(-1), 0.0).to(dtype)
-    if clamp != torch.inf:
-        bound = torch.tensor(clamp, dtype=dtype, device=output.device)  # inf beyond float16
-        output = torch.where(output.abs() < bound, output, output.detach().clamp(-bound, bound))
+    output = _bounded(output, clamp)
     attended = Attention(output, logsumexp, stats if return_stats else logsumexp.new_empty(0))
     return attended, weights.to(dtype)
 

@@ -74,18 +74,29 @@ struct Grid {
   int blocks;
   int dynamic_shared = 0;
   bool cooperative = false;
+  int block_threads = threads;
 };
+
+constexpr int shared_without_asking = 48 << 10;
 
 // The one place from which kernels are launched.
 template <class... Parameters, class... Arguments>
 void launch(
     const Stream& on, void (*kernel)(Parameters...), const Grid& grid, Arguments&&... arguments) {
+  if (grid.dynamic_shared > shared_without_asking) {
+    check_cuda(
+        cudaFuncSetAttribute(
+            reinterpret_cast<const void*>(kernel),
+            cudaFuncAttributeMaxDynamicSharedMemorySize,
+            grid.dynamic_shared),
+        "a kernel asks for more shared memory than the device has");
+  }
   cudaLaunchAttribute cooperative;
   cooperative.id = cudaLaunchAttributeCooperative;
   cooperative.val.cooperative = 1;
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(grid.blocks);
-  config.blockDim = dim3(threads);
+  config.blockDim = dim3(grid.block_threads);
   config.dynamicSmemBytes = grid.dynamic_shared;
   config.stream = on.stream;
   config.attrs = &cooperative;

@@ -1,7 +1,8 @@
 // The machine as the launchers see it: the only file of the host's side that differs between a GPU
 // and tests/simt, where the same launchers run on tensors of the CPU. Of CUDA's runtime they use
 // cudaStreamIsCapturing, cudaLaunchKernelEx, cudaOccupancyMaxActiveBlocksPerMultiprocessor,
-// cudaDeviceGetAttribute and cudaGetErrorString; of torch's CUDA only what is declared here.
+// cudaDeviceGetAttribute, cudaFuncSetAttribute and cudaGetErrorString; of torch's CUDA only what is
+// declared here.
 #pragma once
 
 #ifdef FASTGUARD_SIMT

@@ -151,6 +151,24 @@ __device__ inline float exp2_approx(float x) {
   return y;
 }
 
+// 1 / x to 1 unit in the last place; subnormals, of x and of the result, are zeros.
+__device__ inline float reciprocal_approx(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// Two 16-bit elements in a register, as the products take them; rounded as by from_float.
+template <class T>
+__device__ inline uint32_t pack(float low, float high) {
+  static_assert(__is_same(T, BFloat16) || __is_same(T, Float16));
+  if constexpr (__is_same(T, BFloat16)) {
+    return bits_as<uint32_t>(__floats2bfloat162_rn(low, high));
+  } else {
+    return bits_as<uint32_t>(__floats2half2_rn(low, high));
+  }
+}
+
 }  // namespace fastguard
 
 #endif

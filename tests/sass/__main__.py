@@ -7,8 +7,8 @@ from fastguard import ops
 from . import PROMISES, kernels
 
 RESOURCES = """\
-What each kernel takes of a thread and of a block of 256 threads; how many blocks are to fit on an
-SM, and how many do by their registers and by their shared memory, which the launch adds to.
+What each kernel takes of a thread and of a block; how many blocks are to fit on an SM, and how many
+do by their registers and by their shared memory, which the launch adds to.
 """
 STREAMS = """
 The loops that move the tensors as far as they are aligned: widths in bits for one vector of each
@@ -16,6 +16,10 @@ array; loads issued when the first is needed; vectors in a pass; instructions of
 element, those for the fp64 units among them, and calls. A body also has ways that are seldom taken:
 the calls, for divisions and roots of unusual numbers, and on sm_80 and sm_90 all of Adam beside all
 of AdamW.
+"""
+
+TILES = """
+Attention's kernels: how many of these instructions they are written with, not how many run.
 """
 
 
@@ -33,7 +37,7 @@ def columns(heads, rows):
 
 def resources(found):
     heads = (
-        *("sm", "kernel", "registers", "stack", "shared", "+launch"),
+        *("sm", "kernel", "threads", "registers", "stack", "shared", "+launch"),
         *("blocks/SM", "by registers", "by shared", "LDL/STL", "LDG.128", "STG.128"),
     )
     rows = []
@@ -43,9 +47,11 @@ def resources(found):
         wide = [each.kind for each in kernel.code if each.width == 128]
         rows.append(
             (
-                *(f"sm_{kernel.arch}", kernel.name, kernel.usage.registers, kernel.usage.stack),
+                *(f"sm_{kernel.arch}", kernel.name, promise.threads),
+                *(kernel.usage.registers, kernel.usage.stack),
                 *(kernel.usage.shared, promise.dynamic_shared, promise.blocks),
-                *(kernel.blocks_by_registers(), kernel.blocks_by_shared(promise.dynamic_shared)),
+                kernel.blocks_by_registers(promise.threads),
+                kernel.blocks_by_shared(promise.threads, promise.dynamic_shared),
                 kinds.count("LDL") + kinds.count("STL"),
                 *(wide.count("LDG"), wide.count("STG")),
             )
@@ -74,11 +80,26 @@ def streams(found):
     return columns(heads, rows)
 
 
+def tiles(found):
+    opcodes = ("HMMA", "FFMA", "LDSM", "LDS", "LDGSTS", "STG", "MUFU.EX2", "BAR")
+    rows = [
+        (f"sm_{kernel.arch}", kernel.name, *(_count(kernel, opcode) for opcode in opcodes))
+        for kernel in found
+        if PROMISES[kernel.name].needs
+    ]
+    return columns(("sm", "kernel", *opcodes), rows)
+
+
+def _count(kernel, opcode):
+    parts = opcode.split(".")
+    return sum(each.opcode.split(".")[: len(parts)] == parts for each in kernel.code)
+
+
 def report(found):
     """``found`` as of :func:`kernels`."""
     order = list(PROMISES)
     found = sorted(found.values(), key=lambda each: (order.index(each.name), int(each.arch)))
-    return "\n".join([RESOURCES, *resources(found), STREAMS, *streams(found)])
+    return "\n".join([RESOURCES, *resources(found), STREAMS, *streams(found), TILES, *tiles(found)])
 
 
 if __name__ == "__main__":

@@ -14,13 +14,12 @@ from .instruction import Instruction, parse
 from .loop import innermost_loops
 
 LIBRARY = Path(fastguard.__file__).with_name("_cuda.so")
-THREADS = 256  # of every block: csrc/cuda/plan.cuh
 REGISTERS = 65536  # of an SM, of any architecture
 SYSTEM = 1024  # bytes of shared memory that the system takes of each block
 # Of an SM, from the CUDA programming guide's "Compute Capabilities": KiB of shared memory, and
-# blocks for which it has threads. 8.6 and 8.9, which run the code of 8.0, are as 12.0 here.
+# threads. 8.6 and 8.9, which run the code of 8.0, are as 12.0 here.
 SHARED = {"80": 164, "90": 228, "100": 228, "120": 100}
-BLOCKS = {"80": 8, "90": 8, "100": 8, "120": 6}
+THREADS = {"80": 2048, "90": 2048, "100": 2048, "120": 1536}
 
 
 @dataclass(frozen=True)
@@ -45,14 +44,14 @@ class Kernel:
     def streaming_loops(self):
         return [loop for loop in innermost_loops(self.code) if loop.streams]
 
-    def blocks_by_registers(self):
+    def blocks_by_registers(self, threads):
         """How many fit on an SM. A warp gets its registers in portions of 8 a thread."""
-        taken = -(-self.usage.registers // 8) * 8 * THREADS
-        return min(REGISTERS // taken, BLOCKS[self.arch])
+        taken = -(-self.usage.registers // 8) * 8 * threads
+        return min(REGISTERS // taken, THREADS[self.arch] // threads)
 
-    def blocks_by_shared(self, dynamic):
+    def blocks_by_shared(self, threads, dynamic):
         taken = self.usage.shared + dynamic + SYSTEM
-        return min(SHARED[self.arch] * 1024 // taken, BLOCKS[self.arch])
+        return min(SHARED[self.arch] * 1024 // taken, THREADS[self.arch] // threads)
 
 
 @functools.cache
@@ -113,8 +112,15 @@ def parse_usage(text):
 
 
 def readable(mangled):
-    """`adamw_kernel<true>`."""
+    """`adamw_kernel<true>`, `attention_kernel<BFloat16,64>`."""
     length, rest = re.match(r"_ZN9fastguard(\d+)(.*)", mangled).groups()
     name, parameters = rest[: int(length)], rest[int(length) :]
-    flag = re.match(r"ILb([01])E", parameters)
-    return name + (f"<{('false', 'true')[int(flag[1])]}>" if flag else "")
+    arguments = re.match(r"I((?:Lb[01]E|Li\d+E|NS_\d+\w+?E|f)+)E", parameters)
+    if arguments is None:
+        return name
+    each = re.findall(r"Lb([01])E|Li(\d+)E|NS_\d+(\w+?)E|(f)", arguments[1])
+    texts = [
+        number or own or ("float" if float_ else ("false", "true")[int(flag)])
+        for flag, number, own, float_ in each
+    ]
+    return f"{name}<{','.join(texts)}>"

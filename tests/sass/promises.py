@@ -14,6 +14,8 @@ class Promise:
     copies: bool = False  # has such loops
     calls: bool = False  # of the slow ways of a division or a root
     bytes: bool = False  # may be moved one by one
+    threads: int = 256  # of a block: csrc/cuda/plan.cuh
+    needs: tuple = ()  # beginnings of opcodes that must be there
 
 
 def every_type(loads, stores):
@@ -33,6 +35,44 @@ def adamw(blocks, moments):
     return Promise(blocks, moves=frozenset(moves), in_flight=2 + moments, calls=True)
 
 
+# Products of 16 x 8 x 16 from what four matrices of 8 x 8 at a time bring, 16 bytes of each row
+# copied past the registers.
+TENSOR_CORES = ("HMMA.16816.F32", "LDSM.16.M88.4", "LDSM.16.MT88.4")
+ORDINARY = ("FFMA", "LDS.128", "LDS.64")
+COPIES = ("LDGSTS.E.BYPASS.128",)
+ATTENTION_THREADS = 128  # csrc/cuda/attention_tile.cuh
+
+
+def attention():
+    """Two or three blocks on an SM, as far as there is shared memory: one waits, others work."""
+    types = {"BFloat16": "bfloat16", "Float16": "float16", "float": "float32"}
+    for name, elements in types.items():
+        moves = frozenset([(elements, "2 x 128", "1 x 128")])
+        yield (
+            f"attention_delta_kernel<{name}>",
+            Promise(8, moves=moves, in_flight=2, threads=ATTENTION_THREADS),
+        )
+        bits = BITS[elements]
+        needs = (*(TENSOR_CORES if bits == 16 else ORDINARY), *COPIES, "STG.E.128")
+        for width in (32, 64, 96, 128) if bits == 16 else (64, 128):
+            # What csrc/cuda/attention_forward.cuh and attention_backward.cuh have as Tiles::bytes.
+            row = width * bits // 8
+            rows, keys = (64, 32) if bits > 16 else (128, 32) if width <= 64 else (64, 64)
+            passing = 64 if row <= 128 else 32 if row <= 256 else 16
+            forward = (rows + 2 * keys) * row
+            backward = 2 * 64 * row + 2 * passing * (2 * row + 8)
+            for kernel, shared in (
+                ("attention_kernel", forward),
+                ("attention_grad_query_kernel", backward),
+                ("attention_grad_key_kernel", backward),
+            ):
+                blocks = 3 if kernel == "attention_kernel" and width <= 64 else 2
+                yield (
+                    f"{kernel}<{name},{width}>",
+                    Promise(blocks, shared, bytes=True, threads=ATTENTION_THREADS, needs=needs),
+                )
+
+
 MEASURING = frozenset(every_type("1 x 128", "-"))
 SCALING = frozenset(every_type("1 x 128", "1 x 128"))
 ADDING = every_type("2 x 128", "1 x 128")
@@ -49,6 +89,7 @@ PROMISES = {
     "guard_decide_kernel": Promise(),
     "expand_plan_kernel": Promise(),
     "upload_kernel": Promise(),
+    **dict(attention()),
 }
 
 
@@ -58,6 +99,7 @@ def problems(kernel, promise=None):
     return [
         *_of_resources(kernel, promise),
         *_of_memory(kernel, promise),
+        *_of_opcodes(kernel, promise),
         *_of_loops(kernel, promise),
     ]
 
@@ -65,14 +107,17 @@ def problems(kernel, promise=None):
 def _of_resources(kernel, promise):
     if kernel.usage.stack or kernel.usage.local:
         yield f"{kernel.usage.stack} bytes of stack, {kernel.usage.local} of local memory"
-    if kernel.blocks_by_registers() < promise.blocks:
+    by_registers = kernel.blocks_by_registers(promise.threads)
+    if by_registers < promise.blocks:
         yield (
-            f"{kernel.usage.registers} registers: {kernel.blocks_by_registers()} blocks fit on an "
+            f"{kernel.usage.registers} registers: {by_registers} blocks fit on an "
             f"SM, not {promise.blocks}"
         )
+    if kernel.usage.shared > 48 * 1024:
+        yield f"{kernel.usage.shared} bytes of shared memory without asking: 48 KiB is the most"
     shared = kernel.usage.shared + promise.dynamic_shared
-    if shared > 48 * 1024:
-        yield f"{shared} bytes of shared memory: beyond 48 KiB a launch must ask for it"
+    if shared > 99 * 1024:
+        yield f"{shared} bytes of shared memory: no block on sm_86, sm_89 and sm_120 gets so many"
 
 
 def _of_memory(kernel, promise):
@@ -84,6 +129,12 @@ def _of_memory(kernel, promise):
             yield f"not known to be global memory: {each}"
         if each.kind in ("LD", "ST", "LDG", "STG") and each.width == 8 and not promise.bytes:
             yield f"byte by byte: {each}"
+
+
+def _of_opcodes(kernel, promise):
+    for needed in promise.needs:
+        if not any(each.opcode.startswith(needed) for each in kernel.code):
+            yield f"no {needed}"
 
 
 def _of_loops(kernel, promise):

@@ -97,22 +97,31 @@ template void mma<fastguard::BFloat16>(float (&)[4], const Fragments&, const Loc
 template void mma<fastguard::Float16>(float (&)[4], const Fragments&, const Location&);
 template void mma<float>(float (&)[4], const Fragments&, const Location&);
 
+namespace {
+
+// y or a neighbour, as x and the seed draw it; y itself if there is no seed.
+float off_by_one(float y, float x, uint64_t seed) {
+  if (seed == 0 || !std::isfinite(y)) {
+    return y;
+  }
+  const uint64_t drawn = (std::bit_cast<uint32_t>(x) ^ seed) * 0x9e3779b97f4a7c15u >> 62;
+  return drawn == 0 ? std::nextafter(y, 0.0f) : drawn == 1 ? std::nextafter(y, INFINITY) : y;
+}
+
+}  // namespace
+
+// PTX bounds the relative error by 2^-22 and says no more of it; the same x gives the same y.
 float exp2_approx(float x, uint64_t seed) {
   if (std::fabs(x) < FLT_MIN) {
     return 1.0f;
   }
   const float y = std::exp2(x);
-  if (y < FLT_MIN) {
-    return 0.0f;
-  }
-  if (seed == 0 || !std::isfinite(y)) {
-    return y;
-  }
-  // PTX bounds the relative error by 2^-22 and says no more of it; the same x gives the same y.
-  const uint64_t drawn = (std::bit_cast<uint32_t>(x) ^ seed) * 0x9e3779b97f4a7c15u >> 62;
-  return drawn == 0 ? std::max(std::nextafter(y, 0.0f), FLT_MIN)
-      : drawn == 1  ? std::nextafter(y, INFINITY)
-                    : y;
+  return y < FLT_MIN ? 0.0f : std::max(off_by_one(y, x, seed), FLT_MIN);
+}
+
+float reciprocal_approx(float x, uint64_t seed) {
+  const float y = 1.0f / (std::fabs(x) < FLT_MIN ? std::copysign(0.0f, x) : x);
+  return std::fabs(y) < FLT_MIN ? std::copysign(0.0f, y) : off_by_one(y, x, seed);
 }
 
 }  // namespace simt

@@ -16,6 +16,7 @@ void mma(float (&d)[4], const Fragments& mine, const Location& at);
 
 // Off by as much as the hardware may be, if there is a seed.
 float exp2_approx(float x, uint64_t seed);
+float reciprocal_approx(float x, uint64_t seed);
 
 template <int count, class T>
 void ldmatrix(uint32_t (&to)[count], fastguard::Shared<T> row, bool transposed,
@@ -100,5 +101,13 @@ float max_nan(float x, float y);
 float min_nan(float x, float y);
 
 inline float exp2_approx(float x) { return simt::exp2_approx(x, simt::launching->seed()); }
+inline float reciprocal_approx(float x) {
+  return simt::reciprocal_approx(x, simt::launching->seed());
+}
+
+template <simt::OneOf<BFloat16, Float16> T>
+uint32_t pack(float low, float high) {
+  return uint32_t{from_float<T>(high).bits} << 16 | from_float<T>(low).bits;
+}
 
 }  // namespace fastguard

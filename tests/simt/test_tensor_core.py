@@ -287,15 +287,15 @@ def test_bank_conflicts_of_ldmatrix(count, stride, conflicts):
 
 def numbers(x, y, seed=0):
     x, y = np.array(x, np.float32), np.array(y, np.float32)
-    most, least, power = np.zeros((3, x.size), np.float32)
-    kernels().numbers(simt.Options(seed=seed), x, y, most, least, power)
-    return most, least, power
+    found = np.zeros((4, x.size), np.float32)
+    kernels().numbers(simt.Options(seed=seed), x, y, *found)
+    return found  # the greater, the lesser, 2^x, 1 / x
 
 
 def test_the_greater_and_the_lesser_keep_nan_and_order_zeros():
     values = np.float32([-np.inf, -1, -0.0, 0.0, 1e-40, 2, np.inf, np.nan])
     x, y = (grid.ravel() for grid in np.meshgrid(values, values))
-    most, least, _ = numbers(x, y)
+    most, least, *_ = numbers(x, y)
     np.testing.assert_array_equal(most, np.maximum(x, y))
     np.testing.assert_array_equal(least, np.minimum(x, y))
     zeros = (x == 0) & (y == 0)
@@ -313,6 +313,29 @@ def test_powers_of_two_are_within_their_bound(seed):
     special = np.float32([-np.inf, -200, -126.5, -1e-40, 0, 1e-40, 128, np.inf, np.nan])
     power = numbers(special, special, seed)[2]
     np.testing.assert_array_equal(power, [0, 0, 0, 1, 1, 1, np.inf, np.inf, np.nan])
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_reciprocals_are_within_their_bound(seed):
+    x = np.float32(2) ** np.linspace(-125, 125, 5000, dtype=np.float32)
+    inverse = numbers(x, x, seed)[3]
+    wanted = 1 / x.astype(np.float64)
+    assert (np.abs(inverse - wanted) <= 2.0**-22 * wanted).all()
+    assert (seed == 0) == np.array_equal(inverse, numbers(x, x)[3])
+    special = np.float32([0, -0.0, 1e-40, -1e-40, np.inf, -np.inf, 3e38, np.nan])
+    inverse = numbers(special, special, seed)[3]
+    wanted = np.float32([np.inf, -np.inf, np.inf, -np.inf, 0, -0.0, 0, np.nan])
+    np.testing.assert_array_equal(inverse, wanted)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_two_elements_are_packed_as_each_is_rounded(dtype):
+    x = np.random.default_rng(0).standard_normal(512).astype(np.float32)
+    x[:6] = [np.inf, -np.inf, 1e-8, -65519, 3.4e38, 0]
+    packed = np.zeros(256, np.uint32)
+    getattr(kernels(), f"pack_{dtype}")(simt.Options(), x, packed)
+    with np.errstate(over="ignore"):
+        np.testing.assert_array_equal(packed.view(np.uint16), encoded(x, dtype))
 
 
 # --- faults ---------------------------------------------------------------------------------------
@@ -374,6 +397,8 @@ namespace fastguard {
 MATMUL(BFloat16, true);
 MATMUL(Float16, false);
 MATMUL(float, false);
+template __global__ void pack_kernel<BFloat16>(const float*, int, uint32_t*);
+template __global__ void pack_kernel<Float16>(const float*, int, uint32_t*);
 }
 """
 WANTED = [
@@ -385,6 +410,7 @@ WANTED = [
     "LDGSTS.E.BYPASS.128",
     "FMNMX.NAN",
     "MUFU.EX2",
+    "MUFU.RCP",
 ]
 
 
@@ -423,4 +449,6 @@ def test_nvcc_makes_the_wanted_instructions(tmp_path):
         )  # fmt: skip
         found = set(re.findall(r"\b[A-Z]+\.[A-Z0-9_.]+", done.stdout))
         assert not set(WANTED) - found, (name, set(WANTED) - found)
+        for packed in (r"F2FP\.BF16(\.F32)?\.PACK_AB", r"F2FP(\.F16\.F32)?\.PACK_AB"):
+            assert re.search(packed, done.stdout), (name, packed)
         assert not re.search(r"\b(LDL|STL)\b", done.stdout), f"{name}: registers are spilled"

@@ -54,12 +54,21 @@ __global__ void mma_kernel(const uint32_t* a, const uint32_t* b, float* d) {
 }
 
 __global__ void numbers_kernel(const float* x, const float* y, int n, float* most, float* least,
-                               float* power) {
+                               float* power, float* inverse) {
   const int i = blockIdx.x * blockDim.x + threadIdx.x;
   if (within(i, n)) {
     store(most + i, max_nan(load(x + i), load(y + i)));
     store(least + i, min_nan(load(x + i), load(y + i)));
     store(power + i, exp2_approx(load(x + i)));
+    store(inverse + i, reciprocal_approx(load(x + i)));
+  }
+}
+
+template <class T>
+__global__ void pack_kernel(const float* x, int n, uint32_t* packed) {
+  const int i = blockIdx.x * blockDim.x + threadIdx.x;
+  if (within(i, n)) {
+    store(packed + i, pack<T>(load(x + 2 * i), load(x + 2 * i + 1)));
   }
 }
 

@@ -56,13 +56,24 @@ Report mma(const Options& options, const py::array& a, const py::array& b, const
 }
 
 Report numbers(const Options& options, const py::array& x, const py::array& y,
-               const py::array& most, const py::array& least, const py::array& power) {
+               const py::array& most, const py::array& least, const py::array& power,
+               const py::array& inverse) {
   Machine machine(options);
   machine.launch("numbers_kernel", (x.size() + 127) / 128, 128, 0, false,
                  fastguard::numbers_kernel, allow<const float>(machine, x, "x"),
                  allow<const float>(machine, y, "y"), x.size(),
                  allow<float>(machine, most, "most"), allow<float>(machine, least, "least"),
-                 allow<float>(machine, power, "power"));
+                 allow<float>(machine, power, "power"),
+                 allow<float>(machine, inverse, "inverse"));
+  return machine.report();
+}
+
+template <class T>
+Report pack(const Options& options, const py::array& x, const py::array& packed) {
+  Machine machine(options);
+  machine.launch("pack_kernel", (packed.size() + 127) / 128, 128, 0, false,
+                 fastguard::pack_kernel<T>, allow<const float>(machine, x, "x"),
+                 static_cast<int>(packed.size()), allow<uint32_t>(machine, packed, "packed"));
   return machine.report();
 }
 
@@ -103,5 +114,7 @@ PYBIND11_MODULE(tensor_kernels, m) {
   m.def("mma_float16", &mma<Float16>);
   m.def("mma_tf32", &mma<float>);
   m.def("numbers", &numbers);
+  m.def("pack_bfloat16", &pack<BFloat16>);
+  m.def("pack_float16", &pack<Float16>);
   m.def("fault", &fault);
 }

@@ -15,6 +15,7 @@
 #include <memory>
 #include <mutex>
 #include <sstream>
+#include <string_view>
 #include <utility>
 
 namespace simt {
@@ -24,7 +25,8 @@ namespace {
 // Two SMs with room for two blocks each: every launch of some size has blocks with several chunks.
 constexpr int sms = 2;
 constexpr int blocks_per_sm = 2;
-constexpr size_t most_shared = 48 << 10;  // without an attribute that no launcher sets
+constexpr size_t most_shared = 48 << 10;  // unless cudaFuncSetAttribute has asked for more
+constexpr int most_to_ask_for = 99 << 10;  // of a block on sm_86, sm_89 and sm_120, which have least
 
 std::string name_of(const void* kernel) {
   Dl_info info;
@@ -33,9 +35,16 @@ std::string name_of(const void* kernel) {
   }
   const std::unique_ptr<char, void (*)(void*)> text(
       abi::__cxa_demangle(info.dli_sname, nullptr, nullptr, nullptr), std::free);
+  // `void fastguard::kernel<fastguard::BFloat16, 64>(...)`, of which remains kernel<BFloat16,64>
   std::string name = text.get();
   name = name.substr(0, name.find('('));
-  return name.substr(name.rfind("fastguard::") + sizeof("fastguard::") - 1);
+  name = name.substr(name.find("fastguard::"));
+  for (const std::string_view drop : {"fastguard::", " "}) {
+    for (size_t at; (at = name.find(drop)) != std::string::npos;) {
+      name.erase(at, drop.size());
+    }
+  }
+  return name;
 }
 
 struct Captured {
@@ -54,7 +63,9 @@ class Gpu {
     const std::lock_guard lock(mutex_);
     const bool cooperative = config.numAttrs > 0 && config.attrs[0].val.cooperative;
     const int64_t blocks = int64_t{config.gridDim.x} * config.gridDim.y * config.gridDim.z;
-    if (blocks == 0 || config.gridDim.x > INT32_MAX || config.dynamicSmemBytes > most_shared) {
+    const auto asked = asked_for_.find(kernel);
+    const size_t most = asked == asked_for_.end() ? most_shared : asked->second;
+    if (blocks == 0 || config.gridDim.x > INT32_MAX || config.dynamicSmemBytes > most) {
       return cudaErrorInvalidConfiguration;
     }
     if (cooperative && blocks > sms * blocks_per_sm) {
@@ -69,6 +80,15 @@ class Gpu {
     } else {
       run(launched);
     }
+    return cudaSuccess;
+  }
+
+  cudaError_t ask_for_shared(const void* kernel, int bytes) {
+    const std::lock_guard lock(mutex_);
+    if (bytes > most_to_ask_for) {
+      return cudaErrorInvalidValue;
+    }
+    asked_for_[kernel] = bytes;
     return cudaSuccess;
   }
 
@@ -131,6 +151,7 @@ class Gpu {
   }
 
   std::mutex mutex_;
+  std::map<const void*, size_t> asked_for_;
   Options options_;
   std::unique_ptr<Machine> machine_;
   std::vector<Captured> graph_;
@@ -160,6 +181,8 @@ const char* cudaGetErrorString(cudaError_t error) {
   switch (error) {
     case cudaSuccess:
       return "no error";
+    case cudaErrorInvalidValue:
+      return "invalid argument";
     case cudaErrorInvalidConfiguration:
       return "invalid configuration argument";
     case cudaErrorInvalidResourceHandle:
@@ -177,6 +200,10 @@ cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* status)
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
   *value = simt::sms;
   return cudaSuccess;
+}
+
+cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, int value) {
+  return simt::gpu().ask_for_shared(kernel, value);
 }
 
 cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const void*, int, size_t) {
