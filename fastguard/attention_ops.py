@@ -69,7 +69,7 @@ def attention(
     if not _has_kernel(query) or learnt or _is_transformed(query, key, value):
         return attention_ref(*args)
     if query.device.type == "cpu":
-        return Attention(*torch.ops.fastguard.attention.default(*args))
+        return Attention(*_differentiable(*args))
     return Attention(*route(_capability(query.device), *args)(*args))
 
 
@@ -107,7 +107,7 @@ def route(
     output. So 16-bit requests that torch can serve go to it from ``LONG`` = 1024 * 1024 logits a
     head on. That number is an estimate: no GPU has measured it.
     """
-    kernel = torch.ops.fastguard.attention.default
+    kernel = _differentiable
     plain = key_padding_mask is None and attn_mask is None and not return_stats
     plain = plain and dropout_p == 0 and softcap == 0
     beyond = max(query.size(3), value.size(3)) > MOST_CUDA_HEAD_DIM
@@ -141,6 +141,29 @@ def _is_transformed(*tensors: Tensor) -> bool:
         return False
     tracked = torch._C._functorch.is_gradtrackingtensor
     return any(tracked(x) or unpack_dual(x).tangent is not None for x in tensors)
+
+
+def _differentiable(*args) -> tuple[Tensor, Tensor, Tensor]:
+    """The operator. Its registered autograd costs some 20 us a pass more than an autograd.Function,
+    a tenth of short attention; compilers and torch.func need the former."""
+    bare = torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None
+    if not bare and torch.is_grad_enabled() and any(x.requires_grad for x in args[:3]):
+        return _Differentiable.apply(*args)
+    return torch.ops.fastguard.attention.default(*args)
+
+
+class _Differentiable(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, *args):
+        results = torch.ops.fastguard.attention.default(*args)
+        _save_for_backward(ctx, args, results)
+        ctx.mark_non_differentiable(*results[1:])
+        ctx.set_materialize_grads(False)
+        return results
+
+    @staticmethod
+    def backward(ctx, grad_output, *_):
+        return (None,) * 12 if grad_output is None else _backward(ctx, grad_output)
 
 
 def attention_ref(*args) -> Attention:
@@ -306,7 +329,7 @@ def _save_for_backward(ctx, inputs, output):
     ctx.options = options
 
 
-def _backward(ctx, grad_output, grad_logsumexp, grad_stats):
+def _backward(ctx, grad_output, *_):
     grads = torch.ops.fastguard.attention_backward.default(
         grad_output, *ctx.saved_tensors, *ctx.options
     )

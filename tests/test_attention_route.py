@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from fastguard import _native
-from fastguard.attention_ops import attention_ref, attention_sdpa, route
+from fastguard.attention_ops import _differentiable, attention_ref, attention_sdpa, route
 
 A100, H100, B200, RTX5090 = (8, 0), (9, 0), (10, 0), (12, 0)
 
 if _native.cpu_problem is not None:
     pytest.skip("without kernels nothing is chosen", allow_module_level=True)
-KERNEL = torch.ops.fastguard.attention.default
+KERNEL = _differentiable
 
 
 def served(capability, dtype=torch.bfloat16, length=4096, width=64, padded=False, **options):
