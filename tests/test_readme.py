@@ -102,3 +102,21 @@ def test_the_thresholds_it_names(word):
 def test_the_files_it_names():
     for path in re.findall(r"`((?:tests|bench|fastguard|configs)/[\w/]+\.\w+)`", README):
         assert (Path(__file__).parent.parent / path).exists(), path
+
+
+ATTENTION = README[README.index("## The attention") : README.index("## The trainer")]
+CALLS, SAME = re.findall(r"```python\n(.*?)```", ATTENTION, re.DOTALL)
+
+
+def test_attention_and_what_it_is_equivalent_to():
+    query, key, value = 3 * torch.randn(3, 2, 4, 7, 16)
+    padding = torch.arange(7) >= torch.tensor([[7], [4]])
+    encoder = nn.TransformerEncoderLayer(8, 2)
+    here = {"model": encoder, "query": query, "key": key, "value": value, "padding": padding}
+    exec(CALLS.replace("dropout_p=0.1", "dropout_p=0.0"), here)
+    assert isinstance(encoder.self_attn, fastguard.ClampedMultiheadAttention)
+    same = {"query": query, "key": key, "value": value, "key_padding_mask": padding}
+    same |= {"scale": 0.25, "softcap": None, "clamp": 10.0, "dropout_p": 0.0, "math": math}
+    same["dropout"] = nn.functional.dropout
+    exec(SAME, same)
+    torch.testing.assert_close(here["output"], same["output"])
