@@ -144,7 +144,7 @@ def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Cast for autocast, as it casts for torch's own attention."""
     device = tensors[0].device.type
     # The meta device has no autocast, and raises when it is asked.
-    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+    if device == "meta" or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)
