@@ -158,8 +158,11 @@ class BuildLibraries(build_ext):
 
     def accepts(self, flags):
         """Whether the compiler knows them; gcc 10 does not know all."""
-        command = [*self.compiler.compiler_so[:1], *flags, "-fsyntax-only", "-xc++", os.devnull]
-        return subprocess.run(command, capture_output=True).returncode == 0
+        command = [*self.compiler.compiler_so, *flags, "-fsyntax-only", "-xc++", os.devnull]
+        try:
+            return subprocess.run(command, capture_output=True).returncode == 0
+        except OSError:
+            return False  # there is none, as the build will tell
 
     def build_cuda(self, target, torch):
         if not list((torch / "lib").glob("*torch_cuda.*")):
