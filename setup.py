@@ -113,7 +113,8 @@ class BuildLibraries(build_ext):
         link = []
         if os.environ.get("FASTGUARD_SANITIZE") == "1":
             link = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
-            flags += [*link, "-g", "-fno-omit-frame-pointer"]
+            # Less optimised, for with all checks inlined a file of kernels takes minutes.
+            flags += [*link, "-O1", "-g", "-fno-omit-frame-pointer"]
 
         def compile_(files, capability, extra):
             return self.compiler.compile(
