@@ -15,7 +15,7 @@
 
 namespace fastguard {
 
-constexpr int64_t most_head_dim = 256;  // most_columns of csrc/cpu/attention_problem.h
+constexpr int64_t most_head_dim = 256;
 
 struct AttentionSizes {
   int64_t batch, heads, kv_heads, queries, keys, head_dim, value_dim;

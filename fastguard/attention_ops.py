@@ -129,10 +129,9 @@ def attention_sdpa(
 
 
 def _bounded(output: Tensor, clamp: float) -> Tensor:
-    if clamp == torch.inf:
+    if clamp > torch.finfo(output.dtype).max:  # none, or beyond what float16 holds
         return output
-    bound = torch.tensor(clamp, dtype=output.dtype, device=output.device)  # inf beyond float16
-    return torch.where(output.abs() < bound, output, output.detach().clamp(-bound, bound))
+    return torch.where(output.abs() < clamp, output, output.detach().clamp(-clamp, clamp))
 
 
 def _is_transformed(*tensors: Tensor) -> bool:

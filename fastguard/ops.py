@@ -1,6 +1,6 @@
 """fastguard's operators: wrappers, fake kernels and pure-torch references.
 
-The only file that touches ``torch.ops.fastguard``. Each operator has a reference with the same
+With :mod:`fastguard.attention_ops` the only file that touches ``torch.ops.fastguard``. Each operator has a reference with the same
 signature, ``<name>_ref``: the tests compare against it, and it serves where no kernel was built
 for a device.
 """

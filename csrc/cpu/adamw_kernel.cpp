@@ -3,12 +3,10 @@
 
 #include "adamw_kernel.h"
 
+#include "concat.h"
 #include "elements.h"
 
 #include <cmath>
-
-#define FASTGUARD_CONCAT_(a, b) a##b
-#define FASTGUARD_CONCAT(a, b) FASTGUARD_CONCAT_(a, b)
 
 namespace fastguard {
 namespace {

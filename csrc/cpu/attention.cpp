@@ -19,6 +19,8 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
+static_assert(most_head_dim == most_columns);
+
 const AttentionKernels& kernels_of_machine() {
   switch (cpu_capability()) {
 #ifdef FASTGUARD_HAS_AVX512

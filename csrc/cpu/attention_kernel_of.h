@@ -5,9 +5,7 @@
 #include "attention_backward.h"
 #include "attention_forward.h"
 #include "attention_kernel.h"
-
-#define FASTGUARD_CONCAT_(a, b) a##b
-#define FASTGUARD_CONCAT(a, b) FASTGUARD_CONCAT_(a, b)
+#include "concat.h"
 
 namespace fastguard {
 namespace {

@@ -64,7 +64,6 @@ inline int64_t row_of(const AttentionProblem& p, int64_t b, int64_t h, int64_t r
 // stands in padded keys, a NaN even, reaches nothing.
 template <class Type, class In>
 struct Rows {
-  using Word = typename In::Word;
   const typename Type::storage* first;
   int64_t row;
   int64_t columns;

@@ -3,10 +3,8 @@
 
 #include "gradients_kernel.h"
 
+#include "concat.h"
 #include "elements.h"
-
-#define FASTGUARD_CONCAT_(a, b) a##b
-#define FASTGUARD_CONCAT(a, b) FASTGUARD_CONCAT_(a, b)
 
 namespace fastguard {
 namespace {
