@@ -2,13 +2,13 @@
 
 from .attention import clamped_attention
 from .clip import clip_grad_norm_, clip_grads_with_norm_, get_total_norm
-from .diagnose import GradientExplosionError, StepReport
 from .guard import GradGuard
 from .init import stable_init_
 from .multihead import ClampedMultiheadAttention, replace_attention_
 from .ops import Verdict
 from .optim import Adam, AdamW
 from .rollback import Rollback
+from .step_report import GradientExplosionError, StepReport
 
 __all__ = [
     "Adam",

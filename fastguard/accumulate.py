@@ -8,7 +8,7 @@ from torch import Tensor
 from . import ops
 from .buffers import Buffers
 from .clip import readable
-from .diagnose import PendingReport
+from .step_report import PendingReport
 
 
 class Window:

@@ -64,3 +64,17 @@ def load(path: Path, map_location: torch.device | str = "cpu") -> dict:
     if missing:
         raise CheckpointError(f"{path} is no checkpoint of fastguard: it lacks {sorted(missing)}")
     return state
+
+
+def best_of(path: Path) -> Path:
+    """The checkpoint to use of a run folder: averaged.pt, best.pt or last.pt; a file as it is.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    if not path.is_dir():
+        return path
+    for name in ("averaged.pt", "best.pt", "last.pt"):
+        if (path / name).is_file():
+            return path / name
+    raise CheckpointError(f"{path} holds no checkpoint: give a .pt file, or the folder of a run")

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import sys
+import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
@@ -132,6 +133,16 @@ class Config:
         """Plain dicts, lists, strings and numbers, for YAML and for checkpoints."""
         return _plain(dataclasses.asdict(self))
 
+    @classmethod
+    def from_dict(cls, values: dict) -> "Config":
+        """What :meth:`to_dict` gave; what is missing, as in files of earlier versions, by default.
+
+        Raises:
+            TypeError: a key that is none of the settings.
+            ValueError: a value that a setting can not have.
+        """
+        return _from_plain(cls, values)
+
     def save(self, path: Path) -> None:
         """Write YAML that ``--config`` reads back."""
         path.write_text(yaml.safe_dump(self.to_dict(), sort_keys=False))
@@ -143,6 +154,18 @@ def _plain(value):
     if isinstance(value, tuple):
         return list(value)
     return str(value) if isinstance(value, Path) else value
+
+
+def _from_plain(kind: type, values: dict):
+    types = typing.get_type_hints(kind)
+    given = {}
+    for key, value in values.items():
+        if dataclasses.is_dataclass(types.get(key)):
+            value = _from_plain(types[key], value)
+        elif isinstance(value, list):
+            value = tuple(value)
+        given[key] = Path(value) if key == "run_dir" and value is not None else value
+    return kind(**given)
 
 
 def parse(argv: list[str] | None = None) -> Config:

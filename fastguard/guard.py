@@ -1,7 +1,7 @@
 """The guard: measure the gradients, decide, apply. Three lines in any PyTorch loop.
 
 The way of a step is :meth:`GradGuard.step`; each of its words has a module: parameters, measure,
-decision, thresholds, apply, buffers, accumulate, diagnose, rollback.
+decision, thresholds, apply, buffers, accumulate, step_report, rollback.
 """
 
 import math
@@ -30,16 +30,16 @@ from .apply import (
 from .buffers import Buffers, OnLoad
 from .clip import check_threshold
 from .decision import WINDOW, discarded, fresh_statistics, nan_if, scalar, unscaling
-from .diagnose import (
+from .measure import BackwardMeasure
+from .parameters import Watched, measurable
+from .rollback import Rollback, Snapshots
+from .step_report import (
     BadStepFiles,
     GradientExplosionError,
     PendingReport,
     StepReport,
     log_skip,
 )
-from .measure import BackwardMeasure
-from .parameters import Watched, measurable
-from .rollback import Rollback, Snapshots
 from .thresholds import Fixed, Kind, Threshold
 
 

@@ -1,8 +1,8 @@
 """fastguard's operators: wrappers, fake kernels and pure-torch references.
 
-With :mod:`fastguard.attention_ops` the only file that touches ``torch.ops.fastguard``. Each operator has a reference with the same
-signature, ``<name>_ref``: the tests compare against it, and it serves where no kernel was built
-for a device.
+With :mod:`fastguard.attention_ops` the only file that touches ``torch.ops.fastguard``. Each
+operator has a reference with the same signature, ``<name>_ref``: the tests compare against it, and
+it serves where no kernel was built for a device.
 """
 
 import enum

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from .config import parse
 from .guard import GradientExplosionError
-from .report import log_to
+from .metrics import log_to
 from .speech.readers import CorpusError
 from .trainer import Trainer
 

@@ -15,20 +15,20 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from . import checkpoint
 from .config import Config
-from .diagnose import PendingReport, StepReport
 from .guard import GradGuard
 from .init import stable_init_
+from .metrics import EpochMetrics, MetricsFile, StepMetrics, epoch_table, summarize
 from .ops import Verdict
 from .optim import AdamW
-from .report import EpochMetrics, MetricsFile, StepMetrics, epoch_table, summarize
+from .recognizer import features, network
 from .speech.batching import Batch, BucketBatchSampler, SpeechDataset, collate
 from .speech.corpora import Corpus, load_corpus
 from .speech.decoding import ErrorRates, error_rates, greedy_decode
-from .speech.features import LogMel, SpecAugment
+from .speech.features import SpecAugment
 from .speech.loss import ctc_loss
-from .speech.models import build_model
 from .speech.models.ctc import CTCModel
 from .speech.tokenizer import CharTokenizer
+from .step_report import PendingReport, StepReport
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +51,7 @@ class Trainer:
         random.seed(config.seed)
         torch.manual_seed(config.seed)
 
-        self.log_mel = LogMel(config.features.sample_rate, config.features.n_mels)
+        self.log_mel = features(config)
         self.corpus = self._load_corpus()
         self.tokenizer = CharTokenizer.from_texts(u.text for u in self.corpus.utterances)
         self.model = self._build_model().to(self.device)
@@ -79,17 +79,8 @@ class Trainer:
         return corpus
 
     def _build_model(self) -> nn.Module:
-        network, config = self.config.network, self.config
-        attention = (
-            {"attention_clamp": network.attention_clamp} if config.model == "teacher" else {}
-        )
-        model = build_model(
-            config.model,
-            vocab_size=self.tokenizer.vocab_size,
-            n_mels=config.features.n_mels,
-            dropout=network.dropout,
-            **attention,
-        )
+        config = self.config
+        model = network(config, self.tokenizer.vocab_size)
         stable_init_(model, config.init.linear_std, config.init.conv_scale)
         count = sum(p.numel() for p in model.parameters())
         logger.info(

@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from fastguard.report import EpochMetrics, MetricsFile, StepMetrics, epoch_table, summarize
+from fastguard.metrics import EpochMetrics, MetricsFile, StepMetrics, epoch_table, summarize
 
 
 def step(number, loss, norm, verdict="apply"):

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 import fastguard
-from fastguard import GradGuard, GradientExplosionError, StepReport, Verdict, diagnose
-from fastguard.diagnose import Offender
+from fastguard import GradGuard, GradientExplosionError, StepReport, Verdict, step_report
+from fastguard.step_report import Offender
 
 from .test_guard import small_model, train_step
 
@@ -55,7 +55,7 @@ def test_nan_and_inf_are_told_apart():
 
 def test_good_steps_materialise_nothing(monkeypatch, tmp_path):
     looked = []
-    monkeypatch.setattr(diagnose.PendingReport, "_offenders", lambda self: looked.append(1))
+    monkeypatch.setattr(step_report.PendingReport, "_offenders", lambda self: looked.append(1))
     model = small_model()
     guard = GradGuard(model, report_dir=tmp_path / "run")
     optimizer = fastguard.AdamW(model.parameters())
@@ -112,7 +112,7 @@ def test_a_folder_that_can_not_be_written_costs_a_warning(tmp_path, caplog):
 
 
 def test_the_files_have_an_end(tmp_path, caplog, monkeypatch):
-    monkeypatch.setattr(diagnose, "_MAX_FILES", 3)
+    monkeypatch.setattr(step_report, "_MAX_FILES", 3)
     weight = nn.Parameter(torch.zeros(2))
     guard = GradGuard([weight], report_dir=tmp_path)
     for _ in range(5):

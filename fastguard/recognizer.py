@@ -1,0 +1,67 @@
+"""A trained model with all that recognition needs: its features, its tokenizer, its settings."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from . import checkpoint
+from .config import Config
+from .speech.features import LogMel
+from .speech.models import build_model
+from .speech.tokenizer import CharTokenizer
+
+
+@dataclass
+class Recognizer:
+    """What a checkpoint holds, ready to recognise speech. The model is in evaluation mode."""
+
+    model: nn.Module
+    tokenizer: CharTokenizer
+    log_mel: LogMel
+    config: Config
+
+    @classmethod
+    def load(cls, path: Path, device: torch.device | str = "cpu") -> "Recognizer":
+        """Read a checkpoint of :mod:`fastguard.train`.
+
+        Raises:
+            CheckpointError: the file is missing, truncated, foreign, or its weights do not fit the
+                settings that it names.
+        """
+        state = checkpoint.load(path)
+        try:
+            config = Config.from_dict(state["config"])
+            tokenizer = CharTokenizer.from_dict(state["tokenizer"])
+            model = network(config, tokenizer.vocab_size)
+            model.load_state_dict(state["model"])
+        except (KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise checkpoint.CheckpointError(
+                f"{path} can not be used by this version of fastguard: {error}"
+            ) from error
+        return cls(model.to(device).eval(), tokenizer, features(config), config)
+
+    @torch.no_grad()
+    def __call__(self, features: Tensor, feature_lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """log_probs (B, T', V) float32 and output_lengths (B,) of features (B, T, n_mels)."""
+        return self.model(features, feature_lengths)
+
+
+def features(config: Config) -> LogMel:
+    """The features that these settings speak of."""
+    return LogMel(config.features.sample_rate, config.features.n_mels)
+
+
+def network(config: Config, vocab_size: int) -> nn.Module:
+    """The model that these settings speak of, with torch's initial weights."""
+    attention = (
+        {"attention_clamp": config.network.attention_clamp} if config.model == "teacher" else {}
+    )
+    return build_model(
+        config.model,
+        vocab_size=vocab_size,
+        n_mels=config.features.n_mels,
+        dropout=config.network.dropout,
+        **attention,
+    )
