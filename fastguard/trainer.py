@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader
+from torchdata.stateful_dataloader import StatefulDataLoader
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
@@ -21,10 +21,10 @@ from .metrics import EpochMetrics, MetricsFile, StepMetrics, epoch_table, summar
 from .ops import Verdict
 from .optim import AdamW
 from .recognizer import features, network
-from .speech.batching import Batch, BucketBatchSampler, SpeechDataset, collate
+from .speech.batching import Batch, BucketBatchSampler, SpeechDataset, make_loader
 from .speech.corpora import Corpus, load_corpus
 from .speech.decoding import ErrorRates, error_rates, greedy_decode
-from .speech.features import SpecAugment
+from .speech.features import Augment, SpecAugment
 from .speech.loss import ctc_loss
 from .speech.models.ctc import CTCModel
 from .speech.tokenizer import CharTokenizer
@@ -117,15 +117,25 @@ class Trainer:
             )
         return PlainClip(self.model, guard.max_norm)
 
-    def _loader(self, split: str, batch_size: int) -> tuple[BucketBatchSampler, DataLoader]:
+    def _loader(self, split: str, batch_size: int) -> tuple[BucketBatchSampler, StatefulDataLoader]:
         train = split == "train"
         utterances = self.corpus.split(split)
-        augment = SpecAugment(**vars(self.config.augment)) if train else None
+        augment = Augment(spec=SpecAugment(**vars(self.config.augment))) if train else None
         sampler = BucketBatchSampler(
-            [u.duration for u in utterances], batch_size, self.config.seed, shuffle=train
+            [u.duration for u in utterances],
+            batch_size=batch_size,
+            seed=self.config.seed,
+            shuffle=train,
         )
-        dataset = SpeechDataset(utterances, self.tokenizer, self.log_mel, augment)
-        return sampler, DataLoader(dataset, batch_sampler=sampler, collate_fn=collate)
+        dataset = SpeechDataset(
+            utterances,
+            self.tokenizer,
+            self.log_mel,
+            augment,
+            self.config.seed,
+            max_duration=self.config.max_duration,
+        )
+        return sampler, make_loader(dataset, sampler)
 
     # --- training -------------------------------------------------------------------------------
 

@@ -50,8 +50,8 @@ def test_every_setting_reaches_its_part(make):
     assert made.model.blocks[3].attention.clamp == 9
     assert made.model.head.weight.std().item() == pytest.approx(0.05, rel=0.1)
     train, dev = made.train_loader.dataset, made._loader("dev", 1)[1].dataset
-    assert (train.augment.freq_masks, train.augment.time_ratio) == (3, 0.11)
-    assert dev.augment is None
+    assert (train.augment.spec.freq_masks, train.augment.spec.time_ratio) == (3, 0.11)
+    assert dev.augment.spec is None
     assert [len(train), len(dev)] == [4, 2]
     assert train[0].features.shape[1] == 40
 

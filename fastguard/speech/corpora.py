@@ -13,21 +13,21 @@ row that can not be used is left out with its name and a reason.
 import re
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from itertools import pairwise
 from pathlib import Path
 
-import numpy as np
-import soundfile
 from tqdm import tqdm
 
+from fastguard.speech.audio import check_duration, decoded_duration
 from fastguard.speech.readers import (
     ASTERISK_SOUNDS,
     CorpusError,
     Rejected,
     Row,
+    Unusable,
     read_asterisk,
     read_librispeech,
     read_manifest,
@@ -103,10 +103,10 @@ def load_corpus(
     bar = tqdm(rows, f"reading {spec}", leave=False, delay=1, disable=not sys.stderr.isatty())
     for row in bar:
         try:
-            duration = _measure(row.audio)
-            _check_duration(duration, min_duration, max_duration)
-            _check_feasible(row.text, max_output_length(duration))
-        except _Unusable as reason:
+            duration = decoded_duration(row.audio, max_duration)
+            check_duration(row.audio, duration, min_duration, max_duration)
+            check_feasible(row.text, max_output_length(duration))
+        except Unusable as reason:
             rejected.append(Rejected(row.id, str(reason)))
         else:
             split = row.split or splits[row.text]
@@ -138,10 +138,6 @@ def assign_splits(texts: Iterable[str]) -> dict[str, str]:
     return splits
 
 
-class _Unusable(Exception):
-    """Why a row is left out."""
-
-
 def _read(spec: str, cache_dir: Path | None, seed: int) -> Iterator[Row | Rejected]:
     if spec == "synthetic":
         return read_manifest(build_synthetic(cache_dir, seed))
@@ -163,7 +159,7 @@ def _sort_out(found: Iterable[Row | Rejected]) -> tuple[list[Row], list[Rejected
         text = normalize_text(row.text)
         try:
             _check_description(row, text, ids)
-        except _Unusable as reason:
+        except Unusable as reason:
             rejected.append(Rejected(row.id, str(reason)))
         else:
             ids.add(row.id)
@@ -173,44 +169,28 @@ def _sort_out(found: Iterable[Row | Rejected]) -> tuple[list[Row], list[Rejected
 
 def _check_description(row: Row, text: str, ids: set[str]) -> None:
     if row.id in ids:
-        raise _Unusable(f"duplicate id: {row.id} is an earlier row's; rename or drop this one")
+        raise Unusable(f"duplicate id: {row.id} is an earlier row's; rename or drop this one")
     if row.split not in (None, *SPLITS):
-        raise _Unusable(f"unknown split: {row.split!r}; use one of {', '.join(SPLITS)}")
+        raise Unusable(f"unknown split: {row.split!r}; use one of {', '.join(SPLITS)}")
     if not text:
-        raise _Unusable(f"no words: nothing of {row.text!r:.60} is spoken; transcribe it")
+        raise Unusable(f"no words: nothing of {row.text!r:.60} is spoken; transcribe it")
 
 
-def _measure(path: Path) -> float:
-    """Duration in seconds of a recording that decodes to finite samples."""
-    if not path.is_file():
-        raise _Unusable(f"no recording: {path} is not there; correct the path")
+def encoded(encode: Callable[[str], Sequence], text: str) -> Sequence:
+    """What ``encode`` gives; raises :class:`Unusable` for a text that has no tokens."""
     try:
-        samples, rate = soundfile.read(path, dtype="float32", always_2d=True)
-    except (soundfile.SoundFileError, OSError, TypeError) as error:  # TypeError: headerless .raw
-        raise _Unusable(f"unreadable audio: {error}; convert it to wav or flac") from error
-    if bad := int(np.count_nonzero(~np.isfinite(samples))):
-        raise _Unusable(
-            f"samples not finite: {bad} of {samples.size} are NaN or Inf; export it again"
-        )
-    return len(samples) / rate
+        return encode(text)
+    except ValueError as error:
+        raise Unusable(f"no tokens: {error}") from error
 
 
-def _check_duration(seconds: float, shortest: float, longest: float) -> None:
-    if seconds < shortest:
-        raise _Unusable(
-            f"too short: {seconds:.2f} s, under {shortest:g} s; lower min_duration to keep it"
-        )
-    if seconds > longest:
-        raise _Unusable(
-            f"too long: {seconds:.2f} s, over {longest:g} s; cut it, or raise max_duration"
-        )
-
-
-def _check_feasible(text: str, frames: int) -> None:
-    repeats = sum(a == b for a, b in pairwise(text))
-    if frames < len(text) + repeats:
-        raise _Unusable(
-            f"infeasible target: needs {len(text) + repeats} frames ({len(text)} symbols + "
+def check_feasible(tokens: Sequence, frames: int) -> None:
+    """Raises :class:`Unusable` if CTC can not align so many tokens to so many frames: each takes
+    one, and of two equal neighbours there is a blank between."""
+    repeats = sum(a == b for a, b in pairwise(tokens))
+    if frames < len(tokens) + repeats:
+        raise Unusable(
+            f"infeasible target: needs {len(tokens) + repeats} frames ({len(tokens)} symbols + "
             f"{repeats} repeats), has {frames}; check the text, or use a model of smaller stride"
         )
 

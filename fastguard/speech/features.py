@@ -1,18 +1,23 @@
-"""From a recording to normalised log-mel features, and their masking for training."""
+"""From a recording to normalised log-mel features, and what varies them in training."""
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
+from random import Random
 
-import soundfile
 import torch
 import torchaudio
 from torch import Tensor, nn
-from torchaudio.functional import mask_along_axis
+
+from fastguard.speech.audio import read_mono
 
 # torchaudio's default of 6 leaves images of an 8 kHz voice 62 dB under its peak in the bins above
 # 4 kHz, where they look like speech; 32 pushes them under LogMel.DYNAMIC_RANGE.
 _RESAMPLING_WIDTH = 32
+_LARGEST_DENOMINATOR = 640  # 11,025 Hz to 16,000 is 441 / 640
 
 
 @contextmanager
@@ -28,15 +33,27 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def load_audio(path: Path | str, sample_rate: int) -> Tensor:
+def load_audio(path: Path | str, sample_rate: int, max_duration: float = 3600.0) -> Tensor:
     """Samples (N,) float32 in [-1, 1] at ``sample_rate`` Hz, the channels averaged.
 
-    Raises soundfile.LibsndfileError for a file that is missing or can not be decoded.
+    Raises AudioError, which names the file, for one that is missing, can not be decoded, has
+    samples that are NaN or Inf or a rate that no recorder has, or lasts over ``max_duration``
+    seconds, which bounds the memory it takes.
     """
-    samples, rate = soundfile.read(path, dtype="float32", always_2d=True)
-    mono = torch.from_numpy(samples).mean(dim=1)
+    samples, rate = read_mono(path, max_duration)
+    return _resample(torch.from_numpy(samples), Fraction(rate, sample_rate))
+
+
+def _resample(waveform: Tensor, ratio: Fraction) -> Tensor:
+    """``waveform`` at 1 / ``ratio`` of its rate.
+
+    torchaudio's filter has numerator times denominator coefficients.  Every rate in use is a ratio
+    of small numbers to every other; 44,101 Hz to 16,000 would take 5 GB, and is taken for the
+    nearest ratio of small numbers.
+    """
+    ratio = ratio.limit_denominator(_LARGEST_DENOMINATOR)
     return torchaudio.functional.resample(
-        mono, rate, sample_rate, lowpass_filter_width=_RESAMPLING_WIDTH
+        waveform, ratio.numerator, ratio.denominator, lowpass_filter_width=_RESAMPLING_WIDTH
     )
 
 
@@ -99,34 +116,62 @@ class LogMel(nn.Module):
         return self.num_frames(round(seconds * self.sample_rate))
 
 
-class SpecAugment(nn.Module):
+class SpeedPerturb:
+    """Speech played at one of ``factors`` of its speed, its pitch too, as in Ko et al. 2015
+    (INTERSPEECH, "Audio augmentation for speech recognition").
+
+    Raises ValueError for factors that are not hundredths between 0.5 and 2.
+    """
+
+    def __init__(self, factors: Sequence[float] = (0.9, 1.0, 1.1)) -> None:
+        if not factors or any(not 0.5 <= f <= 2 or f != round(f, 2) for f in factors):
+            raise ValueError(
+                f"speeds are {list(factors)}: give one or more between 0.5 and 2 with at most two "
+                "decimals, as 0.9, 1.0 and 1.1"
+            )
+        self.ratios = [Fraction(round(100 * factor), 100) for factor in factors]
+
+    def __call__(self, waveform: Tensor, draw: Random, fits: Callable[[int], bool]) -> Tensor:
+        """Samples (N,) -> (ceil(N / factor),); as they are if ``fits`` refuses that number."""
+        ratio = draw.choice(self.ratios)
+        if ratio == 1 or not fits(math.ceil(len(waveform) / ratio)):
+            return waveform
+        return _resample(waveform, ratio)
+
+
+@dataclass(frozen=True)
+class SpecAugment:
     """Masks of random place and width over bins and frames, as in Park et al. 2019
     (arXiv:1904.08779), filled with 0, the mean of every bin.
 
-    ``freq_width`` bounds a mask in bins, ``time_ratio`` in parts of the frames.  Draws from torch's
-    global generator; in eval mode it changes nothing.
+    ``freq_width`` bounds a mask in bins, ``time_ratio`` in parts of the frames.
     """
 
-    def __init__(
-        self,
-        freq_masks: int = 2,
-        freq_width: int = 15,
-        time_masks: int = 2,
-        time_ratio: float = 0.05,
-    ) -> None:
-        super().__init__()
-        self.freq_masks = freq_masks
-        self.freq_width = freq_width
-        self.time_masks = time_masks
-        self.time_ratio = time_ratio
+    freq_masks: int = 2
+    freq_width: int = 15
+    time_masks: int = 2
+    time_ratio: float = 0.05
 
-    def forward(self, features: Tensor) -> Tensor:
+    def __call__(self, features: Tensor, draw: Random) -> Tensor:
         """Features (T, n_mels) -> a masked copy."""
-        if not self.training:
-            return features
-        time_width = int(self.time_ratio * features.shape[0])
+        frames, bins = features.shape
+        features = features.clone()
         for _ in range(self.freq_masks):
-            features = mask_along_axis(features, self.freq_width, 0.0, axis=1)
+            features[:, _mask(draw, self.freq_width, bins)] = 0
         for _ in range(self.time_masks):
-            features = mask_along_axis(features, time_width, 0.0, axis=0)
+            features[_mask(draw, int(self.time_ratio * frames), frames)] = 0
         return features
+
+
+def _mask(draw: Random, widest: int, size: int) -> slice:
+    width = draw.randint(0, min(widest, size))
+    start = draw.randint(0, size - width)
+    return slice(start, start + width)
+
+
+@dataclass(frozen=True)
+class Augment:
+    """What a training set does to the samples (``speed``) and to the features (``spec``)."""
+
+    speed: SpeedPerturb | None = None
+    spec: SpecAugment | None = None

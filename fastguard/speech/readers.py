@@ -38,6 +38,10 @@ class CorpusError(ValueError):
     """A corpus that can not be used, and what to do about it."""
 
 
+class Unusable(ValueError):
+    """Why a recording or its row is left out; reads "kind: the numbers, and the cure"."""
+
+
 @dataclass(frozen=True)
 class Row:
     """A recording as its corpus describes it: ``text`` is raw, ``split`` may be unknown."""

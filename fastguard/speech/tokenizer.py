@@ -2,8 +2,22 @@
 
 import string
 from collections.abc import Iterable
+from typing import Protocol
 
 BLANK = "<blank>"
+
+
+class Tokenizer(Protocol):
+    """What training and recognition need of a tokenizer; token 0 is the CTC blank."""
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    def encode(self, text: str) -> list[int]: ...
+
+    def decode(self, tokens: Iterable[int]) -> str: ...
+
+    def to_dict(self) -> dict: ...
 
 
 class CharTokenizer:

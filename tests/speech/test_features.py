@@ -1,3 +1,6 @@
+import random
+from collections import Counter
+
 import numpy as np
 import pytest
 import soundfile
@@ -5,7 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastguard.speech.features import LogMel, SpecAugment, load_audio, one_thread
+from fastguard.speech.audio import AudioError
+from fastguard.speech.features import LogMel, SpecAugment, SpeedPerturb, load_audio, one_thread
 from tests.speech.conftest import tones
 
 RATE = 16_000
@@ -54,8 +58,16 @@ def test_a_native_recording_is_not_touched(tmp_path):
     assert torch.equal(load_audio(tmp_path / "a.wav", RATE), samples)
 
 
+@pytest.mark.parametrize("rate", [44_101, 127_997, 1_000, 384_000])
+def test_an_uncommon_rate_is_resampled(tmp_path, record, rate):
+    """Of 127,997 Hz the exact filter would have 2e9 coefficients."""
+    samples = load_audio(record(tmp_path / "a.wav", 1.0, rate), RATE)
+    assert len(samples) == pytest.approx(RATE, abs=1)
+    assert energy(samples, 430, 450) > (0.98 if rate > 1_000 else 0.9)
+
+
 def test_load_audio_names_a_missing_file(tmp_path):
-    with pytest.raises(soundfile.LibsndfileError, match=r"gone\.wav"):
+    with pytest.raises(AudioError, match=r"no recording: '.*gone\.wav' is not there"):
         load_audio(tmp_path / "gone.wav", RATE)
 
 
@@ -123,35 +135,68 @@ def test_other_shapes_are_refused(shape):
 
 
 def test_spec_augment_masks_whole_bins_and_frames_with_zeros():
-    torch.manual_seed(0)
+    draw = random.Random(0)
     features = torch.ones(200, 80)
-    seen = set()
-    for _ in range(50):
-        masked = SpecAugment(freq_masks=2, freq_width=15, time_masks=2, time_ratio=0.05)(features)
+    augment = SpecAugment(freq_masks=2, freq_width=15, time_masks=2, time_ratio=0.05)
+    seen, first, last = set(), 80, 0
+    for _ in range(200):
+        masked = augment(features, draw)
         assert set(masked.unique().tolist()) <= {0.0, 1.0}
-        bins, frames = (masked.sum(dim=0) == 0).sum(), (masked.sum(dim=1) == 0).sum()
+        empty = (masked.sum(dim=0) == 0).nonzero().flatten().tolist()
+        bins, frames = len(empty), int((masked.sum(dim=1) == 0).sum())
         assert bins <= 2 * 15
         assert frames <= 2 * 0.05 * 200
         assert (masked == 0).sum() == bins * 200 + frames * 80 - bins * frames
-        seen.add((bins.item(), frames.item()))
-    assert max(bins for bins, _ in seen) > 15  # two masks at work
-    assert max(frames for _, frames in seen) > 10
+        seen.add((bins, frames))
+        first, last = min([first, *empty]), max([last, *empty])
+    assert max(bins for bins, _ in seen) > 25  # two masks at work, up to the widest
+    assert max(frames for _, frames in seen) > 16
+    assert min(bins for bins, _ in seen) < 5
+    assert (first, last) == (0, 79)  # no place is spared
     assert (features == 1).all()  # the input itself is left alone
 
 
-def test_spec_augment_follows_the_global_seed():
+def test_spec_augment_follows_its_generator():
     features, augment = torch.randn(100, 80), SpecAugment()
-    torch.manual_seed(3)
-    first, second = augment(features), augment(features)
-    torch.manual_seed(3)
-    assert torch.equal(augment(features), first)
+    draw = random.Random(3)
+    first, second = augment(features, draw), augment(features, draw)
+    torch.manual_seed(0)
+    assert torch.equal(augment(features, random.Random(3)), first)
     assert not torch.equal(first, second)
 
 
-def test_spec_augment_rests_in_eval_mode():
+def test_spec_augment_without_masks_changes_nothing():
     features = torch.randn(100, 80)
-    assert torch.equal(SpecAugment().eval()(features), features)
+    augment = SpecAugment(freq_masks=0, time_masks=0)
+    assert torch.equal(augment(features, random.Random(0)), features)
 
 
-def test_spec_augment_of_a_recording_of_one_frame():
-    assert SpecAugment()(torch.ones(1, 80)).shape == (1, 80)
+def test_spec_augment_of_features_smaller_than_its_masks():
+    assert SpecAugment(time_ratio=1.0)(torch.ones(1, 4), random.Random(0)).shape == (1, 4)
+
+
+@pytest.mark.parametrize("factor", [0.9, 1.1, 0.5, 2.0])
+def test_a_speed_scales_length_and_pitch(factor):
+    faster = SpeedPerturb((factor,))(waveform(2.0), random.Random(0), lambda samples: True)
+    assert len(faster) == -(-2 * RATE * 100 // round(factor * 100))
+    assert energy(faster, 440 * factor - 10, 440 * factor + 10) > 0.98
+
+
+def test_speeds_are_drawn_evenly():
+    samples, draw, speed = torch.zeros(900), random.Random(0), SpeedPerturb()
+    lengths = Counter(len(speed(samples, draw, lambda samples: True)) for _ in range(300))
+    assert lengths.keys() == {1000, 900, 819}
+    assert min(lengths.values()) > 75
+
+
+def test_a_speed_is_left_out_where_its_length_does_not_fit():
+    samples, asked = waveform(), []
+    refused = SpeedPerturb((0.9,))(samples, random.Random(0), lambda n: asked.append(n) or False)
+    assert refused is samples
+    assert asked == [17_778]
+
+
+@pytest.mark.parametrize("factors", [(), (0.0,), (1.0, 2.5), (0.333,), (-1.0,), (float("inf"),)])
+def test_odd_speeds_are_refused(factors):
+    with pytest.raises(ValueError, match=r"speeds are \["):
+        SpeedPerturb(factors)
