@@ -1,8 +1,11 @@
 """Checkpoints: written whole or not at all, read without running anything that is in them."""
 
+import contextlib
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 
@@ -28,15 +31,39 @@ def save(path: Path, state: dict) -> None:
         raise CheckpointError(
             f"{path} not written: {len(bad)} tensors of the model are not finite, first {bad[0]}"
         )
+    _write(path, lambda file: torch.save(state, file))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small file whole or not at all. Raises OSError."""
+    _write(path, lambda file: file.write(text.encode()))
+
+
+def _write(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """To a temporary file, onto the disk, and only then under the name."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as file:
-            torch.save(state, file)
+            try:
+                write(file)
+            except RuntimeError as error:  # torch's writer of archives says so of a full disk
+                raise OSError(f"{path} could not be written: {error}") from error
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+        _sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    """The new name is on the disk, too. Not every system opens folders."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def copy(source: Path, target: Path) -> None:
@@ -66,15 +93,33 @@ def load(path: Path, map_location: torch.device | str = "cpu") -> dict:
     return state
 
 
+def average(paths: list[Path]) -> dict:
+    """The first checkpoint with the mean of the weights of all (Polyak and Juditsky 1992).
+
+    Integers, as BatchNorm's count of batches, are the first one's.
+
+    Raises:
+        CheckpointError: one of them can not be read.
+    """
+    states = [load(path) for path in paths]
+    mean = {
+        name: torch.stack([state["model"][name].double() for state in states]).mean(0).to(w.dtype)
+        if w.is_floating_point()
+        else w
+        for name, w in states[0]["model"].items()
+    }
+    return {**states[0], "model": mean}
+
+
 def best_of(path: Path) -> Path:
-    """The checkpoint to use of a run folder: averaged.pt, best.pt or last.pt; a file as it is.
+    """The checkpoint to use of a run folder: best.pt, or last.pt; a file as it is.
 
     Raises:
         CheckpointError: there is none.
     """
     if not path.is_dir():
         return path
-    for name in ("averaged.pt", "best.pt", "last.pt"):
+    for name in ("best.pt", "last.pt"):
         if (path / name).is_file():
             return path / name
     raise CheckpointError(f"{path} holds no checkpoint: give a .pt file, or the folder of a run")

@@ -1,14 +1,12 @@
-"""Settings of a training run: dataclasses, the YAML files of ``configs/``, and the command line."""
+"""Settings of a training run: dataclasses, and what makes a set of them impossible."""
 
-import argparse
 import dataclasses
-import sys
+import math
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
 
-import jsonargparse
 import yaml
 
 ModelName = Literal["teacher", "baseline"]
@@ -20,7 +18,11 @@ class OptimConfig:
     """AdamW."""
 
     lr: float = 1e-4
-    """Learning rate, constant."""
+    """Learning rate; with a schedule the largest."""
+    schedule: Literal["constant", "cosine", "noam"] = "constant"
+    """What follows the warm-up: the same rate, half a cosine down to 0, or 1 / sqrt(step)."""
+    warmup: int = 0
+    """Steps over which the learning rate rises from 0."""
     betas: tuple[float, float] = (0.9, 0.999)
     """Decay rates of exp_avg and exp_avg_sq."""
     eps: float = 1e-8
@@ -39,6 +41,8 @@ class GuardConfig:
     """Gradient norm that is clipped to."""
     skip_norm: float = float("inf")
     """Norm above which a batch is an outlier and skipped, once the median norm lies below it."""
+    threshold: Literal["fixed", "zclip", "median", "autoclip", "adagc"] = "fixed"
+    """Where clipping begins: at max_norm, or where fastguard.thresholds learns to, below it."""
     patience: int = 25
     """Skips in a row that end the run with an error."""
 
@@ -61,6 +65,8 @@ class NetworkConfig:
     """Probability with which a residual branch loses a channel."""
     attention_clamp: float | None = None
     """Bound on the attention output; null leaves it free. The baseline has no attention."""
+    attention_dropout: float = 0.0
+    """Probability with which an attention weight is dropped."""
 
 
 @dataclass
@@ -74,9 +80,21 @@ class FeaturesConfig:
 
 
 @dataclass
-class AugmentConfig:
-    """SpecAugment on the training split; 0 masks turn it off."""
+class TokenizerConfig:
+    """Symbols of the output; kept in every checkpoint."""
 
+    kind: Literal["char", "unigram", "bpe"] = "char"
+    """Characters, or pieces of SentencePiece trained on the training split."""
+    vocab_size: int = 256
+    """Pieces of SentencePiece, the blank included."""
+
+
+@dataclass
+class AugmentConfig:
+    """Speed perturbation and SpecAugment on the training split; 0 masks turn the latter off."""
+
+    speeds: tuple[float, ...] = ()
+    """Speeds that an utterance is played at, one of them drawn each time."""
     freq_masks: int = 2
     """Frequency masks per utterance."""
     freq_width: int = 15
@@ -88,6 +106,30 @@ class AugmentConfig:
 
 
 @dataclass
+class CheckpointConfig:
+    """When the state is written, and how much of it is kept."""
+
+    minutes: float = 10.0
+    """Write after so many minutes, besides the end of each epoch."""
+    steps: int | None = None
+    """Write after so many steps, too."""
+    keep_last: int = 2
+    """States to keep; the older ones serve where the newest can not be read."""
+    keep_best: int = 5
+    """Weights to keep, those of the lowest WER; at the end they are averaged."""
+
+
+@dataclass
+class DistillConfig:
+    """What a teacher of --teacher adds to the CTC loss."""
+
+    weight: float = 0.5
+    """Share of the distillation in the loss, between 0 and 1."""
+    temperature: float = 2.0
+    """Divides the logits of both before they are compared."""
+
+
+@dataclass
 class Config:
     """Everything a run depends on; kept in its folder as config.yaml."""
 
@@ -95,18 +137,37 @@ class Config:
     """Which model; its file in configs/ gives the defaults."""
     data: str = "synthetic"
     """Corpus: synthetic, asterisk[:DIR][@LANG], manifest:FILE.jsonl, librispeech:DIR, yesno:DIR."""
+    check: Literal["auto", "decode", "header"] = "auto"
+    """Decode every recording before training, or trust headers; auto decodes up to 2000."""
     run_dir: Path | None = None
     """Folder for log, metrics, checkpoints; default runs/MODEL-TIME."""
+    resume: str = "auto"
+    """auto continues the run in --run-dir, if there is one; never refuses a folder with a run; a
+    checkpoint or run folder is continued in a new folder."""
+    teacher: Path | None = None
+    """Checkpoint or run folder of a trained model to learn from, besides the texts."""
     epochs: int = 10
     """Passes over the training split."""
     max_steps: int | None = None
     """End after this many optimizer steps, skipped ones included."""
     batch_size: int = 2
-    """Utterances per step."""
+    """Utterances per batch."""
+    batch_duration: float | None = None
+    """Seconds per batch, padding counted; where given, in place of batch_size."""
+    grad_accumulation: int = 1
+    """Batches per optimizer step."""
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
     """fp32 turns autocast off; fp16 scales the loss."""
+    ema: float = 0.0
+    """Decay per step of an average of the weights, which is evaluated and kept as best; 0: none."""
     max_duration: float = 20.0
     """Longer recordings, in seconds, are left out."""
+    num_workers: int = 0
+    """Processes that load recordings; 0 loads in the training process."""
+    compile: bool = False
+    """Run the model through torch.compile."""
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """Under torchrun: a whole model in each process, or shards of one (FSDP2)."""
     seed: int = 0
     """Of initial weights, order, masks and the synthetic corpus."""
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -115,19 +176,45 @@ class Config:
     network: NetworkConfig = field(default_factory=NetworkConfig)
     features: FeaturesConfig = field(default_factory=FeaturesConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
 
     def __post_init__(self):
-        for name, value, least in (
-            ("epochs", self.epochs, 1),
-            ("max_steps", self.max_steps, 1),
-            ("batch_size", self.batch_size, 1),
-            ("guard.patience", self.guard.patience, 1),
-            ("features.n_mels", self.features.n_mels, 1),
-        ):
-            if value is not None and value < least:
+        self._check_ranges()
+        self._check_agreement()
+
+    def _check_ranges(self) -> None:
+        for name, least in _AT_LEAST.items():
+            value = _look_up(self, name)
+            if value is not None and not value >= least:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
-        if not self.optim.lr > 0:
-            raise ValueError(f"optim.lr must be above 0, got {self.optim.lr}")
+        for name in _ABOVE_ZERO:
+            value = _look_up(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name} must be above 0, got {value}")
+        for name, least, most in _BETWEEN:
+            value = _look_up(self, name)
+            if not least <= value <= most:
+                raise ValueError(f"{name} must lie between {least} and {most}, got {value}")
+        if not all(0 <= beta < 1 for beta in self.optim.betas):
+            raise ValueError(f"optim.betas must be at least 0 and below 1, got {self.optim.betas}")
+        if not all(0.5 <= speed <= 2 for speed in self.augment.speeds):
+            raise ValueError(
+                f"augment.speeds must lie between 0.5 and 2, got {list(self.augment.speeds)}"
+            )
+
+    def _check_agreement(self) -> None:
+        guard = self.guard
+        if not guard.enabled and (guard.skip_norm != math.inf or guard.threshold != "fixed"):
+            raise ValueError(
+                f"guard.skip_norm={guard.skip_norm:g} and guard.threshold={guard.threshold} need "
+                "the guard: add --guard.enabled true, or --stable or --guarded"
+            )
+        if self.optim.schedule == "noam" and self.optim.warmup == 0:
+            raise ValueError("optim.schedule=noam needs a warm-up: set --optim.warmup")
+        if self.parallel == "fsdp" and self.compile:
+            raise ValueError("--compile is not supported with --parallel fsdp: leave one out")
 
     def to_dict(self) -> dict:
         """Plain dicts, lists, strings and numbers, for YAML and for checkpoints."""
@@ -143,9 +230,9 @@ class Config:
         """
         return _from_plain(cls, values)
 
-    def save(self, path: Path) -> None:
-        """Write YAML that ``--config`` reads back."""
-        path.write_text(yaml.safe_dump(self.to_dict(), sort_keys=False))
+    def to_yaml(self) -> str:
+        """What ``--config`` reads back."""
+        return yaml.safe_dump(self.to_dict(), sort_keys=False)
 
 
 def _plain(value):
@@ -164,88 +251,50 @@ def _from_plain(kind: type, values: dict):
             value = _from_plain(types[key], value)
         elif isinstance(value, list):
             value = tuple(value)
-        given[key] = Path(value) if key == "run_dir" and value is not None else value
+        is_path = types.get(key) == Path | None and value is not None
+        given[key] = Path(value) if is_path else value
     return kind(**given)
 
 
-def parse(argv: list[str] | None = None) -> Config:
-    """Settings of ``python -m fastguard.train``; each of these overrides the ones before it.
-
-    configs/MODEL.yaml, ``--config FILE``, with ``--stable`` configs/stable.yaml, the other options.
-    A wrong option ends the program with a message and exit status 2.
-    """
-    argv = [_underscored(word) for word in (sys.argv[1:] if argv is None else argv)]
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--stable", action="store_true")
-    first.add_argument("--config", type=Path, action="append", default=[])
-    first.add_argument("--model")
-    chosen, rest = first.parse_known_args(argv)
-
-    parser = _parser()
-    model = chosen.model or _model_of(chosen.config) or Config.model
-    if model not in MODELS:
-        parser.error(f"--model {model}: choose one of {', '.join(MODELS)}")
-    files = [
-        config_file(model),
-        *chosen.config,
-        *([config_file("stable")] if chosen.stable else []),
-    ]
-    for file in files:
-        if not file.is_file():
-            parser.error(f"--config {file}: there is no such file")
-    layers = [word for file in files for word in ("--config", str(file))]
-    parsed = parser.instantiate(parser.parse_args([*layers, "--model", model, *rest]))
-    try:
-        return Config(**{f.name: parsed[f.name] for f in dataclasses.fields(Config)})
-    except ValueError as error:
-        parser.error(str(error))
+def _look_up(config: Config, name: str):
+    for part in name.split("."):
+        config = getattr(config, part)
+    return config
 
 
-def _underscored(word: str) -> str:
-    """--run-dir=a-b as --run_dir=a-b: the options are named after the fields."""
-    if not word.startswith("--"):
-        return word
-    name, equals, value = word.partition("=")
-    return "--" + name[2:].replace("-", "_") + equals + value
-
-
-def _parser() -> jsonargparse.ArgumentParser:
-    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = jsonargparse.ArgumentParser(
-        prog="python -m fastguard.train",
-        usage="%(prog)s [--model teacher|baseline] [--stable] [--config FILE] [--data SPEC]\n"
-        "       [--run-dir DIR] [--epochs N] [--max-steps N] [--precision fp32|bf16|fp16]\n"
-        "       [--seed N] [--optim.lr X] [... any setting listed by --help]",
-        description="Train a CTC speech model. An option may be written with - or _ in its name; "
-        "options override files, and of two files the later one wins.",
-    )
-    parser.add_argument(
-        "--config",
-        action=jsonargparse.ActionConfigFile,
-        help="YAML with any of the settings below; may be given several times",
-    )
-    parser.add_argument(
-        "--stable",
-        action="store_true",
-        help="overlay configs/stable.yaml, the settings that survive explosions",
-    )
-    parser.add_class_arguments(Config)
-    return parser
-
-
-def _model_of(files: list[Path]) -> str | None:
-    for file in reversed(files):
-        try:
-            settings = yaml.safe_load(file.read_text())
-        except (OSError, yaml.YAMLError):
-            continue  # said with its place when the file is read as settings
-        if isinstance(settings, dict) and "model" in settings:
-            return settings["model"]
-    return None
-
-
-def config_file(name: str) -> Path:
-    """configs/NAME.yaml: in a checkout beside the package, in a wheel inside it."""
-    package = Path(__file__).parent
-    inside = package / "configs" / f"{name}.yaml"
-    return inside if inside.is_file() else package.parent / "configs" / f"{name}.yaml"
+_AT_LEAST = {
+    "epochs": 1,
+    "max_steps": 1,
+    "batch_size": 1,
+    "grad_accumulation": 1,
+    "num_workers": 0,
+    "optim.warmup": 0,
+    "optim.weight_decay": 0,
+    "guard.patience": 1,
+    "guard.max_norm": 0,
+    "guard.skip_norm": 0,
+    "features.n_mels": 1,
+    "features.sample_rate": 1000,
+    "augment.freq_masks": 0,
+    "augment.freq_width": 0,
+    "augment.time_masks": 0,
+    "tokenizer.vocab_size": 3,
+    "checkpoint.steps": 1,
+    "checkpoint.keep_last": 1,
+    "checkpoint.keep_best": 1,
+}
+_ABOVE_ZERO = (
+    "optim.lr",
+    "optim.eps",
+    "batch_duration",
+    "max_duration",
+    "checkpoint.minutes",
+    "distill.temperature",
+)
+_BETWEEN = (
+    ("ema", 0, 1),
+    ("network.dropout", 0, 1),
+    ("network.attention_dropout", 0, 1),
+    ("augment.time_ratio", 0, 1),
+    ("distill.weight", 0, 1),
+)

@@ -1,11 +1,18 @@
 """What a run tells: log lines, ``metrics.jsonl``, and the table of its epochs."""
 
+import contextlib
 import json
 import logging
 import math
 import statistics
-from dataclasses import asdict, dataclass
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+
+from .checkpoint import write_text
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -51,7 +58,7 @@ class EpochMetrics:
     @property
     def status(self) -> str:
         """The epoch in words: first what is wrong with it, else how far it got."""
-        if self.skipped == self.steps:
+        if 0 < self.skipped == self.steps:
             return "WARNING: every step skipped"
         if not math.isfinite(self.loss):
             return "WARNING: loss not finite"
@@ -69,40 +76,83 @@ _STATUS = (
 )
 
 
-def summarize(epoch: int, steps: list[StepMetrics], wer: float, cer: float, seconds: float):
-    """The metrics of an epoch out of those of its steps; ``steps`` is not empty."""
-    losses = [s.loss for s in steps if not s.verdict.startswith("skip")]
-    return EpochMetrics(
-        epoch,
-        steps[-1].step,
-        statistics.fmean(losses) if losses else math.nan,
-        wer,
-        cer,
-        statistics.median(s.grad_norm for s in steps),
-        len(steps) - len(losses),
-        len(steps),
-        seconds,
-    )
+@dataclass
+class EpochTotals:
+    """What the steps of an epoch add up to; part of a checkpoint."""
+
+    losses: float = 0.0
+    accepted: int = 0
+    norms: list[float] = field(default_factory=list)
+    seconds: float = 0.0
+
+    def add(self, step: StepMetrics) -> None:
+        self.norms.append(step.grad_norm)
+        self.seconds += step.seconds
+        if not step.verdict.startswith("skip"):
+            self.losses += step.loss
+            self.accepted += 1
+
+    def close(
+        self, epoch: int, step: int, wer: float, cer: float, evaluation_seconds: float
+    ) -> EpochMetrics:
+        """The epoch's metrics; ``step`` is its last."""
+        return EpochMetrics(
+            epoch,
+            step,
+            self.losses / self.accepted if self.accepted else math.nan,
+            wer,
+            cer,
+            statistics.median(self.norms) if self.norms else math.nan,
+            len(self.norms) - self.accepted,
+            len(self.norms),
+            self.seconds + evaluation_seconds,
+        )
 
 
 class MetricsFile:
     """Appends objects to ``metrics.jsonl``, each line flushed, so that a crash loses nothing.
 
     JSON has no NaN and no Inf: they are written as the strings "nan", "inf" and "-inf", which
-    ``float()`` reads.
+    ``float()`` reads. A full disk costs lines, not the run.
+
+    Args:
+        path: of the file.
+        step, epochs: how far the run has come. What an interrupted run wrote after that will be
+            written again, and is dropped.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, step: int = 0, epochs: int = 0):
+        self._complained = False
+        if path.exists():
+            kept = (line for line in _lines(path) if _is_behind(line, step, epochs))
+            write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, metrics: StepMetrics | EpochMetrics) -> None:
         kind = "step" if isinstance(metrics, StepMetrics) else "epoch"
         values = {key: _json_number(value) for key, value in asdict(metrics).items() if value != ()}
-        self._file.write(json.dumps({"kind": kind, **values}) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps({"kind": kind, **values}) + "\n")
+            self._file.flush()
+        except OSError as error:
+            if not self._complained:
+                logger.warning("metrics.jsonl is not complete: %s", error)
+            self._complained = True
 
     def close(self) -> None:
-        self._file.close()
+        with contextlib.suppress(OSError):  # said already
+            self._file.close()
+
+
+def _lines(path: Path) -> Iterator[dict]:
+    """The lines that are whole: a crash may have cut the last one."""
+    for line in path.read_bytes().splitlines():
+        with contextlib.suppress(ValueError):
+            yield json.loads(line)
+
+
+def _is_behind(line: dict, step: int, epochs: int) -> bool:
+    return line["epoch"] <= epochs if line["kind"] == "epoch" else line["step"] <= step
 
 
 def _json_number(value):
@@ -127,13 +177,26 @@ class _Formatter(logging.Formatter):
         return message if record.levelno == logging.INFO else f"{record.levelname} - {message}"
 
 
-def log_to(path: Path) -> None:
-    """Send fastguard's log to the terminal and to a file."""
+class _File(logging.FileHandler):
+    """A log file; a full disk costs lines, not a traceback for each of them."""
+
+    def handleError(self, record):
+        if isinstance(sys.exc_info()[1], OSError):
+            self.setLevel(logging.CRITICAL + 1)
+            logger.warning("train.log is not complete: %s", sys.exc_info()[1])
+        else:
+            super().handleError(record)
+
+
+def log_to(path: Path | None) -> None:
+    """Send fastguard's log to the terminal and to a file; with None only warnings, to the first."""
     root = logging.getLogger("fastguard")
-    root.setLevel(logging.INFO)
+    root.setLevel(logging.INFO if path else logging.WARNING)
     root.propagate = False
     for handler in root.handlers:
         handler.close()
-    root.handlers = [logging.StreamHandler(), logging.FileHandler(path, encoding="utf-8")]
+    root.handlers = [logging.StreamHandler()]
+    if path is not None:
+        root.handlers.append(_File(path, encoding="utf-8"))
     for handler in root.handlers:
         handler.setFormatter(_Formatter())

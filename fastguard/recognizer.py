@@ -55,13 +55,10 @@ def features(config: Config) -> LogMel:
 
 def network(config: Config, vocab_size: int) -> nn.Module:
     """The model that these settings speak of, with torch's initial weights."""
-    attention = (
-        {"attention_clamp": config.network.attention_clamp} if config.model == "teacher" else {}
-    )
+    options = {"dropout": config.network.dropout}
+    if config.model == "teacher":
+        options["attention_clamp"] = config.network.attention_clamp
+        options["attention_dropout"] = config.network.attention_dropout
     return build_model(
-        config.model,
-        vocab_size=vocab_size,
-        n_mels=config.features.n_mels,
-        dropout=config.network.dropout,
-        **attention,
+        config.model, vocab_size=vocab_size, n_mels=config.features.n_mels, **options
     )

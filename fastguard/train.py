@@ -5,10 +5,13 @@ import sys
 import time
 from pathlib import Path
 
-from .config import parse
-from .guard import GradientExplosionError
+from .config import Config
 from .metrics import log_to
+from .options import parse
+from .parallel import Parallel
+from .run_folder import RunError, RunFolder
 from .speech.readers import CorpusError
+from .step_report import GradientExplosionError
 from .trainer import Trainer
 
 logger = logging.getLogger("fastguard.train")  # run with -m, __name__ is "__main__"
@@ -17,30 +20,40 @@ logger = logging.getLogger("fastguard.train")  # run with -m, __name__ is "__mai
 def main(argv: list[str] | None = None) -> int:
     """Exit status: 0 done, 1 the run or its corpus failed, 2 wrong usage, 130 stopped by Ctrl-C."""
     config = parse(argv)
-    run_dir = config.run_dir or Path("runs") / f"{config.model}-{time.strftime('%Y%m%d-%H%M%S')}"
-    if (run_dir / "metrics.jsonl").exists():
-        print(
-            f"error: {run_dir} holds a run already: choose another --run-dir, or move it away",
-            file=sys.stderr,
-        )
+    with Parallel.start(config.parallel) as parallel:
+        return run(config, parallel)
+
+
+def run(config: Config, parallel: Parallel) -> int:
+    """Train in this process, one of those that train together; its exit status."""
+    default = Path("runs") / f"{config.model}-{time.strftime('%Y%m%d-%H%M%S')}"
+    folder = RunFolder(parallel.from_main(config.run_dir or default), config)
+    if error := parallel.from_main(_begin(folder) if parallel.main else None):
+        if parallel.main:
+            print(f"error: {error}", file=sys.stderr)
         return 2
     try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        log_to(run_dir / "train.log")
-        config.save(run_dir / "config.yaml")
-    except OSError as error:
-        print(f"error: can not write the run folder: {error}; choose --run-dir", file=sys.stderr)
-        return 2
-    logger.info("run folder: %s", run_dir)
-    try:
-        trainer = Trainer(config, run_dir)
+        trainer = Trainer(config, folder, parallel)
         trainer.fit()
-    except (CorpusError, GradientExplosionError) as error:
+    except (CorpusError, GradientExplosionError, RunError) as error:
         logger.error("%s", error)
         return 1
     except KeyboardInterrupt:
         return 130
     return 130 if trainer.stopping else 0
+
+
+def _begin(folder: RunFolder) -> str | None:
+    """Make the run's folder and its log; what is wrong with it, if anything is."""
+    try:
+        folder.begin()
+        log_to(folder.path / "train.log")
+    except RunError as error:
+        return str(error)
+    except OSError as error:
+        return f"can not write the run folder: {error}; choose --run-dir"
+    logger.info("run folder: %s", folder.path)
+    return None
 
 
 if __name__ == "__main__":

@@ -1,143 +1,116 @@
 """Training of a CTC speech model; the guard's first user."""
 
 import contextlib
+import dataclasses
 import logging
 import random
 import signal
 import time
-from pathlib import Path
+from itertools import islice
 
+import numpy
 import torch
-from torch import nn
-from torchdata.stateful_dataloader import StatefulDataLoader
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from . import checkpoint
 from .config import Config
-from .guard import GradGuard
+from .data import Data
 from .init import stable_init_
-from .metrics import EpochMetrics, MetricsFile, StepMetrics, epoch_table, summarize
-from .ops import Verdict
-from .optim import AdamW
-from .recognizer import features, network
-from .speech.batching import Batch, BucketBatchSampler, SpeechDataset, make_loader
-from .speech.corpora import Corpus, load_corpus
+from .metrics import EpochMetrics, EpochTotals, MetricsFile, StepMetrics, epoch_table
+from .parallel import Parallel
+from .recognizer import Recognizer, network
+from .run_folder import RunError, RunFolder
+from .schedules import learning_rate, set_learning_rate
+from .speech.batching import Batch
 from .speech.decoding import ErrorRates, error_rates, greedy_decode
-from .speech.features import Augment, SpecAugment
+from .speech.distillation import distillation_loss
 from .speech.loss import ctc_loss
-from .speech.models.ctc import CTCModel
-from .speech.tokenizer import CharTokenizer
-from .step_report import PendingReport, StepReport
+from .speech.tokenizer import CharTokenizer, Tokenizer
+from .step_report import GradientExplosionError, PendingReport, StepReport
+from .stepper import build_optimizer, build_stepper
+from .tracking import Curves
 
 logger = logging.getLogger(__name__)
 
-_EVALUATION_BATCH = 8
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _AUTOCAST = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_NORMS_EVERY = 50  # steps between curves of each parameter's norm
 
 
 class Trainer:
-    """A model, its corpus and all that a run changes. ``fit`` trains; see fastguard.config.Config.
+    """A model, its data and all that a run changes. ``fit`` trains; see fastguard.config.Config.
+
+    Where the run folder holds a state, everything is as it was when that was written: the losses
+    that follow are those of a run that was never interrupted.
 
     Raises:
         CorpusError: the corpus is absent or has nothing to train on.
+        RunError: the state does not fit the settings.
     """
 
-    def __init__(self, config: Config, run_dir: Path):
+    def __init__(self, config: Config, folder: RunFolder, parallel: Parallel):
         self.config = config
-        self.run_dir = run_dir
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.folder = folder
+        self.parallel = parallel
+        self.device = parallel.device
         random.seed(config.seed)
+        numpy.random.seed(config.seed)
         torch.manual_seed(config.seed)
+        state = folder.find_state()
 
-        self.log_mel = features(config)
-        self.corpus = self._load_corpus()
-        self.tokenizer = CharTokenizer.from_texts(u.text for u in self.corpus.utterances)
+        self.teacher = load_teacher(config, self.device) if config.teacher else None
+        self.data = Data(config, self._known_tokenizer(state))
+        self.tokenizer = self.data.tokenizer
         self.model = self._build_model().to(self.device)
-        self.optimizer = self._build_optimizer()
-        self.stepper = self._build_stepper()
+        self.forward = parallel.wrap(self.model)
+        if config.compile:
+            self.forward = torch.compile(self.forward, dynamic=True)
+        self.ema = self._build_ema() if config.ema else None
+        self.optimizer = build_optimizer(config, self.model)
+        self.stepper = build_stepper(config, self.model, folder.path)
         self.scaler = torch.amp.GradScaler(self.device.type) if config.precision == "fp16" else None
-        self.sampler, self.train_loader = self._loader("train", config.batch_size)
-        self.evaluation_split = "dev" if self.corpus.split("dev") else "train"
+        self.sampler, self.loader = self.data.train_loader(parallel)
+        self.evaluation_split = "dev" if self.data.corpus.split("dev") else "train"
         if self.evaluation_split == "train":
             logger.warning(
                 "%s has no dev split: the error rates are those of the training split", config.data
             )
         self.step = 0
         self.epochs: list[EpochMetrics] = []
+        self.totals = EpochTotals()  # of the epoch that is under way
+        self.batches = 0  # of that epoch, behind us
         self.stopping = False
+        self._random: dict | None = None  # to be restored when the loader has begun
+        if state is not None:
+            self._restore(state)
 
-    def _load_corpus(self) -> Corpus:
-        corpus = load_corpus(
-            self.config.data,
-            max_duration=self.config.max_duration,
-            seed=self.config.seed,
-            max_output_length=lambda s: CTCModel.output_lengths(self.log_mel.num_frames_of(s)),
-        )
-        logger.info(corpus.summary())
-        return corpus
+    def _known_tokenizer(self, state: dict | None) -> Tokenizer | None:
+        """That of the state, or of the teacher, whose symbols the student's must be."""
+        if state is not None:
+            return CharTokenizer.from_dict(state["tokenizer"])
+        return None if self.teacher is None else self.teacher.tokenizer
 
     def _build_model(self) -> nn.Module:
         config = self.config
         model = network(config, self.tokenizer.vocab_size)
         stable_init_(model, config.init.linear_std, config.init.conv_scale)
-        count = sum(p.numel() for p in model.parameters())
         logger.info(
-            "%s: %.1f M parameters on %s, %s",
+            "%s: %.1f M parameters on %s%s, %s",
             config.model,
-            count / 1e6,
+            sum(p.numel() for p in model.parameters()) / 1e6,
             self.device,
+            f" x {self.parallel.world_size}" if self.parallel.world_size > 1 else "",
             config.precision,
         )
         return model
 
-    def _build_optimizer(self) -> torch.optim.AdamW:
-        """fastguard's beside the guard; without it torch's, so that runs show what both change."""
-        optim = self.config.optim
-        options = {
-            "lr": optim.lr,
-            "betas": optim.betas,
-            "eps": optim.eps,
-            "weight_decay": optim.weight_decay,
-        }
-        if self.config.guard.enabled:
-            return AdamW(self.model.parameters(), **options)
-        return torch.optim.AdamW(self.model.parameters(), fused=True, **options)
+    def _build_ema(self) -> AveragedModel:
+        return AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(self.config.ema))
 
-    def _build_stepper(self) -> "GradGuard | PlainClip":
-        guard = self.config.guard
-        if guard.enabled:
-            return GradGuard(
-                self.model,
-                guard.max_norm,
-                guard.skip_norm,
-                guard.patience,
-                report_dir=self.run_dir,
-            )
-        return PlainClip(self.model, guard.max_norm)
-
-    def _loader(self, split: str, batch_size: int) -> tuple[BucketBatchSampler, StatefulDataLoader]:
-        train = split == "train"
-        utterances = self.corpus.split(split)
-        augment = Augment(spec=SpecAugment(**vars(self.config.augment))) if train else None
-        sampler = BucketBatchSampler(
-            [u.duration for u in utterances],
-            batch_size=batch_size,
-            seed=self.config.seed,
-            shuffle=train,
-        )
-        dataset = SpeechDataset(
-            utterances,
-            self.tokenizer,
-            self.log_mel,
-            augment,
-            self.config.seed,
-            max_duration=self.config.max_duration,
-        )
-        return sampler, make_loader(dataset, sampler)
-
-    # --- training -------------------------------------------------------------------------------
+    # --- training ---------------------------------------------------------------------------------
 
     def fit(self) -> None:
         """Train for ``config.epochs`` or ``config.max_steps``, whichever ends first.
@@ -151,58 +124,84 @@ class Trainer:
         with contextlib.ExitStack() as stack:
             stack.enter_context(self._stop_on_interrupt())
             stack.enter_context(logging_redirect_tqdm([logging.getLogger("fastguard")]))
-            metrics = stack.enter_context(
-                contextlib.closing(MetricsFile(self.run_dir / "metrics.jsonl"))
-            )
-            for epoch in range(1, self.config.epochs + 1):
-                best = False
-                try:
-                    best = self._train_epoch(epoch, metrics)
-                finally:
-                    self._save(best)
-                if self._finished():
-                    break
+            self.sinks = self._open_sinks(stack)
+            self._saved_at = time.monotonic()
+            while len(self.epochs) < self.config.epochs and not self._finished():
+                self._train_epoch(len(self.epochs) + 1)
+            if not self.stopping:
+                self._average_best()
         logger.info("\n%s\n%s", epoch_table(self.epochs), self._closing_line())
+
+    def _open_sinks(self, stack: contextlib.ExitStack) -> list:
+        """Where metrics go: nowhere but in the process that writes."""
+        if not self.parallel.main:
+            return []
+        path = self.folder.path
+        sinks = [
+            MetricsFile(path / "metrics.jsonl", self.step, len(self.epochs)),
+            Curves(path / "tensorboard", self.step),
+        ]
+        return [stack.enter_context(contextlib.closing(sink)) for sink in sinks]
+
+    def _record(self, metrics: StepMetrics | EpochMetrics) -> None:
+        for sink in self.sinks:
+            sink.write(metrics)
 
     def _finished(self) -> bool:
         return self.stopping or self.step == self.config.max_steps
 
     def _closing_line(self) -> str:
         if self.stopping:
-            return f"Stopped at step {self.step}; the state is in {self.run_dir / 'last.pt'}"
-        return f"Finished at step {self.step}; results are in {self.run_dir}"
+            return (
+                f"Stopped at step {self.step}; the same command with --run-dir "
+                f"{self.folder.path} goes on from there"
+            )
+        return f"Finished at step {self.step}; results are in {self.folder.path}"
 
-    def _train_epoch(self, epoch: int, metrics: MetricsFile) -> bool:
-        """Whether the epoch ended, and with the lowest WER so far."""
-        start = time.perf_counter()
+    def _train_epoch(self, epoch: int) -> None:
         self.model.train()
         self.sampler.set_epoch(epoch)
-        steps: list[StepMetrics] = []
+        total = len(self.sampler)
+        if self.batches < total:  # a state may be of the moment before the evaluation
+            self._train_batches(epoch, total)
+        self.stepper.poll(wait=True)
+        if not self.stopping:
+            self._close_epoch(epoch)
+        self._save()
+
+    def _train_batches(self, epoch: int, total: int) -> None:
+        batches = iter(self.loader)
+        self._restore_random()
         bar = tqdm(
-            self.train_loader,
-            f"epoch {epoch}/{self.config.epochs}",
+            total=total,
+            initial=self.batches,
+            desc=f"epoch {epoch}/{self.config.epochs}",
             leave=False,
-            disable=None,
+            disable=None if self.parallel.main else True,
             unit="batch",
         )
         clock = time.perf_counter()
-        for number, batch in enumerate(bar):
-            loss, report = self._train_step(batch.to(self.device), number)
-            now = time.perf_counter()
-            steps.append(self._step_metrics(epoch, number, loss, report, now - clock, batch))
-            metrics.write(steps[-1])
-            clock = now
+        while window := list(islice(batches, self.config.grad_accumulation)):
+            number = self.batches
+            self.batches += len(window)
+            loss = self._train_step(window, epoch, number, clock)
+            clock = time.perf_counter()
             bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
-            logger.info("Batch %d: loss=%.2f, grad_norm=%.2f", number, loss, report.total_norm)
+            bar.update(len(window))
+            self.stopping = self.parallel.any(self.stopping)
             if self._finished():
                 break
+            if self.batches < total and self._save_is_due():
+                self._save()
         bar.close()
-        self.stepper.poll(wait=True)
-        if self.stopping:
-            return False
+
+    def _close_epoch(self, epoch: int) -> None:
+        """Evaluate, and keep the weights if they are among the best."""
+        start = time.perf_counter()
         rates = self.evaluate(self.evaluation_split)
-        ended = summarize(epoch, steps, rates.wer, rates.cer, time.perf_counter() - start)
-        metrics.write(ended)
+        seconds = time.perf_counter() - start
+        ended = self.totals.close(epoch, self.step, rates.wer, rates.cer, seconds)
+        self._record(ended)
         logger.info(
             "Epoch %d: loss=%.3f, grad_norm=%.2f, wer=%.3f, cer=%.3f, skipped=%d/%d, %.0f s (%s)",
             epoch,
@@ -215,27 +214,114 @@ class Trainer:
             ended.seconds,
             ended.status,
         )
-        best = all(ended.wer < earlier.wer for earlier in self.epochs)
         self.epochs.append(ended)
-        return best
+        self.totals = EpochTotals()
+        self.batches = 0
+        weights = self._weights()
+        if self.parallel.main:
+            self.folder.save_best(weights, ended.wer)
 
-    def _train_step(self, batch: Batch, number: int) -> tuple[float, StepReport | PendingReport]:
+    # --- a step -----------------------------------------------------------------------------------
+
+    def _train_step(self, window: list[Batch], epoch: int, number: int, clock: float) -> float:
+        """Forward, backward and the guarded step of a window of batches; its loss."""
+        self._set_learning_rate(epoch, number)
         self.optimizer.zero_grad()
-        with self._autocast():
-            log_probs, output_lengths = self.model(batch.features, batch.feature_lengths)
-        loss = ctc_loss(log_probs, output_lengths, batch.targets, batch.target_lengths)
-        (loss if self.scaler is None else self.scaler.scale(loss)).backward()
-        report = self.stepper.step(
-            self.optimizer,
-            scaler=self.scaler,
-            loss=loss,
-            batch_id=f"{number} [{', '.join(batch.ids)}]",
-        )
+        ids = [id for batch in window for id in batch.ids]
+        name = f"{number} [{', '.join(ids)}]"
+        self._report_rejected(window)
+        loss = self._backward(window, number)
+        if loss is None:
+            return float("nan")
+        explosion = None
+        try:
+            report = self.stepper.step(self.optimizer, scaler=self.scaler, loss=loss, batch_id=name)
+        except GradientExplosionError as error:
+            report, explosion = error.reports[-1], error
         self.step += 1
-        return loss.item(), report
+        if self.ema is not None and not report.skipped:
+            self.ema.update_parameters(self.model)
+        self._record_step(epoch, number, loss.item(), report, time.perf_counter() - clock, ids)
+        if explosion is not None:
+            self._save()
+            raise explosion
+        return loss.item()
 
-    def _step_metrics(self, epoch, number, loss, report, seconds, batch) -> StepMetrics:
-        return StepMetrics(
+    def _backward(self, window: list[Batch], number: int) -> Tensor | None:
+        """Gradients of the loss per output frame of the whole window; None if it is empty."""
+        losses, frames = [], []
+        for batch in window:
+            loss, count = self._loss(batch)
+            everywhere = self.parallel.sum(count)
+            if everywhere == 0:
+                continue
+            # DistributedDataParallel and FSDP take the mean over processes.
+            loss = loss * (count * self.parallel.world_size / everywhere)
+            (loss if self.scaler is None else self.scaler.scale(loss)).backward()
+            losses.append(loss.detach())
+            frames.append(everywhere)
+            if self.config.grad_accumulation > 1:
+                self.stepper.accumulate(
+                    scaler=self.scaler,
+                    loss=losses[-1],
+                    batch_id=f"{number + len(losses) - 1} [{', '.join(batch.ids)}]",
+                    weight=everywhere,
+                )
+        if not losses:
+            return None
+        weights = torch.tensor(frames, device=self.device, dtype=torch.float32)
+        return (torch.stack(losses) * weights).sum() / weights.sum()
+
+    def _loss(self, batch: Batch) -> tuple[Tensor, int]:
+        """Loss per output frame of a batch, and its output frames."""
+        if not len(batch):  # every process must take part in a step of all
+            silence = torch.zeros(1, 8, self.config.features.n_mels, device=self.device)
+            log_probs, _ = self._forward(silence, torch.tensor([8]))
+            return log_probs.sum() * 0.0, 0
+        batch = batch.to(self.device)
+        log_probs, lengths = self._forward(batch.features, batch.feature_lengths)
+        loss = ctc_loss(log_probs, lengths, batch.targets, batch.target_lengths)
+        if self.teacher is not None:
+            distill = self.config.distill
+            with self._autocast():
+                targets, _ = self.teacher(batch.features, batch.feature_lengths)
+            distance = distillation_loss(log_probs, targets, lengths, distill.temperature)
+            loss = (1 - distill.weight) * loss + distill.weight * distance
+        return loss, int(lengths.sum())
+
+    def _forward(self, features: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        with self._autocast():
+            return self.forward(features, lengths)
+
+    def _autocast(self):
+        dtype = _AUTOCAST[self.config.precision]
+        return torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32)
+
+    def _set_learning_rate(self, epoch: int, number: int) -> None:
+        optim = self.config.optim
+        progress = (epoch - 1 + number / len(self.sampler)) / self.config.epochs
+        if self.config.max_steps is not None:
+            progress = max(progress, self.step / self.config.max_steps)
+        set_learning_rate(
+            self.optimizer,
+            learning_rate(optim.schedule, optim.lr, optim.warmup, self.step, progress),
+        )
+
+    def _report_rejected(self, window: list[Batch]) -> None:
+        for batch in window:
+            for row in batch.rejected:
+                logger.warning("Left out %s: %s", row.id, row.reason)
+
+    def _record_step(
+        self,
+        epoch: int,
+        number: int,
+        loss: float,
+        report: StepReport | PendingReport,
+        seconds: float,
+        ids: list[str],
+    ) -> None:
+        metrics = StepMetrics(
             self.step,
             epoch,
             number,
@@ -245,13 +331,14 @@ class Trainer:
             report.verdict.name.lower(),
             self.optimizer.param_groups[0]["lr"],
             seconds,
-            tuple(batch.ids) if report.skipped else (),
+            tuple(ids) if report.skipped else (),
             report.nonfinite,
         )
-
-    def _autocast(self):
-        dtype = _AUTOCAST[self.config.precision]
-        return torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32)
+        self.totals.add(metrics)
+        self._record(metrics)
+        if self.step % _NORMS_EVERY == 0 and isinstance(report, PendingReport) and self.sinks:
+            self.sinks[-1].write_norms(report.norms(), self.step)
+        logger.info("Batch %d: loss=%.2f, grad_norm=%.2f", number, loss, report.total_norm)
 
     @contextlib.contextmanager
     def _stop_on_interrupt(self):
@@ -270,71 +357,161 @@ class Trainer:
             for number, handler in previous.items():
                 signal.signal(number, handler)
 
-    # --- evaluation and checkpoints ---------------------------------------------------------------
+    # --- evaluation -------------------------------------------------------------------------------
 
     @torch.no_grad()
     def evaluate(self, split: str) -> ErrorRates:
-        """Error rates of greedy decoding on a split with at least one utterance."""
-        self.model.eval()
+        """Error rates of greedy decoding, of the averaged weights where there are such."""
+        model = self.model if self.ema is None else self.ema.module
+        return self._rates_of(model, split)
+
+    def _rates_of(self, model: nn.Module, split: str) -> ErrorRates:
+        model.eval()
         references, hypotheses = [], []
-        _, loader = self._loader(split, _EVALUATION_BATCH)
-        for batch in tqdm(loader, f"evaluating {split}", leave=False, disable=None, unit="batch"):
+        for batch in self.data.evaluation_loader(split, self.parallel):
             batch = batch.to(self.device)
             with self._autocast():
-                log_probs, lengths = self.model(batch.features, batch.feature_lengths)
+                log_probs, lengths = model(batch.features, batch.feature_lengths)
             references += batch.texts
             hypotheses += map(self.tokenizer.decode, greedy_decode(log_probs, lengths))
         return error_rates(references, hypotheses)
 
-    def _save(self, best: bool) -> None:
-        """Write last.pt, and best.pt if the weights are the best so far."""
-        state = {
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "guard": self.stepper.state_dict(),
-            "scaler": None if self.scaler is None else self.scaler.state_dict(),
+    # --- states -----------------------------------------------------------------------------------
+
+    def _save_is_due(self) -> bool:
+        due = self.config.checkpoint
+        late = time.monotonic() - self._saved_at > 60 * due.minutes
+        return self.parallel.any(late) or (due.steps is not None and self.step % due.steps == 0)
+
+    def _save(self) -> None:
+        """Write the state, from which the next step would be the same."""
+        weights, moments = self.parallel.state_of(self.model, self.optimizer)
+        loaders = self.parallel.gather(self.loader.state_dict())
+        numbers = self.parallel.gather(_random_state(self.device))
+        if self.parallel.main:
+            self.folder.save(
+                {
+                    **self._description(),
+                    "model": weights,
+                    "ema": None if self.ema is None else self.ema.state_dict(),
+                    "optimizer": moments,
+                    "guard": self.stepper.state_dict(),
+                    "scaler": None if self.scaler is None else self.scaler.state_dict(),
+                    "loader": loaders,
+                    "random": numbers,
+                    "batches": self.batches,
+                    "totals": dataclasses.asdict(self.totals),
+                    "epochs": [dataclasses.asdict(epoch) for epoch in self.epochs],
+                }
+            )
+        self._saved_at = time.monotonic()
+
+    def _weights(self) -> dict:
+        """What is evaluated, for recognition."""
+        model = self.model if self.ema is None else self.ema.module
+        weights = self.parallel.state_of(model, self.optimizer)[0]
+        return {**self._description(), "model": weights, "wer": self.epochs[-1].wer}
+
+    def _description(self) -> dict:
+        return {
             "tokenizer": self.tokenizer.to_dict(),
             "config": self.config.to_dict(),
             "step": self.step,
             "epoch": len(self.epochs),
         }
+
+    def _restore(self, state: dict) -> None:
         try:
-            checkpoint.save(self.run_dir / "last.pt", state)
-            if best:
-                checkpoint.copy(self.run_dir / "last.pt", self.run_dir / "best.pt")
-        except (OSError, checkpoint.CheckpointError) as error:
-            logger.warning("No checkpoint: %s", error)
+            self.parallel.load(self.model, self.optimizer, state["model"], state["optimizer"])
+            if self.ema is not None:
+                self.ema.load_state_dict(state["ema"])
+            if self.scaler is not None:
+                self.scaler.load_state_dict(state["scaler"])
+            self.stepper.load_state_dict(state["guard"])
+            self.step = state["step"]
+            self.batches = state["batches"]
+            self.totals = EpochTotals(**state["totals"])
+            self.epochs = [EpochMetrics(**epoch) for epoch in state["epochs"]]
+            self._restore_place(state)
+        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise RunError(f"the state does not fit these settings: {error}") from error
+        logger.info("Continuing at step %d, epoch %d", self.step, len(self.epochs) + 1)
+
+    def _restore_place(self, state: dict) -> None:
+        """Where in the epoch, and the random numbers of each process."""
+        if len(state["loader"]) != self.parallel.world_size:
+            logger.warning(
+                "The state is of %d processes and there are %d: the epoch begins anew",
+                len(state["loader"]),
+                self.parallel.world_size,
+            )
+            self.batches, self.totals = 0, EpochTotals()
+            return
+        if self.batches:
+            self.loader.load_state_dict(state["loader"][self.parallel.rank])
+        self._random = state["random"][self.parallel.rank]
+
+    def _restore_random(self) -> None:
+        """Last of all before the first step: to begin with a loader draws a number."""
+        if self._random is not None:
+            _set_random_state(self._random, self.device)
+            self._random = None
+
+    def _average_best(self) -> None:
+        """Evaluate the mean of the best weights, and keep it."""
+        best = self.folder.best() if self.parallel.main else []
+        mean = checkpoint.average(best) if len(best) > 1 else None
+        mean = self.parallel.from_main(mean)
+        if mean is None:
+            return
+        model = network(self.config, self.tokenizer.vocab_size).to(self.device)
+        model.load_state_dict(mean["model"])
+        rates = self._rates_of(model, self.evaluation_split)
+        logger.info(
+            "Mean of the %d best: wer=%.3f, cer=%.3f; the best alone: wer=%.3f",
+            len(best),
+            rates.wer,
+            rates.cer,
+            min(epoch.wer for epoch in self.epochs),
+        )
+        if self.parallel.main:
+            best_wer = min(epoch.wer for epoch in self.epochs)
+            self.folder.save_averaged({**mean, "wer": rates.wer}, rates.wer < best_wer)
 
 
-class PlainClip:
-    """What a loop without the guard does: torch's clipping and an unconditional step.
+def load_teacher(config: Config, device: torch.device) -> Recognizer:
+    """The model to learn from.
 
-    The ``before`` settings train with it, so that runs show what the guard changes.
+    Raises:
+        RunError: it can not be read, or has other features than the student.
     """
+    try:
+        teacher = Recognizer.load(checkpoint.best_of(config.teacher), device)
+    except checkpoint.CheckpointError as error:
+        raise RunError(f"--teacher {error}") from error
+    if teacher.config.features != config.features:
+        raise RunError(
+            f"--teacher {config.teacher} was trained on {teacher.config.features}, these settings "
+            f"say {config.features}: give the same"
+        )
+    return teacher
 
-    def __init__(self, model: nn.Module, max_norm: float):
-        self.parameters = list(model.parameters())
-        self.max_norm = max_norm
-        self.steps = 0
 
-    def step(self, optimizer, *, scaler=None, loss=None, batch_id=None) -> StepReport:
-        if scaler is not None:
-            scaler.unscale_(optimizer)
-        norm = nn.utils.clip_grad_norm_(self.parameters, self.max_norm).item()
-        coef = min(1.0, self.max_norm / (norm + 1e-6))
-        if not norm < float("inf"):
-            logger.warning("Large gradient norm: %s at batch %s", norm, batch_id)
-        if scaler is None:
-            optimizer.step()
-        else:
-            scaler.step(optimizer)
-            scaler.update()
-        self.steps += 1
-        verdict = Verdict.CLIP if coef < 1 else Verdict.APPLY
-        return StepReport(self.steps - 1, batch_id, verdict, norm, coef)
+def _random_state(device: torch.device) -> dict:
+    """Of all generators that anything in a run may draw from."""
+    name, keys, *rest = numpy.random.get_state()
+    return {
+        "python": random.getstate(),
+        "numpy": (name, torch.from_numpy(keys.astype("int64")), *rest),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+    }
 
-    def poll(self, wait: bool = False) -> list[StepReport]:
-        return []  # it has kept nothing back
 
-    def state_dict(self) -> dict:
-        return {"steps": self.steps}
+def _set_random_state(state: dict, device: torch.device) -> None:
+    random.setstate(state["python"])
+    name, keys, *rest = state["numpy"]
+    numpy.random.set_state((name, keys.numpy().astype("uint32"), *rest))
+    torch.set_rng_state(state["torch"])
+    if device.type == "cuda" and state["cuda"] is not None:
+        torch.cuda.set_rng_state(state["cuda"], device)

@@ -1,114 +1,21 @@
-"""Settings: files, --stable and options in their order, and errors that name the value."""
+"""Settings as plain values and back."""
 
 import pytest
-import torch
 
-from fastguard.config import MODELS, Config, config_file, parse
-
-#: The right and the left column of the table in shared/DESIGN.md.
-STABLE = {"lr": 1e-5, "betas": (0.9, 0.98), "max_norm": 0.5, "linear_std": 0.001, "conv_scale": 0.5}
-BEFORE = {"lr": 1e-4, "betas": (0.9, 0.999), "max_norm": 1.0, "linear_std": 0.01, "conv_scale": 1.0}
+from fastguard.config import Config
+from fastguard.options import parse
 
 
-def table(config):
-    return {
-        "lr": config.optim.lr,
-        "betas": tuple(config.optim.betas),
-        "max_norm": config.guard.max_norm,
-        "linear_std": config.init.linear_std,
-        "conv_scale": config.init.conv_scale,
-    }
+def test_plain_values_and_back():
+    config = parse(["--guarded", "--run-dir", "somewhere", "--teacher", "t.pt"])
+    assert Config.from_dict(config.to_dict()) == config
 
 
-@pytest.mark.parametrize("model", MODELS)
-def test_the_two_columns(model):
-    before, stable = parse(["--model", model]), parse(["--model", model, "--stable"])
-    assert before.model == stable.model == model
-    assert table(before) == BEFORE
-    assert not before.guard.enabled
-    assert before.network.attention_clamp is None
-    assert table(stable) == STABLE
-    assert stable.guard.enabled
-    assert stable.guard.skip_norm == 10.0
-    assert stable.network.attention_clamp == 10.0
-    assert before.batch_size == stable.batch_size == {"teacher": 2, "baseline": 4}[model]
+def test_what_is_missing_gets_its_default():
+    assert Config.from_dict({"optim": {"lr": 0.5}}).optim.lr == 0.5
+    assert Config.from_dict({"optim": {"lr": 0.5}}).optim.betas == Config().optim.betas
 
 
-def test_the_default_is_the_teacher():
-    assert parse([]) == parse(["--model", "teacher"])
-
-
-@pytest.mark.parametrize("name", [*MODELS, "stable"])
-def test_every_config_file_is_found_and_loads(name):
-    assert config_file(name).is_file()
-    assert isinstance(parse(["--config", str(config_file(name))]), Config)
-
-
-def test_options_override_stable_overrides_config_overrides_model(tmp_path):
-    mine = tmp_path / "mine.yaml"
-    mine.write_text("model: baseline\nseed: 5\noptim:\n  lr: 0.5\n  weight_decay: 0.3\n")
-    config = parse(["--optim.lr", "0.25", "--config", str(mine), "--stable"])
-    assert config.model == "baseline"
-    assert config.batch_size == 4
-    assert config.seed == 5
-    assert config.optim.weight_decay == 0.3
-    assert config.optim.betas == (0.9, 0.98)
-    assert config.optim.lr == 0.25
-    assert parse(["--config", str(mine), "--stable"]).optim.lr == 1e-5
-    assert parse(["--config", str(mine), "--model", "teacher"]).model == "teacher"
-
-
-def test_hyphens_and_underscores_are_the_same():
-    assert parse(["--run-dir", "a-b", "--max-steps=7"]) == parse(
-        ["--run_dir=a-b", "--max_steps", "7"]
-    )
-    assert str(parse(["--run-dir", "a-b"]).run_dir) == "a-b"
-
-
-def test_saved_settings_read_back_and_fit_a_checkpoint(tmp_path):
-    config = parse(["--stable", "--run-dir", "somewhere", "--max-steps", "3"])
-    config.save(tmp_path / "config.yaml")
-    assert parse(["--config", str(tmp_path / "config.yaml")]) == config
-    torch.save(config.to_dict(), tmp_path / "x.pt")
-    assert torch.load(tmp_path / "x.pt", weights_only=True) == config.to_dict()
-
-
-@pytest.mark.parametrize(
-    "argv, message",
-    [
-        (["--model", "student"], "--model student: choose one of teacher, baseline"),
-        (["--epochs", "0"], "epochs must be at least 1, got 0"),
-        (["--optim.lr", "-1"], "optim.lr must be above 0, got -1.0"),
-        (["--epocs", "3"], "--epocs"),
-        (["--precision", "fp8"], "fp8"),
-        (["--config", "/not/there.yaml"], "/not/there.yaml: there is no such file"),
-    ],
-)
-def test_wrong_usage_exits_2_and_names_it(argv, message, capsys):
-    with pytest.raises(SystemExit) as caught:
-        parse(argv)
-    assert caught.value.code == 2
-    assert message in capsys.readouterr().err
-
-
-def test_a_typo_in_a_file_is_named(tmp_path, capsys):
-    (tmp_path / "typo.yaml").write_text("optim:\n  learning_rate: 1\n")
-    with pytest.raises(SystemExit):
-        parse(["--config", str(tmp_path / "typo.yaml")])
-    assert "learning_rate" in capsys.readouterr().err
-
-
-def test_help_lists_every_field(capsys):
-    with pytest.raises(SystemExit) as caught:
-        parse(["--help"])
-    assert caught.value.code == 0
-    text = capsys.readouterr().out
-    for word in (
-        "--stable",
-        "--config",
-        "--run_dir",
-        "--optim.lr",
-        "--guard.skip_norm",
-        "Skips in a row that end the run with an error",
-    ):
-        assert word in text
+def test_unknown_keys_are_refused():
+    with pytest.raises(TypeError, match="learning_rate"):
+        Config.from_dict({"optim": {"learning_rate": 1}})

@@ -1,15 +1,30 @@
 """metrics.jsonl and the epoch table."""
 
 import json
+import logging
 import math
 
 import pytest
 
-from fastguard.metrics import EpochMetrics, MetricsFile, StepMetrics, epoch_table, summarize
+from fastguard.metrics import (
+    EpochMetrics,
+    EpochTotals,
+    MetricsFile,
+    StepMetrics,
+    epoch_table,
+    log_to,
+)
 
 
 def step(number, loss, norm, verdict="apply"):
     return StepMetrics(number, 1, number, loss, norm, 1.0, verdict, 1e-5, 0.5)
+
+
+def summarize(epoch, steps, wer, cer, seconds):
+    totals = EpochTotals()
+    for each in steps:
+        totals.add(each)
+    return totals.close(epoch, steps[-1].step, wer, cer, seconds)
 
 
 def test_every_line_is_strict_json_and_nan_reads_back(tmp_path):
@@ -61,6 +76,7 @@ def test_an_epoch_averages_the_steps_that_counted():
     assert epoch.skipped == 2
     assert epoch.steps == 4
     assert epoch.step == 4
+    assert epoch.seconds == 9.0 + 4 * 0.5
 
 
 @pytest.mark.parametrize(
@@ -80,3 +96,47 @@ def test_status(loss, wer, skipped, words):
     epoch = EpochMetrics(1, 10, loss, wer, 0.1, 1.0, skipped, 10, 1.0)
     assert epoch.status == words
     assert words in epoch_table([epoch])
+
+
+def test_an_epoch_without_steps_has_no_loss():
+    epoch = EpochTotals().close(1, 0, 1.0, 1.0, 0.0)
+    assert math.isnan(epoch.loss)
+    assert epoch.status == "WARNING: loss not finite"
+
+
+def test_what_lies_after_the_state_is_dropped_with_a_line_that_was_cut(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    file = MetricsFile(path)
+    for number in (1, 2, 3):
+        file.write(step(number, 1.0, 1.0))
+    file.write(summarize(1, [step(3, 1.0, 1.0)], 0.5, 0.25, 9.0))
+    file.write(step(4, 1.0, 1.0))
+    file.close()
+    with path.open("a") as lines:
+        lines.write('{"kind": "step", "st')
+    MetricsFile(path, 2, 0).write(step(3, 7.0, 1.0))
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [(line["step"], line["loss"]) for line in lines] == [(1, 1.0), (2, 1.0), (3, 7.0)]
+
+
+def test_a_full_disk_costs_lines_and_one_warning(tmp_path, caplog):
+    logging.getLogger("fastguard").propagate = True
+    file = MetricsFile(tmp_path / "metrics.jsonl")
+    file._file.close()
+    file._file = open("/dev/full", "a")  # noqa: SIM115
+    file.write(step(1, 1.0, 1.0))
+    file.write(step(2, 1.0, 1.0))
+    assert [r.message.split(":")[0] for r in caplog.records] == ["metrics.jsonl is not complete"]
+
+
+def test_a_full_disk_ends_the_log_file_and_not_the_run(tmp_path, capsys):
+    (tmp_path / "train.log").symlink_to("/dev/full")
+    log_to(tmp_path / "train.log")
+    logger = logging.getLogger("fastguard.trainer")
+    logger.info("one")
+    logger.info("two")
+    error = capsys.readouterr().err
+    assert "one\n" in error
+    assert "two\n" in error
+    assert error.count("train.log is not complete") == 1
+    assert "Traceback" not in error

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from fastguard import checkpoint
-from fastguard.config import parse
+from fastguard.options import parse
 from fastguard.train import main
 from fastguard.trainer import Trainer
 

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 
 import fastguard
 from fastguard import checkpoint, trainer
-from fastguard.config import parse
 from fastguard.guard import GradGuard
+from fastguard.options import parse
 from fastguard.speech.decoding import ErrorRates
 from fastguard.speech.loss import ctc_loss
 from fastguard.trainer import PlainClip, Trainer

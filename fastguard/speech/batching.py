@@ -336,6 +336,8 @@ def make_loader(
             num_workers=num_workers,
             collate_fn=partial(collate, n_mels=dataset.log_mel.n_mels),
             worker_init_fn=_ignore_interrupts,
+            # Its own, or each pass would draw from the global one: a resumed run once more.
+            generator=torch.Generator(),
         )
 
 

@@ -34,6 +34,8 @@ class TeacherConfig:
     """Probability of dropping a channel of a residual branch."""
     attention_clamp: float | None = 10.0
     """Bound on the attention output before its projection; None leaves it free."""
+    attention_dropout: float = 0.0
+    """Probability with which an attention weight is dropped."""
 
     def __post_init__(self):
         check_kernel_size(self.kernel_size)
@@ -65,7 +67,6 @@ class ConformerBlock(nn.Module):
     """Half-step feed-forward, self-attention, convolution, half-step feed-forward, LayerNorm.
 
     Dropout takes whole channels of a branch, as in the baseline and for its reasons.
-    Attention weights are not dropped: the branch is regularised as it is.
     """
 
     def __init__(self, config: TeacherConfig):
@@ -74,7 +75,11 @@ class ConformerBlock(nn.Module):
         self.feed_forward1 = FeedForward(d_model)
         self.attention_norm = nn.LayerNorm(d_model)
         self.attention = ClampedMultiheadAttention(
-            d_model, config.num_heads, batch_first=True, clamp=config.attention_clamp
+            d_model,
+            config.num_heads,
+            dropout=config.attention_dropout,
+            batch_first=True,
+            clamp=config.attention_clamp,
         )
         self.convolution = ConvolutionModule(d_model, config.kernel_size)
         self.feed_forward2 = FeedForward(d_model)

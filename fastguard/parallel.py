@@ -1,0 +1,118 @@
+"""One process, or several under torchrun: which of them this is, and what they tell each other."""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+
+class Parallel:
+    """This process among ``world_size``; alone, every method is the plain thing.
+
+    Args:
+        kind: "ddp", a whole model in each process, or "fsdp", a shard of one in each (FSDP2).
+    """
+
+    def __init__(self, kind: str = "ddp"):
+        self.rank = dist.get_rank() if dist.is_initialized() else 0
+        self.world_size = dist.get_world_size() if dist.is_initialized() else 1
+        self.sharded = kind == "fsdp" and dist.is_initialized()
+        self.device = torch.device("cpu")
+        if torch.cuda.is_available():
+            self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+            torch.cuda.set_device(self.device)
+
+    @classmethod
+    @contextlib.contextmanager
+    def start(cls, kind: str) -> Iterator["Parallel"]:
+        """Join the processes that torchrun started, and leave them in the end."""
+        torchrun = "RANK" in os.environ and "MASTER_ADDR" in os.environ
+        if torchrun:
+            dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        try:
+            yield cls(kind)
+        finally:
+            if torchrun:
+                dist.destroy_process_group()
+
+    @property
+    def main(self) -> bool:
+        """Whether this is the process that writes."""
+        return self.rank == 0
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """What to call in training in place of ``model``, whose parameters may become shards."""
+        if self.sharded:
+            for part in model.children():
+                for block in part if isinstance(part, nn.ModuleList) else ():
+                    fully_shard(block)
+            fully_shard(model)
+        elif self.world_size > 1:
+            ids = [self.device.index] if self.device.type == "cuda" else None
+            return DistributedDataParallel(model, device_ids=ids)
+        return model
+
+    # --- what the processes tell each other -------------------------------------------------------
+
+    def sum(self, value: float) -> float:
+        if self.world_size == 1:
+            return value
+        total = torch.tensor(value, dtype=torch.float64, device=self.device)
+        dist.all_reduce(total)
+        return total.item()
+
+    def any(self, flag: bool) -> bool:
+        return self.sum(float(flag)) > 0
+
+    def gather(self, value: Any) -> list:
+        """Each process's value, in the order of the ranks."""
+        if self.world_size == 1:
+            return [value]
+        values: list = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
+    def from_main(self, value: Any) -> Any:
+        """The first process's value."""
+        if self.world_size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box)
+        return box[0]
+
+    # --- whole states out of shards, and back -----------------------------------------------------
+
+    def state_of(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict, dict]:
+        """State dicts as of one process alone; on others than the first perhaps empty."""
+        if not self.sharded:
+            return model.state_dict(), optimizer.state_dict()
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        return (
+            get_model_state_dict(model, options=options),
+            get_optimizer_state_dict(model, optimizer, options=options),
+        )
+
+    def load(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, weights: dict, moments: dict
+    ) -> None:
+        """Take over what :meth:`state_of` gave."""
+        if not self.sharded:
+            model.load_state_dict(weights)
+            optimizer.load_state_dict(moments)
+            return
+        options = StateDictOptions(full_state_dict=True)
+        set_model_state_dict(model, weights, options=options)
+        set_optimizer_state_dict(model, optimizer, moments, options=options)

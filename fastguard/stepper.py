@@ -1,0 +1,108 @@
+"""The optimizer of a run and what steps it: the guard, or what a loop without one does."""
+
+import logging
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from . import thresholds
+from .config import Config
+from .guard import GradGuard
+from .ops import Verdict
+from .optim import AdamW
+from .step_report import StepReport
+
+logger = logging.getLogger(__name__)
+
+_THRESHOLDS = {
+    "fixed": thresholds.Fixed,
+    "zclip": thresholds.ZClip,
+    "median": thresholds.RunningMedian,
+    "autoclip": thresholds.AutoClip,
+    "adagc": thresholds.AdaGC,
+}
+
+
+def build_optimizer(config: Config, model: nn.Module) -> torch.optim.AdamW:
+    """fastguard's beside the guard; without it torch's, so that runs show what both change."""
+    options = {
+        "lr": config.optim.lr,
+        "betas": config.optim.betas,
+        "eps": config.optim.eps,
+        "weight_decay": config.optim.weight_decay,
+    }
+    if config.guard.enabled:
+        return AdamW(model.parameters(), **options)
+    return torch.optim.AdamW(model.parameters(), fused=True, **options)
+
+
+def build_stepper(config: Config, model: nn.Module, report_dir: Path) -> "GradGuard | PlainClip":
+    """What clips, and steps the optimizer or skips."""
+    guard = config.guard
+    if not guard.enabled:
+        return PlainClip(model, guard.max_norm)
+    return GradGuard(
+        model,
+        guard.max_norm,
+        guard.skip_norm,
+        guard.patience,
+        threshold=_THRESHOLDS[guard.threshold](),
+        report_dir=report_dir,
+    )
+
+
+class PlainClip:
+    """torch's clipping and an unconditional step, with the methods of a guard.
+
+    The ``before`` settings train with it, so that runs show what the guard changes.
+    """
+
+    def __init__(self, model: nn.Module, max_norm: float):
+        self.parameters = list(model.parameters())
+        self.max_norm = max_norm
+        self.steps = 0
+        self._sums: list[torch.Tensor | None] | None = None
+        self._weight = 0.0
+
+    def accumulate(self, *, scaler=None, loss=None, batch_id=None, weight: float = 1.0) -> None:
+        """Add the gradients times ``weight``, and clear them; :meth:`step` applies the mean."""
+        grads = [None if p.grad is None else p.grad.mul(weight) for p in self.parameters]
+        for parameter in self.parameters:
+            parameter.grad = None
+        if self._sums is None:
+            self._sums = grads
+        else:
+            pairs = zip(self._sums, grads, strict=True)
+            self._sums = [a if b is None else b if a is None else a + b for a, b in pairs]
+        self._weight += weight
+
+    def step(self, optimizer, *, scaler=None, loss=None, batch_id=None) -> StepReport:
+        if self._sums is not None:
+            for parameter, grad in zip(self.parameters, self._sums, strict=True):
+                parameter.grad = None if grad is None else grad / self._weight
+            self._sums, self._weight = None, 0.0
+        if scaler is not None:
+            scaler.unscale_(optimizer)
+        norm = nn.utils.clip_grad_norm_(self.parameters, self.max_norm)
+        norm = getattr(norm, "full_tensor", lambda: norm)().item()
+        coef = min(1.0, self.max_norm / (norm + 1e-6))
+        if not norm < float("inf"):
+            logger.warning("Large gradient norm: %s at batch %s", norm, batch_id)
+        if scaler is None:
+            optimizer.step()
+        else:
+            scaler.step(optimizer)
+            scaler.update()
+        self.steps += 1
+        verdict = Verdict.CLIP if coef < 1 else Verdict.APPLY
+        return StepReport(self.steps - 1, batch_id, verdict, norm, coef)
+
+    def poll(self, wait: bool = False) -> list[StepReport]:
+        return []  # it has kept nothing back
+
+    def state_dict(self) -> dict:
+        return {"steps": self.steps}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.steps = state["steps"]

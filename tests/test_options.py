@@ -1,0 +1,158 @@
+"""Settings: files, --stable and options in their order, and errors that name the value."""
+
+import pytest
+import torch
+
+from fastguard.config import MODELS, Config
+from fastguard.options import config_file, parse
+
+#: The right and the left column of the table in shared/DESIGN.md.
+STABLE = {"lr": 1e-5, "betas": (0.9, 0.98), "max_norm": 0.5, "linear_std": 0.001, "conv_scale": 0.5}
+BEFORE = {"lr": 1e-4, "betas": (0.9, 0.999), "max_norm": 1.0, "linear_std": 0.01, "conv_scale": 1.0}
+
+
+def table(config):
+    return {
+        "lr": config.optim.lr,
+        "betas": tuple(config.optim.betas),
+        "max_norm": config.guard.max_norm,
+        "linear_std": config.init.linear_std,
+        "conv_scale": config.init.conv_scale,
+    }
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_the_two_columns(model):
+    before, stable = parse(["--model", model]), parse(["--model", model, "--stable"])
+    assert before.model == stable.model == model
+    assert table(before) == BEFORE
+    assert not before.guard.enabled
+    assert before.network.attention_clamp is None
+    assert table(stable) == STABLE
+    assert stable.guard.enabled
+    assert stable.guard.skip_norm == 10.0
+    assert stable.network.attention_clamp == 10.0
+    assert before.batch_size == stable.batch_size == {"teacher": 2, "baseline": 4}[model]
+
+
+def test_the_default_is_the_teacher():
+    assert parse([]) == parse(["--model", "teacher"])
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_guarded_takes_full_steps_under_a_guard_that_adapts(model):
+    config = parse(["--model", model, "--guarded"])
+    assert config.guard.enabled
+    assert config.guard.threshold != "fixed"
+    assert config.optim.schedule == "cosine"
+    assert config.optim.lr > 100 * parse(["--stable"]).optim.lr / 10
+    assert config.network.attention_clamp == 10.0
+    assert config.augment.speeds
+    assert config.checkpoint.keep_best > 1
+
+
+@pytest.mark.parametrize("name", [*MODELS, "stable", "guarded"])
+def test_every_config_file_is_found_and_loads(name):
+    assert config_file(name).is_file()
+    assert isinstance(parse(["--config", str(config_file(name))]), Config)
+
+
+def test_options_override_stable_overrides_config_overrides_model(tmp_path):
+    mine = tmp_path / "mine.yaml"
+    mine.write_text("model: baseline\nseed: 5\noptim:\n  lr: 0.5\n  weight_decay: 0.3\n")
+    config = parse(["--optim.lr", "0.25", "--config", str(mine), "--stable"])
+    assert config.model == "baseline"
+    assert config.batch_size == 4
+    assert config.seed == 5
+    assert config.optim.weight_decay == 0.3
+    assert config.optim.betas == (0.9, 0.98)
+    assert config.optim.lr == 0.25
+    assert parse(["--config", str(mine), "--stable"]).optim.lr == 1e-5
+    assert parse(["--config", str(mine), "--model", "teacher"]).model == "teacher"
+
+
+def test_hyphens_and_underscores_are_the_same():
+    assert parse(["--run-dir", "a-b", "--max-steps=7"]) == parse(
+        ["--run_dir=a-b", "--max_steps", "7"]
+    )
+    assert str(parse(["--run-dir", "a-b"]).run_dir) == "a-b"
+
+
+def test_saved_settings_read_back_and_fit_a_checkpoint(tmp_path):
+    config = parse(["--stable", "--run-dir", "somewhere", "--max-steps", "3"])
+    (tmp_path / "config.yaml").write_text(config.to_yaml())
+    assert parse(["--config", str(tmp_path / "config.yaml")]) == config
+    torch.save(config.to_dict(), tmp_path / "x.pt")
+    assert torch.load(tmp_path / "x.pt", weights_only=True) == config.to_dict()
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["--model", "student"], "--model student: choose one of teacher, baseline"),
+        (["--epochs", "0"], "epochs must be at least 1, got 0"),
+        (["--optim.lr", "-1"], "optim.lr must be above 0, got -1.0"),
+        (["--epocs", "3"], "there is no option --epocs; did you mean --epochs?"),
+        (["--lr=3"], "there is no option --lr; did you mean --optim.lr?"),
+        (["--optim.learning-rate", "3"], "did you mean --optim.lr?"),
+        (["--epochs", "three"], "epochs"),
+        (["--guard.skip_norm", "3"], "guard.skip_norm=3 and guard.threshold=fixed need the guard"),
+        (["--stable", "--guarded"], "--stable and --guarded contradict each other"),
+        (["--optim.schedule", "noam"], "noam needs a warm-up"),
+        (["--compile", "true", "--parallel", "fsdp"], "--compile is not supported"),
+        (["--batch-duration", "nan"], "batch_duration must be above 0, got nan"),
+        (["--ema", "1.5"], "ema must lie between 0 and 1, got 1.5"),
+        (["--optim.betas", "[0.9,1.0]"], "optim.betas must be at least 0 and below 1"),
+        (["--augment.speeds", "[0.01]"], "augment.speeds must lie between 0.5 and 2"),
+        (["--precision", "fp8"], "fp8"),
+        (["--config", "/not/there.yaml"], "/not/there.yaml: there is no such file"),
+    ],
+)
+def test_wrong_usage_exits_2_and_names_it(argv, message, capsys):
+    with pytest.raises(SystemExit) as caught:
+        parse(argv)
+    assert caught.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("optim:\n  weight_decai: 1\n", "did you mean optim.weight_decay?"),
+        ("epocs: 1\n", "there is no setting epocs; did you mean epochs?"),
+        ("optim: 3\n", "optim is a group"),
+        ("- 1\n", "holds no settings"),
+        ("", "holds no settings"),
+        ("a: [1\n", "while parsing"),
+        ("epochs: many\n", "epochs"),
+    ],
+)
+def test_what_is_wrong_in_a_file_is_named(text, message, tmp_path, capsys):
+    (tmp_path / "mine.yaml").write_text(text)
+    with pytest.raises(SystemExit) as caught:
+        parse(["--config", str(tmp_path / "mine.yaml")])
+    assert caught.value.code == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+
+
+def test_infinity_is_a_number():
+    assert parse(["--stable", "--guard.skip_norm", "inf"]).guard.skip_norm == float("inf")
+    assert parse(["--stable", "--guard.skip-norm=inf"]).guard.skip_norm == float("inf")
+
+
+def test_help_lists_every_field(capsys):
+    with pytest.raises(SystemExit) as caught:
+        parse(["--help"])
+    assert caught.value.code == 0
+    text = capsys.readouterr().out
+    for word in (
+        "--stable",
+        "--config",
+        "--run_dir",
+        "--optim.lr",
+        "--guard.skip_norm",
+        "Skips in a row that end the run with an error",
+    ):
+        assert word in text

@@ -1,0 +1,193 @@
+"""What a run leaves in its folder, and from what it goes on."""
+
+import dataclasses
+import logging
+import math
+
+import pytest
+import torch
+
+from fastguard import checkpoint, run_folder
+from fastguard.config import CheckpointConfig, Config
+from fastguard.run_folder import RunError, RunFolder
+
+
+@pytest.fixture(autouse=True)
+def _logs_reach_caplog():
+    logging.getLogger("fastguard").propagate = True
+
+
+def state(step, value=1.0):
+    return {
+        "model": {"w": torch.full((4,), value)},
+        "config": {},
+        "tokenizer": {},
+        "optimizer": {},
+        "guard": {},
+        "loader": [],
+        "random": [],
+        "step": step,
+    }
+
+
+def begun(path, **settings):
+    folder = RunFolder(path, Config(**settings))
+    folder.begin()
+    return folder
+
+
+def names(folder):
+    return sorted(p.name for p in folder.path.rglob("*.pt"))
+
+
+def test_a_new_folder_has_settings_and_no_state(tmp_path):
+    folder = begun(tmp_path / "a" / "b")
+    assert folder.find_state() is None
+    assert (tmp_path / "a" / "b" / "config.yaml").read_text() == Config().to_yaml()
+
+
+def test_the_last_states_are_kept_and_the_newest_is_found(tmp_path):
+    folder = begun(tmp_path, checkpoint=CheckpointConfig(keep_last=2))
+    for step in (1, 2, 10):
+        folder.save(state(step))
+    assert names(folder) == ["last.pt", "step_000000002.pt", "step_000000010.pt"]
+    assert folder.find_state()["step"] == 10
+    assert checkpoint.load(tmp_path / "last.pt")["step"] == 10
+
+
+@pytest.mark.parametrize("damage", ["truncated", "foreign", "empty"])
+def test_a_damaged_state_is_named_and_the_one_before_it_is_taken(tmp_path, damage, caplog):
+    folder = begun(tmp_path)
+    for step in (1, 2):
+        folder.save(state(step))
+    newest = tmp_path / "checkpoints" / "step_000000002.pt"
+    whole = newest.read_bytes()
+    newest.unlink()  # last.pt is another name of the same file
+    if damage == "foreign":
+        torch.save({"weights": torch.ones(2)}, newest)
+    else:
+        newest.write_bytes(whole[:300] if damage == "truncated" else b"")
+    assert folder.find_state()["step"] == 1
+    assert str(newest) in caplog.text
+    assert "taking the one before it" in caplog.text
+
+
+def test_what_a_crash_left_half_written_is_removed(tmp_path):
+    begun(tmp_path)
+    (tmp_path / "checkpoints" / "step_000000005.pt.tmp").write_bytes(b"half")
+    assert begun(tmp_path).find_state() is None
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_weights_that_are_not_finite_replace_nothing(tmp_path, caplog):
+    folder = begun(tmp_path)
+    folder.save(state(1))
+    folder.save(state(2, math.nan))
+    folder.save_best({**state(2), "model": {"w": torch.tensor(math.inf)}}, 0.1)
+    assert folder.find_state()["step"] == 1
+    assert folder.best() == []
+    assert "No checkpoint at step 2, training goes on" in caplog.text
+
+
+def test_a_full_disk_is_said_and_keeps_the_last_good_state(tmp_path, caplog, monkeypatch):
+    folder = begun(tmp_path)
+    folder.save(state(1))
+    before = names(folder)
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint.os, "fsync", full)
+    folder.save(state(2))
+    folder.save_best(state(2), 0.5)
+    folder.save_averaged(state(2), True)
+    assert caplog.text.count("No space left on device") == 3
+    assert names(folder) == before
+    assert not list(tmp_path.rglob("*.tmp"))
+    assert folder.find_state()["step"] == 1
+
+
+def test_the_best_are_kept_by_wer_and_then_by_age(tmp_path):
+    folder = begun(tmp_path, checkpoint=CheckpointConfig(keep_best=2))
+    for step, wer in enumerate((0.5, 1.25, 0.5, 0.4, 0.45), start=1):
+        folder.save_best(state(step), wer)
+    assert [checkpoint.load(path)["step"] for path in folder.best()] == [4, 5]
+    assert checkpoint.load(tmp_path / "best.pt")["step"] == 4
+
+
+def test_the_mean_of_the_best(tmp_path):
+    folder = begun(tmp_path)
+    for step, value in ((1, 1.0), (2, 4.0)):
+        weights = {"w": torch.full((2,), value), "n": torch.tensor(step)}
+        folder.save_best({**state(step), "model": weights}, step / 10)
+    mean = checkpoint.average(folder.best())
+    assert mean["model"]["w"].tolist() == [2.5, 2.5]
+    assert mean["model"]["n"] == 1
+    folder.save_averaged(mean, best=False)
+    assert checkpoint.load(tmp_path / "best.pt")["model"]["w"].tolist() == [1.0, 1.0]
+    folder.save_averaged(mean, best=True)
+    assert checkpoint.load(tmp_path / "best.pt")["model"]["w"].tolist() == [2.5, 2.5]
+
+
+def test_other_settings_do_not_go_on_in_a_folder_and_are_named(tmp_path):
+    config = Config()
+    begun(tmp_path)
+    other = dataclasses.replace(
+        config, seed=3, optim=dataclasses.replace(config.optim, lr=0.5), epochs=99
+    )
+    with pytest.raises(RunError) as caught:
+        RunFolder(tmp_path, other).begin()
+    assert "optim.lr was 0.0001 and is 0.5; seed was 0 and is 3" in str(caught.value)
+    assert "epochs" not in str(caught.value)
+    RunFolder(tmp_path, dataclasses.replace(config, epochs=99, num_workers=2)).begin()
+
+
+def test_never_refuses_a_folder_with_a_run(tmp_path):
+    begun(tmp_path)
+    with pytest.raises(RunError, match="holds a run already"):
+        RunFolder(tmp_path, Config(resume="never")).begin()
+
+
+def test_a_folder_of_something_else_is_left_alone(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text("precious")
+    with pytest.raises(RunError, match=r"without a config\.yaml"):
+        RunFolder(tmp_path, Config()).begin()
+    (tmp_path / "config.yaml").write_text("trainer: somebody else's")
+    with pytest.raises(RunError, match="not what fastguard wrote"):
+        RunFolder(tmp_path, Config()).begin()
+    assert (tmp_path / "metrics.jsonl").read_text() == "precious"
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_another_runs_state_goes_on_in_a_new_folder(tmp_path):
+    begun(tmp_path / "old").save(state(7))
+    for source in ("old", "old/last.pt", "old/checkpoints/step_000000007.pt"):
+        folder = begun(tmp_path / "new" / source, resume=str(tmp_path / source))
+        assert folder.find_state()["step"] == 7
+
+
+@pytest.mark.parametrize(
+    "name, message", [("absent.pt", "can not be read"), (".", "no state in this folder")]
+)
+def test_nothing_to_resume_from_is_an_error(tmp_path, name, message):
+    with pytest.raises(RunError, match=message):
+        RunFolder(tmp_path / "new", Config(resume=str(tmp_path / name))).find_state()
+
+
+def test_weights_alone_are_nothing_to_go_on_with(tmp_path):
+    folder = begun(tmp_path / "old")
+    weights = {key: state(3)[key] for key in ("model", "config", "tokenizer", "step")}
+    folder.save_best(weights, 0.5)
+    with pytest.raises(RunError, match="holds weights, and nothing to go on with"):
+        begun(tmp_path / "new", resume=str(tmp_path / "old" / "best.pt")).find_state()
+
+
+def test_the_folder_describes_what_it_holds(tmp_path):
+    """The list in the module's docstring is that of a run; see also test_train."""
+    folder = begun(tmp_path)
+    folder.save(state(1))
+    folder.save_best(state(1), 0.5)
+    folder.save_averaged(state(1), False)
+    for name in ("config.yaml", "last.pt", "best.pt", "averaged.pt", "checkpoints"):
+        assert (tmp_path / name).exists()
+        assert name in run_folder.__doc__
