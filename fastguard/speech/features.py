@@ -12,7 +12,7 @@ from torchaudio.functional import mask_along_axis
 
 # torchaudio's default of 6 leaves images of an 8 kHz voice 62 dB under its peak in the bins above
 # 4 kHz, where they look like speech; 32 pushes them under LogMel.DYNAMIC_RANGE.
-_RESAMPLING_WIDTH = 32
+RESAMPLING_WIDTH = 32
 
 
 @contextmanager
@@ -34,9 +34,13 @@ def load_audio(path: Path | str, sample_rate: int) -> Tensor:
     Raises soundfile.LibsndfileError for a file that is missing or can not be decoded.
     """
     samples, rate = soundfile.read(path, dtype="float32", always_2d=True)
-    mono = torch.from_numpy(samples).mean(dim=1)
+    return resample(torch.from_numpy(samples).mean(dim=1), rate, sample_rate)
+
+
+def resample(samples: Tensor, rate: int, sample_rate: int) -> Tensor:
+    """Samples (N,) at ``rate`` Hz -> (ceil(N * sample_rate / rate),) at ``sample_rate`` Hz."""
     return torchaudio.functional.resample(
-        mono, rate, sample_rate, lowpass_filter_width=_RESAMPLING_WIDTH
+        samples, rate, sample_rate, lowpass_filter_width=RESAMPLING_WIDTH
     )
 
 
