@@ -15,6 +15,10 @@ language models are files of KenLM, whose lmplz makes them, here of characters a
 """
 
 
+class DecoderError(RuntimeError):
+    """The decoder that was asked for can not be had; the message says why."""
+
+
 def add_decoder_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("decoding")
     group.add_argument(
@@ -72,12 +76,15 @@ def check_decoder_options(parser: argparse.ArgumentParser, args: argparse.Namesp
 
 
 def decoder(args: argparse.Namespace, tokenizer: CharTokenizer) -> Decode:
-    """Raises ImportError and ValueError as :class:`BeamSearch` does."""
+    """Raises DecoderError where flashlight-text is absent or a file can not be used."""
     if args.decoder == "greedy":
         return greedy_decode
     names = ("beam_size", "lm", "lexicon", "lm_weight", "word_score")
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    return BeamSearch(tokenizer, **given)
+    try:
+        return BeamSearch(tokenizer, **given)
+    except (ImportError, ValueError) as error:
+        raise DecoderError(str(error)) from error
 
 
 def decoder_name(args: argparse.Namespace) -> str:

@@ -98,7 +98,7 @@ def main(argv: list[str] | None = None) -> int:
         print(table(found))
         write(folder, found)
         print(f"\n{worst_table(found)}\n\nAll hypotheses and their alignments are in {folder}")
-    except (CheckpointError, CorpusError, ImportError, OSError, ValueError) as error:
+    except (CheckpointError, CorpusError, _options.DecoderError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -222,7 +222,7 @@ def write(folder: Path, found: Evaluation) -> None:
 def alignment(row: Scored) -> str:
     """Three lines: the reference, the hypothesis under it, and S, D or I under each error."""
     words = jiwer.process_words(row.reference, row.hypothesis)
-    text = jiwer.visualize_alignment(words, show_measures=False)
+    text = jiwer.visualize_alignment(words, show_measures=False, skip_correct=False)
     return text[text.index("REF:") :].rstrip("\n") + "\n"
 
 

@@ -57,6 +57,8 @@ def score(
     id: str, reference: str, hypothesis: str, duration: float | None = None, finite: bool = True
 ) -> Scored:
     """Raises ValueError for a reference without words."""
+    if not reference.split():
+        raise ValueError(f"{id} has no words in its reference: leave it out")
     words = jiwer.process_words(reference, hypothesis)
     letters = jiwer.process_characters(reference, hypothesis)
     return Scored(

@@ -68,7 +68,7 @@ def main(argv: list[str] | None = None) -> int:
             print(f"checkpoint: {path}", file=sys.stderr)
         decode = _options.decoder(args, recognizer.tokenizer)
         return _transcribe_all(args, recognizer, decode)
-    except (CheckpointError, ImportError, ValueError) as error:
+    except (CheckpointError, _options.DecoderError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

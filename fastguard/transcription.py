@@ -8,7 +8,7 @@ speaks has its noise raised to the level of speech.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import soundfile
@@ -72,9 +72,10 @@ def transcribe(
                 )
     except (soundfile.SoundFileError, OSError) as error:
         raise TranscriptionError(f"can not be read: {error}") from error
-    if windows.seconds_read == 0:
+    if (duration := windows.seconds_read) == 0:
         raise TranscriptionError("holds no samples: record it again")
-    return Transcript(windows.seconds_read, words)
+    # The last frame may go on after the last sample.
+    return Transcript(duration, [replace(w, end=min(w.end, duration)) for w in words])
 
 
 def _open(path: Path | str) -> soundfile.SoundFile:

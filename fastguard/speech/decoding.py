@@ -85,8 +85,8 @@ class BeamSearch:
         self._spoken = None if lexicon is None else _spellings(lexicon, tokenizer)
         options = {"beam_size": beam_size, "lm_weight": lm_weight, "word_score": word_score}
         self._decoder = self._build(lm, **options)
-        if lm is not None and lexicon is None:
-            self._check_token_lm(lm)
+        if lm is not None:
+            self._check_vocabulary(lm)
 
     def _build(self, lm: Path | None, **options):
         try:
@@ -133,14 +133,22 @@ class BeamSearch:
         path.write_text("\n".join(dict.fromkeys([*self._names, "<unk>"])), encoding="utf-8")
         return str(path)
 
-    def _check_token_lm(self, lm: Path) -> None:
+    def _check_vocabulary(self, lm: Path) -> None:
         """Of the words of another vocabulary each is <unk>, and the search would go on in vain."""
         model, words = self._decoder.lm, self._decoder.word_dict
         start = model.start(False)
-        unknown_score = model.score(start, words.get_index("<unk>"))[1]
-        tokens = self._names[1:]
-        unknown = [t for t in tokens if model.score(start, words.get_index(t))[1] == unknown_score]
-        if 2 * len(unknown) > len(tokens) or _SPACE in unknown:
+
+        def score(word: str) -> float:
+            return model.score(start, words.get_index(word))[1]
+
+        needed = self._names[1:] if self._spoken is None else list(self._spoken)
+        unknown = [word for word in needed if score(word) == score("<unk>")]
+        if self._spoken is not None and len(unknown) == len(needed):
+            raise ValueError(
+                f"{lm} knows no word of the lexicon, as {' '.join(unknown[:5])}: give the words as "
+                "they were written in the text that it was trained on"
+            )
+        if self._spoken is None and (2 * len(unknown) > len(needed) or _SPACE in unknown):
             raise ValueError(
                 f"{lm} does not know the tokens {' '.join(unknown[:5])}: train it on text that is "
                 f"cut into tokens, with {_SPACE} for the space; or, if it is one over words, give "

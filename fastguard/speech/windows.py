@@ -45,7 +45,7 @@ class Windows:
         self.file = file
         self.sample_rate = sample_rate
         self.samples_per_frame = samples_per_frame
-        self.seconds_read = 0.0
+        self.samples_read = 0
         common = math.gcd(file.samplerate, sample_rate)
         self._from, self._to = file.samplerate // common, sample_rate // common
         unit = math.lcm(samples_per_frame, self._to)  # samples after resampling
@@ -56,6 +56,10 @@ class Windows:
         self._kept, self._context = self._before(kept), self._before(context)
         reach = RESAMPLING_WIDTH * max(1.0, file.samplerate / sample_rate) / 0.99 + 1
         self._margin = math.ceil(reach / self._from) * self._from
+
+    @property
+    def seconds_read(self) -> float:
+        return self.samples_read / self.file.samplerate
 
     def __iter__(self) -> Iterator[Window]:
         around = self._context + self._margin
@@ -72,7 +76,7 @@ class Windows:
 
     def _read(self, frames: int) -> Tensor:
         samples = self.file.read(frames, dtype="float32", always_2d=True)
-        self.seconds_read += len(samples) / self.file.samplerate
+        self.samples_read += len(samples)
         return torch.from_numpy(samples).mean(dim=1)
 
     def _window(self, held: Tensor, first: int, kept_from: int, last: bool) -> Window:

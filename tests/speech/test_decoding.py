@@ -277,12 +277,14 @@ def test_beam_search_refuses_nan_and_other_shapes(files):
         ({"lm": "absent"}, "absent can not be used as a language model"),
         ({"lm": "words.txt"}, "words.txt can not be used as a language model"),
         ({"lm": "words.arpa"}, r"words.arpa does not know the tokens \| b"),
+        ({"lm": "words.arpa", "lexicon": "upper.txt"}, "words.arpa knows no word of the lexicon"),
         ({"lexicon": "absent"}, "absent can not be read as a lexicon"),
         ({"lexicon": "foreign.txt"}, "none of 2 words can be spelled"),
     ],
 )
 def test_files_that_can_not_be_used(files, options, cause):
     (files / "foreign.txt").write_text("été\nдом\n")
+    (files / "upper.txt").write_text("A\nAB\n")
     options = {k: files / v if isinstance(v, str) else v for k, v in options.items()}
     with pytest.raises(ValueError, match=cause):
         BeamSearch(TOKENIZER, **options)
