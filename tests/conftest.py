@@ -1,4 +1,4 @@
-"""Tests marked ``cuda`` run where there is a GPU."""
+"""Tests marked ``cuda`` run where there is a GPU; a run that several tests share."""
 
 import pytest
 import torch
@@ -9,3 +9,11 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if item.get_closest_marker("cuda"):
                 item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture(scope="session")
+def trained_run(tmp_path_factory):
+    """The folder of a run in which the baseline learnt eight real prompts by heart."""
+    from .recordings import prompts_by_heart  # the guard's tests do without what it imports
+
+    return prompts_by_heart(tmp_path_factory.mktemp("prompts"))

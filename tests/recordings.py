@@ -8,6 +8,7 @@ import pytest
 import soundfile
 
 from fastguard.speech.corpora import CorpusError, load_corpus
+from fastguard.train import main
 
 
 def write_manifest(path: Path, rows: list[dict]) -> str:
@@ -40,3 +41,19 @@ def asterisk_or_skip():
         return load_corpus("asterisk", max_output_length=lambda seconds: int(25 * seconds))
     except CorpusError as error:
         pytest.skip(f"asterisk packages are absent: {error}")
+
+
+def prompts_by_heart(folder: Path) -> Path:
+    """The folder of a run in which the baseline learns eight real prompts, all of them in train."""
+    corpus = asterisk_or_skip()
+    prompts = [
+        u for u in corpus.split("train") if 3 <= len(u.text.split()) <= 6 and u.duration < 2.5
+    ]
+    rows = [{"audio_filepath": str(u.audio), "text": u.text, "split": "train"} for u in prompts[:8]]
+    data = write_manifest(folder / "eight.jsonl", rows)
+    run_dir = folder / "run"
+    options = """--model baseline --stable --epochs 30 --batch-size 2 --optim.lr 1e-3
+        --guard.max_norm 5 --init.linear_std 0.01 --network.dropout 0
+        --augment.freq_masks 0 --augment.time_masks 0"""
+    assert main(["--data", data, "--run-dir", str(run_dir), *options.split()]) == 0
+    return run_dir

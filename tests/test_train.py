@@ -16,7 +16,7 @@ from fastguard.options import parse
 from fastguard.train import main
 from fastguard.trainer import Trainer
 
-from .recordings import asterisk_or_skip, tones, write_manifest
+from .recordings import asterisk_or_skip, tones
 
 REPOSITORY = Path(__file__).parent.parent
 
@@ -263,45 +263,8 @@ def test_the_stable_teacher_trains_on_recorded_speech(tmp_path):
     assert 0 < metrics(run_dir, "epoch")[-1]["wer"] <= 1.5
 
 
-def test_the_baseline_learns_eight_recorded_prompts_by_heart(tmp_path):
-    corpus = asterisk_or_skip()
-    prompts = [
-        u for u in corpus.split("train") if 3 <= len(u.text.split()) <= 6 and u.duration < 2.5
-    ]
-    data = write_manifest(
-        tmp_path / "eight.jsonl",
-        [{"audio_filepath": str(u.audio), "text": u.text, "split": "train"} for u in prompts[:8]],
-    )
-    run_dir = tmp_path / "run"
-    assert (
-        main(
-            [
-                "--model",
-                "baseline",
-                "--stable",
-                "--data",
-                data,
-                "--run-dir",
-                str(run_dir),
-                "--epochs",
-                "30",
-                "--optim.lr",
-                "1e-3",
-                "--guard.max_norm",
-                "5",
-                "--init.linear_std",
-                "0.01",
-                "--network.dropout",
-                "0",
-                "--augment.freq_masks",
-                "0",
-                "--augment.time_masks",
-                "0",
-            ]
-        )
-        == 0
-    )
-    assert metrics(run_dir, "epoch")[-1]["cer"] < 0.2
+def test_the_baseline_learns_eight_recorded_prompts_by_heart(trained_run):
+    assert metrics(trained_run, "epoch")[-1]["cer"] < 0.2
 
 
 def test_the_first_loss_is_that_of_a_model_that_knows_nothing(tmp_path):

@@ -83,6 +83,7 @@ def load_corpus(
     min_duration: float = 0.1,
     cache_dir: Path | None = None,
     seed: int = 0,
+    needed: Iterable[str] = ("train",),
 ) -> Corpus:
     """Read the corpus that ``spec`` names (see the top of this file), less what is unusable.
 
@@ -93,8 +94,8 @@ def load_corpus(
     different strides train and test on the same sentences.  ``cache_dir`` and ``seed`` are for the
     synthetic corpus.
 
-    Raises :class:`CorpusError` for an unknown spec, a corpus that is not there, and one whose
-    train split has nothing left; the message lists what was left out.
+    Raises :class:`CorpusError` for an unknown spec, a corpus that is not there, and one of whose
+    ``needed`` splits nothing is left; the message lists what was left out.
     """
     rows, rejected = _sort_out(_read(spec, cache_dir, seed))
     given = {row.text: row.split for row in rows if row.split is not None}
@@ -111,9 +112,10 @@ def load_corpus(
         else:
             split = row.split or splits[row.text]
             corpus.utterances.append(Utterance(row.id, row.audio, row.text, split, duration))
-    if not corpus.split("train"):
+    if not any(corpus.split(name) for name in needed):
         raise CorpusError(
-            f"nothing is left to train on; fix or replace these rows\n{corpus.summary()}"
+            f"nothing is left of the split {' or '.join(needed)}; fix or replace these rows, or "
+            f"take another split\n{corpus.summary()}"
         )
     return corpus
 

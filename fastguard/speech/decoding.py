@@ -1,11 +1,22 @@
 """From the model's output to text, and from texts to error rates."""
 
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import jiwer
 import torch
 from torch import Tensor
+
+from fastguard.speech.text import normalize_text
+from fastguard.speech.tokenizer import CharTokenizer
+
+#: log_probs (B, T, V) and lengths (B,) to the tokens of each utterance.
+Decode = Callable[[Tensor, Tensor], list[list[int]]]
+
+_IMPOSSIBLE = -1e4  # flashlight makes NaN of the logarithm of 0 when it adds probabilities
+_SPACE = "|"  # files of words and language models are separated by white space
 
 
 def greedy_decode(log_probs: Tensor, lengths: Tensor, blank: int = 0) -> list[list[int]]:
@@ -15,6 +26,16 @@ def greedy_decode(log_probs: Tensor, lengths: Tensor, blank: int = 0) -> list[li
     integers, the frames of each utterance; frames after them are not read.  Raises ValueError if
     the shapes do not match or a length is over T.
     """
+    frames = _frames(log_probs, lengths)
+    paths = log_probs.argmax(dim=-1).cpu()
+    return [
+        [token for token in torch.unique_consecutive(path[:end]).tolist() if token != blank]
+        for path, end in zip(paths, frames, strict=True)
+    ]
+
+
+def _frames(log_probs: Tensor, lengths: Tensor) -> list[int]:
+    """The lengths, if they and the log_probs can be of one batch."""
     if log_probs.dim() != 3 or lengths.shape != log_probs.shape[:1]:
         raise ValueError(
             f"log_probs {tuple(log_probs.shape)} and lengths {tuple(lengths.shape)}: "
@@ -26,11 +47,161 @@ def greedy_decode(log_probs: Tensor, lengths: Tensor, blank: int = 0) -> list[li
             f"lengths up to {max(frames)} for {log_probs.shape[1]} frames: give the lengths of the "
             "model's output, not of its input"
         )
-    paths = log_probs.argmax(dim=-1).cpu()
-    return [
-        [token for token in torch.unique_consecutive(path[:end]).tolist() if token != blank]
-        for path, end in zip(paths, frames, strict=True)
-    ]
+    return frames
+
+
+class BeamSearch:
+    """CTC prefix beam search, by flashlight-text: a :data:`Decode` to be used like greedy_decode.
+
+    Finds the tokens with the largest
+
+        log p(tokens | recording) + lm_weight * log10 p(tokens or words) + word_score * words
+
+    where the first is the sum over all alignments (Graves et al. 2006) that ``beam_size``
+    hypotheses leave, and the second is of an n-gram language model, an ARPA or binary file of
+    KenLM with 2-grams at least.  It is
+
+    - over tokens, written as in ``tokenizer.symbols`` with "|" for the space: any text can come
+      out; or
+    - with ``lexicon``, a file with a word at the start of each line, over words: only these come
+      out, spelled as :func:`normalize_text` writes them. This needs a tokenizer of characters.
+
+    Raises ImportError without flashlight-text, ValueError for files that can not be used.
+    """
+
+    def __init__(
+        self,
+        tokenizer: CharTokenizer,
+        beam_size: int = 50,
+        lm: Path | None = None,
+        lexicon: Path | None = None,
+        lm_weight: float = 2.0,
+        word_score: float = 0.0,
+    ) -> None:
+        if beam_size < 1:
+            raise ValueError(f"beam_size is {beam_size}: give 1 or more")
+        self.tokenizer = tokenizer
+        self._names = [symbol.replace(" ", _SPACE) for symbol in tokenizer.symbols]
+        self._spoken = None if lexicon is None else _spellings(lexicon, tokenizer)
+        options = {"beam_size": beam_size, "lm_weight": lm_weight, "word_score": word_score}
+        self._decoder = self._build(lm, **options)
+        if lm is not None:
+            self._check_vocabulary(lm)
+
+    def _build(self, lm: Path | None, **options):
+        try:
+            from torchaudio.models.decoder import ctc_decoder
+        except (ImportError, RuntimeError) as error:
+            raise ImportError(
+                "beam search needs flashlight-text: pip install flashlight-text"
+            ) from error
+        with tempfile.TemporaryDirectory() as folder:
+            lexicon, lm_dict = None, None
+            if self._spoken is not None:
+                lexicon = self._write_lexicon(Path(folder, "lexicon"))
+            elif lm is not None:
+                lm_dict = self._write_tokens(Path(folder, "tokens"))
+            try:
+                return ctc_decoder(
+                    lexicon=lexicon,
+                    tokens=self._names,
+                    lm=None if lm is None else str(lm),
+                    lm_dict=lm_dict,
+                    log_add=True,  # the default counts the likeliest alignment alone
+                    blank_token=self._names[0],
+                    # flashlight puts this token around each path; a blank changes nothing there
+                    sil_token=self._names[0] if lexicon is None else _SPACE,
+                    **options,
+                )
+            except RuntimeError as error:
+                raise ValueError(
+                    f"{lm} can not be used as a language model: {str(error).splitlines()[-1]}; "
+                    "give an ARPA or binary file of KenLM, of order 2 or more"
+                ) from error
+
+    def _write_lexicon(self, path: Path) -> str:
+        """Words end with a space, where flashlight knows that the last letter may last on."""
+        with path.open("w", encoding="utf-8") as file:
+            for word, text in self._spoken.items():
+                spelling = [self._names[token] for token in self.tokenizer.encode(text)]
+                print(word, *spelling, _SPACE, file=file)
+        return str(path)
+
+    def _write_tokens(self, path: Path) -> str:
+        """Without this list torchaudio numbers the words of a token's model as a hash table does,
+        and scores each token as another."""
+        path.write_text("\n".join(dict.fromkeys([*self._names, "<unk>"])), encoding="utf-8")
+        return str(path)
+
+    def _check_vocabulary(self, lm: Path) -> None:
+        """Of the words of another vocabulary each is <unk>, and the search would go on in vain."""
+        model, words = self._decoder.lm, self._decoder.word_dict
+        start = model.start(False)
+
+        def score(word: str) -> float:
+            return model.score(start, words.get_index(word))[1]
+
+        needed = self._names[1:] if self._spoken is None else list(self._spoken)
+        unknown = [word for word in needed if score(word) == score("<unk>")]
+        if self._spoken is not None and len(unknown) == len(needed):
+            raise ValueError(
+                f"{lm} knows no word of the lexicon, as {' '.join(unknown[:5])}: give the words as "
+                "they were written in the text that it was trained on"
+            )
+        if self._spoken is None and (2 * len(unknown) > len(needed) or _SPACE in unknown):
+            raise ValueError(
+                f"{lm} does not know the tokens {' '.join(unknown[:5])}: train it on text that is "
+                f"cut into tokens, with {_SPACE} for the space; or, if it is one over words, give "
+                "the list of its words as the lexicon"
+            )
+
+    def __call__(self, log_probs: Tensor, lengths: Tensor) -> list[list[int]]:
+        """Tokens of each utterance, of log_probs (B, T, V) in any float dtype and lengths (B,).
+
+        Raises ValueError if the shapes do not match, a length is over T, or a value is NaN.
+        """
+        frames = _frames(log_probs, lengths)
+        log_probs = log_probs.detach().float().cpu()
+        return [self._search(row[:end]) for row, end in zip(log_probs, frames, strict=True)]
+
+    def _search(self, log_probs: Tensor) -> list[int]:
+        if log_probs.isnan().any():
+            raise ValueError("log_probs hold NaN: leave this utterance out")
+        if len(log_probs) == 0:
+            return []
+        emissions = log_probs.clamp(min=_IMPOSSIBLE)
+        if self._spoken is None:
+            return self._best(emissions).tokens.tolist()
+        # A last frame, in which the space that the last word lacks is free of charge.
+        end = torch.full_like(emissions[:1], _IMPOSSIBLE)
+        end[0, self._names.index(_SPACE)] = 0.0
+        words = self._best(torch.cat([emissions, end])).words
+        return self.tokenizer.encode(" ".join(self._spoken[word] for word in words))
+
+    def _best(self, emissions: Tensor):
+        return self._decoder(emissions[None].contiguous(), torch.tensor([len(emissions)]))[0][0]
+
+
+def _spellings(lexicon: Path, tokenizer: CharTokenizer) -> dict[str, str]:
+    """Each word of the file, and what is spoken of it; words without a spelling are left out."""
+    if " " not in tokenizer.symbols:
+        raise ValueError(
+            f"{lexicon}: a lexicon needs a tokenizer of characters, with a space; give a language "
+            "model over the tokens, and no lexicon"
+        )
+    try:
+        lines = lexicon.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{lexicon} can not be read as a lexicon: {error}") from error
+    spoken = {word: normalize_text(word) for line in lines for word in line.split()[:1]}
+    letters = set(tokenizer.symbols)
+    usable = {word: text for word, text in spoken.items() if text and letters.issuperset(text)}
+    if not usable:
+        raise ValueError(
+            f"{lexicon}: none of {len(spoken)} words can be spelled with the symbols of the "
+            "tokenizer; give a file with a word at the start of each line"
+        )
+    return usable
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from fastguard.speech.audio import read_mono
 
 # torchaudio's default of 6 leaves images of an 8 kHz voice 62 dB under its peak in the bins above
 # 4 kHz, where they look like speech; 32 pushes them under LogMel.DYNAMIC_RANGE.
-_RESAMPLING_WIDTH = 32
+RESAMPLING_WIDTH = 32
 _LARGEST_DENOMINATOR = 640  # 11,025 Hz to 16,000 is 441 / 640
 
 
@@ -41,19 +41,19 @@ def load_audio(path: Path | str, sample_rate: int, max_duration: float = 3600.0)
     seconds, which bounds the memory it takes.
     """
     samples, rate = read_mono(path, max_duration)
-    return _resample(torch.from_numpy(samples), Fraction(rate, sample_rate))
+    return resample(torch.from_numpy(samples), rate, sample_rate)
 
 
-def _resample(waveform: Tensor, ratio: Fraction) -> Tensor:
-    """``waveform`` at 1 / ``ratio`` of its rate.
+def resample(samples: Tensor, rate: int, sample_rate: int) -> Tensor:
+    """Samples (N,) at ``rate`` -> about N * sample_rate / rate at ``sample_rate``.
 
     torchaudio's filter has numerator times denominator coefficients.  Every rate in use is a ratio
     of small numbers to every other; 44,101 Hz to 16,000 would take 5 GB, and is taken for the
     nearest ratio of small numbers.
     """
-    ratio = ratio.limit_denominator(_LARGEST_DENOMINATOR)
+    ratio = Fraction(rate, sample_rate).limit_denominator(_LARGEST_DENOMINATOR)
     return torchaudio.functional.resample(
-        waveform, ratio.numerator, ratio.denominator, lowpass_filter_width=_RESAMPLING_WIDTH
+        samples, ratio.numerator, ratio.denominator, lowpass_filter_width=RESAMPLING_WIDTH
     )
 
 
@@ -136,7 +136,7 @@ class SpeedPerturb:
         ratio = draw.choice(self.ratios)
         if ratio == 1 or not fits(math.ceil(len(waveform) / ratio)):
             return waveform
-        return _resample(waveform, ratio)
+        return resample(waveform, ratio.numerator, ratio.denominator)
 
 
 @dataclass(frozen=True)

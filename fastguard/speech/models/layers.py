@@ -55,7 +55,9 @@ class MaskedBatchNorm1d(nn.BatchNorm1d):
 
 
 class Subsampling(nn.Module):
-    """Two stride-2 convolutions, each with batch normalisation and SiLU: 1 frame out of 4."""
+    """Two stride-2 convolutions, each with batch normalisation and SiLU: 1 frame out of FACTOR."""
+
+    FACTOR = 4
 
     def __init__(self, n_mels: int, channels: int, kernel_size: int):
         super().__init__()
@@ -76,7 +78,7 @@ class Subsampling(nn.Module):
 
 def subsampled(length: Tensor | int) -> Tensor | int:
     """ceil(ceil(T / 2) / 2) = ceil(T / 4), the frames that `Subsampling` makes of T."""
-    return (length + 3) // 4
+    return (length + Subsampling.FACTOR - 1) // Subsampling.FACTOR
 
 
 def strided_convolution(in_channels: int, out_channels: int, kernel_size: int) -> nn.Conv1d:

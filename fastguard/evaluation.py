@@ -1,0 +1,177 @@
+"""Error rates of a model on a split, as a whole and utterance by utterance."""
+
+import logging
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import jiwer
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from .speech.batching import Batch
+from .speech.decoding import Decode, ErrorRates, greedy_decode
+from .speech.tokenizer import CharTokenizer
+
+logger = logging.getLogger(__name__)
+
+LONG = 4
+"""Words from which on an utterance counts as long."""
+
+
+@dataclass(frozen=True)
+class Scored:
+    """An utterance, what was recognised of it, and the errors in that."""
+
+    id: str
+    reference: str
+    hypothesis: str
+    words: int
+    substitutions: int
+    deletions: int
+    insertions: int
+    characters: int
+    character_errors: int
+    #: In seconds, where it is known.
+    duration: float | None = None
+    #: False: the log_probs held NaN, and the hypothesis was left empty.
+    finite: bool = True
+
+    @property
+    def errors(self) -> int:
+        return self.substitutions + self.deletions + self.insertions
+
+    @property
+    def wer(self) -> float:
+        return self.errors / self.words
+
+    @property
+    def cer(self) -> float:
+        return self.character_errors / self.characters
+
+
+def score(
+    id: str, reference: str, hypothesis: str, duration: float | None = None, finite: bool = True
+) -> Scored:
+    """Raises ValueError for a reference without words."""
+    if not reference.split():
+        raise ValueError(f"{id} has no words in its reference: leave it out")
+    words = jiwer.process_words(reference, hypothesis)
+    letters = jiwer.process_characters(reference, hypothesis)
+    return Scored(
+        id,
+        reference,
+        hypothesis,
+        words=words.hits + words.substitutions + words.deletions,
+        substitutions=words.substitutions,
+        deletions=words.deletions,
+        insertions=words.insertions,
+        characters=letters.hits + letters.substitutions + letters.deletions,
+        character_errors=letters.substitutions + letters.deletions + letters.insertions,
+        duration=duration,
+        finite=finite,
+    )
+
+
+def pooled(rows: Sequence[Scored]) -> ErrorRates:
+    """The errors of all rows per word and character of all rows; NaN rates for no rows."""
+    words = sum(row.words for row in rows)
+    characters = sum(row.characters for row in rows)
+    return ErrorRates(
+        wer=sum(row.errors for row in rows) / words if rows else float("nan"),
+        cer=sum(row.character_errors for row in rows) / characters if rows else float("nan"),
+        words=words,
+        substitutions=sum(row.substitutions for row in rows),
+        deletions=sum(row.deletions for row in rows),
+        insertions=sum(row.insertions for row in rows),
+    )
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """``rows`` in the order of the loader."""
+
+    rows: list[Scored]
+
+    @cached_property
+    def rates(self) -> ErrorRates:
+        return pooled(self.rows)
+
+    @property
+    def long_rows(self) -> list[Scored]:
+        """Utterances of LONG words and more: single words and letters are another task."""
+        return [row for row in self.rows if row.words >= LONG]
+
+    @property
+    def seconds(self) -> float:
+        """Of the utterances whose duration is known."""
+        return sum(row.duration or 0.0 for row in self.rows)
+
+    def worst(self, count: int | None = None) -> list[Scored]:
+        """The rows with most word errors, then most character errors, first; all by default."""
+        return sorted(self.rows, key=lambda r: (-r.errors, -r.character_errors, r.id))[:count]
+
+
+def wer_interval(
+    rows: Sequence[Scored], level: float = 0.95, samples: int = 1000, seed: int = 0
+) -> tuple[float, float]:
+    """Percentile bootstrap interval of the WER (Bisani and Ney 2004): what it might have been on
+    other utterances of the same kind, drawn from ``rows`` with replacement; NaN for no rows."""
+    if not rows:
+        return float("nan"), float("nan")
+    errors = np.array([row.errors for row in rows])
+    words = np.array([row.words for row in rows])
+    draw = np.random.default_rng(seed)
+    rates = []
+    for _ in range(samples):
+        drawn = draw.integers(len(rows), size=len(rows))
+        rates.append(errors[drawn].sum() / words[drawn].sum())
+    low, high = np.quantile(rates, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+@torch.no_grad()
+def evaluate(
+    forward: Callable[[Batch], tuple[Tensor, Tensor]],
+    batches: Iterable[Batch],
+    tokenizer: CharTokenizer,
+    decode: Decode = greedy_decode,
+    *,
+    durations: Mapping[str, float] | None = None,
+    progress: str = "evaluating",
+) -> Evaluation:
+    """Recognise ``batches`` and compare with their texts; their targets are not read.
+
+    ``forward`` gives log_probs (B, T, V) and lengths (B,) of a batch, on any device; it sees to
+    device, precision and evaluation mode.  Utterances whose log_probs hold NaN are named in a
+    warning and get an empty hypothesis.  ``durations``, in seconds, by id.
+    """
+    durations = durations or {}
+    rows: list[Scored] = []
+    hidden = not sys.stderr.isatty()
+    for batch in tqdm(batches, progress, leave=False, disable=hidden, unit="batch"):
+        log_probs, lengths = forward(batch)
+        finite = _finite(log_probs, lengths)
+        tokens = decode(log_probs, lengths.where(finite, 0))
+        for id, text, found, good in zip(
+            batch.ids, batch.texts, tokens, finite.tolist(), strict=True
+        ):
+            rows.append(score(id, text, tokenizer.decode(found), durations.get(id), good))
+    if bad := [row.id for row in rows if not row.finite]:
+        logger.warning(
+            "The model's output is NaN for %d of %d utterances, which count as deleted: %s",
+            len(bad),
+            len(rows),
+            ", ".join(bad[:5]) + (", ..." if len(bad) > 5 else ""),
+        )
+    return Evaluation(rows)
+
+
+def _finite(log_probs: Tensor, lengths: Tensor) -> Tensor:
+    """(B,) bool: no NaN up to the length."""
+    frames = torch.arange(log_probs.shape[1], device=lengths.device)
+    inside = frames < lengths[:, None]
+    return ~(log_probs.isnan().any(dim=-1).to(inside.device) & inside).any(dim=-1)

@@ -1,0 +1,126 @@
+"""``python -m fastguard.transcribe``: what is said in recordings, as text or as JSON with times."""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import soundfile
+from tqdm import tqdm
+
+from . import _options
+from .checkpoint import CheckpointError, best_of
+from .recognizer import Recognizer
+from .transcription import Transcript, TranscriptionError, transcribe
+
+_SUFFIXES = tuple(
+    f".{format.lower()}" for format in (*soundfile.available_formats(), "aif", "oga", "opus", "sph")
+)
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m fastguard.transcribe",
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="What is said in recordings of any length, rate and number of channels. Of one "
+        "file the text is\nprinted, of several a line each: file, tab, text. Files that can not be "
+        "read are named on stderr,\nand the exit status is 1.",
+        epilog=_options.LANGUAGE_MODEL_HELP
+        + "\nexample:\n"
+        + "  python -m fastguard.transcribe --checkpoint runs/my-run --json call.wav lectures/",
+    )
+    parser.add_argument(
+        "files",
+        nargs="+",
+        type=Path,
+        metavar="FILE",
+        help="recordings; of a folder, all in it and below",
+    )
+    parser.add_argument(
+        "--checkpoint",
+        type=Path,
+        metavar="PATH",
+        help="a .pt file, or the folder of a run (default: the newest run in runs/)",
+    )
+    parser.add_argument(
+        "--json",
+        action="store_true",
+        help="print an object a line: file, duration, text, and words with start and end in "
+        "seconds and confidence, the mean probability of the word's tokens",
+    )
+    _options.add_device_option(parser)
+    _options.add_decoder_options(parser)
+    args = parser.parse_args(argv)
+    _options.check_decoder_options(parser, args)
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit status: 0 done, 1 something failed, 2 wrong usage, 130 stopped by Ctrl-C."""
+    args = parse(argv)
+    try:
+        path = best_of(args.checkpoint or _newest_run())
+        recognizer = Recognizer.load(path, args.device)
+        if args.checkpoint is None:
+            print(f"checkpoint: {path}", file=sys.stderr)
+        decode = _options.decoder(args, recognizer.tokenizer)
+        return _transcribe_all(args, recognizer, decode)
+    except (CheckpointError, _options.DecoderError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # the reader, such as `head`, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def _newest_run() -> Path:
+    found = [path for name in ("best.pt", "last.pt") for path in Path("runs").glob(f"*/{name}")]
+    if not found:
+        raise CheckpointError("there is no run in runs/: give --checkpoint")
+    return max(found, key=lambda path: path.stat().st_mtime).parent
+
+
+def _transcribe_all(args: argparse.Namespace, recognizer: Recognizer, decode) -> int:
+    files, failed = list(recordings(args.files)), False
+    alone = len(files) == 1 and not args.files[0].is_dir()
+    hidden = not sys.stderr.isatty() or alone
+    for file in tqdm(files, "transcribing", leave=False, disable=hidden, unit="file"):
+        try:
+            found = transcribe(recognizer, file, decode)
+        except TranscriptionError as error:
+            print(f"error: {file}: {error}", file=sys.stderr)
+            failed = True
+            continue
+        print(_line(file, found, args.json, alone), flush=True)
+    if not files:
+        print("error: no recordings in what was given", file=sys.stderr)
+    return int(failed or not files)
+
+
+def recordings(paths: Iterable[Path]) -> Iterator[Path]:
+    """The files as they are; in place of a folder the recordings in it, by name."""
+    for path in paths:
+        if path.is_dir():
+            yield from sorted(p for p in path.rglob("*") if p.suffix.lower() in _SUFFIXES)
+        else:
+            yield path
+
+
+def _line(file: Path, found: Transcript, as_json: bool, alone: bool) -> str:
+    if not as_json:
+        return found.text if alone else f"{file}\t{found.text}"
+    words = [
+        {key: round(value, 3) if key != "word" else value for key, value in vars(word).items()}
+        for word in found.words
+    ]
+    values = {"file": str(file), "duration": found.duration, "text": found.text, "words": words}
+    return json.dumps(values, ensure_ascii=False)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

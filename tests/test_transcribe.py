@@ -1,0 +1,214 @@
+"""``python -m fastguard.transcribe`` on recorded speech, as its user meets it."""
+
+import json
+
+import jiwer
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from fastguard import transcribe as command
+from fastguard.config import Config
+from fastguard.recognizer import Recognizer
+from fastguard.speech.decoding import greedy_decode
+from fastguard.speech.features import LogMel, load_audio
+from fastguard.speech.models import build_model
+from fastguard.speech.tokenizer import BLANK, CharTokenizer
+from fastguard.transcribe import main
+from fastguard.transcription import segments, transcribe
+
+
+@pytest.fixture
+def prompts(trained_run):
+    """Path and text of the prompts that the run has learnt."""
+    rows = map(json.loads, (trained_run.parent / "eight.jsonl").read_text().splitlines())
+    return [(row["audio_filepath"], row["text"]) for row in rows]
+
+
+@pytest.fixture
+def recognizer(trained_run):
+    return Recognizer.load(trained_run / "best.pt")
+
+
+def errors(texts, references):
+    return sum(a != b for a, b in zip(texts, references, strict=True))
+
+
+def test_text_of_one_and_of_several_files(trained_run, prompts, capsys):
+    run, path = ["--checkpoint", str(trained_run)], prompts[0][0]
+    assert main([*run, path]) == 0
+    alone = capsys.readouterr().out
+    assert main([*run, *(path for path, _ in prompts)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert f"{path}\t{alone}" == f"{lines[0]}\n"
+    assert [line.split("\t")[0] for line in lines] == [path for path, _ in prompts]
+    assert errors([line.split("\t")[1] for line in lines], [text for _, text in prompts]) <= 2
+
+
+def test_json_with_words_in_time(trained_run, prompts, capsys):
+    path, _ = prompts[0]
+    assert main(["--checkpoint", str(trained_run), "--json", path]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["file"] == path
+    assert found["duration"] == pytest.approx(soundfile.info(path).duration)
+    assert [word["word"] for word in found["words"]] == found["text"].split()
+    times = [time for word in found["words"] for time in (word["start"], word["end"])]
+    assert times == sorted(times)
+    assert 0 <= times[0] < times[-1] <= found["duration"] + 0.04
+    assert all(0 < word["confidence"] <= 1 for word in found["words"])
+
+
+@pytest.mark.parametrize("rate, channels, suffix", [(44_100, 2, "flac"), (48_000, 1, "ogg")])
+def test_any_rate_and_number_of_channels(recognizer, prompts, tmp_path, rate, channels, suffix):
+    path, _ = prompts[0]
+    samples = load_audio(path, rate).numpy()
+    other = tmp_path / f"other.{suffix}"
+    soundfile.write(other, np.stack([samples] * channels, axis=1), rate)
+    assert transcribe(recognizer, other).text == transcribe(recognizer, path).text
+
+
+def concatenated(prompts, path, times):
+    """The prompts one after the other, half a second of silence after each."""
+    parts = [soundfile.read(prompt)[0] for prompt, _ in times * prompts]
+    soundfile.write(path, np.concatenate([np.append(p, np.zeros(4_000)) for p in parts]), 8_000)
+    return sum(len(part) + 4_000 for part in parts) / 8_000
+
+
+class Unnormalised(LogMel):
+    """So that a window has the features of the whole."""
+
+    def forward(self, waveform):
+        return (self.mel(waveform).T + 1e-4).log() + 4
+
+
+def test_windows_leave_no_seam(prompts, tmp_path):
+    """A model that hears less than the context on either side says the same, at the same times."""
+    torch.manual_seed(0)
+    tokenizer = CharTokenizer([BLANK, " ", "a", "b", "c"])
+    model = build_model("baseline", vocab_size=5, channels=16, num_layers=1).eval()
+    with torch.no_grad():
+        model.head.weight.mul_(20)
+    recognizer = Recognizer(model, tokenizer, Unnormalised(), Config())
+    long = tmp_path / "long.wav"
+    seconds = concatenated(prompts, long, 3)
+    assert seconds > 40
+    whole = transcribe(recognizer, long, window_seconds=1e6)
+    assert len(whole.words) > 40
+    for window_seconds in (5.0, 7.3, 20.0):
+        found = transcribe(recognizer, long, window_seconds=window_seconds)
+        assert found.duration == whole.duration == pytest.approx(seconds)
+        assert [w.word for w in found.words] == [w.word for w in whole.words]
+        for ours, theirs in zip(found.words, whole.words, strict=True):
+            assert vars(ours) == pytest.approx(vars(theirs), abs=1e-4)
+
+
+def test_a_long_recording_of_what_it_learnt(recognizer, prompts, tmp_path):
+    """Each window has its own mean and variance, so that some letters differ."""
+    seconds = concatenated(prompts, tmp_path / "long.wav", 3)
+    found = transcribe(recognizer, tmp_path / "long.wav")
+    whole = transcribe(recognizer, tmp_path / "long.wav", window_seconds=1e6)
+    assert jiwer.cer(whole.text, found.text) < 0.1
+    assert jiwer.cer(" ".join(text for _, text in 3 * prompts), found.text) < 0.5
+    times = [time for word in found.words for time in (word.start, word.end)]
+    assert times == sorted(times)
+    assert seconds - 5 < times[-1] <= seconds
+
+
+def test_segments_are_cut_before_words_and_lose_nothing():
+    tokenizer = CharTokenizer.from_texts([])
+    torch.manual_seed(0)
+    text = " ".join("".join(map(chr, torch.randint(97, 123, (5,)).tolist())) for _ in range(40))
+    path = [t for token in tokenizer.encode(text) for t in (token, token, 0)]
+    log_probs = (9.0 * torch.nn.functional.one_hot(torch.tensor(path))).log_softmax(-1)
+    found = list(segments(iter(log_probs.split(37)), tokenizer, 100))
+    assert torch.equal(torch.cat([part for _, part in found]), log_probs)
+    assert [start for start, _ in found] == np.cumsum([0, *(len(p) for _, p in found)])[
+        :-1
+    ].tolist()
+    assert all(len(part) <= 100 for _, part in found)
+    pieces = [
+        tokenizer.decode(greedy_decode(part[None], torch.tensor([len(part)]))[0])
+        for _, part in found
+    ]
+    assert len(pieces) > 5
+    assert " ".join(piece.strip() for piece in pieces) == text
+
+
+@pytest.mark.parametrize(
+    "path", [[0] * 250, [3] * 250, [0] * 90 + [3, 4] + [0] * 158, [5, 0] * 125]
+)
+def test_segments_without_a_space_are_cut_all_the_same(path):
+    tokenizer = CharTokenizer.from_texts([])
+    log_probs = (9.0 * torch.nn.functional.one_hot(torch.tensor(path), 28)).log_softmax(-1)
+    found = list(segments(iter(log_probs.split(60)), tokenizer, 100))
+    assert torch.equal(torch.cat([part for _, part in found]), log_probs)
+    assert all(0 < len(part) <= 100 for _, part in found)
+
+
+def test_broken_files_are_named_and_the_others_go_on(trained_run, prompts, tmp_path, capsys):
+    (tmp_path / "broken.wav").write_bytes(b"RIFFnothing")
+    (tmp_path / "noise.raw").write_bytes(bytes(100))
+    soundfile.write(tmp_path / "empty.wav", np.zeros(0), 8_000)
+    soundfile.write(tmp_path / "nan.wav", np.full(8_000, np.nan), 8_000, subtype="FLOAT")
+    bad = ["absent.wav", *(str(p) for p in sorted(tmp_path.iterdir()))]
+    good = prompts[0][0]
+    assert main(["--checkpoint", str(trained_run), *bad, good]) == 1
+    out, error = capsys.readouterr()
+    assert out.startswith(f"{good}\t")
+    assert len(out.splitlines()) == 1
+    for path in bad:
+        assert f"error: {path}: " in error
+    assert "holds no samples" in error
+    assert "NaN" in error
+    assert "Traceback" not in error
+
+
+def test_a_tenth_of_a_second_and_silence(recognizer, tmp_path):
+    for name, samples in (("short", np.zeros(1)), ("silence", np.zeros(30 * 8_000))):
+        soundfile.write(tmp_path / f"{name}.wav", samples, 8_000)
+        found = transcribe(recognizer, tmp_path / f"{name}.wav")
+        assert found.duration == len(samples) / 8_000
+
+
+def test_folders_hold_recordings_and_other_files(trained_run, prompts, tmp_path, capsys):
+    (tmp_path / "below").mkdir()
+    (tmp_path / "notes.txt").write_text("not speech")
+    samples, rate = soundfile.read(prompts[0][0])
+    for name in ("b.WAV", "below/a.flac"):
+        soundfile.write(tmp_path / name, samples, rate)
+    assert main(["--checkpoint", str(trained_run), str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert [line.split("\t")[0] for line in out.splitlines()] == [
+        str(tmp_path / "b.WAV"),
+        str(tmp_path / "below/a.flac"),
+    ]
+    (tmp_path / "nothing").mkdir()
+    assert main(["--checkpoint", str(trained_run), str(tmp_path / "nothing")]) == 1
+    assert "no recordings" in capsys.readouterr().err
+
+
+def test_the_newest_run_is_taken_and_named(trained_run, prompts, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main([prompts[0][0]]) == 1
+    assert "there is no run in runs/: give --checkpoint" in capsys.readouterr().err
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "mine").symlink_to(trained_run)
+    assert main([prompts[0][0]]) == 0
+    assert "checkpoint: runs/mine/best.pt" in capsys.readouterr().err
+
+
+def test_a_reader_that_has_enough(trained_run, prompts, monkeypatch):
+    def gone(*_, **__):
+        raise BrokenPipeError
+
+    monkeypatch.setattr(command, "_line", gone)
+    monkeypatch.setattr(command.os, "dup2", lambda *_: None)
+    assert main(["--checkpoint", str(trained_run), prompts[0][0]]) == 1
+
+
+def test_help_ends_with_an_example(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["--help"])
+    assert ended.value.code == 0
+    assert "python -m fastguard.transcribe --checkpoint" in capsys.readouterr().out.splitlines()[-1]
