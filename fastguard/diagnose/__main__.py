@@ -77,7 +77,6 @@ def _parser() -> argparse.ArgumentParser:
     chosen.add_argument(
         "--batches",
         type=_positive,
-        default=1,
         metavar="N",
         help="the first N batches of the train split, in the order of the corpus; default 1",
     )
@@ -102,7 +101,7 @@ def _run(options: argparse.Namespace) -> list[_Diagnosed]:
     known = {row.id: row for row in rows}
     ids = utterances_of(options.report, known) if options.report else options.utterances
     if ids is None:
-        batches = [*_first_batches(rows, config.batch_size, options.batches)]
+        batches = [*_first_batches(rows, config.batch_size, options.batches or 1)]
     else:
         reasons = {row.id: f"left out ({row.reason})" for row in rejected}
         for name in ids:

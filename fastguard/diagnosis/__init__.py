@@ -117,16 +117,22 @@ def diagnose(
     if not (math.isfinite(loss_scale) and loss_scale > 0):
         raise ValueError(f"loss_scale must be finite and above 0, got {loss_scale}")
     with _unchanged(model), torch.enable_grad():
-        poisoned = set(poisoned_tensors(model))
         probe = Probe(model)
         with probe, torch.compiler.set_stance("force_eager"):
             loss = loss_fn()
             _check(loss, probe)
-            later = tuple(name for name in poisoned_tensors(model) if name not in poisoned)
+            later = tuple(name for name in poisoned_tensors(model) if name not in probe.poisoned)
             probe.backward = True
             gradients = _gradients(model, loss, loss_scale)
         evidence = Evidence(
-            model, probe.calls, probe.origin, summarize([loss]), gradients, loss_scale, later
+            model,
+            probe.calls,
+            probe.origin,
+            summarize([loss]),
+            gradients,
+            loss_scale,
+            probe.poisoned,
+            later,
         )
         for call in probe.calls:
             call.entering = _unscaled(call.entering, loss_scale)

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 import torch
 from torch import nn
 
-from .probes import RECTIFIERS, ROOT, Call, ForwardOrigin, poisoned_tensors
+from .probes import RECTIFIERS, ROOT, Call, ForwardOrigin
 from .summary import Summary
 
 #: Every kind of finding; of several, the cause comes before its consequences.
@@ -78,7 +78,8 @@ class Evidence:
     #: Gradients by the parameters, by name; None where the loss does not depend on it.
     gradients: dict[str, Summary | None]
     loss_scale: float
-    #: Buffers that the forward pass made non-finite.
+    #: Parameters and buffers that were not finite before, and buffers that forward made so.
+    poisoned: dict[str, Summary]
     poisoned_buffers: tuple[str, ...]
 
     @property
@@ -191,14 +192,11 @@ def _lasting(evidence: Evidence) -> str:
 
 
 def _poisoned(evidence: Evidence) -> Iterator[Finding]:
-    poisoned = poisoned_tensors(evidence.model)
+    poisoned = evidence.poisoned
     if not poisoned:
         return
-    first = next(iter(poisoned))
-    if evidence.origin is not None and evidence.origin.poisoned:
-        prefix = "" if evidence.origin.name == ROOT else f"{evidence.origin.name}."
-        named = prefix + evidence.origin.poisoned[0]
-        first = named if named in poisoned else first
+    met = evidence.origin.poisoned if evidence.origin is not None else ()
+    first = (met or [*poisoned])[0]
     what = (
         f"a weight or buffer of the model is not finite ({poisoned[first].nonfinite}), "
         f"{len(poisoned)} tensors in all"

@@ -71,7 +71,7 @@ class ForwardOrigin:
     inputs: Summary | None = None
     #: The module that met the value first, if it was computed between two modules of `name`.
     met_by: str | None = None
-    #: Parameters and buffers of the module that are not finite.
+    #: Parameters and buffers of the module that were not finite before.
     poisoned: tuple[str, ...] = ()
     #: Its result in the next wider dtype; None where that could not be computed.
     wider: Summary | None = None
@@ -82,6 +82,8 @@ class Probe:
 
     def __init__(self, model: nn.Module):
         self.names = {module: name or ROOT for name, module in model.named_modules()}
+        #: Parameters and buffers that were not finite before the forward pass wrote any.
+        self.poisoned = poisoned_tensors(model)
         self.calls: list[Call] = []
         self.origin: ForwardOrigin | None = None
         self.backward = False  # modules called now are recomputed, by activation checkpointing
@@ -148,10 +150,10 @@ class Probe:
             _read_attention(call)
             if call.outputs is not None and not call.outputs.finite and self.origin is None:
                 found = (call.outputs, call.inputs)
-                self.origin = _computed(call, *found, wider=self._wider(call, args, kwargs))
+                self.origin = self._computed(call, *found, wider=self._wider(call, args, kwargs))
             elif call is self._origin_of and self.origin.kind == "computed":
                 wider = self._wider(call, args, kwargs)
-                self.origin = _computed(
+                self.origin = self._computed(
                     call, self.origin.found, call.inputs, self.origin.met_by, wider
                 )
         index = self._channel_index(module, output)
@@ -171,7 +173,20 @@ class Probe:
             self.origin = ForwardOrigin("input", call.name, call.module, call.inputs)
         else:
             self._origin_of = parent
-            self.origin = _computed(parent, call.inputs, parent.inputs, met_by=call.name)
+            self.origin = self._computed(parent, call.inputs, parent.inputs, met_by=call.name)
+
+    def _computed(
+        self,
+        call: Call,
+        found: Summary,
+        inputs: Summary | None,
+        met_by: str | None = None,
+        wider: Summary | None = None,
+    ) -> ForwardOrigin:
+        inside = "" if call.name == ROOT else f"{call.name}."
+        poisoned = tuple(name for name in self.poisoned if name.startswith(inside))
+        kind = "parameter" if poisoned else "computed"
+        return ForwardOrigin(kind, call.name, call.module, found, inputs, met_by, poisoned, wider)
 
     @torch.no_grad()
     def _wider(self, call: Call, args: tuple, kwargs: dict) -> Summary | None:
@@ -271,25 +286,14 @@ def _all_zero(tensor: Tensor, index: int) -> Tensor:
     return zero.all(dim=others) if others else zero
 
 
-def _computed(
-    call: Call,
-    found: Summary,
-    inputs: Summary | None,
-    met_by: str | None = None,
-    wider: Summary | None = None,
-) -> ForwardOrigin:
-    poisoned = tuple(poisoned_tensors(call.module))
-    kind = "parameter" if poisoned else "computed"
-    return ForwardOrigin(kind, call.name, call.module, found, inputs, met_by, poisoned, wider)
-
-
 def poisoned_tensors(module: nn.Module) -> dict[str, Summary]:
     """The parameters and buffers that are not finite. A buffer with -Inf is a mask."""
-    named = [*module.named_parameters(), *module.named_buffers()]
-    found = {
-        name: summarize([x]) for name, x in named if not nn.parameter.is_lazy(x) and not mask(x)
-    }
-    return {name: summary for name, summary in found.items() if summary and not summary.finite}
+    found = {}
+    for name, x in (*module.named_parameters(), *module.named_buffers()):
+        known = not nn.parameter.is_lazy(x) and readable(x)
+        if known and not x.isfinite().all() and not mask(x):
+            found[name] = summarize([x])
+    return found
 
 
 def mask(x: Tensor) -> bool:

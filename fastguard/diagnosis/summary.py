@@ -76,9 +76,10 @@ def _summary(tensor: Tensor) -> Summary:
     if values.numel() == 0:
         return Summary(tensor.numel(), nans, infs, 0.0, 0.0, tensor.dtype)
     wide = torch.complex128 if values.is_complex() else torch.float64
-    # Scaled: the squares of float64 values overflow where the norm does not.
     largest = values.abs().max().item()
-    norm = largest and largest * (values.to(wide) / largest).norm().item()
+    norm = torch.linalg.vector_norm(values, dtype=wide).item()
+    if not 1e-150 < norm < math.inf and largest > 0:  # squares of float64 left its range
+        norm = largest * torch.linalg.vector_norm(values.to(wide) / largest).item()
     return Summary(tensor.numel(), nans, infs, largest, norm, tensor.dtype)
 
 
