@@ -2,6 +2,7 @@
 
 from .attention import clamped_attention
 from .clip import clip_grad_norm_, clip_grads_with_norm_, get_total_norm
+from .diagnose import Diagnosis, diagnose
 from .guard import GradGuard
 from .init import stable_init_
 from .multihead import ClampedMultiheadAttention, replace_attention_
@@ -14,6 +15,7 @@ __all__ = [
     "Adam",
     "AdamW",
     "ClampedMultiheadAttention",
+    "Diagnosis",
     "GradGuard",
     "GradientExplosionError",
     "Rollback",
@@ -22,6 +24,7 @@ __all__ = [
     "clamped_attention",
     "clip_grad_norm_",
     "clip_grads_with_norm_",
+    "diagnose",
     "get_total_norm",
     "replace_attention_",
     "stable_init_",

@@ -302,7 +302,7 @@ class BadStepFiles:
         path = self._folder / f"bad_step_{report.step:06d}.json"
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(_strict(content), indent=1) + "\n")
+            path.write_text(json.dumps(strict_json(content), indent=1) + "\n")
         except (OSError, TypeError, ValueError) as error:
             logger.warning("No report on step %d: %s", report.step, error)
         if self._left == 0:
@@ -359,12 +359,12 @@ def _bad_loss(report: StepReport) -> bool:
     )
 
 
-def _strict(value):
+def strict_json(value):
     """JSON has no NaN and no Infinity: they become text."""
     if isinstance(value, dict):
-        return {key: _strict(item) for key, item in value.items()}
+        return {key: strict_json(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_strict(item) for item in value]
+        return [strict_json(item) for item in value]
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 

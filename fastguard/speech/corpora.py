@@ -97,9 +97,7 @@ def load_corpus(
     Raises :class:`CorpusError` for an unknown spec, a corpus that is not there, and one of whose
     ``needed`` splits nothing is left; the message lists what was left out.
     """
-    rows, rejected = _sort_out(_read(spec, cache_dir, seed))
-    given = {row.text: row.split for row in rows if row.split is not None}
-    splits = given | assign_splits(row.text for row in rows if row.text not in given)
+    rows, rejected = read_rows(spec, cache_dir=cache_dir, seed=seed)
     corpus = Corpus(spec, [], rejected)
     bar = tqdm(rows, f"reading {spec}", leave=False, delay=1, disable=not sys.stderr.isatty())
     for row in bar:
@@ -110,14 +108,28 @@ def load_corpus(
         except Unusable as reason:
             rejected.append(Rejected(row.id, str(reason)))
         else:
-            split = row.split or splits[row.text]
-            corpus.utterances.append(Utterance(row.id, row.audio, row.text, split, duration))
+            corpus.utterances.append(Utterance(row.id, row.audio, row.text, row.split, duration))
     if not any(corpus.split(name) for name in needed):
         raise CorpusError(
             f"nothing is left of the split {' or '.join(needed)}; fix or replace these rows, or "
             f"take another split\n{corpus.summary()}"
         )
     return corpus
+
+
+def read_rows(
+    spec: str, *, cache_dir: Path | None = None, seed: int = 0
+) -> tuple[list[Row], list[Rejected]]:
+    """The rows of a corpus, each with its normalised text and its split, and those left out.
+
+    No recording is looked at: they may be missing, broken, or too short for their texts.
+
+    Raises :class:`CorpusError` for an unknown spec and a corpus that is not there.
+    """
+    rows, rejected = _sort_out(_read(spec, cache_dir, seed))
+    given = {row.text: row.split for row in rows if row.split is not None}
+    splits = given | assign_splits(row.text for row in rows if row.text not in given)
+    return [replace(row, split=row.split or splits[row.text]) for row in rows], rejected
 
 
 def assign_splits(texts: Iterable[str]) -> dict[str, str]:

@@ -1,0 +1,159 @@
+"""One row per layer, as numbers and as text."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, fields
+
+from torch import nn
+
+from .findings import Evidence, dead_share, repeated
+from .probes import ROOT, Call
+from .summary import Summary, merge
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What a module saw, all its calls together; None where that does not apply.
+
+    Of values that are not all finite, `activation_max` and the norms are those of the finite ones.
+    """
+
+    name: str
+    kind: str
+    calls: int
+    activation_max: float | None
+    #: Values of the outputs that are NaN or Inf.
+    nonfinite: int
+    #: L2 norm of the gradient by the module's own parameters.
+    grad_norm: float | None
+    #: Norm of the gradient that leaves the module in backward (by its inputs) over the norm of the
+    #: one that enters it (by its outputs): above 1 it amplifies. Over several calls the geometric
+    #: mean.
+    gain: float | None
+    #: Values of these two, and of the gradient by the parameters, that are NaN or Inf.
+    nonfinite_gradient: int
+    #: Largest logit of all heads; smallest entropy of a head, in nats; largest share of a head's
+    #: output that the clamp holds.
+    max_logit: float | None
+    entropy: float | None
+    clamped_share: float | None
+    #: Smallest variance of a channel of a BatchNorm.
+    min_variance: float | None
+    #: Share of the channels that are always zero, or whose gradient is.
+    dead_share: float | None
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+
+def layers(evidence: Evidence) -> list[Layer]:
+    """Of the modules without children or with weights of their own, and of repeated blocks."""
+    calls: dict[nn.Module, list[Call]] = {}
+    for call in evidence.calls:
+        calls.setdefault(call.module, []).append(call)
+    blocks = {call.module for group in repeated(evidence.calls).values() for call in group}
+    rows = []
+    for name, module in evidence.model.named_modules():
+        own = [f"{name}.{n}" if name else n for n, _ in module.named_parameters(recurse=False)]
+        gradient = None
+        for parameter in own:
+            gradient = merge(gradient, evidence.gradients.get(parameter))
+        leaf = not any(True for _ in module.children())
+        if (module in calls and (leaf or own or module in blocks)) or gradient is not None:
+            rows.append(_layer(name or ROOT, module, calls.get(module, []), gradient))
+    return rows
+
+
+def _layer(name: str, module: nn.Module, calls: list[Call], gradient: Summary | None) -> Layer:
+    outputs = entering = leaving = None
+    for call in calls:
+        outputs = merge(outputs, call.outputs)
+        entering, leaving = merge(entering, call.entering), merge(leaving, call.leaving)
+    stats = [call.attention for call in calls if call.attention is not None]
+    logits = [float(s.max_logit.max()) for s in stats]
+    entropies = [float(s.entropy.min()) for s in stats]
+    shares = [float(s.clamped_share.max()) for s in stats]
+    variances = [float(c.variances.min()) for c in calls if c.variances is not None]
+    dead = [share for share in map(dead_share, calls) if share is not None]
+    return Layer(
+        name,
+        type(module).__name__,
+        len(calls),
+        None if outputs is None else outputs.largest,
+        _bad(outputs),
+        None if gradient is None else gradient.norm,
+        _gain(calls),
+        _bad(entering) + _bad(leaving) + _bad(gradient),
+        max(logits, default=None),
+        min(entropies, default=None),
+        max(shares, default=None),
+        min(variances, default=None),
+        max(dead, default=None),
+    )
+
+
+def _gain(calls: list[Call]) -> float | None:
+    gains = [
+        call.leaving.norm / call.entering.norm
+        for call in calls
+        if call.leaving is not None
+        and call.entering is not None
+        and call.entering.norm > 0
+        and call.leaving.finite
+        and call.entering.finite
+    ]
+    if not gains or min(gains) == 0:
+        return 0.0 if gains else None
+    return math.exp(math.fsum(map(math.log, gains)) / len(gains))
+
+
+def _bad(summary: Summary | None) -> int:
+    return 0 if summary is None else summary.nans + summary.infs
+
+
+_COLUMNS = {
+    "kind": "kind",
+    "calls": "calls",
+    "activation_max": "act max",
+    "nonfinite": "not finite",
+    "grad_norm": "grad norm",
+    "gain": "gain",
+    "nonfinite_gradient": "grads not finite",
+    "max_logit": "logit max",
+    "entropy": "entropy",
+    "clamped_share": "clamped",
+    "min_variance": "BN var",
+    "dead_share": "dead",
+}
+_SHARES = ("clamped_share", "dead_share")
+_COUNTS = ("nonfinite", "nonfinite_gradient")
+
+
+def render(rows: list[Layer]) -> str:
+    """A row for each layer; columns that say nothing of any are left out."""
+    names = [f.name for f in fields(Layer) if f.name in _COLUMNS and _says(f.name, rows)]
+    table = [["layer", *(_COLUMNS[name] for name in names)]]
+    table += [[row.name, *(_cell(name, getattr(row, name)) for name in names)] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    left = 1 + ("kind" in names)
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if i < left else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in table
+    )
+
+
+def _says(name: str, rows: list[Layer]) -> bool:
+    silent = {"calls": 1}.get(name, 0 if name in _COUNTS else None)
+    return any(getattr(row, name) not in (None, silent) for row in rows)
+
+
+def _cell(name: str, value: object) -> str:
+    if value is None or (name in _COUNTS and value == 0):
+        return "-"
+    if name in _SHARES:
+        return f"{value:.0%}"
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
