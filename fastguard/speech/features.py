@@ -45,16 +45,21 @@ def load_audio(path: Path | str, sample_rate: int, max_duration: float = 3600.0)
 
 
 def resample(samples: Tensor, rate: int, sample_rate: int) -> Tensor:
-    """Samples (N,) at ``rate`` -> about N * sample_rate / rate at ``sample_rate``.
+    """Samples (N,) at ``rate`` -> about N * sample_rate / rate at ``sample_rate``."""
+    ratio = resampling_ratio(rate, sample_rate)
+    return torchaudio.functional.resample(
+        samples, ratio.numerator, ratio.denominator, lowpass_filter_width=RESAMPLING_WIDTH
+    )
+
+
+def resampling_ratio(rate: int, sample_rate: int) -> Fraction:
+    """``rate`` over ``sample_rate``, in small numbers.
 
     torchaudio's filter has numerator times denominator coefficients.  Every rate in use is a ratio
     of small numbers to every other; 44,101 Hz to 16,000 would take 5 GB, and is taken for the
     nearest ratio of small numbers.
     """
-    ratio = Fraction(rate, sample_rate).limit_denominator(_LARGEST_DENOMINATOR)
-    return torchaudio.functional.resample(
-        samples, ratio.numerator, ratio.denominator, lowpass_filter_width=RESAMPLING_WIDTH
-    )
+    return Fraction(rate, sample_rate).limit_denominator(_LARGEST_DENOMINATOR)
 
 
 class LogMel(nn.Module):

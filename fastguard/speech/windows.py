@@ -9,7 +9,7 @@ import soundfile
 import torch
 from torch import Tensor
 
-from fastguard.speech.features import RESAMPLING_WIDTH, resample
+from fastguard.speech.features import RESAMPLING_WIDTH, resample, resampling_ratio
 
 
 @dataclass(frozen=True)
@@ -46,8 +46,8 @@ class Windows:
         self.sample_rate = sample_rate
         self.samples_per_frame = samples_per_frame
         self.samples_read = 0
-        common = math.gcd(file.samplerate, sample_rate)
-        self._from, self._to = file.samplerate // common, sample_rate // common
+        ratio = resampling_ratio(file.samplerate, sample_rate)
+        self._from, self._to = ratio.numerator, ratio.denominator
         unit = math.lcm(samples_per_frame, self._to)  # samples after resampling
         kept_seconds = max(0.0, seconds - 2 * context_seconds)
         kept = max(1, int(kept_seconds * sample_rate / unit)) * unit
