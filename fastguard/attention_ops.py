@@ -46,6 +46,7 @@ def attention(
     """``clamp(dropout(softmax(softcap(scale * q @ k^T) + attn_mask)) @ v)``, differentiable.
 
     Tiles after Dao 2023 (FlashAttention-2, arXiv 2307.08691): nothing of size T x S is kept.
+    `torch.export` sees the reference instead, so that its programs run without fastguard.
 
     Args:
         query: (B, H, T, D), float32, float64, bfloat16 or float16; T > 0, 1 <= D <= 256.
@@ -66,7 +67,8 @@ def attention(
     args += (scale, softcap, clamp, return_stats)
     # The kernels give no gradient to a mask, and know backward derivatives only.
     learnt = attn_mask is not None and attn_mask.requires_grad
-    if not _has_kernel(query) or learnt or _is_transformed(query, key, value):
+    plain = torch.compiler.is_exporting() or not _has_kernel(query) or learnt
+    if plain or _is_transformed(query, key, value):
         return attention_ref(*args)
     if query.device.type == "cpu":
         return Attention(*_differentiable(*args))
@@ -181,7 +183,8 @@ def attention_and_weights_ref(*args) -> tuple[Attention, Tensor]:
         row does not see a key. Both are differentiable.
     """
     device = args[0].device.type
-    if device == "meta":  # it has no autocast
+    # The meta device has no autocast, and raises when it is asked.
+    if device == "meta" or not torch.is_autocast_enabled(device):
         return _attention_and_weights(*args)
     # Autocast would narrow what the reference widens.
     with torch.autocast(device, enabled=False):
@@ -224,15 +227,16 @@ def _attention_and_weights(
     weights = logits.masked_fill(dead.unsqueeze(-1), 0.0).softmax(-1)
     weights = weights.masked_fill(hidden | dead.unsqueeze(-1), 0.0)
     logsumexp = logits.detach().logsumexp(-1).masked_fill(dead, torch.inf)
-    stats = torch.stack([largest, torch.special.entr(weights.detach()).sum(-1)])
+    stats = logsumexp.new_empty(0)
+    if return_stats:
+        stats = torch.stack([largest, torch.special.entr(weights.detach()).sum(-1)])
 
     if dropout_p > 0:
         kept, rescale = dropout_keep_ref(seed, logits.shape, dropout_p)
         weights = torch.where(kept, weights * rescale, 0.0)
     output = (weights @ value).masked_fill(dead.unsqueeze(-1), 0.0).to(dtype)
     output = _bounded(output, clamp)
-    attended = Attention(output, logsumexp, stats if return_stats else logsumexp.new_empty(0))
-    return attended, weights.to(dtype)
+    return Attention(output, logsumexp, stats), weights.to(dtype)
 
 
 def _hidden(logits, key_padding_mask, attn_mask, is_causal):

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from . import checkpoint
+from . import checkpoint, weights
 from .config import Config
 from .speech.features import LogMel
 from .speech.models import build_model
@@ -24,13 +24,13 @@ class Recognizer:
 
     @classmethod
     def load(cls, path: Path, device: torch.device | str = "cpu") -> "Recognizer":
-        """Read a checkpoint of :mod:`fastguard.train`.
+        """Read a checkpoint of :mod:`fastguard.train`, or a .safetensors file made of one.
 
         Raises:
             CheckpointError: the file is missing, truncated, foreign, or its weights do not fit the
                 settings that it names.
         """
-        state = checkpoint.load(path)
+        state = (weights if path.suffix == ".safetensors" else checkpoint).load(path)
         try:
             config = Config.from_dict(state["config"])
             tokenizer = CharTokenizer.from_dict(state["tokenizer"])

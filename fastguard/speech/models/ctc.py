@@ -35,7 +35,8 @@ class CTCModel(nn.Module):
 
         Raises:
             ValueError: a shape is wrong, or a length is outside [1, T]. Lengths on a GPU
-                are not looked at, since reading them would stall its stream.
+                are not looked at, since reading them would stall its stream, nor are those
+                given to an exported program.
         """
         check_batch(features, feature_lengths, self.n_mels)
         frames = torch.arange(features.size(1), device=features.device)
@@ -69,7 +70,8 @@ def check_batch(features: Tensor, feature_lengths: Tensor, n_mels: int) -> None:
             f"feature_lengths must be integers of shape ({batch},), got {feature_lengths.dtype} "
             f"of shape {tuple(feature_lengths.shape)}: pass one count of frames per utterance"
         )
-    if feature_lengths.is_cpu:
+    # While torch.export traces, lengths have no values to look at.
+    if feature_lengths.is_cpu and not torch.compiler.is_exporting():
         wrong = {i: n for i, n in enumerate(feature_lengths.tolist()) if not 1 <= n <= frames}
         if wrong:
             raise ValueError(

@@ -1,0 +1,74 @@
+"""A recognizer in one safetensors file: weights, and as metadata what else recognition needs."""
+
+import base64
+import importlib
+import json
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from .checkpoint import CheckpointError
+
+_KEY = "fastguard"  # of the metadata, which may hold strings only
+
+
+def save(path: Path, model: nn.Module, tokenizer: dict, config: dict) -> None:
+    """Write what :func:`load` reads; `tokenizer` may hold uint8 tensors besides plain values.
+
+    Raises:
+        CheckpointError: the safetensors package is missing.
+        OSError: the disk is full or the folder not writable.
+    """
+    safetensors = _package()
+    tokenizer = {key: _packed(value) for key, value in tokenizer.items()}
+    metadata = {"format": "pt", _KEY: json.dumps({"tokenizer": tokenizer, "config": config})}
+    tensors = {name: value.contiguous() for name, value in model.state_dict().items()}
+    # Not save_file, which wraps an OSError in an exception of its own.
+    path.write_bytes(safetensors.save(tensors, metadata))
+
+
+def load(path: Path) -> dict:
+    """{"model": state dict, "tokenizer": dict, "config": dict}, as a checkpoint has them.
+
+    Raises:
+        CheckpointError: the file is missing, truncated, or none of fastguard's, or the safetensors
+            package is missing.
+    """
+    safetensors = _package()
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            model = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            metadata = file.metadata() or {}
+    except Exception as error:  # of a type that its Rust code chooses
+        raise CheckpointError(f"{path} can not be read as safetensors: {error}") from error
+    try:
+        state = json.loads(metadata[_KEY])
+        tokenizer = {key: _unpacked(value) for key, value in state["tokenizer"].items()}
+        return {"model": model, "tokenizer": tokenizer, "config": state["config"]}
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{path} has no settings and tokenizer of fastguard in its metadata "
+            f"({type(error).__name__}: {error}): make it with python -m fastguard.export"
+        ) from error
+
+
+def _package():
+    try:
+        return importlib.import_module("safetensors.torch")
+    except ImportError:
+        raise CheckpointError(
+            "the safetensors package is missing: pip install 'torch-fastguard[export]'"
+        ) from None
+
+
+def _packed(value):
+    if isinstance(value, Tensor):
+        return {"base64": base64.b64encode(bytes(value.tolist())).decode()}
+    return value
+
+
+def _unpacked(value):
+    if isinstance(value, dict) and value.keys() == {"base64"}:
+        return torch.frombuffer(bytearray(base64.b64decode(value["base64"])), dtype=torch.uint8)
+    return value
