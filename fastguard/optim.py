@@ -463,11 +463,13 @@ _ARGUMENTS = """
     ``exp_avg``, ``exp_avg_sq`` and with amsgrad ``max_exp_avg_sq`` of the parameter's shape, in
     float32 for bfloat16 and float16 parameters too, where torch's are in the parameter's dtype. All
     are views of a few packed tensors; an entry that is replaced is copied into these at the next
-    step. Of a parameter that is a DTensor (FSDP2) the moments are DTensors of its mesh and
-    placements, and the step works on the shards without dispatching them; it may stand in a group
-    with plain parameters, which torch's step refuses. ``torch.save`` writes a packed tensor once, and all of it even where the state of a single
+    step. ``torch.save`` writes a packed tensor once, and all of it even where the state of a single
     parameter is saved: clone that first. So does plain ``pickle``, and once for each view: pickle
     the optimizer, which takes care of that, or a deep copy made of clones, not its state dict.
+
+    The moments of a parameter that is a DTensor (FSDP2) are DTensors with its mesh and placements,
+    as torch.distributed.checkpoint saves them; the step works on this rank's shards, and takes
+    DTensors and plain parameters in one group, which torch's refuses.
 
     Raises:
         ValueError: an option outside of its range, or no parameters.

@@ -351,6 +351,8 @@ def _limit_of(report: StepReport, skip_norm: float) -> tuple[str, str]:
 def _why_without_offenders(report: StepReport) -> str:
     if math.isnan(report.total_norm):
         return "none: found by GradScaler.unscale_, perhaps on another rank"
+    if math.isfinite(report.total_norm):
+        return "none: another rank's loss is not finite, or it passes over this batch"
     return "none: the sum of the squares overflows"
 
 

@@ -166,6 +166,10 @@ def fsdp_goes_as_one_process_does():
     return [compare_to_one_process(mesh_of(2), name) for name in OPTIMIZERS if name != "grouped"]
 
 
+def replicas_count_once():
+    return compare_to_one_process(mesh_of(2, 1), "fastguard")
+
+
 def adagc_has_a_coefficient_for_each_parameter():
     """Of the whole gradients."""
     options = {"threshold": AdaGC(relative=1.05, warmup=8)}
@@ -362,6 +366,10 @@ def what_is_not_for_shards_is_refused():
         GradGuard(net, measure="backward")
     with pytest.raises(ValueError, match="no copies of sharded parameters"):
         GradGuard(net, on_patience="rollback")
+    first = distributed.new_group([0])
+    if distributed.get_rank() == 1:
+        with pytest.raises(ValueError, match="not in the process_group"):
+            GradGuard(net, process_group=first)
     half = DeviceMesh("cpu", [distributed.get_rank()])
     alone = nn.Parameter(distribute_tensor(torch.ones(2), half, [Shard(0)]))
     two = [nn.Parameter(distribute_tensor(torch.ones(2), mesh_of(2), [Shard(0)])), alone]
@@ -384,21 +392,20 @@ def ddp_replicas_stay_equal():
     verdicts = []
     for step in range(6):
         optimizer.zero_grad()
-        batch = mine(batch_of(step))
-        loss = net(batch).square().mean()
+        buffers = [b.clone() for b in net.buffers()]
+        loss = net(mine(batch_of(step))).square().mean()
         loss.backward()
         given = {2: math.nan if rank else 1.0, 3: None if rank else 2.0}.get(step, loss)
         if step == 4:
             guard._batches_to_skip = rank  # who asked skip_batch on one rank only
-        before = bits(net, optimizer)
+        before = [p.detach().clone() for p in net.parameters()]
         report = guard.step(optimizer, loss=given).result()
         verdicts.append(report.verdict if step != 4 else report.skipped)
-        skipped = step in (2, 4)
-        parameters_and_state = same(before[:8], bits(net, optimizer)[:8])
-        assert report.skipped == skipped == parameters_and_state
+        assert report.skipped == (step in (2, 4)) == same(before, net.parameters())
+        assert report.skipped == same(buffers, net.buffers())
         if step == 3:
             assert report.loss == (None if rank else 2.0)
-    everything = torch.cat([t for t in bits(net, optimizer)[: len(list(net.parameters()))]])
+    everything = torch.cat([p.detach().flatten() for p in net.parameters()])
     others = [torch.empty_like(everything) for _ in range(2)]
     distributed.all_gather(others, everything)
     assert torch.equal(*others)
@@ -454,6 +461,7 @@ def meshes_of_a_part_of_the_ranks_decide_apart():
 CASES = {
     2: [
         fsdp_goes_as_one_process_does,
+        replicas_count_once,
         adagc_has_a_coefficient_for_each_parameter,
         a_report_counts_on_all_ranks_and_has_places_of_this_one,
         one_all_reduce_and_no_dispatch_of_dtensors,
@@ -505,7 +513,11 @@ def spawn(size, folder):
 
 @pytest.mark.parametrize(
     "size, case",
-    [(size, case.__name__) for size, cases in CASES.items() for case in cases],
+    [
+        pytest.param(size, case.__name__, marks=[pytest.mark.slow] * (size > 2))
+        for size, cases in CASES.items()
+        for case in cases
+    ],
 )
 def test_on_ranks(size, case, answers):
     failed = {rank: found["failed"] for rank, found in enumerate(answers(size))}
