@@ -7,7 +7,7 @@ from torch import Tensor
 
 from . import ops
 from .buffers import Buffers
-from .clip import readable
+from .clip import local_parts, readable
 from .step_report import PendingReport
 
 
@@ -77,7 +77,8 @@ class Window:
                 torch.zeros_like(total) if p.grad is None else p.grad
                 for p, (_, total) in self._sums.items()
             ]
-            ops.accumulate_(readable(sums), readable(grads), verdict, self._counts, weight)
+            sums, grads = readable(local_parts(sums)), readable(local_parts(grads))
+            ops.accumulate_(sums, grads, verdict, self._counts, weight)
         for p in parameters:
             p.grad = None
         self.buffers.settle(verdict)

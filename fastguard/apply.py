@@ -155,5 +155,6 @@ def update_scaler(
         return
     for optimizer in optimizers:
         found = scaler._per_optimizer_states[id(optimizer)]["found_inf_per_device"]
-        found.setdefault(found_inf.device, found_inf.float())  # what unscale_ found stays
+        # What unscale_ found counts too; found_inf tells what it found on other ranks.
+        found[found_inf.device] = found.get(found_inf.device, 0) + found_inf.float()
     scaler.update()

@@ -377,6 +377,13 @@ def _summed_up(dtensor: Tensor) -> Tensor:
     return dtensor.redistribute(placements=placements)
 
 
+def local_parts(tensors: list[Tensor]) -> list[Tensor]:
+    """What this rank holds of each: of a DTensor its shard."""
+    if not any(map(is_dtensor, set(map(type, tensors)))):
+        return tensors
+    return [_local(t) if is_dtensor(t) else t for t in tensors]
+
+
 def _local(dtensor: Tensor) -> Tensor:
     local = dtensor.to_local()
     return local.wait() if hasattr(local, "wait") else local  # a collective may be under way

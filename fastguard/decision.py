@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from . import ops
+from .clip import is_dtensor
 
 WINDOW = 128  # accepted norms whose median arms skip_norm; llm.c's and OLMo-core's window
 
@@ -21,6 +22,8 @@ def fresh_statistics(device: torch.device) -> ops.Statistics:
 def scalar(loss: Tensor | float | None, device: torch.device) -> Tensor | None:
     if loss is None:
         return None
+    if is_dtensor(loss):
+        loss = loss.full_tensor()
     if not isinstance(loss, Tensor):
         try:
             return torch.full((), float(loss), dtype=torch.float64, device=device)

@@ -1,7 +1,7 @@
 """The guard: measure the gradients, decide, apply. Three lines in any PyTorch loop.
 
 The way of a step is :meth:`GradGuard.step`; each of its words has a module: parameters, measure,
-decision, thresholds, apply, buffers, accumulate, step_report, rollback.
+decision, thresholds, apply, buffers, accumulate, step_report, rollback, sharded.
 """
 
 import math
@@ -28,11 +28,12 @@ from .apply import (
     update_scaler,
 )
 from .buffers import Buffers, OnLoad
-from .clip import check_threshold
+from .clip import check_threshold, local_parts
 from .decision import WINDOW, discarded, fresh_statistics, nan_if, scalar, unscaling
 from .measure import BackwardMeasure
 from .parameters import Watched, measurable
 from .rollback import Rollback, Snapshots
+from .sharded import Ranks, lay_out_, ranks_of
 from .step_report import (
     BadStepFiles,
     GradientExplosionError,
@@ -71,9 +72,14 @@ class GradGuard:
     know the verdict before it is called.
 
     The norm is that of every gradient among the guard's parameters, whichever optimizer holds them.
-    Networks that are stepped apart, as a GAN's, need a guard each. Where processes train together
-    every one must hold the same gradients, as with DistributedDataParallel: of shards (FSDP, ZeRO)
-    a guard would see its own only, and ranks would decide differently.
+    Networks that are stepped apart, as a GAN's, need a guard each.
+
+    Where processes train together, all come to the same decision, by one small all-reduce in each
+    :meth:`step` and :meth:`accumulate`: where parameters are DTensors, as FSDP2's ``fully_shard``
+    makes them, and where ``process_group`` is given. The norm is that of the whole gradients, and a
+    NaN or Inf in the gradient or the loss of any rank is one of all. Every rank then has to make
+    the same calls, with the same settings, and the same weights in :meth:`accumulate`. Shards that
+    are no DTensors (FSDP1, ZeRO) would be taken for replicas.
 
     Args:
         params_or_model: a module; or a parameter, or an iterable of parameters or of (name,
@@ -86,17 +92,24 @@ class GradGuard:
         threshold: one of :mod:`fastguard.thresholds`, which learns where to clip below
             ``max_norm``; ``Fixed()`` by default.
         measure: "step" reads the gradients in :meth:`step`; "backward" measures each while it is
-            still in the cache, by hooks (not with DistributedDataParallel, whose all-reduce comes
-            after the hook).
-        on_patience: "rollback" goes back to an earlier state instead of raising.
+            still in the cache, by hooks (not where processes train together, whose gradients are
+            added up after the hook).
+        on_patience: "rollback" goes back to an earlier state instead of raising; not of DTensors.
         rollback: how; by default ``Rollback()`` where ``on_patience`` is "rollback".
         report_dir: a folder for one JSON file per bad step: names of the non-finite parameters,
             the norms of all, the batch's id.
-        max_lag: reports that may be on their way before a step waits for the oldest.
+        max_lag: reports that may be on their way before a step waits for the oldest; where
+            processes train together on a device, the host learns exactly so late, on all ranks.
+        process_group: of the ranks that decide together, each of which holds a part of every
+            parameter; ``torch.distributed.group.WORLD`` with DistributedDataParallel, whose
+            gradients are equal but whose losses are not. By default all ranks of the DTensors'
+            mesh, the largest of several; without DTensors this process decides by itself.
 
     Raises:
         ValueError: no parameters, a negative or NaN threshold, ``patience`` or ``max_lag`` < 1, an
-            unknown word, a ``rollback`` that nothing would use.
+            unknown word, a ``rollback`` that nothing would use; a ``process_group`` that lacks
+            ranks of a DTensor's mesh; DTensors or ``process_group`` with ``measure="backward"``,
+            DTensors with rollback.
         TypeError: something that is no parameter, or no threshold.
     """
 
@@ -113,6 +126,7 @@ class GradGuard:
         rollback: Rollback | None = None,
         report_dir: str | Path | None = None,
         max_lag: int = 8,
+        process_group: torch.distributed.ProcessGroup | None = None,
     ):
         self.max_norm = check_threshold("max_norm", max_norm)
         self.skip_norm = check_threshold("skip_norm", skip_norm)
@@ -129,10 +143,12 @@ class GradGuard:
         self._watched = Watched(params_or_model)
         self._buffers = Buffers(self._watched.module)
         self._measure = BackwardMeasure() if measure == "backward" else None
-        self._listening: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-        self._found_others()
         self._rollback = Rollback() if rollback is None else rollback
         self._snapshots = Snapshots(self._rollback) if on_patience == "rollback" else None
+        self._group = process_group
+        self._ranks: Ranks | None = None  # None where this process decides by itself
+        self._listening: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+        self._found_others()
         self._files = BadStepFiles(report_dir)
 
         self._statistics = fresh_statistics(self._watched.parameters[0].device)
@@ -174,8 +190,10 @@ class GradGuard:
                 verdict, as Muon for the matrices and AdamW for the rest.
             scaler: the GradScaler that scaled the loss, if one did. The guard unscales, steps and
                 updates it; do not call its ``step`` and ``update`` yourself.
-            loss: of this batch, one number, unscaled; NaN or Inf skips the step. Where several
-                processes train together it must be the same in all, or their weights diverge.
+            loss: of this batch, one number, unscaled; NaN or Inf skips the step. Ranks that decide
+                together may each give their own, or none: the report has the mean. With
+                DistributedDataParallel and no ``process_group`` it must be the same in all, or
+                their weights diverge.
             batch_id: anything that names the batch in reports, warnings and errors.
 
         Returns:
@@ -184,9 +202,9 @@ class GradGuard:
         Raises:
             GradientExplosionError: ``patience`` skips in a row. This step is done then.
             ValueError: no optimizer, or one twice; it needs a closure or holds a gradient that the
-                guard does not watch; gradients of an unsupported dtype, on several devices,
-                DTensors, or not accumulated as the others of their window; a loss that is not one
-                number. Nothing was changed then.
+                guard does not watch; gradients of an unsupported dtype, on several devices, or not
+                accumulated as the others of their window; a loss that is not one number. Nothing
+                was changed then.
             Exception: what an optimizer raises. Its gradients may be scaled already then, and those
                 of several that came before it have stepped.
         """
@@ -205,6 +223,7 @@ class GradGuard:
     def _step(self, optimizers, scaler, loss, batch_id) -> PendingReport:
         if self._watched.check(optimizers):
             self._found_others()
+        self._lay_out()
         names, _, grads = self._watched.with_gradients()
         device = (grads or self._watched.parameters)[0].device
         loss = scalar(loss, device)
@@ -215,10 +234,12 @@ class GradGuard:
         elif not grads:
             self._watched.stale = True  # perhaps the module has other parameters by now
         names, grads = _once(names, grads)
+        if self._ranks is not None:
+            names, grads = self._ranks.all_of(names, grads, device)
         found_inf = found_by_unscaling(scaler, optimizers)
         scale = scale_of(scaler, device) if found_inf is None else nan_if(found_inf)
         unscale = unscaling(scale, 1.0 if window is None else window.weight, device)
-        in_one = self._measure is None and window is None and found_inf is None
+        in_one = self._in_one_call and window is None and found_inf is None
         in_one = in_one and grads and not self._batches_to_skip
         scaling = scaling_of(scaler, device, optimizers) if in_one else None
         before = self._statistics.copy(), self._ema_norms, copy_of(scaling)
@@ -301,12 +322,13 @@ class GradGuard:
     def _accumulate(self, scaler, loss, batch_id, weight: float) -> PendingReport:
         if not 0 < weight < math.inf:
             raise ValueError(f"weight must be a positive number, got {weight}")
+        self._lay_out()
         names, parameters, grads = self._watched.with_gradients()
         if not grads:
             raise ValueError(
                 "no gradient to accumulate: call this after backward, before zero_grad"
             )
-        values = measurable(names, grads)
+        values = measurable(names, local_parts(grads))
         check_summable(names, grads)
         device = grads[0].device
         loss = scalar(loss, device)
@@ -314,10 +336,13 @@ class GradGuard:
             self._window = Window(self._buffers.copy(), device, scaler)
         self._window.check(scaler)
         unscale = unscaling(scale_of(scaler, device), weight, device)
-        measured, decision = self._judge(names, values, unscale, loss, accept=False)
+        judged = names, values
+        if self._ranks is not None:
+            judged = self._ranks.all_of(names, values, device)
+        measured, decision = self._judge(*judged, unscale, loss, accept=False)
         batch_id = f"micro-batch {len(self._window.reports)}" if batch_id is None else batch_id
         report = PendingReport(
-            self._steps, batch_id, decision.record, measured, unscale, names, loss
+            self._steps, batch_id, decision.record, measured, unscale, judged[0], loss
         )
         self._window.add(names, parameters, decision, weight, report)
         return report
@@ -357,28 +382,43 @@ class GradGuard:
 
     # --- what a step is made of -------------------------------------------------------------------
 
+    @property
+    def _in_one_call(self) -> bool:
+        return self._measure is None and self._ranks is None
+
+    def _lay_out(self) -> None:
+        if self._ranks is not None and self._ranks.sharded:
+            lay_out_(self._watched.parameters)
+
     def _judge(self, names, grads, unscale, loss, scaling=None, accept=True):
         if accept and self.skip_batch():
             self._discarded = self._steps
-            measured = self._measured(names, grads)
+            # Ranks that do not pass over it must not apply it alone.
+            bad = scalar(math.nan, (grads or self._watched.parameters)[0].device)
+            measured, *_ = self._measured(names, grads, unscale, bad)
             return measured, discarded(measured, unscale, loss)
         threshold = self.threshold if accept else Fixed()
         known = self._known(names, threshold, grads[0].device if grads else None)
-        rules = (unscale, loss, known, threshold, self.max_norm, self.skip_norm, accept)
-        if self._measure is None:
-            judged = _of_any_kind(ops.grad_norm_decide_, names, grads, *rules, scaling)
+        rules = (known, threshold, self.max_norm, self.skip_norm, accept)
+        if self._in_one_call:
+            given = (unscale, loss, *rules, scaling)
+            judged = _of_any_kind(ops.grad_norm_decide_, names, grads, *given)
         else:
-            measured = self._measured(names, grads)
-            judged = measured, ops.guard_decide_(measured, *rules)
+            measured, *given = self._measured(names, grads, unscale, loss)
+            judged = measured, ops.guard_decide_(measured, *given, *rules)
         self._statistics = known
         if threshold.kind is Kind.ADAGC:
             learnt = dict(zip(names, known.ema_norms.unbind(), strict=True))
             self._ema_norms = self._ema_norms | learnt
         return judged
 
-    def _measured(self, names: list[str], grads: list[Tensor]) -> ops.GradNorm:
+    def _measured(self, names: list[str], grads: list[Tensor], unscale, loss):
+        """The norms; and ``unscale`` and ``loss``, where ranks train together those of all."""
         measure = ops.grad_norm if self._measure is None else self._measure.collect
-        return _of_any_kind(measure, names, grads)
+        if self._ranks is None:
+            return _of_any_kind(measure, names, grads), unscale, loss
+        measured = _of_any_kind(measure, names, local_parts(grads))
+        return self._ranks.agree(measured, unscale, loss)
 
     def _known(self, names, threshold: Threshold, device: torch.device | None) -> ops.Statistics:
         """The statistics of these gradients, on their device."""
@@ -397,10 +437,15 @@ class GradGuard:
     def _learn(self, wait: bool = False) -> list[StepReport]:
         """Account for the reports that are there, up to a spent patience; its skips, or []."""
         while self._pending and not self._spent:
-            if not (wait or len(self._pending) > self.max_lag or self._pending[0].ready):
+            if not (wait or len(self._pending) > self.max_lag or self._may_look_early()):
                 break
             self._account(self._pending.popleft())
         return self._spent
+
+    def _may_look_early(self) -> bool:
+        # Not on a device, where one rank would go back or raise steps before another.
+        together = self._ranks is not None and self._statistics.moments.device.type != "cpu"
+        return self._pending[0].ready and not together
 
     def _act(self, spent: list[StepReport]) -> None:
         """Go back or raise, if the patience is spent."""
@@ -474,7 +519,8 @@ class GradGuard:
         """What the next decision depends on, as plain numbers; waits for the device.
 
         ``max_norm`` and its like are not part of it, nor are a window that :meth:`accumulate` has
-        begun and the copies that rollback goes back to: these start anew.
+        begun and the copies that rollback goes back to: these start anew. Where processes train
+        together, every rank asks for it and any may save its own: they decide alike.
         """
         self._learn(wait=True)
         return {
@@ -556,6 +602,18 @@ class GradGuard:
 
     def _found_others(self) -> None:
         """The parameters were looked up anew, and the module may have other parts."""
+        ranks = ranks_of(self._watched.names, self._watched.parameters, self._group)
+        if ranks is not None and self._measure is not None:
+            raise ValueError(
+                'measure="backward" sees gradients before they are added up over the ranks; use '
+                '"step" where processes train together'
+            )
+        if ranks is not None and ranks.sharded and self._snapshots is not None:
+            raise ValueError(
+                'on_patience="rollback" takes no copies of sharded parameters (DTensors); use '
+                '"raise" and go back to a checkpoint'
+            )
+        self._ranks = ranks
         self._buffers.look_up()
         self._listen()
         if self._measure is not None:

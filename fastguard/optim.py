@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from . import ops
+from .clip import is_dtensor, local_parts
+from .sharded import lay_out_
 
 _MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 
@@ -237,18 +239,20 @@ class _Bucket:
         self.device = device
         self.params = params
         self.states = states
+        self._parts = parts = local_parts(params)
+        self.sharded = parts is not params
         self.complex = any(p.is_complex() for p in params)
         self.amsgrad = bool(group["amsgrad"])
-        self._contiguous = [p for p in params if p.is_contiguous()]
+        self._contiguous = [p for p in parts if p.is_contiguous()]
         self._numels = list(map(Tensor.numel, self._contiguous))
-        self._others = [p for p in params if not p.is_contiguous()]
+        self._others = [p for p in parts if not p.is_contiguous()]
         self._layouts = list(map(_layout, self._others))
         names = _MOMENTS if self.amsgrad else _MOMENTS[:2]
         for p, state in zip(params, states, strict=True):
             if problem := _problem(p, state, names):
                 index = next(i for i, q in enumerate(group["params"]) if q is p)
                 raise RuntimeError(f"parameter {index} of group {number}: {problem}")
-        real = _real(params) if self.complex else params
+        real = _real(parts) if self.complex else parts
         offsets = ops.packed_offsets(p.numel() for p in real)
         self._packs = {
             name: torch.zeros(offsets[-1] if name in names else 0, dtype=dtype, device=device)
@@ -270,7 +274,10 @@ class _Bucket:
         for name in ("step", *names):
             for view, state in zip(self._views[name], states, strict=True):
                 if name in state:
-                    view.copy_(state[name])
+                    view.copy_(*local_parts([state[name]]))
+            if self.sharded and name != "step":
+                self._views[name] = list(map(_laid_out_as, params, self._views[name]))
+            for view, state in zip(self._views[name], states, strict=True):
                 state[name] = view
         self._copies = list(map(dict, states))
 
@@ -300,6 +307,9 @@ class _Bucket:
         return same
 
     def _in_place(self) -> bool:
+        if self.sharded:  # to_local makes new ones each time, and FSDP may have moved them
+            before, self._parts = self._parts, local_parts(self.params)
+            return list(map(_layout, before)) == list(map(_layout, self._parts))
         # Contiguous and of one number of elements says enough, at half the price of the strides.
         return (
             all(map(Tensor.is_contiguous, self._contiguous))
@@ -308,6 +318,8 @@ class _Bucket:
         )
 
     def grads(self) -> list[Tensor | None]:
+        if self.sharded:
+            lay_out_(self.params)
         return [p.grad for p in self.params]
 
     def step(
@@ -317,13 +329,16 @@ class _Bucket:
         options: tuple[float | bool, ...],
         only_check: bool = False,
     ) -> None:
-        params = self.params
+        params = self._parts
+        grads = local_parts(grads) if self.sharded else grads
         state = (*(self._packs[name] for name in _MOMENTS), self._packs["step"])
         try:
             if self.complex:
                 params, grads = _real(params), _real(grads)
             step = ops.check_adamw if only_check else ops.adamw_
             step(params, grads, *state, *decision, *options)
+            if self.sharded:  # a DTensor's version does not count what is written to its shard
+                torch.autograd.graph.increment_version(self.params)
         except RuntimeError:
             _check_dense(grads)
             raise
@@ -348,13 +363,33 @@ def _problem(p: Tensor, state: dict[str, Tensor], names: tuple[str, ...]) -> str
             found = type(entry).__name__
             if isinstance(entry, Tensor):
                 if entry.shape == shape and entry.dtype == dtype:
-                    continue
+                    if name == "step" or _placed(entry) == _placed(p):
+                        continue
+                    return (
+                        f"its {name} must be a DTensor with the parameter's mesh and placements, "
+                        f"{_placed(p)}, got {_placed(entry)}; load it with "
+                        "torch.distributed.checkpoint.state_dict.set_optimizer_state_dict"
+                    )
                 found = f"{entry.dtype} of shape {tuple(entry.shape)}"
             return (
                 f"its {name} must be a {dtype} tensor of shape {tuple(shape)}, got {found}; "
                 "delete it from the state to start from zero, or load it with load_state_dict"
             )
     return None
+
+
+def _placed(tensor: Tensor) -> tuple | None:
+    return (tensor.device_mesh, tensor.placements) if is_dtensor(tensor) else None
+
+
+def _laid_out_as(p: Tensor, part: Tensor) -> Tensor:
+    """``part`` itself or, where ``p`` is a DTensor, one whose shard here is in the same memory."""
+    if not is_dtensor(p):
+        return part
+    # DTensor.from_local would move what is offloaded to the mesh's device.
+    whole = torch.empty_like(p, dtype=part.dtype)
+    whole.to_local().set_(part)
+    return whole
 
 
 def _check_dense(grads: list[Tensor]) -> None:
@@ -367,7 +402,9 @@ def _layout(p: Tensor) -> tuple[torch.Size, tuple[int, ...]]:
 
 
 def _shares(value: object) -> bool:
-    """Whether a tensor is part of a larger one."""
+    """Whether a tensor, or of a DTensor its shard, is part of a larger one."""
+    if is_dtensor(value):
+        return _shares(value.to_local())
     return (
         isinstance(value, Tensor)
         and value.layout == torch.strided
@@ -429,6 +466,10 @@ _ARGUMENTS = """
     step. ``torch.save`` writes a packed tensor once, and all of it even where the state of a single
     parameter is saved: clone that first. So does plain ``pickle``, and once for each view: pickle
     the optimizer, which takes care of that, or a deep copy made of clones, not its state dict.
+
+    The moments of a parameter that is a DTensor (FSDP2) are DTensors with its mesh and placements,
+    as torch.distributed.checkpoint saves them; the step works on this rank's shards, and takes
+    DTensors and plain parameters in one group, which torch's refuses.
 
     Raises:
         ValueError: an option outside of its range, or no parameters.

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from . import ops
 from .attention import AttentionStats
-from .clip import is_dtensor, readable
+from .clip import readable
 from .multihead import ClampedMultiheadAttention
 
 _COMPLEX = {torch.complex64, torch.complex128}
@@ -110,15 +110,9 @@ def measurable(names: list[str], grads: list[Tensor]) -> list[Tensor]:
     """What :func:`fastguard.ops.grad_norm` is to read of each gradient.
 
     Raises:
-        ValueError: DTensors, other dtypes, several devices; with the parameter's name.
+        ValueError: other dtypes, several devices; with the parameter's name.
     """
-    kinds, dtypes = set(map(type, grads)), {grad.dtype for grad in grads}
-    if any(map(is_dtensor, kinds)):
-        name = next(n for n, g in zip(names, grads, strict=True) if is_dtensor(g))
-        raise ValueError(
-            f"the gradient of {name} is a DTensor: GradGuard takes plain tensors only; "
-            "fastguard.clip_grad_norm_ takes DTensors"
-        )
+    dtypes = {grad.dtype for grad in grads}
     if not dtypes <= _DTYPES:
         name, dtype = next(
             (n, g.dtype) for n, g in zip(names, grads, strict=True) if g.dtype not in _DTYPES

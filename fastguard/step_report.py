@@ -26,7 +26,8 @@ class Offender:
     name: str
     nans: int
     infs: int
-    #: Flat row-major index of the first NaN or Inf.
+    #: Flat row-major index of the first NaN or Inf; of a DTensor in the shard of this rank, and -1
+    #: where all of them are on other ranks.
     first_index: int
 
     @property
@@ -34,6 +35,8 @@ class Offender:
         return " and ".join(k for k, n in (("NaN", self.nans), ("Inf", self.infs)) if n)
 
     def __str__(self) -> str:
+        if self.first_index < 0:
+            return f"{self.name}, on another rank"
         return f"{self.name}[{self.first_index}]"
 
 
@@ -193,10 +196,10 @@ class PendingReport:
 
     def _offenders(self) -> tuple[tuple[Offender, ...], tuple[Stretch, ...]]:
         rows = list(zip(self._names, self._measured.nonfinite.tolist(), strict=True))
-        offenders = tuple(Offender(name, *row) for name, row in rows if row[2] >= 0)
+        offenders = tuple(Offender(name, *row) for name, row in rows if row[0] or row[1])
         stretches: list[Stretch] = []
-        for name, (_, _, first_index) in rows:
-            finite = first_index < 0
+        for name, (nans, infs, _) in rows:
+            finite = nans == infs == 0
             if stretches and stretches[-1].finite == finite:
                 stretches[-1] = stretches[-1]._replace(last=name)
             else:
@@ -348,6 +351,8 @@ def _limit_of(report: StepReport, skip_norm: float) -> tuple[str, str]:
 def _why_without_offenders(report: StepReport) -> str:
     if math.isnan(report.total_norm):
         return "none: found by GradScaler.unscale_, perhaps on another rank"
+    if math.isfinite(report.total_norm):
+        return "none: another rank's loss is not finite, or it passes over this batch"
     return "none: the sum of the squares overflows"
 
 

@@ -1,0 +1,154 @@
+"""Ranks that train together: their gradients may be shards, and all must come to one decision."""
+
+import math
+import weakref
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, distributed
+
+from . import ops
+from .clip import is_dtensor
+
+_groups: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+
+
+def ranks_of(names: list[str], parameters: list[Tensor], group) -> "Ranks | None":
+    """Those that have to agree, or None where this process decides by itself."""
+    if group is None and not any(map(is_dtensor, set(map(type, parameters)))):
+        return None
+    return Ranks(names, parameters, group)
+
+
+class Ranks:
+    """The processes that take a decision together, each from what it holds of the gradients.
+
+    Which collective they call depends on the parameters alone, never on a value, a local shape or
+    on whether this rank has a gradient: all take part or wait for ever.
+
+    Args:
+        names, parameters: the same ones, in the same order, on every rank. A plain tensor is taken
+            to be held by every rank; a DTensor's shards, wherever they lie, by equally many each.
+        group: a process group; None for the ranks of the DTensors' mesh, the largest of several.
+
+    Raises:
+        ValueError: a DTensor whose mesh has ranks that the group lacks, or does not divide it.
+    """
+
+    def __init__(self, names: list[str], parameters: list[Tensor], group=None):
+        meshes = {p.device_mesh: None for p in parameters if is_dtensor(p)}
+        self.sharded = bool(meshes)
+        self._names = names
+        self._group = (
+            _group_of(max(meshes, key=lambda mesh: mesh.size())) if group is None else group
+        )
+        self._size = distributed.get_world_size(self._group)
+        if self._size < 1:
+            raise ValueError("this process is not in the process_group that was given to GradGuard")
+        self._check(names, parameters)
+        #: Where the group communicates; gradients may be offloaded from there.
+        self._there = next((torch.device(mesh.device_type) for mesh in meshes), None)
+        #: How many ranks hold each element of each gradient.
+        self._copies = torch.tensor(
+            [self._size / _number_of_parts(p) for p in parameters],
+            dtype=torch.float64,
+            device="cpu",
+        )
+
+    def _check(self, names: list[str], parameters: list[Tensor]) -> None:
+        members = distributed.get_process_group_ranks(self._group)
+        here = distributed.get_rank()
+        for name, p in zip(names, parameters, strict=True):
+            if not is_dtensor(p):
+                continue
+            ranks = p.device_mesh.mesh.flatten().tolist()
+            if not {here} <= set(ranks) <= set(members) or self._size % _number_of_parts(p):
+                raise ValueError(
+                    f"{name} is a DTensor on the ranks {ranks}, while {members} decide together "
+                    f"and this is rank {here}: each must hold a part of every parameter, and the "
+                    "same number of ranks each part; give GradGuard the process_group of all ranks "
+                    "that train the same parameters together"
+                )
+
+    def all_of(
+        self, names: list[str], grads: list[Tensor], device: torch.device
+    ) -> tuple[list[str], list[Tensor]]:
+        """The gradients of all parameters, in their order; of what has none here, an empty one."""
+        if names == self._names:
+            return names, grads
+        there = dict(zip(names, grads, strict=True))
+        none = torch.empty(0, device=device)
+        return self._names, [there.get(name, none) for name in self._names]
+
+    def agree(
+        self, measured: ops.GradNorm, unscale: Tensor | None, loss: Tensor | None
+    ) -> tuple[ops.GradNorm, Tensor, Tensor]:
+        """What the decision is made of, with the same bits on every rank; the host does not wait.
+
+        One all-reduce of 3 N + 4 float64 for N parameters. What is derived from it is derived by
+        operations that have one correct result. A NaN in what any rank gives is a NaN for all.
+
+        Returns:
+            The norms of the whole gradients and the counts of all their NaNs and Infs (the index of
+            the first one stays that of this rank's part); the mean of ``unscale``; the mean of the
+            losses, of the ranks that gave one.
+        """
+        squares = measured.norms.square()
+        self._copies = copies = self._copies.to(squares.device)
+        zero = torch.zeros_like(measured.total_norm)
+        one = torch.ones_like(zero)
+        told = [
+            (squares / copies).sum(),
+            zero if loss is None else loss,
+            zero if loss is None else one,
+            one if unscale is None else unscale,
+        ]
+        counts = measured.nonfinite[:, :2].double().flatten()
+        summed = self._sum(torch.cat([squares, counts, torch.stack(told)]))
+        n = len(squares)
+        squares, counts, told = summed.split([n, 2 * n, len(told)])
+        square, loss, losses, unscale = told.unbind()
+        unscale = unscale / self._size
+        # A GradScaler's unscale_ may have found an Inf on another rank: see decision.nan_if.
+        square = torch.where(unscale.isnan(), math.nan, square)
+        counts = (counts.view(n, 2) / copies[:, None]).ceil().long()
+        whole = ops.GradNorm(
+            square.sqrt(),
+            (squares / copies).sqrt(),
+            torch.cat([counts, measured.nonfinite[:, 2:]], dim=1),
+        )
+        return whole, unscale, loss / losses.clamp(min=1)
+
+    def _sum(self, numbers: Tensor) -> Tensor:
+        summed = numbers.to(numbers.device if self._there is None else self._there)
+        distributed.all_reduce(summed, group=self._group)
+        return summed.to(numbers.device)
+
+
+def lay_out_(parameters: Iterable[Tensor]) -> None:
+    """Give gradients the placements of their parameters, where torch left a sum to be made."""
+    for p in parameters:
+        grad = p.grad
+        if is_dtensor(grad) and is_dtensor(p) and grad.placements != p.placements:
+            p.grad = grad.redistribute(p.device_mesh, p.placements)
+
+
+def _number_of_parts(parameter: Tensor) -> int:
+    if not is_dtensor(parameter):
+        return 1
+    sizes = zip(parameter.device_mesh.shape, parameter.placements, strict=True)
+    return math.prod(size for size, placement in sizes if not placement.is_replicate())
+
+
+def _group_of(mesh):
+    """The process group of all ranks of a mesh."""
+    if mesh.ndim == 1:
+        return mesh.get_group()
+    if mesh.size() == distributed.get_world_size():
+        return distributed.group.WORLD
+    # Not one reduction for each dimension: an all-reduce gives all its ranks the same bits, but two
+    # of them that add up the same numbers, in two groups, need not.
+    if mesh not in _groups:
+        ranks = mesh.mesh.flatten().tolist()
+        _groups[mesh] = distributed.new_group(ranks, use_local_synchronization=True)
+    return _groups[mesh]
