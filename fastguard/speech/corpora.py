@@ -225,6 +225,8 @@ def _shown(id: str) -> str:
     """``id`` as a line of a log may hold it: short, and without control characters, with which a
     file name could forge further lines."""
     short = id if len(id) <= MAX_ID else id[:60] + "..."
+    if short.isprintable():
+        return short
     # Cc: control; Cs: half a character; Zl, Zp: line and paragraph separators
     odd = any(unicodedata.category(char) in ("Cc", "Cs", "Zl", "Zp") for char in short)
     return ascii(short) if odd else short
@@ -232,12 +234,9 @@ def _shown(id: str) -> str:
 
 def _with_splits(rows: Utterances) -> Utterances:
     """Rows without a split get that of their text: another row's, or an assigned one."""
-    open_texts = {row.text for row in rows if row.split is None}
-    if not open_texts:
-        return rows
-    given = {row.text: row.split for row in rows if row.split and row.text in open_texts}
-    splits = given | assign_splits(open_texts - given.keys())
-    return rows.with_splits(row.split or splits[row.text] for row in rows)
+    texts = set(rows.of_split(None).texts())
+    given = {text: name for name in SPLITS for text in rows.of_split(name).texts() if text in texts}
+    return rows.with_splits(given | assign_splits(texts - given.keys()))
 
 
 def encoded(encode: Callable[[str], Sequence], text: str) -> Sequence:

@@ -1,7 +1,7 @@
 """Many utterances in a few arrays, which worker processes share."""
 
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -67,28 +67,44 @@ class Utterances(Sequence[Utterance]):
         if isinstance(index, slice):
             return self.select(np.arange(len(self))[index])
         row = int(self._rows[index])
+        return self._utterance(row, self._ends[3 * row : 3 * row + 4].tolist())
+
+    def __iter__(self) -> Iterator[Utterance]:
+        ends = self._ends.numpy().copy()
+        for row in self._rows.tolist():
+            yield self._utterance(row, ends[3 * row : 3 * row + 4].tolist())
+
+    def _utterance(self, row: int, ends: list[int]) -> Utterance:
         # numpy() at each use: torch moves the columns when it first shares them.
-        ends = self._ends.numpy()[3 * row : 3 * row + 4]
-        buffer = self._buffer.numpy()
+        strings = self._buffer.numpy()[ends[0] : ends[3]].tobytes()
         id, audio, text = (
-            buffer[start:end].tobytes().decode("utf-8", "surrogatepass")
+            strings[start - ends[0] : end - ends[0]].decode("utf-8", "surrogatepass")
             for start, end in pairwise(ends)
         )
-        split = _CODES[self._splits[row]]
-        return Utterance(id, Path(audio), text, split, float(self._durations[row]))
+        split = _CODES[self._splits.numpy()[row]]
+        return Utterance(id, Path(audio), text, split, float(self._durations.numpy()[row]))
 
     def select(self, indices: np.ndarray) -> "Utterances":
         """These utterances, in this order."""
         return self._with(_rows=self._rows[torch.from_numpy(np.asarray(indices, np.int64))])
 
-    def of_split(self, name: str) -> "Utterances":
-        """The utterances of the split train, dev or test."""
-        return self._with(_rows=self._rows[self._splits[self._rows] == SPLITS.index(name)])
+    def of_split(self, name: str | None) -> "Utterances":
+        """The utterances of the split train, dev or test; of None those that have none yet."""
+        return self._with(_rows=self._rows[self._splits[self._rows] == _CODES.index(name)])
 
-    def with_splits(self, names: Iterable[str]) -> "Utterances":
-        """The same with other splits, one for each utterance."""
-        codes = torch.tensor([SPLITS.index(name) for name in names], dtype=torch.uint8)
-        return self._with(_splits=self._splits.index_put((self._rows,), codes))
+    def texts(self) -> Iterator[str]:
+        """The text of each utterance."""
+        ends = self._ends.numpy().copy()
+        for row in self._rows.tolist():
+            start, end = ends[3 * row + 2 : 3 * row + 4].tolist()
+            yield self._buffer.numpy()[start:end].tobytes().decode("utf-8", "surrogatepass")
+
+    def with_splits(self, of_text: Mapping[str, str]) -> "Utterances":
+        """The same, but those without a split have that of their text."""
+        open = self.of_split(None)
+        codes = [SPLITS.index(of_text[text]) for text in open.texts()]
+        codes = torch.tensor(codes, dtype=torch.uint8)
+        return self._with(_splits=self._splits.index_put((open._rows,), codes))
 
     def with_durations(self, seconds: np.ndarray) -> "Utterances":
         """The same with other durations, (N,) float64."""

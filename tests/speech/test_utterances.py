@@ -1,4 +1,5 @@
 import pickle
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -60,14 +61,21 @@ def test_selections_share_the_buffer():
     assert list(packed.select([])) == []
 
 
-def test_columns_are_replaced_where_they_are_selected():
+def test_durations_are_replaced_where_they_are_selected():
     rows = some(6)
     packed = Utterances(rows)
-    changed = packed[1:3].with_splits(["test", "train"]).with_durations(np.array([5.0, 6.0]))
-    assert [(u.id, u.split, u.duration) for u in changed] == [
-        ("id1", "test", 5),
-        ("id2", "train", 6),
-    ]
+    changed = packed[1:3].with_durations(np.array([5.0, 6.0]))
+    assert [(u.id, u.duration) for u in changed] == [("id1", 5), ("id2", 6)]
+    assert list(packed) == rows
+
+
+def test_utterances_without_a_split_get_that_of_their_text():
+    rows = [replace(row, split=None) if i % 2 else row for i, row in enumerate(some(4))]
+    packed = Utterances(rows)
+    assert [u.id for u in packed.of_split(None)] == ["id1", "id3"]
+    filled = packed.with_splits({"text 0": "dev", "text 1": "test", "text 3": "dev"})
+    assert [u.split for u in filled] == ["train", "test", "test", "dev"]
+    assert list(filled.texts()) == ["text 0", "text 1", "text 2", "text 3"]
     assert list(packed) == rows
 
 
