@@ -8,10 +8,10 @@ from .config import Config
 from .parallel import Parallel
 from .recognizer import features
 from .speech.batching import BucketBatchSampler, SpeechDataset, make_loader
-from .speech.corpora import Corpus, load_corpus
+from .speech.corpora import load_corpus
 from .speech.features import Augment, SpecAugment, SpeedPerturb
 from .speech.models.ctc import CTCModel
-from .speech.tokenizer import CharTokenizer, Tokenizer
+from .speech.tokenizer import Tokenizer, build_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -32,19 +32,16 @@ class Data:
     def __init__(self, config: Config, tokenizer: Tokenizer | None = None):
         self.config = config
         self.log_mel = features(config)
-        self.corpus = self._load_corpus()
-        self.tokenizer = tokenizer or CharTokenizer.from_texts(
-            u.text for u in self.corpus.split("train")
+        corpus = load_corpus(
+            config.data, max_duration=config.max_duration, seed=config.seed, check=config.check
         )
+        self.tokenizer = tokenizer or build_tokenizer(
+            config.tokenizer.kind,
+            (utterance.text for utterance in corpus.split("train")),
+            config.tokenizer.vocab_size,
+        )
+        self.corpus = corpus.drop_infeasible(self.tokenizer.encode, self._output_length)
         logger.info(self.corpus.summary())
-
-    def _load_corpus(self) -> Corpus:
-        return load_corpus(
-            self.config.data,
-            max_duration=self.config.max_duration,
-            seed=self.config.seed,
-            max_output_length=self._output_length,
-        )
 
     def _output_length(self, seconds: float) -> int:
         return CTCModel.output_lengths(self.log_mel.num_frames_of(seconds))
@@ -59,7 +56,7 @@ class Data:
         speed = SpeedPerturb(augment.speeds) if augment.speeds else None
         by_duration = config.batch_duration is not None
         sampler = BucketBatchSampler(
-            [u.duration for u in utterances],
+            utterances.durations,
             batch_size=None if by_duration else config.batch_size,
             batch_duration=config.batch_duration,
             seed=config.seed,
@@ -73,7 +70,7 @@ class Data:
         """Batches of a split in the order of their durations, as they are; this process's share."""
         utterances = self.corpus.split(split)
         sampler = BucketBatchSampler(
-            [u.duration for u in utterances],
+            utterances.durations,
             batch_size=EVALUATION_BATCH,
             shuffle=False,
             rank=parallel.rank,

@@ -28,7 +28,7 @@ from .speech.batching import Batch
 from .speech.decoding import ErrorRates, error_rates, greedy_decode
 from .speech.distillation import distillation_loss
 from .speech.loss import ctc_loss
-from .speech.tokenizer import CharTokenizer, Tokenizer
+from .speech.tokenizer import Tokenizer, tokenizer_from_dict
 from .step_report import GradientExplosionError, PendingReport, StepReport
 from .stepper import build_optimizer, build_stepper
 from .tracking import Curves
@@ -90,7 +90,7 @@ class Trainer:
     def _known_tokenizer(self, state: dict | None) -> Tokenizer | None:
         """That of the state, or of the teacher, whose symbols the student's must be."""
         if state is not None:
-            return CharTokenizer.from_dict(state["tokenizer"])
+            return tokenizer_from_dict(state["tokenizer"])
         return None if self.teacher is None else self.teacher.tokenizer
 
     def _build_model(self) -> nn.Module:

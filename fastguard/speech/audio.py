@@ -48,12 +48,12 @@ def check_duration(path: Path | str, seconds: float, shortest: float, longest: f
     """Raises AudioError unless ``seconds`` lies between ``shortest`` and ``longest``."""
     if seconds < shortest:
         raise AudioError(
-            f"too short: {str(path)!r} has {seconds:.2f} s, under {shortest:g} s; lower "
-            "min_duration to keep it"
+            f"too short: {seconds:.2f} s, under {shortest:g} s; lower min_duration to keep "
+            f"{str(path)!r}"
         )
     if seconds > longest:
         raise AudioError(
-            f"too long: {str(path)!r} has {seconds:.2f} s, over {longest:g} s; cut it, or raise "
+            f"too long: {seconds:.2f} s, over {longest:g} s; cut {str(path)!r}, or raise "
             "max_duration"
         )
 

@@ -6,22 +6,25 @@
     librispeech:DIR           LibriSpeech as it is unpacked
     yesno:DIR                 the 60 recordings of OpenSLR 1
 
-Whatever could break a training step later is found here: every recording is decoded once, and a
-row that can not be used is left out with its name and a reason.
+Whatever could break a training step later is found here, in a corpus of moderate size: every
+recording is decoded once, and a row that can not be used is left out with its name and a reason.
 """
 
+import math
 import re
 import sys
+import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from itertools import pairwise
 from pathlib import Path
+from typing import Literal
 
 from tqdm import tqdm
 
-from fastguard.speech.audio import check_duration, decoded_duration
+from fastguard.speech.audio import check_duration, decoded_duration, header_duration
 from fastguard.speech.readers import (
     ASTERISK_SOUNDS,
     CorpusError,
@@ -35,38 +38,63 @@ from fastguard.speech.readers import (
 )
 from fastguard.speech.synthetic import build_synthetic
 from fastguard.speech.text import normalize_text
+from fastguard.speech.utterances import SPLITS, Utterance, Utterances
 
 SPECS = "synthetic, asterisk[:DIR][@LANG], manifest:FILE.jsonl, librispeech:DIR, yesno:DIR"
-SPLITS = ("train", "dev", "test")
+DECODED_ROWS = 2_000
+MAX_ID = 4_096  # Linux has no longer paths
+MAX_TEXT = 10_000  # ten minutes of speech; normalising takes the square of what is nested
 _READERS = {"manifest": read_manifest, "librispeech": read_librispeech, "yesno": read_yesno}
-
-
-@dataclass(frozen=True)
-class Utterance:
-    """A recording that can be trained on: ``text`` is normalised, ``duration`` is in seconds."""
-
-    id: str
-    audio: Path
-    text: str
-    split: str
-    duration: float
 
 
 @dataclass
 class Corpus:
-    spec: str
-    utterances: list[Utterance]
-    rejected: list[Rejected]
+    """``decoded`` tells whether every recording was, or its duration taken on trust."""
 
-    def split(self, name: str) -> list[Utterance]:
+    spec: str
+    utterances: Utterances
+    rejected: list[Rejected]
+    decoded: bool = True
+
+    def split(self, name: str) -> Utterances:
         if name not in SPLITS:
             raise ValueError(f"no split {name!r}: choose one of {', '.join(SPLITS)}")
-        return [utterance for utterance in self.utterances if utterance.split == name]
+        return self.utterances.of_split(name)
+
+    def drop_infeasible(
+        self,
+        encode: Callable[[str], Sequence],
+        max_output_length: Callable[[float], int],
+        needed: Iterable[str] = ("train",),
+    ) -> "Corpus":
+        """The corpus less the texts of the train split that CTC can not align, as
+        :func:`load_corpus` explains, and those for which ``encode``, a tokenizer's, raises
+        ValueError. What is recognised only needs no tokens.
+
+        Raises :class:`CorpusError` if nothing is left of the ``needed`` splits.
+        """
+        kept, rejected = [], list(self.rejected)
+        for index, utterance in enumerate(self.utterances):
+            if utterance.split != "train":
+                kept.append(index)
+                continue
+            try:
+                tokens = encoded(encode, utterance.text)
+                check_feasible(tokens, max_output_length(utterance.duration))
+            except Unusable as reason:
+                rejected.append(Rejected(utterance.id, str(reason)))
+            else:
+                kept.append(index)
+        left = replace(self, utterances=self.utterances.select(kept), rejected=rejected)
+        return left.with_something_in(needed)
 
     def summary(self) -> str:
         """A line for each split, and one for each kind of reason with the first rows left out."""
         lines = [f"{self.spec}: {_amount(self.utterances)}"]
         lines += [f"  {name:<5} {_amount(self.split(name))}" for name in SPLITS]
+        if not self.decoded:
+            lines.append("  durations are the manifest's and the headers'; what does not decode is")
+            lines.append("  left out when it is loaded")
         for kind, count in Counter(row.kind for row in self.rejected).most_common():
             rows = [row for row in self.rejected if row.kind == kind]
             others = ", ..." if count > 3 else ""
@@ -74,13 +102,23 @@ class Corpus:
             lines.append(f"  left out {count}: {names}{others} ({rows[0].reason})")
         return "\n".join(lines)
 
+    def with_something_in(self, splits: Iterable[str]) -> "Corpus":
+        """This corpus. Raises :class:`CorpusError` if all of these splits are empty."""
+        if not any(len(self.split(name)) for name in splits):
+            raise CorpusError(
+                f"nothing is left of the split {' or '.join(splits)}; fix or replace these rows, "
+                f"or take another split\n{self.summary()}"
+            )
+        return self
+
 
 def load_corpus(
     spec: str,
     *,
-    max_output_length: Callable[[float], int],
+    max_output_length: Callable[[float], int] | None = None,
     max_duration: float = 20.0,
     min_duration: float = 0.1,
+    check: Literal["auto", "decode", "header"] = "auto",
     cache_dir: Path | None = None,
     seed: int = 0,
     needed: Iterable[str] = ("train",),
@@ -88,48 +126,54 @@ def load_corpus(
     """Read the corpus that ``spec`` names (see the top of this file), less what is unusable.
 
     ``max_output_length`` tells how many CTC frames the model emits for so many seconds: a text
-    of U characters with R equal neighbours needs U + R of them, else its loss is infinite.
-    Recordings are kept from ``min_duration`` to ``max_duration`` seconds.  Rows without a split
-    get one from :func:`assign_splits`, before the recordings are judged, so that models of
-    different strides train and test on the same sentences.  ``cache_dir`` and ``seed`` are for the
-    synthetic corpus.
+    of U characters with R equal neighbours needs U + R of them, else its loss is infinite.  Leave
+    it out for a tokenizer of larger units, and call :meth:`Corpus.drop_infeasible` with that.
+
+    ``check="decode"`` decodes every recording; ``"header"`` believes the durations of the manifest
+    and where there are none the headers, and what is wrong with the rest is found when it is
+    loaded (see SpeechDataset); ``"auto"`` decodes up to DECODED_ROWS rows.  Recordings are kept
+    from ``min_duration`` to ``max_duration`` seconds; a header that claims more is believed.
+
+    Rows without a split get one from :func:`assign_splits`, before the recordings are judged, so
+    that models of different strides train and test on the same sentences.  ``cache_dir`` and
+    ``seed`` are for the synthetic corpus.
 
     Raises :class:`CorpusError` for an unknown spec, a corpus that is not there, and one of whose
     ``needed`` splits nothing is left; the message lists what was left out.
     """
     rows, rejected = read_rows(spec, cache_dir=cache_dir, seed=seed)
-    corpus = Corpus(spec, [], rejected)
+    decoded = check == "decode" or (check == "auto" and len(rows) <= DECODED_ROWS)
+    durations, kept = rows.durations, []
     bar = tqdm(rows, f"reading {spec}", leave=False, delay=1, disable=not sys.stderr.isatty())
-    for row in bar:
+    for index, row in enumerate(bar):
         try:
-            duration = decoded_duration(row.audio, max_duration)
-            check_duration(row.audio, duration, min_duration, max_duration)
-            check_feasible(row.text, max_output_length(duration))
+            if decoded:
+                durations[index] = decoded_duration(row.audio, max_duration)
+            elif math.isnan(row.duration):
+                durations[index] = header_duration(row.audio)
+            check_duration(row.audio, durations[index], min_duration, max_duration)
         except Unusable as reason:
             rejected.append(Rejected(row.id, str(reason)))
         else:
-            corpus.utterances.append(Utterance(row.id, row.audio, row.text, row.split, duration))
-    if not any(corpus.split(name) for name in needed):
-        raise CorpusError(
-            f"nothing is left of the split {' or '.join(needed)}; fix or replace these rows, or "
-            f"take another split\n{corpus.summary()}"
-        )
-    return corpus
+            kept.append(index)
+    corpus = Corpus(spec, rows.with_durations(durations).select(kept), rejected, decoded)
+    if max_output_length is None:
+        return corpus.with_something_in(needed)
+    return corpus.drop_infeasible(str, max_output_length, needed)
 
 
 def read_rows(
     spec: str, *, cache_dir: Path | None = None, seed: int = 0
-) -> tuple[list[Row], list[Rejected]]:
+) -> tuple[Utterances, list[Rejected]]:
     """The rows of a corpus, each with its normalised text and its split, and those left out.
 
-    No recording is looked at: they may be missing, broken, or too short for their texts.
+    No recording is looked at: they may be missing, broken, or too short for their texts. Durations
+    are what a manifest says, or NaN.
 
     Raises :class:`CorpusError` for an unknown spec and a corpus that is not there.
     """
-    rows, rejected = _sort_out(_read(spec, cache_dir, seed))
-    given = {row.text: row.split for row in rows if row.split is not None}
-    splits = given | assign_splits(row.text for row in rows if row.text not in given)
-    return [replace(row, split=row.split or splits[row.text]) for row in rows], rejected
+    rejected: list[Rejected] = []
+    return _with_splits(Utterances(_sort_out(_read(spec, cache_dir, seed), rejected))), rejected
 
 
 def assign_splits(texts: Iterable[str]) -> dict[str, str]:
@@ -163,31 +207,57 @@ def _read(spec: str, cache_dir: Path | None, seed: int) -> Iterator[Row | Reject
     raise CorpusError(f"no corpus {spec!r}: choose one of {SPECS}")
 
 
-def _sort_out(found: Iterable[Row | Rejected]) -> tuple[list[Row], list[Rejected]]:
-    """The rows that are in order so far, with their texts normalised, and the others."""
-    rows, rejected, ids = [], [], set()
+def _sort_out(found: Iterable[Row | Rejected], rejected: list[Rejected]) -> Iterator[Utterance]:
+    """The rows that are in order so far, with their texts normalised; ``rejected`` gets the others.
+    Their recordings are yet to be judged."""
+    ids = set()
     for row in found:
         if isinstance(row, Rejected):
-            rejected.append(row)
+            rejected.append(Rejected(_shown(row.id), row.reason))
             continue
-        text = normalize_text(row.text)
         try:
-            _check_description(row, text, ids)
+            text = _checked_text(row, ids)
         except Unusable as reason:
-            rejected.append(Rejected(row.id, str(reason)))
+            rejected.append(Rejected(_shown(row.id), str(reason)))
         else:
             ids.add(row.id)
-            rows.append(replace(row, text=text))
-    return rows, rejected
+            duration = math.nan if row.duration is None else row.duration
+            yield Utterance(row.id, row.audio, text, row.split, duration)
 
 
-def _check_description(row: Row, text: str, ids: set[str]) -> None:
+def _checked_text(row: Row, ids: set[str]) -> str:
+    """The normalised text of a row whose description is in order."""
+    if len(row.id) > MAX_ID:
+        raise Unusable(f"id too long: {len(row.id)} characters, over {MAX_ID}; shorten the path")
+    if row.id != (shown := _shown(row.id)):
+        raise Unusable(f"control characters: in {shown}; rename the file")
     if row.id in ids:
         raise Unusable(f"duplicate id: {row.id} is an earlier row's; rename or drop this one")
     if row.split not in (None, *SPLITS):
-        raise Unusable(f"unknown split: {row.split!r}; use one of {', '.join(SPLITS)}")
-    if not text:
-        raise Unusable(f"no words: nothing of {row.text!r:.60} is spoken; transcribe it")
+        raise Unusable(f"unknown split: {row.split!r:.60}; use one of {', '.join(SPLITS)}")
+    if len(row.text) > MAX_TEXT:
+        raise Unusable(f"text too long: {len(row.text)} characters, over {MAX_TEXT}; cut it")
+    if text := normalize_text(row.text):
+        return text
+    raise Unusable(f"no words: nothing of {row.text!r:.60} is spoken; transcribe it")
+
+
+def _shown(id: str) -> str:
+    """``id`` as a line of a log may hold it: short, and without control characters, with which a
+    file name could forge further lines."""
+    short = id if len(id) <= MAX_ID else id[:60] + "..."
+    if short.isprintable():
+        return short
+    # Cc: control; Cs: half a character; Zl, Zp: line and paragraph separators
+    odd = any(unicodedata.category(char) in ("Cc", "Cs", "Zl", "Zp") for char in short)
+    return ascii(short) if odd else short
+
+
+def _with_splits(rows: Utterances) -> Utterances:
+    """Rows without a split get that of their text: another row's, or an assigned one."""
+    texts = set(rows.of_split(None).texts())
+    given = {text: name for name in SPLITS for text in rows.of_split(name).texts() if text in texts}
+    return rows.with_splits(given | assign_splits(texts - given.keys()))
 
 
 def encoded(encode: Callable[[str], Sequence], text: str) -> Sequence:
@@ -209,6 +279,5 @@ def check_feasible(tokens: Sequence, frames: int) -> None:
         )
 
 
-def _amount(utterances: list[Utterance]) -> str:
-    minutes = sum(utterance.duration for utterance in utterances) / 60
-    return f"{len(utterances)} utterances, {minutes:.1f} min"
+def _amount(utterances: Utterances) -> str:
+    return f"{len(utterances)} utterances, {utterances.durations.sum() / 60:.1f} min"

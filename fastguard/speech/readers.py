@@ -5,15 +5,27 @@ itself that there is none to be had; it raises :class:`CorpusError` where the co
 :func:`fastguard.speech.corpora.load_corpus` normalises the texts and checks the recordings.
 """
 
+import codecs
 import gzip
+import itertools
 import json
+import math
 import re
+import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import BinaryIO
 
 from fastguard.speech.text import needs_english
 
+LONGEST_LINE = 1 << 20
+_FOREIGN_MARKS = {  # the longer first: UTF-32's starts with UTF-16's
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
 ASTERISK_SOUNDS = Path("/usr/share/asterisk/sounds")
 ASTERISK_VOICES = {
     "en": "en_US_f_Allison",
@@ -44,12 +56,14 @@ class Unusable(ValueError):
 
 @dataclass(frozen=True)
 class Row:
-    """A recording as its corpus describes it: ``text`` is raw, ``split`` may be unknown."""
+    """A recording as its corpus describes it: ``text`` is raw; ``split`` and
+    ``duration``, in seconds, may be unknown."""
 
     id: str
     audio: Path
     text: str
     split: str | None = None
+    duration: float | None = None
 
 
 @dataclass(frozen=True)
@@ -66,32 +80,105 @@ class Rejected:
 
 def read_manifest(path: Path) -> Iterator[Row | Rejected]:
     """One JSON object a line: ``audio_filepath`` (relative to the manifest's folder, and the row's
-    id), ``text``, and optionally ``split``.  Other keys are ignored, ``duration`` too: it is
-    measured.  ``offset`` is refused, since ignoring it would pair the text with a whole recording.
+    id), ``text``, and optionally ``split`` and ``duration`` in seconds.  Other keys are ignored.
+    ``offset`` is refused, since ignoring it would pair the text with a whole recording.
     """
     if not path.is_file():
         raise CorpusError(f"there is no manifest {path}: give manifest:FILE.jsonl")
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                yield _manifest_row(line, number, path.parent)
+    for number, line in _lines(path):
+        yield _manifest_row(line, number, path.parent) if isinstance(line, str) else line
 
 
-def _manifest_row(line: bytes, number: int, folder: Path) -> Row | Rejected:
+def _manifest_row(line: str, number: int, folder: Path) -> Row | Rejected:
     try:
-        entry = json.loads(line)
+        entry = json.loads(line, object_pairs_hook=_object, parse_constant=_no_constant)
         audio, text = entry["audio_filepath"], entry["text"]
         if not (isinstance(audio, str) and isinstance(text, str)):
-            raise TypeError(f"audio_filepath is {audio!r} and text is {text!r}")
-    except (ValueError, KeyError, TypeError) as error:
+            raise TypeError(f"audio_filepath is {audio!r:.60} and text is {text!r:.60}")
+        if "offset" in entry:
+            cure = "cut the segment into a file of its own"
+            reason = f"offset not supported: offset is {entry['offset']!r:.60}; {cure}"
+            return Rejected(audio, reason)
+        return Row(audio, folder / audio, text, entry.get("split"), _seconds(entry))
+    # RecursionError: a thousand brackets; OverflowError: an integer that is no float
+    except (ValueError, KeyError, TypeError, RecursionError, OverflowError) as error:
         cure = 'write {"audio_filepath": "a.wav", "text": "hello"}'
         return Rejected(
-            f"line {number}", f"malformed line: {type(error).__name__}: {error}; {cure}"
+            f"line {number}", f"malformed line: {type(error).__name__}: {error!s:.200}; {cure}"
         )
-    if "offset" in entry:
-        cure = "cut the segment into a file of its own"
-        return Rejected(audio, f"offset not supported: offset is {entry['offset']!r}; {cure}")
-    return Row(audio, folder / audio, text, entry.get("split"))
+
+
+def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"the key {twice!r:.60} comes twice")
+    return made
+
+
+def _no_constant(name: str) -> float:
+    raise ValueError(f"{name} is no JSON")
+
+
+def _seconds(entry: dict[str, object]) -> float | None:
+    duration = entry.get("duration")
+    if duration is None:
+        return None
+    if isinstance(duration, bool) or not isinstance(duration, int | float):
+        raise TypeError(f"duration is {duration!r:.60}")
+    if not 0 <= float(duration) < math.inf:
+        raise ValueError(f"duration is {duration!r:.60}")
+    return float(duration)
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str | Rejected]]:
+    """The lines of a UTF-8 file with their numbers from 1, less those that are empty.
+
+    :class:`Rejected` stands for a line over LONGEST_LINE bytes, of which no more is kept in memory,
+    and for one in another encoding.  Raises :class:`CorpusError` for a file that can not be read,
+    and for one in UTF-16 or UTF-32, where no line would be legible.
+    """
+    opener = gzip.open if path.suffix == ".gz" else open
+    try:
+        with opener(path, "rb") as file:
+            for number in itertools.count(1):
+                line = file.readline(LONGEST_LINE)
+                if not line:
+                    return
+                if number == 1:
+                    _check_encoding(path, line)
+                    line = line.removeprefix(codecs.BOM_UTF8)
+                if len(line) == LONGEST_LINE and not line.endswith(b"\n"):
+                    yield number, _too_long(file, number)
+                elif line.strip():
+                    yield number, _decoded(line, number)
+    except (OSError, EOFError, zlib.error) as error:
+        raise CorpusError(f"{path} can not be read: {error}; copy it again") from error
+
+
+def _check_encoding(path: Path, start: bytes) -> None:
+    mark = next((mark for mark in _FOREIGN_MARKS if start.startswith(mark)), None)
+    # Without a mark, every other byte of ASCII in UTF-16 is NUL.
+    name = _FOREIGN_MARKS.get(mark, "utf-16") if mark or b"\0" in start[:2] else None
+    if name:
+        raise CorpusError(f"{path} is {name}: convert it, iconv -f {name} -t utf-8 {path} > NEW")
+
+
+def _too_long(file: BinaryIO, number: int) -> Rejected:
+    while (rest := file.readline(LONGEST_LINE)) and not rest.endswith(b"\n"):
+        pass
+    return Rejected(
+        f"line {number}", f"line too long: over {LONGEST_LINE} bytes; a row has one recording"
+    )
+
+
+def _decoded(line: bytes, number: int) -> str | Rejected:
+    try:
+        return line.decode("utf-8").rstrip("\r\n")
+    except UnicodeDecodeError as error:
+        cure = "convert the file with iconv -t utf-8"
+        return Rejected(f"line {number}", f"malformed line: not UTF-8: {error}; {cure}")
 
 
 def read_librispeech(root: Path) -> Iterator[Row]:
@@ -105,7 +192,10 @@ def read_librispeech(root: Path) -> Iterator[Row]:
         )
     for transcript in transcripts:
         split = transcript.relative_to(root).parts[0].partition("-")[0]
-        for line in transcript.read_text(encoding="utf-8").splitlines():
+        for _, line in _lines(transcript):
+            if isinstance(line, Rejected):
+                yield replace(line, id=f"{transcript.name}, {line.id}")
+                continue
             name, _, text = line.partition(" ")
             yield Row(name, transcript.with_name(f"{name}.flac"), text, split)
 
@@ -174,8 +264,9 @@ def _asterisk_transcripts(root: Path, voice: Path, language: str) -> Iterator[tu
             f"{' and '.join(map(str, missing))} not found: apt-get install {package} {package}-wav "
             f"(an image whose dpkg skips /usr/share/doc needs {file} put into {root})"
         )
-    with gzip.open(transcript, "rt", encoding="utf-8-sig") as lines:
-        for line in lines:
-            name, colon, text = line.partition(":")
-            if colon and not line.startswith(";"):
-                yield name.strip(), text.strip()
+    for _, line in _lines(transcript):
+        if isinstance(line, Rejected):
+            raise CorpusError(f"{transcript}, {line.id}: {line.reason}")
+        name, colon, text = line.partition(":")
+        if colon and not line.startswith(";"):
+            yield name.strip(), text.strip()

@@ -6,6 +6,7 @@ import unicodedata
 _APOSTROPHES = str.maketrans(dict.fromkeys("\u2018\u2019\u02bc\uff07", "'"))
 _INNERMOST_NOTE = re.compile(r"\[[^\[\]()<>]*\]|\([^\[\]()<>]*\)|<[^\[\]()<>]*>")
 _UNCLOSED_NOTE = re.compile(r"[\[(<].*")  # "." stops at the end of the line
+_NOT_PLAIN = re.compile(r"[^a-z' ]")
 _KEYS = {"*": " star ", "#": " pound "}
 _DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
@@ -25,7 +26,7 @@ def normalize_text(raw: str) -> str:
     The result is lower-case and may be empty; normalising it again changes nothing.
     """
     text = unicodedata.normalize("NFC", drop_notes(raw).lower()).translate(_APOSTROPHES)
-    text = "".join(map(_spoken, text))
+    text = _NOT_PLAIN.sub(lambda char: _spoken(char[0]), text)
     text = re.sub(r"(?<!\w)'|'(?!\w)", " ", text)
     return " ".join(text.split())
 

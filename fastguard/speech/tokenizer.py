@@ -1,8 +1,13 @@
-"""Characters to symbols of the CTC output and back."""
+"""Text to symbols of the CTC output and back: characters, or pieces of words."""
 
+import io
+import re
 import string
 from collections.abc import Iterable
-from typing import Protocol
+from typing import Literal, Protocol
+
+import sentencepiece
+import torch
 
 BLANK = "<blank>"
 
@@ -59,18 +64,148 @@ class CharTokenizer:
 
     def decode(self, tokens: Iterable[int]) -> str:
         """Raises ValueError for the blank and for tokens outside the vocabulary."""
-        tokens = list(tokens)
-        if odd := [token for token in tokens if not 0 < token < self.vocab_size]:
-            raise ValueError(
-                f"tokens {odd} are not between 1 and {self.vocab_size - 1}: collapse blanks first, "
-                "with greedy_decode"
-            )
-        return "".join(self.symbols[token] for token in tokens)
+        return "".join(self.symbols[token] for token in _text_tokens(tokens, self.vocab_size))
 
     def to_dict(self) -> dict:
         """What a checkpoint keeps; :meth:`from_dict` restores it."""
-        return {"symbols": list(self.symbols)}
+        return {"kind": "char", "symbols": list(self.symbols)}
 
     @classmethod
     def from_dict(cls, state: dict) -> "CharTokenizer":
         return cls(state["symbols"])
+
+
+class SentencePieceTokenizer:
+    """Pieces of words that a sentencepiece model (Kudo and Richardson 2018) was trained to find.
+
+    Token 0, the model's unknown piece, is the CTC blank: a text that would need it is refused.
+    Raises ValueError for bytes that are no such model.
+    """
+
+    def __init__(self, model: bytes) -> None:
+        try:
+            self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+        except RuntimeError as error:
+            raise ValueError(f"{len(model)} bytes are no sentencepiece model: {error}") from error
+        if self._processor.unk_id() != 0:
+            raise ValueError(
+                f"the model's unknown piece is {self._processor.unk_id()}, not 0, which is the "
+                "blank: train it with SentencePieceTokenizer.train"
+            )
+
+    @classmethod
+    def train(
+        cls,
+        texts: Iterable[str],
+        vocab_size: int,
+        model_type: Literal["unigram", "bpe"] = "unigram",
+    ) -> "SentencePieceTokenizer":
+        """``vocab_size`` pieces, the blank included; the same texts in the same order give the same
+        model.  Every character of the texts has a piece.
+
+        Raises ValueError for a ``vocab_size`` that the texts have too few pieces or too many
+        characters for, and names the bound.
+        """
+        model = io.BytesIO()
+        try:
+            sentencepiece.SentencePieceTrainer.train(
+                sentence_iterator=iter(texts),
+                model_writer=model,
+                vocab_size=vocab_size,
+                model_type=model_type,
+                character_coverage=1.0,
+                normalization_rule_name="identity",  # the texts are normalised
+                remove_extra_whitespaces=False,
+                max_sentence_length=1 << 20,  # longer ones would be left out in silence
+                unk_id=0,
+                bos_id=-1,
+                eos_id=-1,
+                pad_id=-1,
+                num_threads=1,  # sums in another order are another model
+                minloglevel=3,
+            )
+        except RuntimeError as error:
+            raise ValueError(_training_advice(vocab_size, str(error))) from error
+        return cls(model.getvalue())
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of tokens, the blank included."""
+        return self._processor.vocab_size()
+
+    @property
+    def symbols(self) -> list[str]:
+        """The piece of each token, in which "\u2581" stands for a space; the blank's is BLANK."""
+        return [BLANK, *map(self._processor.id_to_piece, range(1, self.vocab_size))]
+
+    def encode(self, text: str) -> list[int]:
+        """Raises ValueError for characters that have no piece."""
+        tokens = self._processor.encode(text)
+        # The model takes some characters for others, as "\u2581" for a space.
+        if 0 in tokens or self._processor.decode(tokens) != text:
+            unknown = sorted({char for char in text if not self._has(char)})
+            raise ValueError(
+                f"no piece for {unknown} in {text!r}: normalize the text, or build the tokenizer "
+                "from a training set that has these characters"
+            )
+        return tokens
+
+    def _has(self, char: str) -> bool:
+        tokens = self._processor.encode(char)
+        return 0 not in tokens and self._processor.decode(tokens) == char
+
+    def decode(self, tokens: Iterable[int]) -> str:
+        """Raises ValueError for the blank and for tokens outside the vocabulary."""
+        return self._processor.decode(_text_tokens(tokens, self.vocab_size))
+
+    def to_dict(self) -> dict:
+        """What a checkpoint keeps; :meth:`from_dict` restores it."""
+        model = torch.frombuffer(
+            bytearray(self._processor.serialized_model_proto()), dtype=torch.uint8
+        )
+        return {"kind": "sentencepiece", "model": model}
+
+    @classmethod
+    def from_dict(cls, state: dict) -> "SentencePieceTokenizer":
+        return cls(state["model"].numpy().tobytes())
+
+
+TokenizerKind = Literal["char", "unigram", "bpe"]
+
+
+def build_tokenizer(kind: TokenizerKind, texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """A tokenizer for a training set; "char" has as many symbols as the texts have characters, and
+    takes no notice of ``vocab_size``."""
+    if kind == "char":
+        return CharTokenizer.from_texts(texts)
+    return SentencePieceTokenizer.train(texts, vocab_size, kind)
+
+
+def tokenizer_from_dict(state: dict) -> Tokenizer:
+    """The tokenizer whose ``to_dict()`` gave ``state``; before there were kinds it was characters.
+
+    Raises ValueError for a kind that this version does not know.
+    """
+    kinds = {"char": CharTokenizer, "sentencepiece": SentencePieceTokenizer}
+    kind = state.get("kind", "char")
+    if kind not in kinds:
+        raise ValueError(f"no tokenizer {kind!r}: this version knows {', '.join(kinds)}")
+    return kinds[kind].from_dict(state)
+
+
+def _text_tokens(tokens: Iterable[int], vocab_size: int) -> list[int]:
+    tokens = list(tokens)
+    if odd := [token for token in tokens if not 0 < token < vocab_size]:
+        raise ValueError(
+            f"tokens {odd} are not between 1 and {vocab_size - 1}: collapse blanks first, with "
+            "greedy_decode"
+        )
+    return tokens
+
+
+def _training_advice(vocab_size: int, error: str) -> str:
+    if most := re.search(r"value <= (\d+)", error):
+        return f"vocab_size is {vocab_size}: the texts have pieces for {most[1]} at most"
+    if least := re.search(r"required_chars\. \d+ vs (\d+)", error):
+        return f"vocab_size is {vocab_size}: the characters of the texts alone take {least[1]}"
+    return f"no pieces of vocab_size {vocab_size} can be learnt from the texts: {error}"

@@ -54,7 +54,7 @@ def test_manifest_paths_are_relative_to_its_folder(tmp_path):
         {"audio_filepath": "/data/c.flac", "text": "There", "split": "dev"},
     )
     assert rows == [
-        Row("a/b.wav", tmp_path / "a" / "b.wav", "Hi", None),
+        Row("a/b.wav", tmp_path / "a" / "b.wav", "Hi", None, 1.5),
         Row("/data/c.flac", tmp_path.root / rows[1].audio, "There", "dev"),
     ]
     assert rows[1].audio.as_posix() == "/data/c.flac"
@@ -64,7 +64,7 @@ def test_manifest_paths_are_relative_to_its_folder(tmp_path):
     "line, reason",
     [
         (b"{not json", "malformed line: JSONDecodeError"),
-        (b'"\xff"', "malformed line: UnicodeDecodeError"),
+        (b'"\xff"', "malformed line: not UTF-8"),
         (b'["a.wav", "hello"]', "malformed line: TypeError"),
         (b'{"audio_filepath": "a.wav"}', "malformed line: KeyError: 'text'"),
         (
@@ -78,7 +78,8 @@ def test_manifest_names_the_line_it_can_not_read(tmp_path, line, reason):
     assert rows[0].id == "a.wav"
     assert rows[1].id == "line 2"
     assert rows[1].reason.startswith(reason)
-    assert '{"audio_filepath": "a.wav", "text": "hello"}' in rows[1].reason
+    cure = 'write {"audio_filepath": "a.wav", "text": "hello"}'
+    assert rows[1].reason.endswith(("iconv -t utf-8", cure))
 
 
 def test_manifest_refuses_segments(tmp_path):
