@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from .speech.decoding import BeamSearch, Decode, greedy_decode
-from .speech.tokenizer import CharTokenizer
+from .speech.tokenizer import Tokenizer
 
 LANGUAGE_MODEL_HELP = """\
 language models are files of KenLM, whose lmplz makes them, here of characters and of words:
@@ -75,7 +75,7 @@ def check_decoder_options(parser: argparse.ArgumentParser, args: argparse.Namesp
         parser.error(f"--beam-size must be at least 1, got {args.beam_size}")
 
 
-def decoder(args: argparse.Namespace, tokenizer: CharTokenizer) -> Decode:
+def decoder(args: argparse.Namespace, tokenizer: Tokenizer) -> Decode:
     """Raises DecoderError where flashlight-text is absent or a file can not be used."""
     if args.decoder == "greedy":
         return greedy_decode

@@ -9,9 +9,10 @@ from .parallel import Parallel
 from .recognizer import features
 from .speech.batching import BucketBatchSampler, SpeechDataset, make_loader
 from .speech.corpora import load_corpus
-from .speech.features import Augment, SpecAugment, SpeedPerturb
+from .speech.features import Augment, LogMel, SpecAugment, SpeedPerturb
 from .speech.models.ctc import CTCModel
 from .speech.tokenizer import Tokenizer, build_tokenizer
+from .speech.utterances import Utterances
 
 logger = logging.getLogger(__name__)
 
@@ -63,29 +64,46 @@ class Data:
             rank=parallel.rank,
             world_size=parallel.world_size,
         )
-        dataset = self._dataset("train", Augment(speed, masks))
+        dataset = SpeechDataset(
+            utterances,
+            self.tokenizer,
+            self.log_mel,
+            Augment(speed, masks),
+            config.seed,
+            max_output_length=self._output_length,
+            max_duration=config.max_duration,
+        )
         return sampler, make_loader(dataset, sampler, config.num_workers)
 
     def evaluation_loader(self, split: str, parallel: Parallel) -> StatefulDataLoader:
-        """Batches of a split in the order of their durations, as they are; this process's share."""
-        utterances = self.corpus.split(split)
-        sampler = BucketBatchSampler(
-            utterances.durations,
-            batch_size=EVALUATION_BATCH,
-            shuffle=False,
+        """This process's share of a split, unperturbed."""
+        return evaluation_loader(
+            self.corpus.split(split),
+            self.log_mel,
+            max_duration=self.config.max_duration,
+            num_workers=self.config.num_workers,
             rank=parallel.rank,
             world_size=parallel.world_size,
         )
-        dataset = self._dataset(split)
-        return make_loader(dataset, sampler, self.config.num_workers)
 
-    def _dataset(self, split: str, augment: Augment | None = None) -> SpeechDataset:
-        return SpeechDataset(
-            self.corpus.split(split),
-            self.tokenizer,
-            self.log_mel,
-            augment,
-            self.config.seed,
-            max_output_length=self._output_length,
-            max_duration=self.config.max_duration,
-        )
+
+def evaluation_loader(
+    utterances: Utterances,
+    log_mel: LogMel,
+    *,
+    batch_size: int = EVALUATION_BATCH,
+    max_duration: float,
+    num_workers: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+) -> StatefulDataLoader:
+    """Each utterance once, in batches of similar duration, the shortest first, without targets."""
+    sampler = BucketBatchSampler(
+        utterances.durations,
+        batch_size=batch_size,
+        shuffle=False,
+        rank=rank,
+        world_size=world_size,
+    )
+    dataset = SpeechDataset(utterances, None, log_mel, max_duration=max_duration)
+    return make_loader(dataset, sampler, num_workers)

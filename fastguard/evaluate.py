@@ -1,30 +1,24 @@
 """``python -m fastguard.evaluate``: error rates of a checkpoint, and every hypothesis in a file."""
 
 import argparse
-import dataclasses
-import json
 import logging
 import sys
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-import jiwer
 import torch
-from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
 from . import _options
 from .checkpoint import CheckpointError, best_of
-from .evaluation import LONG, Evaluation, Scored, evaluate, pooled, wer_interval
+from .data import evaluation_loader
+from .evaluation import LONG, Evaluation, evaluate, pooled, wer_interval, write
+from .precision import AUTOCAST, autocast
 from .recognizer import Recognizer
-from .speech.batching import Batch, Item, collate
-from .speech.corpora import SPECS, SPLITS, Utterance, load_corpus
-from .speech.features import LogMel, load_audio, one_thread
-from .speech.models.ctc import CTCModel
+from .speech.batching import Batch
+from .speech.corpora import SPECS, SPLITS, load_corpus
 from .speech.readers import CorpusError
+from .speech.utterances import Utterances
 
-_AUTOCAST = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _WORST = 10
 
 
@@ -53,7 +47,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--precision",
-        choices=tuple(_AUTOCAST),
+        choices=tuple(AUTOCAST),
         default="fp32",
         help="of the model; fp32 turns autocast off (default: %(default)s)",
     )
@@ -87,7 +81,12 @@ def main(argv: list[str] | None = None) -> int:
         utterances = load_split(data, args.split, recognizer)
         found = evaluate(
             partial(_forward, recognizer, args.device, args.precision),
-            evaluation_loader(utterances, recognizer.log_mel, args.batch_size),
+            evaluation_loader(
+                utterances,
+                recognizer.log_mel,
+                batch_size=args.batch_size,
+                max_duration=recognizer.config.max_duration,
+            ),
             recognizer.tokenizer,
             decode,
             durations={u.id: u.duration for u in utterances},
@@ -106,7 +105,7 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def load_split(data: str, split: str, recognizer: Recognizer) -> list[Utterance]:
+def load_split(data: str, split: str, recognizer: Recognizer) -> Utterances:
     """The utterances that a training with these settings would have in this split; or in "all".
 
     Raises CorpusError if there are none.
@@ -116,41 +115,13 @@ def load_split(data: str, split: str, recognizer: Recognizer) -> list[Utterance]
         data,
         max_duration=config.max_duration,
         seed=config.seed,
-        max_output_length=lambda s: CTCModel.output_lengths(recognizer.log_mel.num_frames_of(s)),
         needed=SPLITS if split == "all" else (split,),
     )
     return corpus.utterances if split == "all" else corpus.split(split)
 
 
-class _Recordings(Dataset[Item]):
-    """Without targets: a reference may have characters that the tokenizer lacks."""
-
-    def __init__(self, utterances: Sequence[Utterance], log_mel: LogMel) -> None:
-        self.utterances = utterances
-        self.log_mel = log_mel
-
-    def __len__(self) -> int:
-        return len(self.utterances)
-
-    def __getitem__(self, index: int) -> Item:
-        utterance = self.utterances[index]
-        with one_thread():
-            features = self.log_mel(load_audio(utterance.audio, self.log_mel.sample_rate))
-        return Item(utterance.id, utterance.text, features, torch.empty(0, dtype=torch.int64))
-
-
-def evaluation_loader(
-    utterances: Sequence[Utterance], log_mel: LogMel, batch_size: int
-) -> DataLoader:
-    """Each utterance once, in batches of similar duration, the shortest first."""
-    order = sorted(range(len(utterances)), key=lambda index: utterances[index].duration)
-    batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
-    return DataLoader(_Recordings(utterances, log_mel), batch_sampler=batches, collate_fn=collate)
-
-
 def _forward(recognizer: Recognizer, device: torch.device, precision: str, batch: Batch):
-    dtype = _AUTOCAST[precision]
-    with torch.autocast(device.type, dtype, enabled=precision != "fp32"):
+    with autocast(device, precision):
         return recognizer(batch.features.to(device), batch.feature_lengths.to(device))
 
 
@@ -197,33 +168,6 @@ def worst_table(found: Evaluation) -> str:
             f"    HYP {row.hypothesis}",
         ]
     return "\n".join(lines)
-
-
-def write(folder: Path, found: Evaluation) -> None:
-    """hypotheses.jsonl, alignments.txt and rates.json, utterances with most errors first."""
-    rows = found.worst()
-    with (folder / "hypotheses.jsonl").open("w", encoding="utf-8") as file:
-        for row in rows:
-            values = {**dataclasses.asdict(row), "wer": row.wer, "cer": row.cer}
-            print(json.dumps(values, ensure_ascii=False), file=file)
-    with (folder / "alignments.txt").open("w", encoding="utf-8") as file:
-        for row in tqdm(rows, "aligning", leave=False, delay=1, disable=not sys.stderr.isatty()):
-            file.write(f"{row.id}: {row.errors} errors in {row.words} words\n{alignment(row)}\n")
-    summary = {
-        "utterances": len(rows),
-        "minutes": found.seconds / 60,
-        **dataclasses.asdict(found.rates),
-        "wer_interval": wer_interval(found.rows),
-        "nonfinite": [row.id for row in rows if not row.finite],
-    }
-    (folder / "rates.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-
-
-def alignment(row: Scored) -> str:
-    """Three lines: the reference, the hypothesis under it, and S, D or I under each error."""
-    words = jiwer.process_words(row.reference, row.hypothesis)
-    text = jiwer.visualize_alignment(words, show_measures=False, skip_correct=False)
-    return text[text.index("REF:") :].rstrip("\n") + "\n"
 
 
 if __name__ == "__main__":

@@ -1,10 +1,13 @@
 """Error rates of a model on a split, as a whole and utterance by utterance."""
 
+import dataclasses
+import json
 import logging
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
 import jiwer
 import numpy as np
@@ -14,7 +17,7 @@ from tqdm import tqdm
 
 from .speech.batching import Batch
 from .speech.decoding import Decode, ErrorRates, greedy_decode
-from .speech.tokenizer import CharTokenizer
+from .speech.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -137,7 +140,7 @@ def wer_interval(
 def evaluate(
     forward: Callable[[Batch], tuple[Tensor, Tensor]],
     batches: Iterable[Batch],
-    tokenizer: CharTokenizer,
+    tokenizer: Tokenizer,
     decode: Decode = greedy_decode,
     *,
     durations: Mapping[str, float] | None = None,
@@ -153,6 +156,10 @@ def evaluate(
     rows: list[Scored] = []
     hidden = not sys.stderr.isatty()
     for batch in tqdm(batches, progress, leave=False, disable=hidden, unit="batch"):
+        for left_out in batch.rejected:
+            logger.warning("Left out of the evaluation: %s: %s", left_out.id, left_out.reason)
+        if not len(batch):
+            continue
         log_probs, lengths = forward(batch)
         finite = _finite(log_probs, lengths)
         tokens = decode(log_probs, lengths.where(finite, 0))
@@ -175,3 +182,30 @@ def _finite(log_probs: Tensor, lengths: Tensor) -> Tensor:
     frames = torch.arange(log_probs.shape[1], device=lengths.device)
     inside = frames < lengths[:, None]
     return ~(log_probs.isnan().any(dim=-1).to(inside.device) & inside).any(dim=-1)
+
+
+def write(folder: Path, found: Evaluation) -> None:
+    """hypotheses.jsonl, alignments.txt and rates.json, utterances with most errors first."""
+    rows = found.worst()
+    with (folder / "hypotheses.jsonl").open("w", encoding="utf-8") as file:
+        for row in rows:
+            values = {**dataclasses.asdict(row), "wer": row.wer, "cer": row.cer}
+            print(json.dumps(values, ensure_ascii=False), file=file)
+    with (folder / "alignments.txt").open("w", encoding="utf-8") as file:
+        for row in tqdm(rows, "aligning", leave=False, delay=1, disable=not sys.stderr.isatty()):
+            file.write(f"{row.id}: {row.errors} errors in {row.words} words\n{alignment(row)}\n")
+    summary = {
+        "utterances": len(rows),
+        "minutes": found.seconds / 60,
+        **dataclasses.asdict(found.rates),
+        "wer_interval": wer_interval(found.rows),
+        "nonfinite": [row.id for row in rows if not row.finite],
+    }
+    (folder / "rates.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+
+
+def alignment(row: Scored) -> str:
+    """Three lines: the reference, the hypothesis under it, and S, D or I under each error."""
+    words = jiwer.process_words(row.reference, row.hypothesis)
+    text = jiwer.visualize_alignment(words, show_measures=False, skip_correct=False)
+    return text[text.index("REF:") :].rstrip("\n") + "\n"

@@ -10,7 +10,10 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import numpy
+
 from .checkpoint import write_text
+from .evaluation import Evaluation, pooled
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +57,14 @@ class EpochMetrics:
     skipped: int
     steps: int
     seconds: float
+    #: WER of the utterances with at least 4 words; NaN if there are none.
+    wer_long: float = math.nan
+    #: How much was evaluated.
+    dev_utterances: int = 0
+    dev_words: int = 0
+    dev_minutes: float = 0.0
+    #: Largest gradient norm of all steps; NaN or Inf if there was such a one.
+    max_grad_norm: float = math.nan
 
     @property
     def status(self) -> str:
@@ -93,19 +104,24 @@ class EpochTotals:
             self.accepted += 1
 
     def close(
-        self, epoch: int, step: int, wer: float, cer: float, evaluation_seconds: float
+        self, epoch: int, step: int, found: Evaluation, evaluation_seconds: float
     ) -> EpochMetrics:
         """The epoch's metrics; ``step`` is its last."""
         return EpochMetrics(
             epoch,
             step,
             self.losses / self.accepted if self.accepted else math.nan,
-            wer,
-            cer,
+            found.rates.wer,
+            found.rates.cer,
             statistics.median(self.norms) if self.norms else math.nan,
             len(self.norms) - self.accepted,
             len(self.norms),
             self.seconds + evaluation_seconds,
+            pooled(found.long_rows).wer,
+            len(found.rows),
+            found.rates.words,
+            found.seconds / 60,
+            numpy.max(self.norms).item() if self.norms else math.nan,
         )
 
 

@@ -10,7 +10,7 @@ from . import checkpoint, weights
 from .config import Config
 from .speech.features import LogMel
 from .speech.models import build_model
-from .speech.tokenizer import CharTokenizer
+from .speech.tokenizer import Tokenizer, tokenizer_from_dict
 
 
 @dataclass
@@ -18,7 +18,7 @@ class Recognizer:
     """What a checkpoint holds, ready to recognise speech. The model is in evaluation mode."""
 
     model: nn.Module
-    tokenizer: CharTokenizer
+    tokenizer: Tokenizer
     log_mel: LogMel
     config: Config
 
@@ -33,7 +33,7 @@ class Recognizer:
         state = (weights if path.suffix == ".safetensors" else checkpoint).load(path)
         try:
             config = Config.from_dict(state["config"])
-            tokenizer = CharTokenizer.from_dict(state["tokenizer"])
+            tokenizer = tokenizer_from_dict(state["tokenizer"])
             model = network(config, tokenizer.vocab_size)
             model.load_state_dict(state["model"])
         except (KeyError, RuntimeError, TypeError, ValueError) as error:

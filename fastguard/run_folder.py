@@ -1,6 +1,7 @@
 """The folder of a run: what lies in it, whether a run may go on there, and from which state.
 
 config.yaml  train.log  metrics.jsonl  tensorboard/  bad_step_*.json
+hypotheses.jsonl alignments.txt rates.json  of best.pt on the dev split
 last.pt      the newest state, for --resume: weights, optimizer, guard, random numbers, place
 best.pt      the weights of the lowest WER; averaged.pt those of the mean of the best
 checkpoints/ step_*.pt, the last states, and best_*.pt, the best weights
@@ -14,6 +15,7 @@ import yaml
 from . import checkpoint
 from .checkpoint import CheckpointError
 from .config import Config
+from .evaluation import Evaluation, write
 
 logger = logging.getLogger(__name__)
 
@@ -132,6 +134,13 @@ class RunFolder:
     def best(self) -> list[Path]:
         """Files of the best weights, those of the lowest WER first, of equals the oldest."""
         return sorted(self._states.glob("best_*.pt"))
+
+    def save_hypotheses(self, found: Evaluation) -> None:
+        """What the best weights recognise: hypotheses.jsonl, alignments.txt and rates.json."""
+        try:
+            write(self.path, found)
+        except OSError as error:
+            logger.warning("No hypotheses: %s", error)
 
     def save_averaged(self, weights: dict, best: bool) -> None:
         """Keep the mean of the best weights, as best.pt too if it is."""

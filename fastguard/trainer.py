@@ -18,14 +18,15 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from . import checkpoint
 from .config import Config
 from .data import Data
+from .evaluation import Evaluation, evaluate
 from .init import stable_init_
 from .metrics import EpochMetrics, EpochTotals, MetricsFile, StepMetrics, epoch_table
 from .parallel import Parallel
+from .precision import autocast
 from .recognizer import Recognizer, network
 from .run_folder import RunError, RunFolder
 from .schedules import learning_rate, set_learning_rate
 from .speech.batching import Batch
-from .speech.decoding import ErrorRates, error_rates, greedy_decode
 from .speech.distillation import distillation_loss
 from .speech.loss import ctc_loss
 from .speech.tokenizer import Tokenizer, tokenizer_from_dict
@@ -36,7 +37,6 @@ from .tracking import Curves
 logger = logging.getLogger(__name__)
 
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
-_AUTOCAST = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _NORMS_EVERY = 50  # steps between curves of each parameter's norm
 
 
@@ -78,6 +78,8 @@ class Trainer:
             logger.warning(
                 "%s has no dev split: the error rates are those of the training split", config.data
             )
+        evaluated = self.data.corpus.split(self.evaluation_split)
+        self._durations = {u.id: u.duration for u in evaluated}
         self.step = 0
         self.epochs: list[EpochMetrics] = []
         self.totals = EpochTotals()  # of the epoch that is under way
@@ -198,9 +200,8 @@ class Trainer:
     def _close_epoch(self, epoch: int) -> None:
         """Evaluate, and keep the weights if they are among the best."""
         start = time.perf_counter()
-        rates = self.evaluate(self.evaluation_split)
-        seconds = time.perf_counter() - start
-        ended = self.totals.close(epoch, self.step, rates.wer, rates.cer, seconds)
+        found = self.evaluate(self.evaluated)
+        ended = self.totals.close(epoch, self.step, found, time.perf_counter() - start)
         self._record(ended)
         logger.info(
             "Epoch %d: loss=%.3f, grad_norm=%.2f, wer=%.3f, cer=%.3f, skipped=%d/%d, %.0f s (%s)",
@@ -214,6 +215,8 @@ class Trainer:
             ended.seconds,
             ended.status,
         )
+        if self.parallel.main and all(ended.wer < earlier.wer for earlier in self.epochs):
+            self.folder.save_hypotheses(found)
         self.epochs.append(ended)
         self.totals = EpochTotals()
         self.batches = 0
@@ -283,19 +286,15 @@ class Trainer:
         loss = ctc_loss(log_probs, lengths, batch.targets, batch.target_lengths)
         if self.teacher is not None:
             distill = self.config.distill
-            with self._autocast():
+            with autocast(self.device, self.config.precision):
                 targets, _ = self.teacher(batch.features, batch.feature_lengths)
             distance = distillation_loss(log_probs, targets, lengths, distill.temperature)
             loss = (1 - distill.weight) * loss + distill.weight * distance
         return loss, int(lengths.sum())
 
     def _forward(self, features: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        with self._autocast():
+        with autocast(self.device, self.config.precision):
             return self.forward(features, lengths)
-
-    def _autocast(self):
-        dtype = _AUTOCAST[self.config.precision]
-        return torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32)
 
     def _set_learning_rate(self, epoch: int, number: int) -> None:
         optim = self.config.optim
@@ -359,22 +358,30 @@ class Trainer:
 
     # --- evaluation -------------------------------------------------------------------------------
 
-    @torch.no_grad()
-    def evaluate(self, split: str) -> ErrorRates:
-        """Error rates of greedy decoding, of the averaged weights where there are such."""
-        model = self.model if self.ema is None else self.ema.module
-        return self._rates_of(model, split)
-
-    def _rates_of(self, model: nn.Module, split: str) -> ErrorRates:
+    def evaluate(self, model: nn.Module) -> Evaluation:
+        """Greedy decoding of the dev split; every process gets the whole of it."""
         model.eval()
-        references, hypotheses = [], []
-        for batch in self.data.evaluation_loader(split, self.parallel):
-            batch = batch.to(self.device)
-            with self._autocast():
-                log_probs, lengths = model(batch.features, batch.feature_lengths)
-            references += batch.texts
-            hypotheses += map(self.tokenizer.decode, greedy_decode(log_probs, lengths))
-        return error_rates(references, hypotheses)
+
+        def forward(batch: Batch) -> tuple[Tensor, Tensor]:
+            with autocast(self.device, self.config.precision):
+                return model(batch.features.to(self.device), batch.feature_lengths.to(self.device))
+
+        loader = self.data.evaluation_loader(self.evaluation_split, self.parallel)
+        found = evaluate(
+            forward,
+            loader,
+            self.tokenizer,
+            durations=self._durations,
+            progress=f"evaluating {self.evaluation_split}",
+        )
+        shares = self.parallel.gather(found.rows)
+        # Where the batches do not divide, some come twice.
+        return Evaluation(list({row.id: row for rows in shares for row in rows}.values()))
+
+    @property
+    def evaluated(self) -> nn.Module:
+        """The model that is evaluated and kept as best: the averaged one, where there is one."""
+        return self.model if self.ema is None else self.ema.module
 
     # --- states -----------------------------------------------------------------------------------
 
@@ -408,8 +415,7 @@ class Trainer:
 
     def _weights(self) -> dict:
         """What is evaluated, for recognition."""
-        model = self.model if self.ema is None else self.ema.module
-        weights = self.parallel.state_of(model, self.optimizer)[0]
+        weights = self.parallel.weights_of(self.evaluated)
         return {**self._description(), "model": weights, "wer": self.epochs[-1].wer}
 
     def _description(self) -> dict:
@@ -460,23 +466,25 @@ class Trainer:
     def _average_best(self) -> None:
         """Evaluate the mean of the best weights, and keep it."""
         best = self.folder.best() if self.parallel.main else []
-        mean = checkpoint.average(best) if len(best) > 1 else None
-        mean = self.parallel.from_main(mean)
+        mean = self.parallel.from_main(checkpoint.average(best) if len(best) > 1 else None)
         if mean is None:
             return
         model = network(self.config, self.tokenizer.vocab_size).to(self.device)
         model.load_state_dict(mean["model"])
-        rates = self._rates_of(model, self.evaluation_split)
+        found = self.evaluate(model)
+        best_wer = min(epoch.wer for epoch in self.epochs)
         logger.info(
             "Mean of the %d best: wer=%.3f, cer=%.3f; the best alone: wer=%.3f",
             len(best),
-            rates.wer,
-            rates.cer,
-            min(epoch.wer for epoch in self.epochs),
+            found.rates.wer,
+            found.rates.cer,
+            best_wer,
         )
         if self.parallel.main:
-            best_wer = min(epoch.wer for epoch in self.epochs)
-            self.folder.save_averaged({**mean, "wer": rates.wer}, rates.wer < best_wer)
+            is_best = found.rates.wer < best_wer
+            self.folder.save_averaged({**mean, "wer": found.rates.wer}, is_best)
+            if is_best:
+                self.folder.save_hypotheses(found)
 
 
 def load_teacher(config: Config, device: torch.device) -> Recognizer:

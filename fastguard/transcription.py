@@ -20,7 +20,7 @@ from .speech.alignment import Word, word_times, words_of
 from .speech.decoding import Decode, greedy_decode
 from .speech.features import one_thread
 from .speech.models.layers import Subsampling
-from .speech.tokenizer import CharTokenizer
+from .speech.tokenizer import Tokenizer
 from .speech.windows import Window, Windows
 
 
@@ -102,7 +102,7 @@ def _log_probs(recognizer: Recognizer, window: Window) -> Tensor:
 
 
 def segments(
-    scored: Iterator[Tensor], tokenizer: CharTokenizer, limit: int
+    scored: Iterator[Tensor], tokenizer: Tokenizer, limit: int
 ) -> Iterator[tuple[int, Tensor]]:
     """Consecutive log_probs (T, V), cut anew: (first frame, log_probs) of at most about ``limit``
     frames.  They are cut before words of the likeliest path, whose text is that of the whole."""
@@ -117,7 +117,7 @@ def segments(
         yield start, held
 
 
-def _last_word(log_probs: Tensor, tokenizer: CharTokenizer) -> int:
+def _last_word(log_probs: Tensor, tokenizer: Tokenizer) -> int:
     """The frame in which the last of several words of the likeliest path begins.
 
     Of a single word, or none, the frame after the last change; 0 if nothing changes.

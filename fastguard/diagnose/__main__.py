@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from fastguard import checkpoint
 from fastguard.diagnosis import Diagnosis, Finding, diagnose
+from fastguard.precision import AUTOCAST
 from fastguard.recognizer import Recognizer
 from fastguard.speech.batching import Batch, Item, collate
 from fastguard.speech.corpora import read_rows
@@ -23,7 +24,6 @@ from fastguard.speech.loss import ctc_loss
 from fastguard.speech.problems import ctc_problems, recording_problems
 from fastguard.speech.readers import CorpusError, Row
 
-_AUTOCAST = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _EXAMPLE = """examples:
   python -m fastguard.diagnose runs/teacher --report runs/teacher/bad_step_000123.json
   python -m fastguard.diagnose runs/teacher/last.pt --data asterisk --batches 4 --precision fp16"""
@@ -80,7 +80,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="the first N batches of the train split, in the order of the corpus; default 1",
     )
-    parser.add_argument("--precision", choices=[*_AUTOCAST], help="default: that of the run")
+    parser.add_argument("--precision", choices=[*AUTOCAST], help="default: that of the run")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write all numbers there")
     return parser
 
@@ -177,10 +177,9 @@ def _batch(recognizer: Recognizer, rows: list[Row]) -> tuple[Batch, list[Finding
 def _diagnose(recognizer: Recognizer, rows: list[Row], precision: str, device: str) -> _Diagnosed:
     batch, found = _batch(recognizer, rows)
     batch = batch.to(device)
-    dtype = _AUTOCAST[precision]
 
     def loss_fn() -> torch.Tensor:
-        with torch.autocast(device, dtype, enabled=dtype != torch.float32):
+        with autocast(torch.device(device), precision):
             log_probs, lengths = recognizer.model(batch.features, batch.feature_lengths)
         return ctc_loss(log_probs, lengths, batch.targets, batch.target_lengths)
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torchaudio.functional import forced_align, merge_tokens
 
-from fastguard.speech.tokenizer import CharTokenizer
+from fastguard.speech.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Word:
 def word_times(
     log_probs: Tensor,
     tokens: Sequence[int],
-    tokenizer: CharTokenizer,
+    tokenizer: Tokenizer,
     seconds_per_frame: float,
     start: float = 0.0,
 ) -> list[Word]:
@@ -56,7 +56,7 @@ def word_times(
     ]
 
 
-def words_of(tokens: Sequence[int], tokenizer: CharTokenizer) -> list[range]:
+def words_of(tokens: Sequence[int], tokenizer: Tokenizer) -> list[range]:
     """For each token the indices of the words that it begins or goes on with; none: a space."""
     found: list[range] = []
     before: list[str] = []

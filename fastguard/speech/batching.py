@@ -72,12 +72,15 @@ class SpeechDataset(Dataset[Item | Rejected]):
     nor on what was drawn before it.  A recording that can not be used after all is
     :class:`Rejected`: gone, torn, NaN, outside the durations, or too short for its text by
     ``max_output_length`` (see :func:`fastguard.speech.corpora.load_corpus`).
+
+    Without a ``tokenizer`` items have no tokens, as in recognition: a reference may hold characters
+    that no tokenizer knows.
     """
 
     def __init__(
         self,
         utterances: Sequence[Utterance],
-        tokenizer: Tokenizer,
+        tokenizer: Tokenizer | None,
         log_mel: LogMel,
         augment: Augment | None = None,
         seed: int = 0,
@@ -110,7 +113,7 @@ class SpeechDataset(Dataset[Item | Rejected]):
 
     def _item(self, utterance: Utterance, chance: random.Random) -> Item:
         waveform = load_audio(utterance.audio, self.log_mel.sample_rate, self.max_duration)
-        tokens = encoded(self.tokenizer.encode, utterance.text)
+        tokens = encoded(self.tokenizer.encode, utterance.text) if self.tokenizer else []
         self._check(utterance, tokens, len(waveform))
         if self.augment.speed is not None:
             waveform = self.augment.speed(waveform, chance, partial(self._fits, utterance, tokens))
@@ -123,7 +126,7 @@ class SpeechDataset(Dataset[Item | Rejected]):
             )
         if self.augment.spec is not None:
             features = self.augment.spec(features, chance)
-        return Item(utterance.id, utterance.text, features, torch.tensor(tokens))
+        return Item(utterance.id, utterance.text, features, torch.tensor(tokens, dtype=torch.int64))
 
     def _check(self, utterance: Utterance, tokens: Sequence[int], samples: int) -> None:
         seconds = samples / self.log_mel.sample_rate

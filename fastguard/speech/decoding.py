@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastguard.speech.text import normalize_text
-from fastguard.speech.tokenizer import CharTokenizer
+from fastguard.speech.tokenizer import Tokenizer
 
 #: log_probs (B, T, V) and lengths (B,) to the tokens of each utterance.
 Decode = Callable[[Tensor, Tensor], list[list[int]]]
@@ -71,7 +71,7 @@ class BeamSearch:
 
     def __init__(
         self,
-        tokenizer: CharTokenizer,
+        tokenizer: Tokenizer,
         beam_size: int = 50,
         lm: Path | None = None,
         lexicon: Path | None = None,
@@ -182,7 +182,7 @@ class BeamSearch:
         return self._decoder(emissions[None].contiguous(), torch.tensor([len(emissions)]))[0][0]
 
 
-def _spellings(lexicon: Path, tokenizer: CharTokenizer) -> dict[str, str]:
+def _spellings(lexicon: Path, tokenizer: Tokenizer) -> dict[str, str]:
     """Each word of the file, and what is spoken of it; words without a spelling are left out."""
     if " " not in tokenizer.symbols:
         raise ValueError(
