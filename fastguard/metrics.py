@@ -75,6 +75,8 @@ class EpochMetrics:
             return "WARNING: loss not finite"
         if self.skipped > self.steps / 2:
             return "WARNING: most steps skipped"
+        if math.isnan(self.wer):
+            return "WARNING: nothing evaluated"
         return next(words for bound, words in _STATUS if self.wer <= bound)
 
 
@@ -113,7 +115,10 @@ class EpochTotals:
             self.losses / self.accepted if self.accepted else math.nan,
             found.rates.wer,
             found.rates.cer,
-            statistics.median(self.norms) if self.norms else math.nan,
+            # NaN is as large as can be: it has no place in an order.
+            statistics.median(math.inf if math.isnan(n) else n for n in self.norms)
+            if self.norms
+            else math.nan,
             len(self.norms) - self.accepted,
             len(self.norms),
             self.seconds + evaluation_seconds,

@@ -96,7 +96,7 @@ class Parallel:
     # --- whole states out of shards, and back -----------------------------------------------------
 
     def weights_of(self, model: nn.Module) -> dict:
-        """The model's state dict as of one process alone; on others than the first perhaps empty."""
+        """The state dict as of one process alone; on others than the first perhaps empty."""
         if not self.sharded:
             return model.state_dict()
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)

@@ -66,8 +66,8 @@ class PlainClip:
         self._weight = 0.0
 
     def accumulate(self, *, scaler=None, loss=None, batch_id=None, weight: float = 1.0) -> None:
-        """Add the gradients times ``weight``, and clear them; :meth:`step` applies the mean."""
-        grads = [None if p.grad is None else p.grad.mul(weight) for p in self.parameters]
+        """Take the gradients; :meth:`step` applies their sum over that of the weights."""
+        grads = [p.grad for p in self.parameters]
         for parameter in self.parameters:
             parameter.grad = None
         if self._sums is None:

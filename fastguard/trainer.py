@@ -85,6 +85,7 @@ class Trainer:
         self.totals = EpochTotals()  # of the epoch that is under way
         self.batches = 0  # of that epoch, behind us
         self.stopping = False
+        self.sinks: list = []  # of metrics; open while fit runs
         self._random: dict | None = None  # to be restored when the loader has begun
         if state is not None:
             self._restore(state)
@@ -260,10 +261,12 @@ class Trainer:
                 continue
             # DistributedDataParallel and FSDP take the mean over processes.
             loss = loss * (count * self.parallel.world_size / everywhere)
-            (loss if self.scaler is None else self.scaler.scale(loss)).backward()
             losses.append(loss.detach())
             frames.append(everywhere)
-            if self.config.grad_accumulation > 1:
+            accumulates = self.config.grad_accumulation > 1
+            total = loss * everywhere if accumulates else loss  # a window divides by its weights
+            (total if self.scaler is None else self.scaler.scale(total)).backward()
+            if accumulates:
                 self.stepper.accumulate(
                     scaler=self.scaler,
                     loss=losses[-1],

@@ -6,6 +6,7 @@ import math
 
 import pytest
 
+from fastguard.evaluation import Evaluation, score
 from fastguard.metrics import (
     EpochMetrics,
     EpochTotals,
@@ -20,11 +21,12 @@ def step(number, loss, norm, verdict="apply"):
     return StepMetrics(number, 1, number, loss, norm, 1.0, verdict, 1e-5, 0.5)
 
 
-def summarize(epoch, steps, wer, cer, seconds):
+def summarize(epoch, steps, seconds=9.0):
     totals = EpochTotals()
     for each in steps:
         totals.add(each)
-    return totals.close(epoch, steps[-1].step, wer, cer, seconds)
+    found = Evaluation([score("long", "a b c d", "a b c x"), score("short", "a", "")])
+    return totals.close(epoch, steps[-1].step if steps else 0, found, seconds)
 
 
 def test_every_line_is_strict_json_and_nan_reads_back(tmp_path):
@@ -46,7 +48,7 @@ def test_every_line_is_strict_json_and_nan_reads_back(tmp_path):
             ("head.weight",),
         )
     )
-    file.write(summarize(1, [step(1, 2.5, 3.0)], 0.5, 0.25, 9.0))
+    file.write(summarize(1, [step(1, 2.5, 3.0)]))
 
     def refuse(constant):
         raise AssertionError(f"{constant} is not JSON")
@@ -70,13 +72,24 @@ def test_an_epoch_averages_the_steps_that_counted():
         step(3, 4.0, 3.0),
         step(4, 99.0, 50.0, "skip_outlier"),
     ]
-    epoch = summarize(1, steps, 0.5, 0.25, 9.0)
+    epoch = summarize(1, steps)
     assert epoch.loss == 3.0
     assert epoch.grad_norm == 26.5  # the median of 1, 3, 50 and Inf
     assert epoch.skipped == 2
     assert epoch.steps == 4
     assert epoch.step == 4
     assert epoch.seconds == 9.0 + 4 * 0.5
+    assert epoch.max_grad_norm == math.inf
+    assert (epoch.wer, epoch.wer_long) == (2 / 5, 1 / 4)
+    assert (epoch.dev_utterances, epoch.dev_words) == (2, 5)
+
+
+def test_a_nan_norm_counts_as_the_largest():
+    norms = [1.0, math.nan, 2.0, math.nan, 3.0]
+    for order in (norms, norms[::-1], sorted(norms)):
+        epoch = summarize(1, [step(i, 1.0, norm) for i, norm in enumerate(order)])
+        assert epoch.grad_norm == 3.0
+        assert math.isnan(epoch.max_grad_norm)
 
 
 @pytest.mark.parametrize(
@@ -90,6 +103,7 @@ def test_an_epoch_averages_the_steps_that_counted():
         (2.0, 0.05, 6, "WARNING: most steps skipped"),
         (math.nan, 0.05, 10, "WARNING: every step skipped"),
         (math.nan, 1.0, 0, "WARNING: loss not finite"),
+        (2.0, math.nan, 0, "WARNING: nothing evaluated"),
     ],
 )
 def test_status(loss, wer, skipped, words):
@@ -99,7 +113,7 @@ def test_status(loss, wer, skipped, words):
 
 
 def test_an_epoch_without_steps_has_no_loss():
-    epoch = EpochTotals().close(1, 0, 1.0, 1.0, 0.0)
+    epoch = summarize(1, [])
     assert math.isnan(epoch.loss)
     assert epoch.status == "WARNING: loss not finite"
 
@@ -109,7 +123,7 @@ def test_what_lies_after_the_state_is_dropped_with_a_line_that_was_cut(tmp_path)
     file = MetricsFile(path)
     for number in (1, 2, 3):
         file.write(step(number, 1.0, 1.0))
-    file.write(summarize(1, [step(3, 1.0, 1.0)], 0.5, 0.25, 9.0))
+    file.write(summarize(1, [step(3, 1.0, 1.0)]))
     file.write(step(4, 1.0, 1.0))
     file.close()
     with path.open("a") as lines:

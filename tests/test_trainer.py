@@ -1,20 +1,27 @@
 """The trainer's wiring: each setting reaches its part, each part is used in the right mode."""
 
+import json
 import logging
 import signal
+from fractions import Fraction
 
 import pytest
 import torch
 import torch.nn.functional as F
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import fastguard
-from fastguard import checkpoint, trainer
+from fastguard import checkpoint, thresholds, trainer
+from fastguard.evaluation import Evaluation, score
 from fastguard.guard import GradGuard
 from fastguard.options import parse
+from fastguard.parallel import Parallel
+from fastguard.run_folder import RunError, RunFolder
 from fastguard.speech.batching import Draw
-from fastguard.speech.decoding import ErrorRates
+from fastguard.speech.distillation import distillation_loss
 from fastguard.speech.loss import ctc_loss
-from fastguard.trainer import PlainClip, Trainer
+from fastguard.stepper import PlainClip
+from fastguard.trainer import Trainer
 
 from .recordings import tones, write_manifest
 from .test_train import metrics
@@ -28,9 +35,20 @@ def make(tmp_path):
         run_dir = tmp_path / f"run{len(list(tmp_path.glob('run*')))}"
         run_dir.mkdir()
         options = ["--model", "baseline", "--precision", "fp32", "--batch-size", "2", *options]
-        return Trainer(parse([*options, "--data", data or tones(tmp_path)]), run_dir)
+        config = parse([*options, "--data", data or tones(tmp_path)])
+        folder = RunFolder(run_dir, config)
+        folder.begin()
+        return Trainer(config, folder, Parallel())
 
     return build
+
+
+def train_step(made):
+    """The report of a step with the first batch."""
+    reports, step = [], made.stepper.step
+    made.stepper.step = lambda *a, **k: reports.append(step(*a, **k)) or reports[-1]
+    made._train_step([next(iter(made.loader))], 1, 0, 0.0)
+    return reports[0]
 
 
 def test_every_setting_reaches_its_part(make):
@@ -40,6 +58,8 @@ def test_every_setting_reaches_its_part(make):
         "--guard.skip_norm", "7", "--guard.patience", "8", "--network.dropout", "0.25",
         "--network.attention_clamp", "9", "--init.linear_std", "0.05",
         "--augment.freq_masks", "3", "--augment.time_ratio", "0.11", "--features.n_mels", "40",
+        "--network.attention_dropout", "0.125", "--guard.threshold", "median", "--seed", "9",
+        "--augment.speeds", "[0.8]", "--ema", "0.75",
     )  # fmt: skip
     group = made.optimizer.param_groups[0]
     assert [group[k] for k in ("lr", "eps", "weight_decay")] == [0.5, 0.3, 0.4]
@@ -50,7 +70,11 @@ def test_every_setting_reaches_its_part(make):
     assert made.model.config.dropout == 0.25
     assert made.model.blocks[3].attention.clamp == 9
     assert made.model.head.weight.std().item() == pytest.approx(0.05, rel=0.1)
-    train, dev = made.train_loader.dataset, made._loader("dev", 1)[1].dataset
+    assert made.model.blocks[3].attention.dropout == 0.125
+    assert isinstance(made.stepper.threshold, thresholds.RunningMedian)
+    train = made.loader.dataset
+    dev = made.data.evaluation_loader("dev", made.parallel).dataset
+    assert [train.seed, train.augment.speed.ratios] == [9, [Fraction(4, 5)]]
     assert (train.augment.spec.freq_masks, train.augment.spec.time_ratio) == (3, 0.11)
     assert dev.augment.spec is None
     assert [len(train), len(dev)] == [4, 2]
@@ -68,7 +92,7 @@ def test_without_the_guard_torch_clips(make):
     made = make("--guard.max_norm", "0.001", "--optim.lr", "1e-9")
     assert isinstance(made.stepper, PlainClip)
     assert type(made.optimizer) is torch.optim.AdamW
-    report = made._train_step(next(iter(made.train_loader)), 0)[1]
+    report = train_step(made)
     grads = [p.grad for p in made.model.parameters()]
     assert torch.nn.utils.get_total_norm(grads).item() == pytest.approx(0.001, rel=1e-3)
     assert report.clip_coef == pytest.approx(0.001 / report.total_norm, rel=1e-3)
@@ -81,9 +105,9 @@ def test_rows_that_can_not_be_trained_on_are_left_out(make, tmp_path):
         {"audio_filepath": "tone1.wav", "text": "a" * 20, "split": "train"},  # 26 frames, needs 39
     ])  # fmt: skip
     made = make(data=data)
-    assert [r.kind for r in made.corpus.rejected] == ["infeasible target"]
-    assert "needs 39 frames" in made.corpus.rejected[0].reason
-    assert "has 26" in made.corpus.rejected[0].reason
+    assert [r.kind for r in made.data.corpus.rejected] == ["infeasible target"]
+    assert "needs 39 frames" in made.data.corpus.rejected[0].reason
+    assert "has 26" in made.data.corpus.rejected[0].reason
     with pytest.raises(ValueError, match=r"too long: 1.00 s, over 0.5 s"):
         make("--max-duration", "0.5", data=data)
 
@@ -100,39 +124,147 @@ def test_without_a_dev_split_the_training_split_is_scored_and_said(make, tmp_pat
 def test_evaluation_reads_the_dev_split_in_eval_mode_and_training_goes_on_in_train_mode(
     make, monkeypatch
 ):
-    made = make("--epochs", "2")
-    modes, scored = [], []
-    made.model.register_forward_hook(lambda m, i, o: modes.append((m.training, o[1].tolist())))
-    decode = trainer.greedy_decode
-    monkeypatch.setattr(
-        trainer, "greedy_decode", lambda p, n: scored.append(n.tolist()) or decode(p, n)
-    )
-    references = []
-    rates = trainer.error_rates
-    monkeypatch.setattr(trainer, "error_rates", lambda r, h: references.append(r) or rates(r, h))
+    made = make("--epochs", "2", "--checkpoint.keep_best", "1")
+    modes, found = [], []
+    made.model.register_forward_hook(lambda m, i, o: modes.append(m.training))
+    evaluate = made.evaluate
+    monkeypatch.setattr(made, "evaluate", lambda m: found.append(evaluate(m)) or found[-1])
     made.fit()
-    assert [training for training, _ in modes] == [True, True, False] * 2
-    assert scored == [lengths for training, lengths in modes if not training]
-    assert sorted(references[0]) == sorted(u.text for u in made.corpus.split("dev"))
+    assert modes == [True, True, False] * 2
+    dev = {u.id: u for u in made.data.corpus.split("dev")}
+    assert {row.id: row.reference for row in found[0].rows} == {i: u.text for i, u in dev.items()}
+    assert {row.id: row.duration for row in found[0].rows} == dict.fromkeys(dev, 1.0)
     assert made.sampler.epoch == 2
 
 
-def test_best_is_the_lowest_wer_and_last_is_the_last(make, monkeypatch):
-    made = make("--epochs", "4", "--stable")
-    wers = iter([0.5, 0.7, 0.3, 0.3])
-    monkeypatch.setattr(made, "evaluate", lambda split: ErrorRates(next(wers), 0.25, 1, 0, 0, 0))
+def of_wer(wer):
+    """An evaluation with this error rate, in tenths."""
+    right = round(10 * (1 - wer))
+    return Evaluation([score("utt", " ".join("abcdefghij"), " ".join("abcdefghij"[:right]), 2.0)])
+
+
+@pytest.mark.parametrize("mean", [0.2, 0.4])
+def test_best_is_the_lowest_wer_and_last_is_the_last(make, monkeypatch, mean):
+    made = make("--epochs", "4", "--stable", "--checkpoint.keep_best", "2")
+    wers = iter([0.5, 0.7, 0.3, 0.3, mean])
+    monkeypatch.setattr(made, "evaluate", lambda model: of_wer(next(wers)))
     made.fit()
-    last = checkpoint.load(made.run_dir / "last.pt")
+    run_dir = made.folder.path
+    last = checkpoint.load(run_dir / "last.pt")
     assert last["step"] == 8
     assert last["epoch"] == 4
     assert last["optimizer"]["state"]
     assert last["guard"]["steps"] == 8
-    assert checkpoint.load(made.run_dir / "best.pt")["step"] == 6
-    epochs = metrics(made.run_dir, "epoch")
-    assert [e["wer"] for e in epochs] == [0.5, 0.7, 0.3, 0.3]
-    assert {e["cer"] for e in epochs} == {0.25}
-    seconds = [s["seconds"] for s in metrics(made.run_dir, "step")]
+    epochs = metrics(run_dir, "epoch")
+    assert [e["wer"] for e in epochs] == pytest.approx([0.5, 0.7, 0.3, 0.3])
+    assert {(e["dev_utterances"], e["dev_words"], e["dev_minutes"]) for e in epochs} == {
+        (1, 10, 2 / 60)
+    }
+    assert epochs[0]["wer_long"] == epochs[0]["wer"]
+    seconds = [s["seconds"] for s in metrics(run_dir, "step")]
     assert sum(seconds) <= sum(e["seconds"] for e in epochs)
+
+    kept = [checkpoint.load(path) for path in made.folder.best()]
+    assert [state["step"] for state in kept] == [6, 8]
+    averaged, best = (checkpoint.load(run_dir / f"{n}.pt") for n in ("averaged", "best"))
+    expected = (kept[0]["model"]["head.weight"] + kept[1]["model"]["head.weight"]) / 2
+    torch.testing.assert_close(averaged["model"]["head.weight"], expected)
+    chosen = averaged if mean < 0.3 else kept[0]
+    assert torch.equal(best["model"]["head.weight"], chosen["model"]["head.weight"])
+    rates = json.loads((run_dir / "rates.json").read_text())
+    assert rates["wer"] == pytest.approx(min(mean, 0.3))
+
+
+def test_the_averaged_weights_are_evaluated_and_kept(make):
+    made = make("--epochs", "1", "--ema", "0.5", "--stable", "--optim.lr", "0.1")
+    made.fit()
+    best = checkpoint.load(made.folder.path / "best.pt")["model"]
+    for name, value in made.ema.module.state_dict().items():
+        assert torch.equal(best[name], value)
+    assert not torch.equal(best["head.weight"], made.model.head.weight)
+
+
+def test_accumulated_batches_take_the_step_of_one_large_batch(make):
+    """The same loss per frame, up to the statistics of BatchNorm, which are held here."""
+    grads, steps = [], []
+    for options in (("--batch-size", "4"), ("--batch-size", "1", "--grad-accumulation", "4")):
+        for guard in ("true", "false"):
+            made = make(*options, "--guard.enabled", guard, "--guard.max_norm", "1e9",
+                        "--network.dropout", "0", "--augment.freq_masks", "0",
+                        "--augment.time_masks", "0", "--optim.lr", "1e-12")  # fmt: skip
+            made.model.eval()
+            window = list(made.loader)
+            made._train_step(window, 1, 0, 0.0)
+            if made.model.head.weight.grad is not None:
+                grads.append(made.model.head.weight.grad.clone())
+            steps.append(made.totals)
+    for totals in steps[1:]:
+        assert totals.losses == pytest.approx(steps[0].losses, rel=1e-5)
+        assert totals.norms == pytest.approx(steps[0].norms, rel=1e-4)
+    for grad in grads[1:]:
+        torch.testing.assert_close(grad, grads[0], rtol=1e-4, atol=1e-6)
+
+
+def test_a_recording_that_breaks_after_the_check_is_left_out_and_named(make, tmp_path, caplog):
+    logging.getLogger("fastguard").propagate = True
+    made = make("--epochs", "1", "--batch-size", "1")
+    (tmp_path / "tone0.wav").unlink()
+    made.fit()
+    assert "Left out tone0.wav" in caplog.text
+    assert made.step == 3
+    assert len(metrics(made.folder.path, "step")) == 3
+
+
+def test_the_student_learns_from_the_teacher_too(make, tmp_path):
+    teacher = make("--epochs", "1", "--seed", "5")
+    teacher.fit()
+    options = ("--network.dropout", "0", "--augment.freq_masks", "0", "--augment.time_masks", "0")
+    path = str(teacher.folder.path)
+    losses = {}
+    for weight in ("0", "0.25", "1"):
+        made = make("--teacher", path, "--distill.weight", weight, *options)
+        made.model.eval()
+        batch = next(iter(made.loader))
+        losses[weight] = made._loss(batch)[0].item()
+        ours, lengths = made.model(batch.features, batch.feature_lengths)
+        theirs, _ = made.teacher(batch.features, batch.feature_lengths)
+    distance = distillation_loss(ours, theirs, lengths, 2.0).item()
+    ctc = ctc_loss(ours, lengths, batch.targets, batch.target_lengths).item()
+    assert losses["0"] == pytest.approx(ctc)
+    assert losses["1"] == pytest.approx(distance)
+    assert losses["0.25"] == pytest.approx(0.75 * ctc + 0.25 * distance)
+    assert distance > 0
+
+
+def test_a_teacher_of_other_features_is_refused(make, tmp_path):
+    teacher = make("--epochs", "1", "--features.n_mels", "40")
+    teacher.fit()
+    with pytest.raises(RunError, match="n_mels=40"):
+        make("--teacher", str(teacher.folder.path))
+    with pytest.raises(RunError, match=r"--teacher .*absent\.pt can not be read"):
+        make("--teacher", str(tmp_path / "absent.pt"))
+
+
+def test_curves_for_tensorboard(make):
+    made = make("--epochs", "1", "--stable", "--batch-size", "1")
+    tracking_every = trainer._NORMS_EVERY
+    trainer._NORMS_EVERY = 1
+    try:
+        made.fit()
+    finally:
+        trainer._NORMS_EVERY = tracking_every
+    events = EventAccumulator(str(made.folder.path / "tensorboard"))
+    events.Reload()
+    tags = events.Tags()["scalars"]
+    steps = metrics(made.folder.path, "step")
+    for name in ("loss", "norm_before_clip", "norm_after_clip", "clip_coef", "skips", "lr",
+                 "seconds_per_step"):  # fmt: skip
+        assert f"train/{name}" in tags
+    before = [e.value for e in events.Scalars("train/norm_before_clip")]
+    after = [e.value for e in events.Scalars("train/norm_after_clip")]
+    assert before == pytest.approx([s["grad_norm"] for s in steps], rel=1e-6)
+    assert after == pytest.approx([0.5] * len(steps), rel=1e-4)  # all are clipped here
+    assert {"epoch/wer", "epoch/cer", "norms/head.weight"} <= set(tags)
 
 
 @pytest.mark.parametrize("precision, dtype", [("fp32", torch.float32), ("bf16", torch.bfloat16)])
@@ -140,8 +272,8 @@ def test_precision(make, precision, dtype):
     made = make("--precision", precision)
     seen = []
     made.model.head.register_forward_hook(lambda m, i, o: seen.append(o.dtype))
-    made._train_step(next(iter(made.train_loader)), 0)
-    made.evaluate("dev")
+    train_step(made)
+    made.evaluate(made.model)
     assert set(seen) == {dtype}
 
 

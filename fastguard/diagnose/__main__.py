@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from fastguard import checkpoint
 from fastguard.diagnosis import Diagnosis, Finding, diagnose
-from fastguard.precision import AUTOCAST
+from fastguard.precision import AUTOCAST, autocast
 from fastguard.recognizer import Recognizer
 from fastguard.speech.batching import Batch, Item, collate
 from fastguard.speech.corpora import read_rows
