@@ -116,7 +116,7 @@ def diagnose(
     """
     if not (math.isfinite(loss_scale) and loss_scale > 0):
         raise ValueError(f"loss_scale must be finite and above 0, got {loss_scale}")
-    with _unchanged(model), torch.enable_grad():
+    with _unchanged(model), torch.inference_mode(False), torch.enable_grad():
         probe = Probe(model)
         with probe, torch.compiler.set_stance("force_eager"):
             loss = loss_fn()
