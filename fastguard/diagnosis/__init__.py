@@ -98,7 +98,7 @@ def diagnose(
     repeated layer over which the gradient explodes or vanishes; BatchNorm without variance; dead
     units. Nothing of the model changes: not its weights, gradients, buffers and modes, nor torch's,
     numpy's and Python's generators. Hooks on the accumulation of gradients are not run, unless the
-    model uses reentrant checkpointing, which needs a full backward.
+    model uses reentrant checkpointing, which needs a full backward. Lazy modules get their shapes.
 
     Args:
         model: any module, in the mode (training or evaluation) that is to be examined.
