@@ -100,7 +100,7 @@ def test_poisoned_weights(corpus, tmp_path, capsys):
         model.layers[3].norm.running_var[7] = math.nan
 
     path = save(tmp_path / "last.pt", corpus, "--model", "baseline", change=change)
-    assert main([path]) == 0
+    assert main([path, "--utterances", "tone1.wav"]) == 0
     assert "Verdict: poisoned weight at layers.3.norm.running_var" in capsys.readouterr().out
 
 

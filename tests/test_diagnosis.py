@@ -91,16 +91,22 @@ def test_residual_blocks_explode_through_their_skips_too():
     assert layer(found, "3.linear").gain == pytest.approx(1.0, rel=1e-4)  # its branch alone
 
 
-def test_a_growth_that_overflows_is_still_seen_as_growth():
+def test_a_growth_that_overflows_forward_and_backward():
     torch.manual_seed(0)
     model = nn.Sequential(*(orthogonal(16, 100.0) for _ in range(30)))
-    found = diagnose(model, lambda: model(torch.randn(4, 16)).mean() * 0 + model[0](X).sum() * 0)
-    assert "overflow" in kinds(found)
-    assert found.findings[0].kind == "overflow"
+    found = of(model, torch.randn(4, 16))
+    assert kinds(found) == ["overflow"]
     assert "float32 overflow" in found.verdict
-
-
-X = torch.zeros(1, 16)
+    with torch.no_grad():
+        for linear in model:
+            linear.bias.zero_()
+    found = diagnose(model, lambda: model(1e-30 * torch.randn(4, 16)).mean())
+    assert kinds(found) == ["gradient overflow", "exploding gradient"]
+    assert found.first_nonfinite_forward is None
+    backward = found.first_nonfinite_backward
+    assert not backward.entered
+    assert backward.entering.largest > 1e36
+    assert "100x per layer" in found.verdict
 
 
 def test_a_gradient_that_vanishes():
@@ -457,6 +463,8 @@ def test_awkward_models_do_not_crash():
     assert layer(found, "rnn").calls == 2
     assert "unused" not in [row.name for row in found.layers]
     assert "nan" not in str(found)
+    order = [row.name for row in found.layers]
+    assert order.index("embedding") < order.index("rnn") < order.index("act")
     json.dumps(found.to_dict(), allow_nan=False)
 
 

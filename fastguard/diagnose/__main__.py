@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -122,7 +122,7 @@ def _first_batches(rows: list[Row], size: int, count: int) -> Iterator[list[Row]
         yield train[start : start + size]
 
 
-def utterances_of(report: Path, known: Sequence[str] | dict) -> list[str]:
+def utterances_of(report: Path, known: Container[str]) -> list[str]:
     """Ids of the utterances of a bad step: of its bad micro-batches if it names any.
 
     The report's batch is ``NUMBER [ID, ID, ...]``; `known` ids tell a comma in an id from one
@@ -146,7 +146,7 @@ def utterances_of(report: Path, known: Sequence[str] | dict) -> list[str]:
     return ids
 
 
-def _split_ids(pieces: list[str], known: Sequence[str] | dict) -> list[str]:
+def _split_ids(pieces: list[str], known: Container[str]) -> list[str]:
     """The longest known ids that the pieces make up; an unknown piece as it is."""
     ids = []
     while pieces:

@@ -98,7 +98,7 @@ def diagnose(
     repeated layer over which the gradient explodes or vanishes; BatchNorm without variance; dead
     units. Nothing of the model changes: not its weights, gradients, buffers and modes, nor torch's,
     numpy's and Python's generators. Hooks on the accumulation of gradients are not run, unless the
-    model uses reentrant checkpointing, which needs a full backward.
+    model uses reentrant checkpointing, which needs a full backward. Lazy modules get their shapes.
 
     Args:
         model: any module, in the mode (training or evaluation) that is to be examined.
@@ -116,7 +116,7 @@ def diagnose(
     """
     if not (math.isfinite(loss_scale) and loss_scale > 0):
         raise ValueError(f"loss_scale must be finite and above 0, got {loss_scale}")
-    with _unchanged(model), torch.enable_grad():
+    with _unchanged(model), torch.inference_mode(False), torch.enable_grad():
         probe = Probe(model)
         with probe, torch.compiler.set_stance("force_eager"):
             loss = loss_fn()

@@ -48,13 +48,18 @@ class Layer:
 
 
 def layers(evidence: Evidence) -> list[Layer]:
-    """Of the modules without children or with weights of their own, and of repeated blocks."""
+    """Of the modules without children or with weights of their own, and of repeated blocks.
+
+    In the order in which they were called; those that were not, but have a gradient, at the end.
+    """
     calls: dict[nn.Module, list[Call]] = {}
     for call in evidence.calls:
         calls.setdefault(call.module, []).append(call)
     blocks = {call.module for group in repeated(evidence.calls).values() for call in group}
     rows = []
-    for name, module in evidence.model.named_modules():
+    names = {module: name for name, module in evidence.model.named_modules()}
+    for module in dict.fromkeys([*calls, *names]):
+        name = names[module]
         own = [f"{name}.{n}" if name else n for n, _ in module.named_parameters(recurse=False)]
         gradient = None
         for parameter in own:
