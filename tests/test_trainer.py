@@ -186,7 +186,7 @@ def test_the_averaged_weights_are_evaluated_and_kept(make):
 
 def test_accumulated_batches_take_the_step_of_one_large_batch(make):
     """The same loss per frame, up to the statistics of BatchNorm, which are held here."""
-    grads, steps = [], []
+    moments, steps = [], []
     for options in (("--batch-size", "4"), ("--batch-size", "1", "--grad-accumulation", "4")):
         for guard in ("true", "false"):
             made = make(*options, "--guard.enabled", guard, "--guard.max_norm", "1e9",
@@ -195,14 +195,13 @@ def test_accumulated_batches_take_the_step_of_one_large_batch(make):
             made.model.eval()
             window = list(made.loader)
             made._train_step(window, 1, 0, 0.0)
-            if made.model.head.weight.grad is not None:
-                grads.append(made.model.head.weight.grad.clone())
+            moments.append(made.optimizer.state[made.model.head.weight]["exp_avg"])
             steps.append(made.totals)
     for totals in steps[1:]:
         assert totals.losses == pytest.approx(steps[0].losses, rel=1e-5)
         assert totals.norms == pytest.approx(steps[0].norms, rel=1e-4)
-    for grad in grads[1:]:
-        torch.testing.assert_close(grad, grads[0], rtol=1e-4, atol=1e-6)
+    for exp_avg in moments[1:]:
+        torch.testing.assert_close(exp_avg, moments[0], rtol=1e-3, atol=1e-6)
 
 
 def test_a_recording_that_breaks_after_the_check_is_left_out_and_named(make, tmp_path, caplog):
