@@ -299,7 +299,7 @@ def _replacing(path: Path) -> Iterator[Path]:
     temporary = path.with_name(path.name + ".tmp")
     try:
         yield temporary
-        with open(temporary, "rb") as file:
+        with open(temporary, "rb+") as file:  # Windows syncs what it may write
             os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:

@@ -53,20 +53,20 @@ def distillation_loss(
     device = student_log_probs.device
     output_lengths = output_lengths.to(device)
     teacher_log_probs = teacher_log_probs.detach()
-    with torch.autocast(device.type, enabled=False):
-        kept = torch.arange(student_log_probs.size(1), device=device) < output_lengths[:, None]
-        if blank_context is not None:
-            spikes = (teacher_log_probs.argmax(-1) != _BLANK) & kept
-            kept = kept & _widened(spikes, blank_context)
-        # Filled, not multiplied: 0 * NaN would let garbage out of the padding.
-        student, teacher = (
-            (x.masked_fill(~kept[:, :, None], 0.0).to(dtype) / temperature).log_softmax(-1)
-            for x in (student_log_probs, teacher_log_probs)
-        )
-        weight = teacher.exp()
-        ruled_out = weight == 0  # where 0 * (-inf - x) would be NaN
-        difference = (teacher - student).masked_fill(ruled_out, 0.0)
-        return temperature**2 * (weight * difference).sum() / output_lengths.sum()
+    kept = torch.arange(student_log_probs.size(1), device=device) < output_lengths[:, None]
+    if blank_context is not None:
+        spikes = (teacher_log_probs.argmax(-1) != _BLANK) & kept
+        kept = kept & _widened(spikes, blank_context)
+    # Filled, not multiplied: 0 * NaN would let garbage out of the padding. None of the operators
+    # below is one that autocast narrows.
+    student, teacher = (
+        (x.masked_fill(~kept[:, :, None], 0.0).to(dtype) / temperature).log_softmax(-1)
+        for x in (student_log_probs, teacher_log_probs)
+    )
+    weight = teacher.exp()
+    ruled_out = weight == 0  # where 0 * (-inf - x) would be NaN
+    difference = (teacher - student).masked_fill(ruled_out, 0.0)
+    return temperature**2 * (weight * difference).sum() / output_lengths.sum()
 
 
 def _widened(mask: Tensor, context: int) -> Tensor:
