@@ -13,6 +13,7 @@ from fastguard.speech.readers import Unusable
 
 # Below 1 kHz nothing of a voice is left; no recorder samples faster than 384 kHz.
 SAMPLE_RATES = (1_000, 384_000)
+_UNKNOWN = 2**63 - 1  # libsndfile's number of frames of such a file; it can not read on in it
 _BLOCK = 1 << 20  # samples of all channels together that are decoded at a time
 
 
@@ -71,6 +72,10 @@ def _opened(path: Path | str) -> Iterator[soundfile.SoundFile]:
                 raise AudioError(
                     f"odd rate: {name} has {file.samplerate} Hz, outside {lowest} to {highest}; "
                     "its header may be damaged: export it again"
+                )
+            if file.frames == _UNKNOWN:
+                raise AudioError(
+                    f"no length: the header of {name} has none, as after a pipe; write it again"
                 )
             yield file
     except FileNotFoundError:

@@ -93,8 +93,7 @@ class Corpus:
         lines = [f"{self.spec}: {_amount(self.utterances)}"]
         lines += [f"  {name:<5} {_amount(self.split(name))}" for name in SPLITS]
         if not self.decoded:
-            lines.append("  durations are the manifest's and the headers'; what does not decode is")
-            lines.append("  left out when it is loaded")
+            lines.append("  not decoded: durations are those of the manifest and of headers")
         for kind, count in Counter(row.kind for row in self.rejected).most_common():
             rows = [row for row in self.rejected if row.kind == kind]
             others = ", ..." if count > 3 else ""
