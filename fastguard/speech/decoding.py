@@ -15,7 +15,7 @@ from fastguard.speech.tokenizer import CharTokenizer
 #: log_probs (B, T, V) and lengths (B,) to the tokens of each utterance.
 Decode = Callable[[Tensor, Tensor], list[list[int]]]
 
-_IMPOSSIBLE = -1e4  # flashlight makes NaN of the logarithm of 0 when it adds probabilities
+_IMPOSSIBLE = -1e4  # log p; where all hypotheses have -inf flashlight makes NaN of them
 _SPACE = "|"  # files of words and language models are separated by white space
 
 
@@ -75,7 +75,7 @@ class BeamSearch:
         beam_size: int = 50,
         lm: Path | None = None,
         lexicon: Path | None = None,
-        lm_weight: float = 2.0,
+        lm_weight: float = 1.0,
         word_score: float = 0.0,
     ) -> None:
         if beam_size < 1:
@@ -169,13 +169,12 @@ class BeamSearch:
             raise ValueError("log_probs hold NaN: leave this utterance out")
         if len(log_probs) == 0:
             return []
-        emissions = log_probs.clamp(min=_IMPOSSIBLE)
         if self._spoken is None:
-            return self._best(emissions).tokens.tolist()
+            return self._best(log_probs).tokens.tolist()
         # A last frame, in which the space that the last word lacks is free of charge.
-        end = torch.full_like(emissions[:1], _IMPOSSIBLE)
+        end = torch.full_like(log_probs[:1], _IMPOSSIBLE)
         end[0, self._names.index(_SPACE)] = 0.0
-        words = self._best(torch.cat([emissions, end])).words
+        words = self._best(torch.cat([log_probs, end])).words
         return self.tokenizer.encode(" ".join(self._spoken[word] for word in words))
 
     def _best(self, emissions: Tensor):
