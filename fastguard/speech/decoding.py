@@ -142,7 +142,8 @@ class BeamSearch:
             return model.score(start, words.get_index(word))[1]
 
         needed = self._names[1:] if self._spoken is None else list(self._spoken)
-        unknown = [word for word in needed if score(word) == score("<unk>")]
+        foreign = score("<unk>")
+        unknown = [word for word in needed if score(word) == foreign]
         if self._spoken is not None and len(unknown) == len(needed):
             raise ValueError(
                 f"{lm} knows no word of the lexicon, as {' '.join(unknown[:5])}: give the words as "
