@@ -50,7 +50,7 @@ def add_decoder_options(parser: argparse.ArgumentParser) -> None:
         "--lm-weight",
         type=float,
         metavar="X",
-        help="nats that a decade of the language model's probability counts (default: 2)",
+        help="nats that a decade of the language model's probability counts (default: 1)",
     )
     group.add_argument(
         "--word-score",

@@ -76,9 +76,9 @@ def main(argv: list[str] | None = None) -> int:
         recognizer = Recognizer.load(path, args.device)
         decode = _options.decoder(args, recognizer.tokenizer)
         folder = args.output or path.parent / f"evaluation-{args.split}-{args.decoder}"
-        folder.mkdir(parents=True, exist_ok=True)
         data = args.data or recognizer.config.data
         utterances = load_split(data, args.split, recognizer)
+        folder.mkdir(parents=True, exist_ok=True)
         found = evaluate(
             partial(_forward, recognizer, args.device, args.precision),
             evaluation_loader(

@@ -15,9 +15,8 @@ from .checkpoint import CheckpointError, best_of
 from .recognizer import Recognizer
 from .transcription import Transcript, TranscriptionError, transcribe
 
-_SUFFIXES = tuple(
-    f".{format.lower()}" for format in (*soundfile.available_formats(), "aif", "oga", "opus", "sph")
-)
+_FORMATS = {*soundfile.available_formats(), "AIF", "OGA", "OPUS", "SPH"} - {"RAW"}
+_SUFFIXES = {f".{name.lower()}" for name in _FORMATS}
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

@@ -164,7 +164,7 @@ def test_broken_files_are_named_and_the_others_go_on(trained_run, prompts, tmp_p
     assert "Traceback" not in error
 
 
-def test_a_tenth_of_a_second_and_silence(recognizer, tmp_path):
+def test_one_sample_and_silence(recognizer, tmp_path):
     for name, samples in (("short", np.zeros(1)), ("silence", np.zeros(30 * 8_000))):
         soundfile.write(tmp_path / f"{name}.wav", samples, 8_000)
         found = transcribe(recognizer, tmp_path / f"{name}.wav")

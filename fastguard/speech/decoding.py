@@ -15,7 +15,7 @@ from fastguard.speech.tokenizer import Tokenizer
 #: log_probs (B, T, V) and lengths (B,) to the tokens of each utterance.
 Decode = Callable[[Tensor, Tensor], list[list[int]]]
 
-_IMPOSSIBLE = -1e4  # flashlight makes NaN of the logarithm of 0 when it adds probabilities
+_IMPOSSIBLE = -1e4  # log p; where all hypotheses have -inf flashlight makes NaN of them
 _SPACE = "|"  # files of words and language models are separated by white space
 
 
@@ -75,7 +75,7 @@ class BeamSearch:
         beam_size: int = 50,
         lm: Path | None = None,
         lexicon: Path | None = None,
-        lm_weight: float = 2.0,
+        lm_weight: float = 1.0,
         word_score: float = 0.0,
     ) -> None:
         if beam_size < 1:
@@ -142,7 +142,8 @@ class BeamSearch:
             return model.score(start, words.get_index(word))[1]
 
         needed = self._names[1:] if self._spoken is None else list(self._spoken)
-        unknown = [word for word in needed if score(word) == score("<unk>")]
+        foreign = score("<unk>")
+        unknown = [word for word in needed if score(word) == foreign]
         if self._spoken is not None and len(unknown) == len(needed):
             raise ValueError(
                 f"{lm} knows no word of the lexicon, as {' '.join(unknown[:5])}: give the words as "
@@ -169,13 +170,12 @@ class BeamSearch:
             raise ValueError("log_probs hold NaN: leave this utterance out")
         if len(log_probs) == 0:
             return []
-        emissions = log_probs.clamp(min=_IMPOSSIBLE)
         if self._spoken is None:
-            return self._best(emissions).tokens.tolist()
+            return self._best(log_probs).tokens.tolist()
         # A last frame, in which the space that the last word lacks is free of charge.
-        end = torch.full_like(emissions[:1], _IMPOSSIBLE)
+        end = torch.full_like(log_probs[:1], _IMPOSSIBLE)
         end[0, self._names.index(_SPACE)] = 0.0
-        words = self._best(torch.cat([emissions, end])).words
+        words = self._best(torch.cat([log_probs, end])).words
         return self.tokenizer.encode(" ".join(self._spoken[word] for word in words))
 
     def _best(self, emissions: Tensor):

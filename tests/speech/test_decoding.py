@@ -241,6 +241,13 @@ def test_words_of_a_lexicon_are_spelled_as_texts_are_normalised(files):
     assert beam_texts(search, log_probs) == ["ab bba"]
 
 
+def test_a_word_that_is_not_finished_does_not_come_out(files):
+    (files / "words.txt").write_text("bba")
+    search = BeamSearch(TOKENIZER, lexicon=files / "words.txt")
+    assert beam_texts(search, scores([[3, 0, 3]])[..., :4]) == [""]
+    assert beam_texts(search, scores([[3, 0, 3, 2]])[..., :4]) == ["bba"]
+
+
 def test_beam_search_reads_no_frame_after_the_end_and_any_float_dtype(files):
     search = BeamSearch(TOKENIZER)
     log_probs = drawn(3, frames=9)
