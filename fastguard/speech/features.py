@@ -17,7 +17,8 @@ from fastguard.speech.audio import read_mono
 # torchaudio's default of 6 leaves images of an 8 kHz voice 62 dB under its peak in the bins above
 # 4 kHz, where they look like speech; 32 pushes them under LogMel.DYNAMIC_RANGE.
 RESAMPLING_WIDTH = 32
-_LARGEST_DENOMINATOR = 640  # 11,025 Hz to 16,000 is 441 / 640
+_MOST_COEFFICIENTS = 1 << 24
+_STEPS = 640  # 11,025 Hz to 16,000 is 441 / 640
 
 
 @contextmanager
@@ -56,10 +57,12 @@ def resampling_ratio(rate: int, sample_rate: int) -> Fraction:
     """``rate`` over ``sample_rate``, in small numbers.
 
     torchaudio's filter has numerator times denominator coefficients.  Every rate in use is a ratio
-    of small numbers to every other; 44,101 Hz to 16,000 would take 5 GB, and is taken for the
-    nearest ratio of small numbers.
+    of small numbers to every other; 44,101 Hz to 16,000 would take 5 GB, and is taken for 44,100.
     """
-    return Fraction(rate, sample_rate).limit_denominator(_LARGEST_DENOMINATOR)
+    exact = Fraction(rate, sample_rate)
+    if exact.numerator * exact.denominator <= _MOST_COEFFICIENTS:
+        return exact
+    return Fraction(round(_STEPS * exact), _STEPS)
 
 
 class LogMel(nn.Module):
