@@ -213,8 +213,8 @@ class Config:
             )
         if self.optim.schedule == "noam" and self.optim.warmup == 0:
             raise ValueError("optim.schedule=noam needs a warm-up: set --optim.warmup")
-        if self.parallel == "fsdp" and self.compile:
-            raise ValueError("--compile is not supported with --parallel fsdp: leave one out")
+        if self.parallel == "fsdp" and (self.compile or self.ema):
+            raise ValueError("--compile and --ema do not work with --parallel fsdp: leave one out")
 
     def to_dict(self) -> dict:
         """Plain dicts, lists, strings and numbers, for YAML and for checkpoints."""

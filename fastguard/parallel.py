@@ -53,6 +53,11 @@ class Parallel:
         """Whether this is the process that writes."""
         return self.rank == 0
 
+    @property
+    def group(self) -> dist.ProcessGroup | None:
+        """All processes, if there are several."""
+        return dist.group.WORLD if self.world_size > 1 else None
+
     def wrap(self, model: nn.Module) -> nn.Module:
         """What to call in training in place of ``model``, whose parameters may become shards."""
         if self.sharded:

@@ -118,14 +118,18 @@ class RunFolder:
 
     # --- the best weights -------------------------------------------------------------------------
 
-    def save_best(self, weights: dict, wer: float) -> None:
-        """Keep weights if they are among the best; best.pt is the very best of them."""
-        kept = self.best()
+    def save_best(self, weights: dict, found: Evaluation) -> None:
+        """Keep weights if they are among the best; best.pt is the very best of them, and what it
+        recognised lies beside it."""
+        kept, wer = self.best(), found.rates.wer
         if len(kept) >= self.config.checkpoint.keep_best and wer >= _wer_of(kept[-1]):
             return
+        path = self._states / f"best_{wer:.6f}_{weights['step']:09d}.pt"
         try:
-            checkpoint.save(self._states / f"best_{wer:.6f}_{weights['step']:09d}.pt", weights)
-            checkpoint.copy(self.best()[0], self.path / "best.pt")
+            checkpoint.save(path, weights)
+            if self.best()[0] == path:
+                checkpoint.copy(path, self.path / "best.pt")
+                write(self.path, found)
             for worse in self.best()[self.config.checkpoint.keep_best :]:
                 worse.unlink()
         except (OSError, CheckpointError) as error:
@@ -135,19 +139,13 @@ class RunFolder:
         """Files of the best weights, those of the lowest WER first, of equals the oldest."""
         return sorted(self._states.glob("best_*.pt"))
 
-    def save_hypotheses(self, found: Evaluation) -> None:
-        """What the best weights recognise: hypotheses.jsonl, alignments.txt and rates.json."""
-        try:
-            write(self.path, found)
-        except OSError as error:
-            logger.warning("No hypotheses: %s", error)
-
-    def save_averaged(self, weights: dict, best: bool) -> None:
+    def save_averaged(self, weights: dict, found: Evaluation) -> None:
         """Keep the mean of the best weights, as best.pt too if it is."""
         try:
             checkpoint.save(self.path / "averaged.pt", weights)
-            if best:
+            if found.rates.wer < _wer_of(self.best()[0]):
                 checkpoint.copy(self.path / "averaged.pt", self.path / "best.pt")
+                write(self.path, found)
         except (OSError, CheckpointError) as error:
             logger.warning("No averaged checkpoint: %s", error)
 

@@ -11,6 +11,7 @@ from .config import Config
 from .guard import GradGuard
 from .ops import Verdict
 from .optim import AdamW
+from .parallel import Parallel
 from .step_report import StepReport
 
 logger = logging.getLogger(__name__)
@@ -37,8 +38,10 @@ def build_optimizer(config: Config, model: nn.Module) -> torch.optim.AdamW:
     return torch.optim.AdamW(model.parameters(), fused=True, **options)
 
 
-def build_stepper(config: Config, model: nn.Module, report_dir: Path) -> "GradGuard | PlainClip":
-    """What clips, and steps the optimizer or skips."""
+def build_stepper(
+    config: Config, model: nn.Module, parallel: Parallel, report_dir: Path
+) -> "GradGuard | PlainClip":
+    """What clips, and steps the optimizer or skips; in every process alike."""
     guard = config.guard
     if not guard.enabled:
         return PlainClip(model, guard.max_norm)
@@ -48,7 +51,8 @@ def build_stepper(config: Config, model: nn.Module, report_dir: Path) -> "GradGu
         guard.skip_norm,
         guard.patience,
         threshold=_THRESHOLDS[guard.threshold](),
-        report_dir=report_dir,
+        report_dir=report_dir if parallel.main else None,
+        process_group=parallel.group,
     )
 
 

@@ -70,7 +70,7 @@ class Trainer:
             self.forward = torch.compile(self.forward, dynamic=True)
         self.ema = self._build_ema() if config.ema else None
         self.optimizer = build_optimizer(config, self.model)
-        self.stepper = build_stepper(config, self.model, folder.path)
+        self.stepper = build_stepper(config, self.model, parallel, folder.path)
         self.scaler = torch.amp.GradScaler(self.device.type) if config.precision == "fp16" else None
         self.sampler, self.loader = self.data.train_loader(parallel)
         self.evaluation_split = "dev" if self.data.corpus.split("dev") else "train"
@@ -216,14 +216,12 @@ class Trainer:
             ended.seconds,
             ended.status,
         )
-        if self.parallel.main and all(ended.wer < earlier.wer for earlier in self.epochs):
-            self.folder.save_hypotheses(found)
         self.epochs.append(ended)
         self.totals = EpochTotals()
         self.batches = 0
         weights = self._weights()
         if self.parallel.main:
-            self.folder.save_best(weights, ended.wer)
+            self.folder.save_best(weights, found)
 
     # --- a step -----------------------------------------------------------------------------------
 
@@ -398,6 +396,7 @@ class Trainer:
         weights, moments = self.parallel.state_of(self.model, self.optimizer)
         loaders = self.parallel.gather(self.loader.state_dict())
         numbers = self.parallel.gather(_random_state(self.device))
+        guard = self.stepper.state_dict()
         if self.parallel.main:
             self.folder.save(
                 {
@@ -405,7 +404,7 @@ class Trainer:
                     "model": weights,
                     "ema": None if self.ema is None else self.ema.state_dict(),
                     "optimizer": moments,
-                    "guard": self.stepper.state_dict(),
+                    "guard": guard,
                     "scaler": None if self.scaler is None else self.scaler.state_dict(),
                     "loader": loaders,
                     "random": numbers,
@@ -475,19 +474,15 @@ class Trainer:
         model = network(self.config, self.tokenizer.vocab_size).to(self.device)
         model.load_state_dict(mean["model"])
         found = self.evaluate(model)
-        best_wer = min(epoch.wer for epoch in self.epochs)
         logger.info(
             "Mean of the %d best: wer=%.3f, cer=%.3f; the best alone: wer=%.3f",
             len(best),
             found.rates.wer,
             found.rates.cer,
-            best_wer,
+            mean["wer"],
         )
         if self.parallel.main:
-            is_best = found.rates.wer < best_wer
-            self.folder.save_averaged({**mean, "wer": found.rates.wer}, is_best)
-            if is_best:
-                self.folder.save_hypotheses(found)
+            self.folder.save_averaged({**mean, "wer": found.rates.wer}, found)
 
 
 def load_teacher(config: Config, device: torch.device) -> Recognizer:

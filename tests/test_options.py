@@ -99,7 +99,10 @@ def test_saved_settings_read_back_and_fit_a_checkpoint(tmp_path):
         (["--guard.skip_norm", "3"], "guard.skip_norm=3 and guard.threshold=fixed need the guard"),
         (["--stable", "--guarded"], "--stable and --guarded contradict each other"),
         (["--optim.schedule", "noam"], "noam needs a warm-up"),
-        (["--compile", "true", "--parallel", "fsdp"], "--compile is not supported"),
+        (
+            ["--compile", "true", "--parallel", "fsdp"],
+            "do not work with --parallel fsdp",
+        ),
         (["--batch-duration", "nan"], "batch_duration must be above 0, got nan"),
         (["--ema", "1.5"], "ema must lie between 0 and 1, got 1.5"),
         (["--optim.betas", "[0.9,1.0]"], "optim.betas must be at least 0 and below 1"),

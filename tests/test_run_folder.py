@@ -9,6 +9,7 @@ import torch
 
 from fastguard import checkpoint, run_folder
 from fastguard.config import CheckpointConfig, Config
+from fastguard.evaluation import Evaluation, score
 from fastguard.run_folder import RunError, RunFolder
 
 
@@ -28,6 +29,12 @@ def state(step, value=1.0):
         "random": [],
         "step": step,
     }
+
+
+def of_wer(wer):
+    """An evaluation with this error rate, in tenths."""
+    right = round(10 * (1 - wer))
+    return Evaluation([score("utt", " ".join("abcdefghij"), " ".join("abcdefghij"[:right]))])
 
 
 def begun(path, **settings):
@@ -83,7 +90,7 @@ def test_weights_that_are_not_finite_replace_nothing(tmp_path, caplog):
     folder = begun(tmp_path)
     folder.save(state(1))
     folder.save(state(2, math.nan))
-    folder.save_best({**state(2), "model": {"w": torch.tensor(math.inf)}}, 0.1)
+    folder.save_best({**state(2), "model": {"w": torch.tensor(math.inf)}}, of_wer(0.1))
     assert folder.find_state()["step"] == 1
     assert folder.best() == []
     assert "No checkpoint at step 2, training goes on" in caplog.text
@@ -99,9 +106,10 @@ def test_a_full_disk_is_said_and_keeps_the_last_good_state(tmp_path, caplog, mon
 
     monkeypatch.setattr(checkpoint.os, "fsync", full)
     folder.save(state(2))
-    folder.save_best(state(2), 0.5)
-    folder.save_averaged(state(2), True)
+    folder.save_best(state(2), of_wer(0.5))
+    folder.save_averaged(state(2), of_wer(0.1))
     assert caplog.text.count("No space left on device") == 3
+    assert not (tmp_path / "rates.json").exists()
     assert names(folder) == before
     assert not list(tmp_path.rglob("*.tmp"))
     assert folder.find_state()["step"] == 1
@@ -109,8 +117,8 @@ def test_a_full_disk_is_said_and_keeps_the_last_good_state(tmp_path, caplog, mon
 
 def test_the_best_are_kept_by_wer_and_then_by_age(tmp_path):
     folder = begun(tmp_path, checkpoint=CheckpointConfig(keep_best=2))
-    for step, wer in enumerate((0.5, 1.25, 0.5, 0.4, 0.45), start=1):
-        folder.save_best(state(step), wer)
+    for step, wer in enumerate((0.5, 0.9, 0.5, 0.3, 0.4), start=1):
+        folder.save_best(state(step), of_wer(wer))
     assert [checkpoint.load(path)["step"] for path in folder.best()] == [4, 5]
     assert checkpoint.load(tmp_path / "best.pt")["step"] == 4
 
@@ -119,13 +127,13 @@ def test_the_mean_of_the_best(tmp_path):
     folder = begun(tmp_path)
     for step, value in ((1, 1.0), (2, 4.0)):
         weights = {"w": torch.full((2,), value), "n": torch.tensor(step)}
-        folder.save_best({**state(step), "model": weights}, step / 10)
+        folder.save_best({**state(step), "model": weights}, of_wer(step / 10))
     mean = checkpoint.average(folder.best())
     assert mean["model"]["w"].tolist() == [2.5, 2.5]
     assert mean["model"]["n"] == 1
-    folder.save_averaged(mean, best=False)
+    folder.save_averaged(mean, of_wer(0.1))
     assert checkpoint.load(tmp_path / "best.pt")["model"]["w"].tolist() == [1.0, 1.0]
-    folder.save_averaged(mean, best=True)
+    folder.save_averaged(mean, of_wer(0.0))
     assert checkpoint.load(tmp_path / "best.pt")["model"]["w"].tolist() == [2.5, 2.5]
 
 
@@ -177,7 +185,7 @@ def test_nothing_to_resume_from_is_an_error(tmp_path, name, message):
 def test_weights_alone_are_nothing_to_go_on_with(tmp_path):
     folder = begun(tmp_path / "old")
     weights = {key: state(3)[key] for key in ("model", "config", "tokenizer", "step")}
-    folder.save_best(weights, 0.5)
+    folder.save_best(weights, of_wer(0.5))
     with pytest.raises(RunError, match="holds weights, and nothing to go on with"):
         begun(tmp_path / "new", resume=str(tmp_path / "old" / "best.pt")).find_state()
 
@@ -186,8 +194,8 @@ def test_the_folder_describes_what_it_holds(tmp_path):
     """The list in the module's docstring is that of a run; see also test_train."""
     folder = begun(tmp_path)
     folder.save(state(1))
-    folder.save_best(state(1), 0.5)
-    folder.save_averaged(state(1), False)
+    folder.save_best(state(1), of_wer(0.5))
+    folder.save_averaged(state(1), of_wer(0.5))
     for name in ("config.yaml", "last.pt", "best.pt", "averaged.pt", "checkpoints"):
         assert (tmp_path / name).exists()
         assert name in run_folder.__doc__

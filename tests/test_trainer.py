@@ -12,7 +12,6 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import fastguard
 from fastguard import checkpoint, thresholds, trainer
-from fastguard.evaluation import Evaluation, score
 from fastguard.guard import GradGuard
 from fastguard.options import parse
 from fastguard.parallel import Parallel
@@ -24,6 +23,7 @@ from fastguard.stepper import PlainClip
 from fastguard.trainer import Trainer
 
 from .recordings import tones, write_manifest
+from .test_run_folder import of_wer
 from .test_train import metrics
 
 
@@ -135,12 +135,6 @@ def test_evaluation_reads_the_dev_split_in_eval_mode_and_training_goes_on_in_tra
     assert {row.id: row.reference for row in found[0].rows} == {i: u.text for i, u in dev.items()}
     assert {row.id: row.duration for row in found[0].rows} == dict.fromkeys(dev, 1.0)
     assert made.sampler.epoch == 2
-
-
-def of_wer(wer):
-    """An evaluation with this error rate, in tenths."""
-    right = round(10 * (1 - wer))
-    return Evaluation([score("utt", " ".join("abcdefghij"), " ".join("abcdefghij"[:right]), 2.0)])
 
 
 @pytest.mark.parametrize("mean", [0.2, 0.4])

@@ -1,0 +1,95 @@
+"""Training with torchrun: two processes and one run."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastguard import checkpoint
+from fastguard.recognizer import Recognizer
+
+from .recordings import tones
+from .test_resume import story
+from .test_train import metrics
+
+REPOSITORY = Path(__file__).parent.parent
+OPTIONS = [
+    "--model", "baseline", "--guarded", "--precision", "fp32", "--batch-duration", "2",
+    "--epochs", "2", "--optim.warmup", "2", "--checkpoint.steps", "1",
+]  # fmt: skip
+
+
+def torchrun(folder, data, *options, processes=2):
+    """The finished process of a training on this many CPU processes."""
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone",
+        f"--nproc-per-node={processes}", "-m", "fastguard.train", *OPTIONS, *options,
+        "--data", data, "--run-dir", str(folder),
+    ]  # fmt: skip
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command, cwd=folder.parent, env=environment, stderr=subprocess.PIPE, text=True
+    )
+
+
+def finish(process):
+    _, errors = process.communicate()
+    assert process.returncode == 0, errors
+    return errors
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return tones(tmp_path_factory.mktemp("tones"), 8)
+
+
+@pytest.fixture(scope="module", params=["ddp", "fsdp"])
+def whole(request, tmp_path_factory, data):
+    """A run that nothing disturbed: its kind, folder and log."""
+    folder = tmp_path_factory.mktemp(request.param) / "run"
+    return request.param, folder, finish(torchrun(folder, data, "--parallel", request.param))
+
+
+def test_two_processes_make_one_run(whole, data):
+    _, folder, log = whole
+    steps, epochs = metrics(folder, "step"), metrics(folder, "epoch")
+    assert [s["step"] for s in steps] == [1, 2, 3, 4]  # 6 utterances, 2 a batch, 2 processes
+    assert [(e["epoch"], e["dev_utterances"]) for e in epochs] == [(1, 2), (2, 2)]
+    assert log.count("Finished at step 4") == 1
+    assert all(float(s["loss"]) < 10 for s in steps)
+    state = checkpoint.load(folder / "last.pt")
+    assert len(state["random"]) == len(state["loader"]) == 2
+    assert all(moments["exp_avg"].shape == moments["exp_avg_sq"].shape
+               for moments in state["optimizer"]["state"].values())  # fmt: skip
+    recognizer = Recognizer.load(folder / "best.pt")
+    assert recognizer(torch.zeros(1, 8, 80), torch.tensor([8]))[0].isfinite().all()
+
+
+def test_killed_and_started_again(whole, data, tmp_path):
+    kind, folder, _ = whole
+    process = torchrun(tmp_path / "run", data, "--parallel", kind)
+    for line in process.stderr:
+        if line.startswith("Batch 1:"):
+            break
+    process.send_signal(signal.SIGKILL)  # torchrun's processes end with it
+    process.wait()
+    subprocess.run(["pkill", "-KILL", "-f", str(tmp_path / "run")], check=False)
+    finish(torchrun(tmp_path / "run", data, "--parallel", kind))
+    assert story(tmp_path / "run") == story(folder)
+
+
+def test_another_number_of_processes_begins_the_epoch_anew(whole, data, tmp_path):
+    kind, folder, _ = whole
+    new = tmp_path / "run"
+    middle = sorted((folder / "checkpoints").glob("step_*.pt"))[-2]
+    assert checkpoint.load(middle)["batches"] == 1
+    log = finish(torchrun(new, data, "--resume", str(middle), "--parallel", kind, processes=1))
+    assert "The state is of 2 processes and there are 1: the epoch begins anew" in log
+    steps = metrics(new, "step")
+    assert [s["epoch"] for s in steps] == [2, 2, 2]
+    assert json.loads((new / "rates.json").read_text())["utterances"] == 2
