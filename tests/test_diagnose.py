@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from fastguard import GradGuard, checkpoint, stable_init_
-from fastguard.config import parse
 from fastguard.diagnose.__main__ import main, utterances_of
+from fastguard.options import parse
 from fastguard.recognizer import network
 from fastguard.speech.corpora import read_rows
 from fastguard.speech.readers import CorpusError

@@ -17,9 +17,9 @@ from fastguard.metrics import EpochMetrics, MetricsFile, StepMetrics
 from fastguard.report import main
 from fastguard.run_history import RunFolderError, read
 from fastguard.train import main as train
-from fastguard.trainer import Trainer
 
 from .recordings import tones
+from .test_train import poison
 
 HOSTILE = (
     "<script>alert(1)</script>\n\"'><img src=x onerror=alert(2)> $\\frac$ {{ 7 * 7 }} \u202e \x00"
@@ -348,24 +348,7 @@ def trained(tmp_path_factory):
     """A run of the trainer itself in which one recording is corrupt."""
     folder = tmp_path_factory.mktemp("trained")
     with pytest.MonkeyPatch.context() as patch:
-        build = Trainer._loader
-
-        def loader(self, split, batch_size):
-            sampler, batches = build(self, split, batch_size)
-            if split == "train":
-                collate = batches.collate_fn
-
-                def corrupt(items):
-                    batch = collate(items)
-                    for i, utterance in enumerate(batch.ids):
-                        if utterance == "tone2.wav":
-                            batch.features[i, 3] = math.nan
-                    return batch
-
-                batches.collate_fn = corrupt
-            return sampler, batches
-
-        patch.setattr(Trainer, "_loader", loader)
+        poison(patch, {"tone2.wav"})
         options = ["--model", "baseline", "--stable", "--precision", "fp32", "--epochs", "2"]
         options += ["--batch-size", "2", "--data", tones(folder), "--run-dir", str(folder / "run")]
         assert train(options) == 0

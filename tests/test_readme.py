@@ -18,7 +18,8 @@ from .test_guard import everything
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 SECTION = README[README.index("## The guard") : README.index("## What it costs")]
-THREE_LINES, EQUIVALENT, ACCUMULATION = re.findall(r"```python\n(.*?)```", SECTION, re.DOTALL)
+BLOCKS = re.findall(r"```python\n(.*?)```", SECTION, re.DOTALL)
+THREE_LINES, EQUIVALENT, ACCUMULATION, DIAGNOSIS = BLOCKS
 
 
 def model():
@@ -48,6 +49,14 @@ def test_three_lines():
     assert here["report"].skipped
     assert here["report"].batch_id == "batch 19"
     assert all(p.isfinite().all() for p in here["model"].parameters())
+
+
+def test_diagnosis(capsys):
+    x = torch.randn(6, 4)
+    x[2, 3] = math.inf
+    here = names(fastguard=fastguard, x=x, y=torch.randn(6, 1), criterion=nn.MSELoss())
+    exec(DIAGNOSIS, here)
+    assert "bad input" in capsys.readouterr().out
 
 
 def test_what_it_is_equivalent_to():

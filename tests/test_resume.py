@@ -63,7 +63,7 @@ def story(folder):
         ("--precision", "fp32", "--ema", "0.9"),
         ("--precision", "bf16", "--num-workers", "2"),
         ("--precision", "fp32", "--grad-accumulation", "3", "--guard.threshold", "zclip"),
-        ("--precision", "fp16"),
+        pytest.param(("--precision", "fp16"), marks=pytest.mark.slow),
     ],
     ids=["fp32", "bf16-workers", "accumulation", "fp16"],
 )

@@ -163,7 +163,7 @@ def _batch(recognizer: Recognizer, rows: list[Row]) -> tuple[Batch, list[Finding
     for row in rows:
         try:
             with one_thread():
-                waveform = load_audio(row.audio, recognizer.log_mel.sample_rate)
+                waveform = load_audio(row.audio, recognizer.log_mel.sample_rate, finite=False)
                 features = recognizer.log_mel(waveform)
             tokens = torch.tensor(recognizer.tokenizer.encode(row.text))
         except (soundfile.SoundFileError, OSError, TypeError, ValueError) as error:

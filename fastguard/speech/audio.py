@@ -21,14 +21,15 @@ class AudioError(Unusable):
     """A recording that can not be used; the message names the file and the cure."""
 
 
-def read_mono(path: Path | str, max_duration: float) -> tuple[np.ndarray, int]:
+def read_mono(path: Path | str, max_duration: float, finite: bool = True) -> tuple[np.ndarray, int]:
     """Samples (N,) float32 in [-1, 1], the channels averaged, and their rate in Hz.
 
     Raises AudioError for a file that is missing, no regular file, not decodable, longer than
-    ``max_duration`` seconds, of a rate outside SAMPLE_RATES, or with samples that are NaN or Inf.
+    ``max_duration`` seconds, of a rate outside SAMPLE_RATES, or with samples that are NaN or Inf,
+    unless those are what one looks for, with ``finite=False``.
     """
     with _opened(path) as file:
-        blocks = list(_mono_blocks(path, file, max_duration))
+        blocks = list(_mono_blocks(path, file, max_duration, finite))
         return np.concatenate([np.zeros(0, np.float32), *blocks]), file.samplerate
 
 
@@ -88,7 +89,7 @@ def _opened(path: Path | str) -> Iterator[soundfile.SoundFile]:
 
 
 def _mono_blocks(
-    path: Path | str, file: soundfile.SoundFile, max_duration: float
+    path: Path | str, file: soundfile.SoundFile, max_duration: float, finite: bool = True
 ) -> Iterator[np.ndarray]:
     """The recording in blocks (n,) float32.  A header may claim too little, so the bound holds for
     what is decoded as well."""
@@ -101,7 +102,7 @@ def _mono_blocks(
         bad += int(np.count_nonzero(~np.isfinite(mono)))
         check_duration(path, samples / file.samplerate, 0.0, max_duration)
         yield mono
-    if bad:
+    if bad and finite:
         raise AudioError(
             f"samples not finite: {bad} of {samples} in {str(path)!r} are NaN or Inf; export it "
             "again"

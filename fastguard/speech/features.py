@@ -34,14 +34,16 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def load_audio(path: Path | str, sample_rate: int, max_duration: float = 3600.0) -> Tensor:
+def load_audio(
+    path: Path | str, sample_rate: int, max_duration: float = 3600.0, finite: bool = True
+) -> Tensor:
     """Samples (N,) float32 in [-1, 1] at ``sample_rate`` Hz, the channels averaged.
 
     Raises AudioError, which names the file, for one that is missing, can not be decoded, has
     samples that are NaN or Inf or a rate that no recorder has, or lasts over ``max_duration``
-    seconds, which bounds the memory it takes.
+    seconds, which bounds the memory it takes; ``finite=False`` lets NaN and Inf through.
     """
-    samples, rate = read_mono(path, max_duration)
+    samples, rate = read_mono(path, max_duration, finite)
     return resample(torch.from_numpy(samples), rate, sample_rate)
 
 
