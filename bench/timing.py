@@ -3,7 +3,6 @@
 import argparse
 import json
 import os
-import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -12,6 +11,7 @@ from pathlib import Path
 import torch
 
 from fastguard._timing import in_turns, synchronize, table
+from fastguard.env import processor
 
 __all__ = ["arguments", "interleaved", "print_machine", "table", "write_json"]
 
@@ -58,12 +58,8 @@ def interleaved(
 
 
 def machine(device: torch.device) -> dict[str, str | int]:
-    cpu = platform.processor() or platform.machine()
-    if (info := Path("/proc/cpuinfo")).exists():
-        names = [line for line in info.read_text().splitlines() if line.startswith("model name")]
-        cpu = names[0].split(":", 1)[1].strip() if names else cpu
     return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor(),
         "threads": torch.get_num_threads(),
         "load": f"{os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else "?",
         "torch": torch.__version__,

@@ -1,7 +1,10 @@
 """``python -m fastguard.env``: what was built, and what this machine chose of it."""
 
+import importlib.metadata
 import os
 import platform
+import subprocess
+from pathlib import Path
 
 import torch
 
@@ -32,6 +35,28 @@ def describe() -> dict[str, str]:
         or "none",
     }
     return facts
+
+
+def processor() -> str:
+    """The CPU's name."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def version() -> str:
+    """fastguard's version, and the commit of a checkout, with + where files differ from it."""
+    try:
+        number = importlib.metadata.version("torch-fastguard")
+    except importlib.metadata.PackageNotFoundError:
+        number = "not installed"
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+"]
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True, timeout=5, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return number
+    return f"{number} at {commit.strip()}"
 
 
 if __name__ == "__main__":

@@ -1,11 +1,15 @@
 """``python -m fastguard.train``: train a CTC speech model; ``--help`` lists the settings."""
 
 import logging
+import shlex
 import sys
 import time
 from pathlib import Path
 
+import torch
+
 from .config import Config
+from .env import processor, version
 from .metrics import log_to
 from .options import parse
 from .parallel import Parallel
@@ -53,6 +57,14 @@ def _begin(folder: RunFolder) -> str | None:
     except OSError as error:
         return f"can not write the run folder: {error}; choose --run-dir"
     logger.info("run folder: %s", folder.path)
+    logger.info("command: %s", shlex.join(sys.orig_argv))
+    logger.info(
+        "machine: %s, %d threads, torch %s, fastguard %s",
+        torch.cuda.get_device_name() if torch.cuda.is_available() else processor(),
+        torch.get_num_threads(),
+        torch.__version__,
+        version(),
+    )
     return None
 
 
