@@ -355,6 +355,17 @@ def trained(tmp_path_factory):
     return folder / "run"
 
 
+def test_a_run_on_recorded_prompts(trained_run):
+    page = page_of(trained_run)
+    words = " ".join(page.text.split())
+    assert "Run finished" in words
+    texts = [json.loads(line) for line in (trained_run / "hypotheses.jsonl").open()]
+    assert len(texts) == 8
+    for row in texts:
+        assert row["id"] in words
+    assert page.row("data")[1].startswith("manifest:")
+
+
 def test_a_run_of_the_trainer(trained):
     page = page_of(trained)
     words = " ".join(page.text.split())
