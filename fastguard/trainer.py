@@ -398,10 +398,12 @@ class Trainer:
 
         @torch.no_grad()
         def before(batch: Batch) -> bool:
+            if self._agree_to_stop():
+                return False
             if not len(batch) and self.parallel.sharded:  # every process must gather the shards
                 with autocast(self.device, self.config.precision):
                     model(*self._silence())
-            return not self._agree_to_stop()
+            return True
 
         loader = self.data.evaluation_loader(self.evaluation_split, self.parallel)
         found = evaluate(
