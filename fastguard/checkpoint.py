@@ -93,15 +93,11 @@ def load(path: Path, map_location: torch.device | str = "cpu") -> dict:
     return state
 
 
-def average(paths: list[Path]) -> dict:
+def average(states: list[dict]) -> dict:
     """The first checkpoint with the mean of the weights of all (Polyak and Juditsky 1992).
 
     Integers, as BatchNorm's count of batches, are the first one's.
-
-    Raises:
-        CheckpointError: one of them can not be read.
     """
-    states = [load(path) for path in paths]
     mean = {
         name: torch.stack([state["model"][name].double() for state in states]).mean(0).to(w.dtype)
         if w.is_floating_point()

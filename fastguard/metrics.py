@@ -98,6 +98,10 @@ class EpochTotals:
     norms: list[float] = field(default_factory=list)
     seconds: float = 0.0
 
+    @property
+    def skipped(self) -> int:
+        return len(self.norms) - self.accepted
+
     def add(self, step: StepMetrics) -> None:
         self.norms.append(step.grad_norm)
         self.seconds += step.seconds
@@ -119,7 +123,7 @@ class EpochTotals:
             statistics.median(math.inf if math.isnan(n) else n for n in self.norms)
             if self.norms
             else math.nan,
-            len(self.norms) - self.accepted,
+            self.skipped,
             len(self.norms),
             self.seconds + evaluation_seconds,
             pooled(found.long_rows).wer,

@@ -8,9 +8,11 @@ checkpoints/ step_*.pt, the last states, and best_*.pt, the best weights
 """
 
 import logging
+import math
 from pathlib import Path
 
 import yaml
+from filelock import FileLock, Timeout
 
 from . import checkpoint
 from .checkpoint import CheckpointError
@@ -21,6 +23,8 @@ logger = logging.getLogger(__name__)
 
 # Settings that a run may change when it goes on: they say how long and where, not what.
 _MAY_CHANGE = ("run_dir", "resume", "epochs", "max_steps", "num_workers", "parallel", "checkpoint")
+
+_WAIT = 10.0  # seconds for a folder: a killed run's loader processes live on for some
 
 
 class RunError(RuntimeError):
@@ -34,15 +38,21 @@ class RunFolder:
         self.path = path
         self.config = config
         self._states = path / "checkpoints"
+        self._lock: FileLock | None = None
 
     def begin(self) -> None:
-        """Make the folder, and write the settings into it.
+        """Make the folder, keep others out till :meth:`close`, and write the settings into it.
+
+        The state that --resume names is taken over first: from then on the folder needs no other.
 
         Raises:
-            RunError: there is a run in it that must not, or can not, go on.
+            RunError: there is a run in it that must not, or can not, go on; another process trains
+                in it; or --resume names something that holds no state.
             OSError: it can not be written.
         """
-        if (self.path / "config.yaml").exists():
+        new = not (self.path / "config.yaml").exists()
+        source = self._source() if new else None
+        if not new:
             self._check_continues()
         elif (self.path / "metrics.jsonl").exists():
             raise RunError(
@@ -50,16 +60,32 @@ class RunFolder:
                 "choose another --run-dir, or move it away"
             )
         self._states.mkdir(parents=True, exist_ok=True)
+        self._keep_others_out()
         for left_over in (*self.path.glob("*.tmp"), *self._states.glob("*.tmp")):
             left_over.unlink()
+        if source is not None:
+            path, state = source
+            checkpoint.copy(path, self._state_path(state))
         checkpoint.write_text(self.path / "config.yaml", self.config.to_yaml())
 
-    def _check_continues(self) -> None:
-        if self.config.resume != "auto":
+    def close(self) -> None:
+        """Let others into the folder."""
+        if self._lock is not None:
+            self._lock.release()
+
+    def _keep_others_out(self) -> None:
+        lock = FileLock(self._states / "lock")
+        try:
+            lock.acquire(timeout=_WAIT)
+        except Timeout as error:
             raise RunError(
-                f"{self.path} holds a run already: choose another --run-dir, or continue it with "
-                "--resume auto"
-            )
+                f"another process trains in {self.path}: end it, or choose another --run-dir"
+            ) from error
+        except NotImplementedError:
+            logger.warning("%s can not be locked: start no second run in it", self.path)
+        self._lock = lock
+
+    def _check_continues(self) -> None:
         try:
             saved = yaml.safe_load((self.path / "config.yaml").read_text(encoding="utf-8"))
             saved = Config.from_dict(saved).to_dict()
@@ -68,6 +94,12 @@ class RunFolder:
                 f"{self.path}/config.yaml is not what fastguard wrote: {error}; choose another "
                 "--run-dir"
             ) from error
+        # The same command again, after a kill, goes on with what it had begun.
+        if self.config.resume not in ("auto", saved["resume"]) or self.config.resume == "never":
+            raise RunError(
+                f"{self.path} holds a run already: choose another --run-dir, or continue it with "
+                "--resume auto"
+            )
         if changed := _differences(saved, self.config.to_dict()):
             raise RunError(
                 f"{self.path} holds a run with other settings: {'; '.join(changed)}. Give the same "
@@ -78,40 +110,48 @@ class RunFolder:
     # --- states to go on from ---------------------------------------------------------------------
 
     def find_state(self) -> dict | None:
-        """The state to go on from, or None for a new run. Of a folder the newest that can be read.
+        """The newest state that can be read, or None for a new run."""
+        found = self._newest(self.path)
+        if found is None and (self.path / "metrics.jsonl").exists():
+            logger.warning("%s holds no state yet: the run begins anew", self.path)
+        return None if found is None else found[1]
 
-        Raises:
-            RunError: --resume names something that holds none.
-        """
+    def _source(self) -> tuple[Path, dict] | None:
+        """What --resume names, and its state."""
         if self.config.resume in ("auto", "never"):
-            found = self._newest(self.path)
-            if found is None and (self.path / "metrics.jsonl").exists():
-                logger.warning("%s holds no state yet: the run begins anew", self.path)
-            return found
+            return None
         source = Path(self.config.resume)
         try:
-            found = self._newest(source) if source.is_dir() else _load(source)
+            found = self._newest(source) if source.is_dir() else (source, _load(source))
         except CheckpointError as error:
             raise RunError(f"--resume {error}") from error
         if found is None:
             raise RunError(f"--resume {source}: there is no state in this folder")
         return found
 
-    def _newest(self, folder: Path) -> dict | None:
+    def _newest(self, folder: Path) -> tuple[Path, dict] | None:
         for path in sorted(folder.glob("checkpoints/step_*.pt"), reverse=True):
             try:
-                return _load(path)
+                return path, _load(path)
             except CheckpointError as error:
                 logger.warning("%s; taking the one before it", error)
         return None
 
+    def _state_path(self, state: dict) -> Path:
+        return self._states / f"step_{state['step']:09d}.pt"
+
     def save(self, state: dict) -> None:
-        """Write a state, and drop the oldest. Where that fails, warn: the run must not end."""
-        path = self._states / f"step_{state['step']:09d}.pt"
+        """Write a state, and drop the oldest. Where that fails, warn: the run must not end.
+
+        Those of later steps go too: they could not be read, or the run has left their way.
+        """
+        path = self._state_path(state)
         try:
             checkpoint.save(path, state)
             checkpoint.copy(path, self.path / "last.pt")
-            for old in sorted(self._states.glob("step_*.pt"))[: -self.config.checkpoint.keep_last]:
+            states = sorted(self._states.glob("step_*.pt"))
+            end = states.index(path) + 1
+            for old in (*states[: max(0, end - self.config.checkpoint.keep_last)], *states[end:]):
                 old.unlink()
         except (OSError, CheckpointError) as error:
             logger.warning("No checkpoint at step %d, training goes on: %s", state["step"], error)
@@ -121,15 +161,18 @@ class RunFolder:
     def save_best(self, weights: dict, found: Evaluation) -> None:
         """Keep weights if they are among the best; best.pt is the very best of them, and what it
         recognised lies beside it."""
-        kept, wer = self.best(), found.rates.wer
+        step, wer = weights["step"], found.rates.wer
+        path = self._states / f"best_{wer:.6f}_{step:09d}.pt"
+        kept = [other for other in self.best() if other != path]
         if len(kept) >= self.config.checkpoint.keep_best and wer >= _wer_of(kept[-1]):
             return
-        path = self._states / f"best_{wer:.6f}_{weights['step']:09d}.pt"
         try:
             checkpoint.save(path, weights)
+            for again in self._states.glob(f"best_*_{step:09d}.pt"):
+                if again != path:  # of the same epoch, which a kill made the run repeat
+                    again.unlink()
             if self.best()[0] == path:
-                checkpoint.copy(path, self.path / "best.pt")
-                write(self.path, found)
+                self._promote(path, found)
             for worse in self.best()[self.config.checkpoint.keep_best :]:
                 worse.unlink()
         except (OSError, CheckpointError) as error:
@@ -137,17 +180,38 @@ class RunFolder:
 
     def best(self) -> list[Path]:
         """Files of the best weights, those of the lowest WER first, of equals the oldest."""
-        return sorted(self._states.glob("best_*.pt"))
+        return sorted(self._states.glob("best_*.pt"), key=_rank)
+
+    def best_weights(self) -> list[dict]:
+        """What is in these files, of those that can be read."""
+        weights = []
+        for path in self.best():
+            try:
+                weights.append(checkpoint.load(path))
+            except CheckpointError as error:
+                logger.warning("%s; the mean of the best is without it", error)
+        return weights
 
     def save_averaged(self, weights: dict, found: Evaluation) -> None:
         """Keep the mean of the best weights, as best.pt too if it is."""
+        path = self.path / "averaged.pt"
         try:
-            checkpoint.save(self.path / "averaged.pt", weights)
+            checkpoint.save(path, weights)
             if found.rates.wer < _wer_of(self.best()[0]):
-                checkpoint.copy(self.path / "averaged.pt", self.path / "best.pt")
-                write(self.path, found)
+                self._promote(path, found)
         except (OSError, CheckpointError) as error:
             logger.warning("No averaged checkpoint: %s", error)
+
+    def _promote(self, path: Path, found: Evaluation) -> None:
+        """To best.pt, unless that is better: the mean of a run that went on for more epochs."""
+        best = self.path / "best.pt"
+        try:
+            present = checkpoint.load(best).get("wer", math.inf)
+        except CheckpointError:
+            present = math.inf
+        if not present < found.rates.wer:
+            checkpoint.copy(path, best)
+            write(self.path, found)
 
 
 def _load(path: Path) -> dict:
@@ -161,6 +225,12 @@ def _load(path: Path) -> dict:
 
 def _wer_of(best: Path) -> float:
     return float(best.name.split("_")[1])
+
+
+def _rank(best: Path) -> tuple[bool, float, str]:
+    """NaN comes last: it has no place in an order."""
+    wer = _wer_of(best)
+    return math.isnan(wer), wer, best.name
 
 
 def _differences(saved: dict, given: dict, prefix: str = "") -> list[str]:

@@ -27,15 +27,26 @@ _THRESHOLDS = {
 
 def build_optimizer(config: Config, model: nn.Module) -> torch.optim.AdamW:
     """fastguard's beside the guard; without it torch's, so that runs show what both change."""
-    options = {
-        "lr": config.optim.lr,
-        "betas": config.optim.betas,
-        "eps": config.optim.eps,
-        "weight_decay": config.optim.weight_decay,
-    }
+    options = _options(config)
     if config.guard.enabled:
         return AdamW(model.parameters(), **options)
     return torch.optim.AdamW(model.parameters(), fused=True, **options)
+
+
+def set_options(optimizer: torch.optim.Optimizer, config: Config) -> None:
+    """These settings again, in place of those that came with another run's state."""
+    for group in optimizer.param_groups:
+        group.update(_options(config))
+
+
+def _options(config: Config) -> dict:
+    optim = config.optim
+    return {
+        "lr": optim.lr,
+        "betas": optim.betas,
+        "eps": optim.eps,
+        "weight_decay": optim.weight_decay,
+    }
 
 
 def build_stepper(

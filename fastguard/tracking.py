@@ -16,12 +16,13 @@ class Curves:
     Args:
         folder: for the event files.
         step: the last one of a run that is resumed; what was written after it is hidden.
+        skips: the skipped steps up to there.
     """
 
-    def __init__(self, folder: Path, step: int):
-        self._skips = 0
+    def __init__(self, folder: Path, step: int, skips: int):
+        self._skips = skips
         try:
-            self._writer = SummaryWriter(str(folder), purge_step=step + 1 if step else None)
+            self._writer = SummaryWriter(str(folder), purge_step=step + 1)
         except OSError as error:
             self._give_up(error)
 
@@ -65,5 +66,9 @@ class Curves:
         logger.warning("No more curves for TensorBoard: %s", error)
 
     def close(self) -> None:
-        if self._writer is not None:
+        if self._writer is None:
+            return
+        try:
             self._writer.close()
+        except OSError as error:  # it writes behind the run's back, and tells of it late
+            self._give_up(error)

@@ -32,11 +32,11 @@ def run(config: Config, parallel: Parallel) -> int:
     """Train in this process, one of those that train together; its exit status."""
     default = Path("runs") / f"{config.model}-{time.strftime('%Y%m%d-%H%M%S')}"
     folder = RunFolder(parallel.from_main(config.run_dir or default), config)
-    if error := parallel.from_main(_begin(folder) if parallel.main else None):
-        if parallel.main:
-            print(f"error: {error}", file=sys.stderr)
-        return 2
     try:
+        if error := parallel.from_main(_begin(folder) if parallel.main else None):
+            if parallel.main:
+                print(f"error: {error}", file=sys.stderr)
+            return 2
         trainer = Trainer(config, folder, parallel)
         trainer.fit()
     except (CorpusError, GradientExplosionError, RunError) as error:
@@ -44,6 +44,8 @@ def run(config: Config, parallel: Parallel) -> int:
         return 1
     except KeyboardInterrupt:
         return 130
+    finally:
+        folder.close()
     return 130 if trainer.stopping else 0
 
 

@@ -6,12 +6,14 @@ import logging
 import random
 import signal
 import time
-from itertools import islice
+from collections.abc import Callable, Iterator
+from itertools import islice, takewhile
 
 import numpy
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torchdata.stateful_dataloader import StatefulDataLoader
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
@@ -31,12 +33,13 @@ from .speech.distillation import distillation_loss
 from .speech.loss import ctc_loss
 from .speech.tokenizer import Tokenizer, tokenizer_from_dict
 from .step_report import GradientExplosionError, PendingReport, StepReport
-from .stepper import build_optimizer, build_stepper
+from .stepper import build_optimizer, build_stepper, set_options
 from .tracking import Curves
 
 logger = logging.getLogger(__name__)
 
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_ONE_SIGNAL = 1.0  # seconds in which a second one is the same: a terminal's and torchrun's Ctrl-C
 _NORMS_EVERY = 50  # steps between curves of each parameter's norm
 
 
@@ -84,9 +87,12 @@ class Trainer:
         self.epochs: list[EpochMetrics] = []
         self.totals = EpochTotals()  # of the epoch that is under way
         self.batches = 0  # of that epoch, behind us
-        self.stopping = False
+        self.stopping = False  # in all processes alike; what a signal asks for, they agree on
+        self._asked: float | None = None  # when a signal asked this process to stop
         self.sinks: list = []  # of metrics; open while fit runs
         self._random: dict | None = None  # to be restored when the loader has begun
+        if parallel.rank:  # dropout of its own, now that all have begun with the same weights
+            torch.manual_seed(config.seed + parallel.rank)
         if state is not None:
             self._restore(state)
 
@@ -119,7 +125,8 @@ class Trainer:
         """Train for ``config.epochs`` or ``config.max_steps``, whichever ends first.
 
         Every epoch ends with an evaluation on the dev split and a checkpoint. Ctrl-C ends the run
-        after the step it is in, with a checkpoint; a second Ctrl-C at once.
+        after the step it is in, or the batch of an evaluation, with a checkpoint; a second Ctrl-C
+        at once.
 
         Raises:
             GradientExplosionError: the guard's patience is spent. The checkpoint is written first.
@@ -129,8 +136,12 @@ class Trainer:
             stack.enter_context(logging_redirect_tqdm([logging.getLogger("fastguard")]))
             self.sinks = self._open_sinks(stack)
             self._saved_at = time.monotonic()
-            while len(self.epochs) < self.config.epochs and not self._finished():
-                self._train_epoch(len(self.epochs) + 1)
+            try:
+                while len(self.epochs) < self.config.epochs and not self._finished():
+                    self._train_epoch(len(self.epochs) + 1)
+            except GradientExplosionError:
+                self._save()
+                raise
             if not self.stopping:
                 self._average_best()
         logger.info("\n%s\n%s", epoch_table(self.epochs), self._closing_line())
@@ -140,9 +151,10 @@ class Trainer:
         if not self.parallel.main:
             return []
         path = self.folder.path
+        skips = sum(epoch.skipped for epoch in self.epochs) + self.totals.skipped
         sinks = [
             MetricsFile(path / "metrics.jsonl", self.step, len(self.epochs)),
-            Curves(path / "tensorboard", self.step),
+            Curves(path / "tensorboard", self.step, skips),
         ]
         return [stack.enter_context(contextlib.closing(sink)) for sink in sinks]
 
@@ -151,7 +163,8 @@ class Trainer:
             sink.write(metrics)
 
     def _finished(self) -> bool:
-        return self.stopping or self.step == self.config.max_steps
+        most = self.config.max_steps
+        return self.stopping or (most is not None and self.step >= most)
 
     def _closing_line(self) -> str:
         if self.stopping:
@@ -191,7 +204,7 @@ class Trainer:
             clock = time.perf_counter()
             bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
             bar.update(len(window))
-            self.stopping = self.parallel.any(self.stopping)
+            self._agree_to_stop()
             if self._finished():
                 break
             if self.batches < total and self._save_is_due():
@@ -202,6 +215,8 @@ class Trainer:
         """Evaluate, and keep the weights if they are among the best."""
         start = time.perf_counter()
         found = self.evaluate(self.evaluated)
+        if self.stopping:
+            return
         ended = self.totals.close(epoch, self.step, found, time.perf_counter() - start)
         self._record(ended)
         logger.info(
@@ -243,11 +258,11 @@ class Trainer:
         self.step += 1
         if self.ema is not None and not report.skipped:
             self.ema.update_parameters(self.model)
-        self._record_step(epoch, number, loss.item(), report, time.perf_counter() - clock, ids)
+        loss = self.parallel.sum(loss.item()) / self.parallel.world_size
+        self._record_step(epoch, number, loss, report, time.perf_counter() - clock, ids)
         if explosion is not None:
-            self._save()
             raise explosion
-        return loss.item()
+        return loss
 
     def _backward(self, window: list[Batch], number: int) -> Tensor | None:
         """Gradients of the loss per output frame of the whole window; None if it is empty."""
@@ -279,8 +294,9 @@ class Trainer:
     def _loss(self, batch: Batch) -> tuple[Tensor, int]:
         """Loss per output frame of a batch, and its output frames."""
         if not len(batch):  # every process must take part in a step of all
-            silence = torch.zeros(1, 8, self.config.features.n_mels, device=self.device)
-            log_probs, _ = self._forward(silence, torch.tensor([8]))
+            self.model.eval()  # the silence is no speech for BatchNorm to learn from
+            log_probs, _ = self._forward(*self._silence())
+            self.model.train()
             return log_probs.sum() * 0.0, 0
         batch = batch.to(self.device)
         log_probs, lengths = self._forward(batch.features, batch.feature_lengths)
@@ -292,6 +308,10 @@ class Trainer:
             distance = distillation_loss(log_probs, targets, lengths, distill.temperature)
             loss = (1 - distill.weight) * loss + distill.weight * distance
         return loss, int(lengths.sum())
+
+    def _silence(self) -> tuple[Tensor, Tensor]:
+        """Features and length of what stands in for a batch of nothing."""
+        return torch.zeros(1, 8, self.config.features.n_mels, device=self.device), torch.tensor([8])
 
     def _forward(self, features: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         with autocast(self.device, self.config.precision):
@@ -345,10 +365,11 @@ class Trainer:
         """Ctrl-C, and SIGTERM, with which schedulers announce that they take the machine away."""
 
         def stop(signum, frame):
-            if self.stopping:
+            if self._asked is None:
+                self._asked = time.monotonic()
+                logger.info("Stopping after this step; Ctrl-C again stops at once")
+            elif time.monotonic() - self._asked > _ONE_SIGNAL:
                 raise KeyboardInterrupt
-            self.stopping = True
-            logger.info("Stopping after this step; Ctrl-C again stops at once")
 
         previous = {number: signal.signal(number, stop) for number in _STOP_SIGNALS}
         try:
@@ -357,20 +378,37 @@ class Trainer:
             for number, handler in previous.items():
                 signal.signal(number, handler)
 
+    def _agree_to_stop(self) -> bool:
+        """Between steps: one process that went on alone would wait for the others for ever."""
+        self.stopping = self.parallel.any(self._asked is not None)
+        return self.stopping
+
     # --- evaluation -------------------------------------------------------------------------------
 
     def evaluate(self, model: nn.Module) -> Evaluation:
-        """Greedy decoding of the dev split; every process gets the whole of it."""
+        """Greedy decoding of the dev split; every process gets the whole of it.
+
+        Where a signal ends it early it is not whole, and ``stopping`` is set.
+        """
         model.eval()
 
         def forward(batch: Batch) -> tuple[Tensor, Tensor]:
             with autocast(self.device, self.config.precision):
                 return model(batch.features.to(self.device), batch.feature_lengths.to(self.device))
 
+        @torch.no_grad()
+        def before(batch: Batch) -> bool:
+            if self._agree_to_stop():
+                return False
+            if not len(batch) and self.parallel.sharded:  # every process must gather the shards
+                with autocast(self.device, self.config.precision):
+                    model(*self._silence())
+            return True
+
         loader = self.data.evaluation_loader(self.evaluation_split, self.parallel)
         found = evaluate(
             forward,
-            loader,
+            _While(loader, before),
             self.tokenizer,
             durations=self._durations,
             progress=f"evaluating {self.evaluation_split}",
@@ -395,7 +433,7 @@ class Trainer:
         """Write the state, from which the next step would be the same."""
         weights, moments = self.parallel.state_of(self.model, self.optimizer)
         loaders = self.parallel.gather(self.loader.state_dict())
-        numbers = self.parallel.gather(_random_state(self.device))
+        numbers = self.parallel.gather(self._random or _random_state(self.device))
         guard = self.stepper.state_dict()
         if self.parallel.main:
             self.folder.save(
@@ -431,6 +469,7 @@ class Trainer:
     def _restore(self, state: dict) -> None:
         try:
             self.parallel.load(self.model, self.optimizer, state["model"], state["optimizer"])
+            set_options(self.optimizer, self.config)
             if self.ema is not None:
                 self.ema.load_state_dict(state["ema"])
             if self.scaler is not None:
@@ -467,13 +506,15 @@ class Trainer:
 
     def _average_best(self) -> None:
         """Evaluate the mean of the best weights, and keep it."""
-        best = self.folder.best() if self.parallel.main else []
+        best = self.folder.best_weights() if self.parallel.main else []
         mean = self.parallel.from_main(checkpoint.average(best) if len(best) > 1 else None)
         if mean is None:
             return
         model = network(self.config, self.tokenizer.vocab_size).to(self.device)
         model.load_state_dict(mean["model"])
         found = self.evaluate(model)
+        if self.stopping:
+            return
         logger.info(
             "Mean of the %d best: wer=%.3f, cer=%.3f; the best alone: wer=%.3f",
             len(best),
@@ -483,6 +524,20 @@ class Trainer:
         )
         if self.parallel.main:
             self.folder.save_averaged({**mean, "wer": found.rates.wer}, found)
+
+
+@dataclasses.dataclass
+class _While:
+    """The batches of a loader, till ``before`` says that it should end."""
+
+    loader: StatefulDataLoader
+    before: Callable[[Batch], bool]
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return takewhile(self.before, self.loader)
 
 
 def load_teacher(config: Config, device: torch.device) -> Recognizer:

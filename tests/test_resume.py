@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from fastguard import checkpoint
 from fastguard.train import main
 from fastguard.trainer import Trainer
 
@@ -81,6 +82,39 @@ def test_killed_in_a_step_and_in_an_evaluation(tmp_path, monkeypatch, options):
     assert len(metrics(tmp_path / "whole", "epoch")) == 2
 
 
+def test_stopped_after_the_last_batch_of_an_epoch_and_in_its_evaluation(tmp_path, monkeypatch):
+    options = ("--data", tones(tmp_path), "--precision", "fp32", "--num-workers", "2")
+    assert run(tmp_path / "whole", *options) == 0
+    steps = len(metrics(tmp_path / "whole", "step")) // 2
+    train, evaluate = Trainer._train_step, Trainer.evaluate
+
+    def stopped_step(self, *args):
+        loss = train(self, *args)
+        if self.step == steps:
+            signal.raise_signal(signal.SIGTERM)
+        return loss
+
+    def stopped_evaluation(self, model):
+        signal.raise_signal(signal.SIGTERM)
+        return evaluate(self, model)
+
+    for name, stopped in (("_train_step", stopped_step), ("evaluate", stopped_evaluation)):
+        with monkeypatch.context() as patch:
+            patch.setattr(Trainer, name, stopped)
+            assert run(tmp_path / "stopped", *options) == 130
+        assert metrics(tmp_path / "stopped", "epoch") == []
+        assert checkpoint.load(tmp_path / "stopped" / "last.pt")["step"] == steps
+    assert run(tmp_path / "stopped", *options) == 0
+    assert story(tmp_path / "stopped") == story(tmp_path / "whole")
+
+
+def test_a_run_that_is_past_max_steps_ends(tmp_path):
+    options = ("--data", tones(tmp_path), "--precision", "fp32")
+    assert run(tmp_path / "run", *options, "--max-steps", "2") == 0
+    assert run(tmp_path / "run", *options, "--max-steps", "1") == 0
+    assert len(metrics(tmp_path / "run", "step")) == 2
+
+
 def test_a_finished_run_stays_as_it_is(tmp_path, capsys):
     options = ("--data", tones(tmp_path), "--precision", "fp32", "--max-steps", "2")
     assert run(tmp_path / "run", *options) == 0
@@ -101,10 +135,13 @@ def test_more_epochs_go_on_from_the_end(tmp_path):
 def test_another_folder_goes_on_from_a_state_with_other_settings(tmp_path):
     data = ("--data", tones(tmp_path), "--precision", "fp32")
     assert run(tmp_path / "first", *data, "--epochs", "1") == 0
-    second = ("--resume", str(tmp_path / "first"), "--optim.lr", "1e-4")
+    second = ("--resume", str(tmp_path / "first"), "--optim.lr", "1e-4",
+              "--optim.weight_decay", "0.3")  # fmt: skip
     assert run(tmp_path / "second", *data, *second) == 0
     steps = metrics(tmp_path / "second", "step")
     assert [step["step"] for step in steps] == [5, 6, 7, 8]
+    group = checkpoint.load(tmp_path / "second" / "last.pt")["optimizer"]["param_groups"][0]
+    assert group["weight_decay"] == 0.3
     assert steps[-1]["lr"] > metrics(tmp_path / "first", "step")[-1]["lr"]
 
 

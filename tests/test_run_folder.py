@@ -1,8 +1,10 @@
 """What a run leaves in its folder, and from what it goes on."""
 
 import dataclasses
+import json
 import logging
 import math
+import shutil
 
 import pytest
 import torch
@@ -32,9 +34,10 @@ def state(step, value=1.0):
 
 
 def of_wer(wer):
-    """An evaluation with this error rate, in tenths."""
+    """An evaluation with this error rate, in tenths, of two seconds of speech."""
     right = round(10 * (1 - wer))
-    return Evaluation([score("utt", " ".join("abcdefghij"), " ".join("abcdefghij"[:right]))])
+    words, recognised = " ".join("abcdefghij"), " ".join("abcdefghij"[:right])
+    return Evaluation([score("utt", words, recognised, duration=2.0)])
 
 
 def begun(path, **settings):
@@ -77,6 +80,18 @@ def test_a_damaged_state_is_named_and_the_one_before_it_is_taken(tmp_path, damag
     assert folder.find_state()["step"] == 1
     assert str(newest) in caplog.text
     assert "taking the one before it" in caplog.text
+
+
+@pytest.mark.parametrize("keep_last", [1, 2])
+def test_a_damaged_state_does_not_count_among_those_to_keep(tmp_path, keep_last):
+    folder = begun(tmp_path, checkpoint=CheckpointConfig(keep_last=keep_last))
+    folder.save(state(1))
+    (tmp_path / "checkpoints" / "step_000000100.pt").write_bytes(b"torn")
+    for step in (2, 3):
+        folder.save(state(step))
+        assert folder.find_state()["step"] == step
+    kept = [f"step_{step:09d}.pt" for step in (2, 3)]
+    assert names(folder) == ["last.pt", *kept[-keep_last:]]
 
 
 def test_what_a_crash_left_half_written_is_removed(tmp_path):
@@ -123,12 +138,50 @@ def test_the_best_are_kept_by_wer_and_then_by_age(tmp_path):
     assert checkpoint.load(tmp_path / "best.pt")["step"] == 4
 
 
+def test_the_best_are_ordered_as_numbers_and_nan_comes_last(tmp_path):
+    folder = begun(tmp_path)
+    for name in ("nan_000000001", "10.000000_000000002", "2.500000_000000003"):
+        (tmp_path / "checkpoints" / f"best_{name}.pt").touch()
+    assert [path.name.split("_")[1] for path in folder.best()] == ["2.500000", "10.000000", "nan"]
+
+
+def test_a_run_killed_before_best_is_written_writes_it_when_it_repeats_the_epoch(tmp_path):
+    folder = begun(tmp_path, checkpoint=CheckpointConfig(keep_best=1))
+    folder.save_best(state(1), of_wer(0.5))
+    (tmp_path / "best.pt").unlink()
+    folder.save_best(state(1), of_wer(0.5))
+    assert checkpoint.load(tmp_path / "best.pt")["step"] == 1
+    folder.save_best(state(1), of_wer(0.3))  # on a GPU it need not come out the same
+    assert [path.name for path in folder.best()] == ["best_0.300000_000000001.pt"]
+
+
+def test_more_epochs_do_not_replace_a_better_mean(tmp_path):
+    folder = begun(tmp_path)
+    folder.save_best({**state(1), "wer": 0.5}, of_wer(0.5))
+    folder.save_averaged({**state(1, 2.0), "wer": 0.2}, of_wer(0.2))
+    folder.save_best({**state(2, 3.0), "wer": 0.4}, of_wer(0.4))
+    assert checkpoint.load(tmp_path / "best.pt")["wer"] == 0.2
+    assert json.loads((tmp_path / "rates.json").read_text())["wer"] == pytest.approx(0.2)
+    folder.save_best({**state(3, 4.0), "wer": 0.1}, of_wer(0.1))
+    assert checkpoint.load(tmp_path / "best.pt")["step"] == 3
+
+
+def test_a_damaged_one_of_the_best_is_left_out_of_their_mean(tmp_path, caplog):
+    folder = begun(tmp_path)
+    for step in (1, 2, 3):
+        folder.save_best(state(step), of_wer(step / 10))
+    damaged = folder.best()[1]
+    damaged.write_bytes(damaged.read_bytes()[:300])
+    assert [weights["step"] for weights in folder.best_weights()] == [1, 3]
+    assert f"{damaged} can not be read" in caplog.text
+
+
 def test_the_mean_of_the_best(tmp_path):
     folder = begun(tmp_path)
     for step, value in ((1, 1.0), (2, 4.0)):
         weights = {"w": torch.full((2,), value), "n": torch.tensor(step)}
         folder.save_best({**state(step), "model": weights}, of_wer(step / 10))
-    mean = checkpoint.average(folder.best())
+    mean = checkpoint.average(folder.best_weights())
     assert mean["model"]["w"].tolist() == [2.5, 2.5]
     assert mean["model"]["n"] == 1
     folder.save_averaged(mean, of_wer(0.1))
@@ -169,9 +222,33 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path):
 
 def test_another_runs_state_goes_on_in_a_new_folder(tmp_path):
     begun(tmp_path / "old").save(state(7))
-    for source in ("old", "old/last.pt", "old/checkpoints/step_000000007.pt"):
-        folder = begun(tmp_path / "new" / source, resume=str(tmp_path / source))
+    sources = ("old", "old/last.pt", "old/checkpoints/step_000000007.pt")
+    for i, source in enumerate(sources):
+        folder = begun(tmp_path / f"new{i}", resume=str(tmp_path / source))
         assert folder.find_state()["step"] == 7
+
+
+@pytest.mark.parametrize("again", ["auto", "the same"])
+def test_what_was_resumed_from_is_needed_once(tmp_path, again):
+    """The new run may be killed before its first state."""
+    begun(tmp_path / "old").save(state(7))
+    source = str(tmp_path / "old")
+    begun(tmp_path / "new", resume=source)
+    shutil.rmtree(source)
+    folder = begun(tmp_path / "new", resume="auto" if again == "auto" else source)
+    assert folder.find_state()["step"] == 7
+
+
+def test_two_processes_do_not_train_in_one_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_folder, "_WAIT", 0.0)
+    first = begun(tmp_path)
+    half_written = tmp_path / "checkpoints" / "step_000000001.pt.tmp"
+    half_written.touch()
+    with pytest.raises(RunError, match="another process trains in"):
+        begun(tmp_path)
+    assert half_written.exists()
+    first.close()
+    begun(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -179,7 +256,7 @@ def test_another_runs_state_goes_on_in_a_new_folder(tmp_path):
 )
 def test_nothing_to_resume_from_is_an_error(tmp_path, name, message):
     with pytest.raises(RunError, match=message):
-        RunFolder(tmp_path / "new", Config(resume=str(tmp_path / name))).find_state()
+        RunFolder(tmp_path / "new", Config(resume=str(tmp_path / name))).begin()
 
 
 def test_weights_alone_are_nothing_to_go_on_with(tmp_path):
@@ -187,7 +264,7 @@ def test_weights_alone_are_nothing_to_go_on_with(tmp_path):
     weights = {key: state(3)[key] for key in ("model", "config", "tokenizer", "step")}
     folder.save_best(weights, of_wer(0.5))
     with pytest.raises(RunError, match="holds weights, and nothing to go on with"):
-        begun(tmp_path / "new", resume=str(tmp_path / "old" / "best.pt")).find_state()
+        begun(tmp_path / "new", resume=str(tmp_path / "old" / "best.pt"))
 
 
 def test_the_folder_describes_what_it_holds(tmp_path):

@@ -194,34 +194,24 @@ def test_an_explosion_that_does_not_end_ends_the_run_with_advice(tmp_path, monke
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_ctrl_c_and_sigterm_stop_after_the_step_with_a_checkpoint(tmp_path, number):
+    """They reach the whole process group, as from a terminal or a scheduler."""
     run_dir = tmp_path / "run"
+    options = """--model baseline --stable --epochs 10000 --precision fp32 --num-workers 1
+        --batch-size 1"""
     process = subprocess.Popen(
-        [
-            sys.executable,
-            "-m",
-            "fastguard.train",
-            "--model",
-            "baseline",
-            "--stable",
-            "--data",
-            tones(tmp_path),
-            "--run-dir",
-            str(run_dir),
-            "--epochs",
-            "10000",
-            "--precision",
-            "fp32",
-        ],
+        [sys.executable, "-m", "fastguard.train", *options.split(),
+         "--data", tones(tmp_path), "--run-dir", str(run_dir)],
         cwd=REPOSITORY,
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
-    )
+        start_new_session=True,
+    )  # fmt: skip
     before = []
     for line in process.stderr:
         before.append(line)
         if line.startswith("Batch"):
-            process.send_signal(number)
+            os.killpg(process.pid, number)
             break
     rest = process.stderr.read()
     assert process.wait() == 130

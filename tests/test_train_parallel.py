@@ -7,13 +7,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import soundfile
 import torch
 
 from fastguard import checkpoint
 from fastguard.recognizer import Recognizer
 
-from .recordings import tones
+from .recordings import tones, write_manifest
 from .test_resume import story
 from .test_train import metrics
 
@@ -76,9 +78,10 @@ def test_killed_and_started_again(whole, data, tmp_path):
     for line in process.stderr:
         if line.startswith("Batch 1:"):
             break
-    process.send_signal(signal.SIGKILL)  # torchrun's processes end with it
+    processes = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    for pid in (process.pid, *map(int, processes)):
+        os.kill(pid, signal.SIGKILL)
     process.wait()
-    subprocess.run(["pkill", "-KILL", "-f", str(tmp_path / "run")], check=False)
     finish(torchrun(tmp_path / "run", data, "--parallel", kind))
     assert story(tmp_path / "run") == story(folder)
 
@@ -93,3 +96,34 @@ def test_another_number_of_processes_begins_the_epoch_anew(whole, data, tmp_path
     steps = metrics(new, "step")
     assert [s["epoch"] for s in steps] == [2, 2, 2]
     assert json.loads((new / "rates.json").read_text())["utterances"] == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_a_process_without_a_usable_recording_takes_part(kind, tmp_path):
+    """In a step, and in the evaluation, whose longest batch is of one torn recording."""
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    rows = []
+    for i in range(13):
+        samples = np.sin(np.arange(16_000) * (0.1 + i / 100)).astype("float32") / 10
+        if i in (0, 12):
+            samples = np.full(24_000, np.nan, "float32")
+        soundfile.write(corpus / f"{i}.wav", samples, 16_000, subtype="FLOAT")
+        row = {"audio_filepath": f"{i}.wav", "text": "ab", "split": "train" if i < 4 else "dev"}
+        rows.append(row)
+    data = write_manifest(corpus / "rows.jsonl", rows)
+    options = [
+        "--check",
+        "header",
+        "--batch-size",
+        "1",
+        "--batch-duration",
+        "null",
+        "--epochs",
+        "1",
+    ]
+    log = finish(torchrun(tmp_path / "run", data, *options, "--parallel", kind))
+    assert "Left out 0.wav" in log
+    assert "Left out of the evaluation: 12.wav" in log
+    assert metrics(tmp_path / "run", "epoch")[0]["dev_utterances"] == 8

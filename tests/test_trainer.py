@@ -13,13 +13,16 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import fastguard
 from fastguard import checkpoint, thresholds, trainer
 from fastguard.guard import GradGuard
+from fastguard.metrics import StepMetrics
 from fastguard.options import parse
 from fastguard.parallel import Parallel
 from fastguard.run_folder import RunError, RunFolder
-from fastguard.speech.batching import Draw
+from fastguard.speech.batching import Draw, collate
 from fastguard.speech.distillation import distillation_loss
 from fastguard.speech.loss import ctc_loss
+from fastguard.speech.readers import Rejected
 from fastguard.stepper import PlainClip
+from fastguard.tracking import Curves
 from fastguard.trainer import Trainer
 
 from .recordings import tones, write_manifest
@@ -260,6 +263,30 @@ def test_curves_for_tensorboard(make):
     assert {"epoch/wer", "epoch/cer", "norms/head.weight"} <= set(tags)
 
 
+def test_curves_of_a_run_that_goes_on(tmp_path):
+    step = StepMetrics(3, 1, 2, 1.0, 1.0, 1.0, "skip_nonfinite", 0.1, 0.1)
+    for skips in (0, 5):  # the first was killed before it had a state
+        curves = Curves(tmp_path, 0 if skips == 0 else 2, skips)
+        curves.write(step)
+        curves.close()
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    assert [e.value for e in events.Scalars("train/skips")] == [6]
+
+
+def test_a_batch_of_nothing_teaches_nothing(make):
+    made = make()
+    made.model.train()
+    before = {name: value.clone() for name, value in made.model.state_dict().items()}
+    loss, frames = made._loss(collate([Rejected("a", "gone")], n_mels=80))
+    loss.backward()
+    assert (loss.item(), frames) == (0.0, 0)
+    assert made.model.training
+    assert all(not p.grad.any() for p in made.model.parameters())
+    for name, value in made.model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
 @pytest.mark.parametrize("precision, dtype", [("fp32", torch.float32), ("bf16", torch.bfloat16)])
 def test_precision(make, precision, dtype):
     made = make("--precision", precision)
@@ -270,12 +297,14 @@ def test_precision(make, precision, dtype):
     assert set(seen) == {dtype}
 
 
-def test_signals_stop_once_and_interrupt_twice(make):
+def test_signals_stop_once_and_interrupt_twice(make, monkeypatch):
     made = make()
     before = signal.getsignal(signal.SIGINT)
     with made._stop_on_interrupt():
         signal.raise_signal(signal.SIGINT)
-        assert made.stopping
+        signal.raise_signal(signal.SIGINT)  # torchrun sends one more
+        assert made._agree_to_stop()
+        monkeypatch.setattr(trainer, "_ONE_SIGNAL", 0.0)
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGTERM)
     assert signal.getsignal(signal.SIGINT) is before

@@ -338,7 +338,7 @@ def make_loader(
             batch_sampler=sampler,
             num_workers=num_workers,
             collate_fn=partial(collate, n_mels=dataset.log_mel.n_mels),
-            worker_init_fn=_ignore_interrupts,
+            worker_init_fn=_ignore_stop_signals,
             # Its own, or each pass would draw from the global one: a resumed run once more.
             generator=torch.Generator(),
         )
@@ -346,6 +346,8 @@ def make_loader(
 
 class _Loader(StatefulDataLoader):
     def state_dict(self) -> dict:
+        if self._iterator is None:  # torchdata would begin a pass, and the next one go on with it
+            return self.batch_sampler.state_dict()
         state = super().state_dict()
         if self.num_workers:
             state = state["_snapshot"]["_main_snapshot"]
@@ -356,6 +358,8 @@ class _Loader(StatefulDataLoader):
         super().load_state_dict({})  # drops the pass that is under way
 
 
-def _ignore_interrupts(worker: int) -> None:
-    """Ctrl-C reaches the workers too; the parent ends the run, and them, in order."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _ignore_stop_signals(worker: int) -> None:
+    """Ctrl-C, and the SIGTERM of a scheduler, reach the workers too; the parent ends the run, and
+    them, in order."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
