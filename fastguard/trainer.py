@@ -25,7 +25,8 @@ from .init import stable_init_
 from .metrics import EpochMetrics, EpochTotals, MetricsFile, StepMetrics, epoch_table
 from .parallel import Parallel
 from .precision import autocast
-from .recognizer import Recognizer, network
+from .random_state import random_state, set_random_state
+from .recognizer import network
 from .run_folder import RunError, RunFolder
 from .schedules import learning_rate, set_learning_rate
 from .speech.batching import Batch
@@ -34,6 +35,7 @@ from .speech.loss import ctc_loss
 from .speech.tokenizer import Tokenizer, tokenizer_from_dict
 from .step_report import GradientExplosionError, PendingReport, StepReport
 from .stepper import build_optimizer, build_stepper, set_options
+from .teacher import load_teacher
 from .tracking import Curves
 
 logger = logging.getLogger(__name__)
@@ -433,7 +435,7 @@ class Trainer:
         """Write the state, from which the next step would be the same."""
         weights, moments = self.parallel.state_of(self.model, self.optimizer)
         loaders = self.parallel.gather(self.loader.state_dict())
-        numbers = self.parallel.gather(self._random or _random_state(self.device))
+        numbers = self.parallel.gather(self._random or random_state(self.device))
         guard = self.stepper.state_dict()
         if self.parallel.main:
             self.folder.save(
@@ -501,7 +503,7 @@ class Trainer:
     def _restore_random(self) -> None:
         """Last of all before the first step: to begin with a loader draws a number."""
         if self._random is not None:
-            _set_random_state(self._random, self.device)
+            set_random_state(self._random, self.device)
             self._random = None
 
     def _average_best(self) -> None:
@@ -538,41 +540,3 @@ class _While:
 
     def __iter__(self) -> Iterator[Batch]:
         return takewhile(self.before, self.loader)
-
-
-def load_teacher(config: Config, device: torch.device) -> Recognizer:
-    """The model to learn from.
-
-    Raises:
-        RunError: it can not be read, or has other features than the student.
-    """
-    try:
-        teacher = Recognizer.load(checkpoint.best_of(config.teacher), device)
-    except checkpoint.CheckpointError as error:
-        raise RunError(f"--teacher {error}") from error
-    if teacher.config.features != config.features:
-        raise RunError(
-            f"--teacher {config.teacher} was trained on {teacher.config.features}, these settings "
-            f"say {config.features}: give the same"
-        )
-    return teacher
-
-
-def _random_state(device: torch.device) -> dict:
-    """Of all generators that anything in a run may draw from."""
-    name, keys, *rest = numpy.random.get_state()
-    return {
-        "python": random.getstate(),
-        "numpy": (name, torch.from_numpy(keys.astype("int64")), *rest),
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
-    }
-
-
-def _set_random_state(state: dict, device: torch.device) -> None:
-    random.setstate(state["python"])
-    name, keys, *rest = state["numpy"]
-    numpy.random.set_state((name, keys.numpy().astype("uint32"), *rest))
-    torch.set_rng_state(state["torch"])
-    if device.type == "cuda" and state["cuda"] is not None:
-        torch.cuda.set_rng_state(state["cuda"], device)
