@@ -7,6 +7,7 @@ training are, so that loudness and channel may change on the way; in return a wi
 speaks has its noise raised to the level of speech.
 """
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -79,8 +80,11 @@ def transcribe(
 
 
 def _open(path: Path | str) -> soundfile.SoundFile:
+    os.stat(path)  # which says of a missing file that it is; libsndfile, "System error"
+    # soundfile refuses a name that is no UTF-8, but takes its bytes.
+    name = path if os.name == "nt" else os.fsencode(path)
     try:
-        return soundfile.SoundFile(path)
+        return soundfile.SoundFile(name)
     except TypeError as error:  # a .raw file, which has no header
         raise TranscriptionError(f"can not be read: {error}; convert it to wav or flac") from error
 
