@@ -8,6 +8,7 @@ speaks has its noise raised to the level of speech.
 """
 
 import os
+import stat
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -80,7 +81,9 @@ def transcribe(
 
 
 def _open(path: Path | str) -> soundfile.SoundFile:
-    os.stat(path)  # which says of a missing file that it is; libsndfile, "System error"
+    # Of a missing file libsndfile says "System error", and it waits for a FIFO's writer.
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise TranscriptionError("is no regular file: give a recording")
     # soundfile refuses a name that is no UTF-8, but takes its bytes.
     name = path if os.name == "nt" else os.fsencode(path)
     try:

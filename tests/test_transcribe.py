@@ -152,6 +152,7 @@ def test_broken_files_are_named_and_the_others_go_on(trained_run, prompts, tmp_p
     (tmp_path / "noise.raw").write_bytes(bytes(100))
     soundfile.write(tmp_path / "empty.wav", np.zeros(0), 8_000)
     soundfile.write(tmp_path / "nan.wav", np.full(8_000, np.nan), 8_000, subtype="FLOAT")
+    os.mkfifo(tmp_path / "fifo.wav")
     bad = ["absent.wav", *(str(p) for p in sorted(tmp_path.iterdir()))]
     good = prompts[0][0]
     assert main(["--checkpoint", str(trained_run), *bad, good]) == 1
@@ -161,6 +162,7 @@ def test_broken_files_are_named_and_the_others_go_on(trained_run, prompts, tmp_p
     for path in bad:
         assert f"error: {path}: " in error
     assert "absent.wav: can not be read: [Errno 2] No such file" in error
+    assert "fifo.wav: is no regular file" in error
     assert "holds no samples" in error
     assert "NaN" in error
     assert "Traceback" not in error
