@@ -9,6 +9,8 @@ from typing import Literal, get_args
 
 import yaml
 
+from .speech.audio import SAMPLE_RATES
+
 ModelName = Literal["teacher", "baseline"]
 MODELS = get_args(ModelName)
 
@@ -193,10 +195,15 @@ class Config:
             value = _look_up(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"{name} must be above 0, got {value}")
+        for name in _FINITE:
+            if not math.isfinite(value := _look_up(self, name)):
+                raise ValueError(f"{name} must be finite, got {value}")
         for name, least, most in _BETWEEN:
             value = _look_up(self, name)
             if not least <= value <= most:
                 raise ValueError(f"{name} must lie between {least} and {most}, got {value}")
+        if self.ema == 1:
+            raise ValueError("ema must be below 1, got 1.0: the average would never change")
         if not all(0 <= beta < 1 for beta in self.optim.betas):
             raise ValueError(f"optim.betas must be at least 0 and below 1, got {self.optim.betas}")
         if not all(0.5 <= speed <= 2 for speed in self.augment.speeds):
@@ -270,11 +277,11 @@ _AT_LEAST = {
     "num_workers": 0,
     "optim.warmup": 0,
     "optim.weight_decay": 0,
+    "init.linear_std": 0,
+    "init.conv_scale": 0,
     "guard.patience": 1,
     "guard.max_norm": 0,
     "guard.skip_norm": 0,
-    "features.n_mels": 1,
-    "features.sample_rate": 1000,
     "augment.freq_masks": 0,
     "augment.freq_width": 0,
     "augment.time_masks": 0,
@@ -289,9 +296,21 @@ _ABOVE_ZERO = (
     "batch_duration",
     "max_duration",
     "checkpoint.minutes",
+    "network.attention_clamp",
+    "distill.temperature",
+)
+_FINITE = (
+    "optim.lr",
+    "optim.eps",
+    "optim.weight_decay",
+    "init.linear_std",
+    "init.conv_scale",
     "distill.temperature",
 )
 _BETWEEN = (
+    ("seed", 0, 2**63 - 1),  # what both torch and numpy take
+    ("features.sample_rate", *SAMPLE_RATES),
+    ("features.n_mels", 1, 512),  # more than the bins of a spectrum of 16 kHz
     ("ema", 0, 1),
     ("network.dropout", 0, 1),
     ("network.attention_dropout", 0, 1),

@@ -8,9 +8,10 @@ from .config import Config
 from .parallel import Parallel
 from .recognizer import features
 from .speech.batching import BucketBatchSampler, SpeechDataset, make_loader
-from .speech.corpora import load_corpus
+from .speech.corpora import Corpus, load_corpus
 from .speech.features import Augment, LogMel, SpecAugment, SpeedPerturb
 from .speech.models.ctc import CTCModel
+from .speech.readers import CorpusError
 from .speech.tokenizer import Tokenizer, build_tokenizer
 from .speech.utterances import Utterances
 
@@ -27,7 +28,8 @@ class Data:
         tokenizer: of a trained model; by default a new one for the training split.
 
     Raises:
-        CorpusError: the corpus is absent, or has nothing to train on.
+        CorpusError: the corpus is absent, has nothing to train on, or no texts to learn as many
+            tokens from as the settings ask for.
     """
 
     def __init__(self, config: Config, tokenizer: Tokenizer | None = None):
@@ -36,13 +38,17 @@ class Data:
         corpus = load_corpus(
             config.data, max_duration=config.max_duration, seed=config.seed, check=config.check
         )
-        self.tokenizer = tokenizer or build_tokenizer(
-            config.tokenizer.kind,
-            (utterance.text for utterance in corpus.split("train")),
-            config.tokenizer.vocab_size,
-        )
+        self.tokenizer = tokenizer or self._new_tokenizer(corpus)
         self.corpus = corpus.drop_infeasible(self.tokenizer.encode, self._output_length)
         logger.info(self.corpus.summary())
+
+    def _new_tokenizer(self, corpus: Corpus) -> Tokenizer:
+        kind, vocab_size = self.config.tokenizer.kind, self.config.tokenizer.vocab_size
+        texts = (utterance.text for utterance in corpus.split("train"))
+        try:
+            return build_tokenizer(kind, texts, vocab_size)
+        except ValueError as error:
+            raise CorpusError(f"no tokenizer of kind {kind}: {error}") from error
 
     def _output_length(self, seconds: float) -> int:
         return CTCModel.output_lengths(self.log_mel.num_frames_of(seconds))

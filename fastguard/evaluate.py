@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from . import _options
+from . import _command
 from .checkpoint import CheckpointError, best_of
 from .data import evaluation_loader
 from .evaluation import LONG, Evaluation, evaluate, pooled, wer_interval, write
@@ -27,14 +27,16 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         prog="python -m fastguard.evaluate",
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="Word and character error rate of a checkpoint on a split of a corpus, the one "
-        "it was trained on\nunless --data says otherwise. The interval is the 95 % bootstrap "
-        "interval of the WER over utterances.",
-        epilog=_options.LANGUAGE_MODEL_HELP
+        description="Word and character error rate of a checkpoint on a split of a corpus, the\n"
+        "one it was trained on unless --data says otherwise. The interval is the 95 %\n"
+        "bootstrap interval of the WER over utterances.",
+        epilog=_command.LANGUAGE_MODEL_HELP
         + "\nexample:\n"
-        + "  python -m fastguard.evaluate runs/teacher-20261123-140000 --split test --decoder beam",
+        + "  python -m fastguard.evaluate runs/my-run --split test --decoder beam",
     )
-    parser.add_argument("checkpoint", type=Path, help="a .pt file, or the folder of a run")
+    parser.add_argument(
+        "checkpoint", type=Path, help="a .pt or .safetensors file, or the folder of a run"
+    )
     parser.add_argument("--data", metavar="SPEC", help=f"{SPECS} (default: as in training)")
     parser.add_argument(
         "--split",
@@ -51,7 +53,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         default="fp32",
         help="of the model; fp32 turns autocast off (default: %(default)s)",
     )
-    _options.add_device_option(parser)
+    _command.add_device_option(parser)
     parser.add_argument(
         "--output",
         type=Path,
@@ -59,9 +61,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help="folder for hypotheses.jsonl and alignments.txt, worst first, and rates.json; what is "
         "there is replaced (default: evaluation-SPLIT-DECODER beside the checkpoint)",
     )
-    _options.add_decoder_options(parser)
+    _command.add_decoder_options(parser)
     args = parser.parse_args(argv)
-    _options.check_decoder_options(parser, args)
+    _command.check_decoder_options(parser, args)
     if args.batch_size < 1:
         parser.error(f"--batch-size must be at least 1, got {args.batch_size}")
     return args
@@ -71,38 +73,36 @@ def main(argv: list[str] | None = None) -> int:
     """Exit status: 0 done, 1 failed, 2 wrong usage, 130 stopped by Ctrl-C."""
     args = parse(argv)
     logging.basicConfig(format="%(levelname)s - %(message)s")
-    try:
-        path = best_of(args.checkpoint)
-        recognizer = Recognizer.load(path, args.device)
-        decode = _options.decoder(args, recognizer.tokenizer)
-        folder = args.output or path.parent / f"evaluation-{args.split}-{args.decoder}"
-        data = args.data or recognizer.config.data
-        utterances = load_split(data, args.split, recognizer)
-        folder.mkdir(parents=True, exist_ok=True)
-        found = evaluate(
-            partial(_forward, recognizer, args.device, args.precision),
-            evaluation_loader(
-                utterances,
-                recognizer.log_mel,
-                batch_size=args.batch_size,
-                max_duration=recognizer.config.max_duration,
-            ),
-            recognizer.tokenizer,
-            decode,
-            durations={u.id: u.duration for u in utterances},
-            progress=f"evaluating {args.split}",
-        )
-        print(f"checkpoint  {path}\ndata        {data}, {args.split}")
-        print(f"decoding    {_options.decoder_name(args)}, {args.precision}\n")
-        print(table(found))
-        write(folder, found)
-        print(f"\n{worst_table(found)}\n\nAll hypotheses and their alignments are in {folder}")
-    except (CheckpointError, CorpusError, _options.DecoderError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    failures = CheckpointError, CorpusError, _command.DecoderError, OSError
+    return _command.exit_status(lambda: _evaluate(args), *failures)
+
+
+def _evaluate(args: argparse.Namespace) -> None:
+    path = best_of(args.checkpoint)
+    recognizer = Recognizer.load(path, args.device)
+    decode = _command.decoder(args, recognizer.tokenizer)
+    folder = args.output or path.parent / f"evaluation-{args.split}-{args.decoder}"
+    data = args.data or recognizer.config.data
+    utterances = load_split(data, args.split, recognizer)
+    folder.mkdir(parents=True, exist_ok=True)
+    found = evaluate(
+        partial(_forward, recognizer, args.device, args.precision),
+        evaluation_loader(
+            utterances,
+            recognizer.log_mel,
+            batch_size=args.batch_size,
+            max_duration=recognizer.config.max_duration,
+        ),
+        recognizer.tokenizer,
+        decode,
+        durations={u.id: u.duration for u in utterances},
+        progress=f"evaluating {args.split}",
+    )
+    write(folder, found)
+    print(f"checkpoint  {path}\ndata        {data}, {args.split}")
+    print(f"decoding    {_command.decoder_name(args)}, {args.precision}\n")
+    print(table(found))
+    print(f"\n{worst_table(found)}\n\nAll hypotheses and their alignments are in {folder}")
 
 
 def load_split(data: str, split: str, recognizer: Recognizer) -> Utterances:

@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .speech.batching import Batch
-from .speech.decoding import Decode, ErrorRates, greedy_decode
+from .speech.decoding import Decode, greedy_decode
 from .speech.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -77,6 +77,21 @@ def score(
         duration=duration,
         finite=finite,
     )
+
+
+@dataclass(frozen=True)
+class ErrorRates:
+    """Errors over all utterances, per word and per character of the references; can exceed 1.
+
+    ``words`` counts the references' words; the last three say what went wrong with them.
+    """
+
+    wer: float
+    cer: float
+    words: int
+    substitutions: int
+    deletions: int
+    insertions: int
 
 
 def pooled(rows: Sequence[Scored]) -> ErrorRates:

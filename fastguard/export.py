@@ -1,10 +1,12 @@
 """``python -m fastguard.export``: a checkpoint for those who do not run fastguard.
 
-Writes model.safetensors (the weights; fastguard reads it back wherever it takes a checkpoint),
-model.pt2 (torch.export; runs with torch alone), model.onnx (standard operators only) and model.json
-(the symbols, the features, the names of the tensors: what a consumer needs besides the model). The
-two programs take batches of any size and length. Each file is checked before it gets its name: the
-weights bit for bit, the programs against this model on batches of several sizes.
+Writes model.safetensors (the weights; fastguard reads it back wherever it takes
+a checkpoint), model.pt2 (torch.export; runs with torch alone), model.onnx
+(standard operators only) and model.json (the symbols, the features, the names
+of the tensors: what a consumer needs besides the model). The two programs take
+batches of any size and length. Each file is checked before it gets its name:
+the weights bit for bit, the programs against this model on batches of several
+sizes.
 """
 
 import argparse
@@ -27,6 +29,7 @@ from torch.export import Dim, ExportedProgram
 from tqdm import tqdm
 
 from . import checkpoint, weights
+from ._command import exit_status
 from .recognizer import Recognizer
 from .speech.features import LogMel
 
@@ -319,10 +322,18 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "checkpoint", type=Path, help="a .pt or .safetensors file, or the folder of a run"
     )
     parser.add_argument(
-        "--format", nargs="+", choices=SUFFIXES, default=list(SUFFIXES), help="default: all"
+        "--format",
+        nargs="+",
+        choices=SUFFIXES,
+        default=list(SUFFIXES),
+        metavar="FORMAT",
+        help=f"of {', '.join(SUFFIXES)}; default: all",
     )
     parser.add_argument(
-        "--output", type=Path, help="folder (default: exported, beside the checkpoint)"
+        "--output",
+        type=Path,
+        metavar="DIR",
+        help="folder (default: exported, beside the checkpoint)",
     )
     return parser.parse_args(argv)
 
@@ -330,20 +341,18 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it tells of packages it misses
-    try:
-        path = checkpoint.best_of(args.checkpoint)
-        recognizer = Recognizer.load(path)
-        folder = args.output or path.parent / "exported"
-        formats = list(dict.fromkeys(args.format))
-        lines = export(recognizer, folder, formats)
-        for line in tqdm(lines, "exporting", len(formats) + 1, leave=False, disable=None):
-            tqdm.write(line)
-    except (checkpoint.CheckpointError, ExportError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    failures = checkpoint.CheckpointError, ExportError, OSError
+    return exit_status(lambda: _export(args), *failures)
+
+
+def _export(args: argparse.Namespace) -> None:
+    path = checkpoint.best_of(args.checkpoint)
+    recognizer = Recognizer.load(path)
+    folder = args.output or path.parent / "exported"
+    formats = list(dict.fromkeys(args.format))
+    lines = export(recognizer, folder, formats)
+    for line in tqdm(lines, "exporting", len(formats) + 1, leave=False, disable=None):
+        tqdm.write(line)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,21 @@ OVERLAYS = {
     "guarded": "overlay configs/guarded.yaml: a full learning rate under the adaptive guard",
 }
 
+_LONGEST_FILE = 1 << 16  # bytes; all settings with their comments take a few thousand
 _NUMBERS = {"inf": ".inf", "nan": ".nan"}  # as Python writes them and as YAML does
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that comes twice, of which YAML takes the last in silence."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for index, key in enumerate(keys):
+            if key in keys[:index]:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key} comes twice", node.start_mark
+                )
+        return super().construct_mapping(node, deep)
 
 
 def parse(argv: list[str] | None = None) -> Config:
@@ -28,14 +42,14 @@ def parse(argv: list[str] | None = None) -> Config:
     message and exit status 2.
     """
     argv = [_normalised(word) for word in (sys.argv[1:] if argv is None else argv)]
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser = _parser()
+    first = argparse.ArgumentParser(parser.prog, parser.usage, add_help=False, allow_abbrev=False)
     for overlay in OVERLAYS:
         first.add_argument(f"--{overlay}", action="store_true")
     first.add_argument("--config", type=Path, action="append", default=[])
     first.add_argument("--model")
     chosen, rest = first.parse_known_args(argv)
 
-    parser = _parser()
     overlays = [overlay for overlay in OVERLAYS if getattr(chosen, overlay)]
     if len(overlays) > 1:
         parser.error("--stable and --guarded contradict each other: choose one")
@@ -73,13 +87,13 @@ def _parser() -> jsonargparse.ArgumentParser:
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = jsonargparse.ArgumentParser(
         prog="python -m fastguard.train",
-        usage="%(prog)s [--model teacher|baseline] [--stable | --guarded] [--config FILE]\n"
-        "       [--data SPEC] [--run-dir DIR] [--resume auto|never|PATH] [--epochs N]\n"
-        "       [--precision fp32|bf16|fp16] [--optim.lr X] [... any setting listed by --help]",
+        usage="%(prog)s [--model teacher|baseline]\n"
+        "       [--stable | --guarded] [--config FILE] [--data SPEC] [--run-dir DIR]\n"
+        "       [--resume auto|never|PATH] [--epochs N] [--precision fp32|bf16|fp16]\n"
+        "       [--optim.lr X] [... any setting listed by --help]",
         description="Train a CTC speech model. An option may be written with - or _ in its name; "
         "options override files, and of two files the later one wins.",
-        epilog="example: python -m fastguard.train --model baseline --guarded --data asterisk "
-        "--epochs 60 --run-dir runs/prompts",
+        epilog="example: python -m fastguard.train --model baseline --guarded --data asterisk",
     )
     parser.add_argument(
         "--config",
@@ -105,9 +119,13 @@ def _read(parser: jsonargparse.ArgumentParser, file: Path) -> dict:
     if not file.is_file():
         parser.error(f"--config {file}: there is no such file")
     try:
-        settings = yaml.safe_load(file.read_text(encoding="utf-8"))
+        if file.stat().st_size > _LONGEST_FILE:
+            parser.error(f"--config {file}: over {_LONGEST_FILE} bytes; it holds no settings")
+        settings = yaml.load(file.read_text(encoding="utf-8"), _Loader)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         parser.error(f"--config {file}: {error}")
+    except RecursionError:
+        parser.error(f"--config {file}: brackets nested too deep; settings have two levels")
     if not isinstance(settings, dict):
         parser.error(f"--config {file}: holds no settings; write lines such as epochs: 10")
     known = _names(Config)
@@ -145,4 +163,8 @@ def _nearest(name: str, known: list[str]) -> str:
     close = [last[match] for match in difflib.get_close_matches(part, last, 1, 0.6)]
     if part not in last:
         close = difflib.get_close_matches(name, known, 1, 0.6) or close
-    return f"; did you mean {close[0]}?" if close else "; --help lists them all"
+    if close:
+        return f"; did you mean {close[0]}?"
+    group = name.rpartition(".")[0]
+    there = [k for k in known if group and k.rpartition(".")[0] == group]
+    return f"; there are {', '.join(there)}" if there else "; --help lists them all"

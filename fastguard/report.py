@@ -4,6 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from ._command import exit_status
 from .html_report import render
 from .run_history import RunFolderError, read
 
@@ -11,9 +12,9 @@ from .run_history import RunFolderError, read
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m fastguard.report",
-        description="Write one HTML page about a run, or about several side by side: curves, "
-        "settings,\nbad steps and worst utterances. The page needs no other file and no network.\n"
-        "A run may still be running, or have crashed.",
+        description="Write one HTML page about a run, or about several side by side: curves,\n"
+        "settings, bad steps and worst utterances. The page needs no other file and no\n"
+        "network. A run may still be running, or have crashed.",
         epilog="example:\n  python -m fastguard.report runs/first runs/second -o report.html",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -32,21 +33,18 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     """Print the page's path. Exit status: 0 done, 1 failed, 2 wrong usage, 130 Ctrl-C."""
     args = parse(argv)
+    return exit_status(lambda: _write(args), RunFolderError, OSError)
+
+
+def _write(args: argparse.Namespace) -> None:
     path = args.output or args.runs[0] / "report.html"
+    page = render([read(run) for run in args.runs])
     try:
-        page = render([read(run) for run in args.runs])
         # A lone surrogate, which JSON can hold and UTF-8 can not, becomes a question mark.
         path.write_text(page, encoding="utf-8", errors="replace")
-    except RunFolderError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
     except OSError as error:
-        print(f"error: can not write the report: {error}; choose --output", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
+        raise OSError(f"can not write the report: {error}; choose --output") from error
     print(path)
-    return 0
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -10,7 +9,7 @@ from pathlib import Path
 import soundfile
 from tqdm import tqdm
 
-from . import _options
+from . import _command
 from .checkpoint import CheckpointError, best_of
 from .recognizer import Recognizer
 from .transcription import Transcript, TranscriptionError, transcribe
@@ -24,12 +23,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         prog="python -m fastguard.transcribe",
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="What is said in recordings of any length, rate and number of channels. Of one "
-        "file the text is\nprinted, of several a line each: file, tab, text. Files that can not be "
-        "read are named on stderr,\nand the exit status is 1.",
-        epilog=_options.LANGUAGE_MODEL_HELP
+        description="What is said in recordings of any length, rate and number of channels. Of\n"
+        "one file the text is printed, of several a line each: file, tab, text. Files that\n"
+        "can not be read are named on stderr, and the exit status is 1.",
+        epilog=_command.LANGUAGE_MODEL_HELP
         + "\nexample:\n"
-        + "  python -m fastguard.transcribe --checkpoint runs/my-run --json call.wav lectures/",
+        + "  python -m fastguard.transcribe --checkpoint runs/my --json call.wav lectures/",
     )
     parser.add_argument(
         "files",
@@ -42,7 +41,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--checkpoint",
         type=Path,
         metavar="PATH",
-        help="a .pt file, or the folder of a run (default: the newest run in runs/)",
+        help="a .pt or .safetensors file, or the folder of a run (default: the newest run in "
+        "runs/)",
     )
     parser.add_argument(
         "--json",
@@ -50,31 +50,26 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help="print an object a line: file, duration, text, and words with start and end in "
         "seconds and confidence, the mean probability of the word's tokens",
     )
-    _options.add_device_option(parser)
-    _options.add_decoder_options(parser)
+    _command.add_device_option(parser)
+    _command.add_decoder_options(parser)
     args = parser.parse_args(argv)
-    _options.check_decoder_options(parser, args)
+    _command.check_decoder_options(parser, args)
     return args
 
 
 def main(argv: list[str] | None = None) -> int:
     """Exit status: 0 done, 1 something failed, 2 wrong usage, 130 stopped by Ctrl-C."""
     args = parse(argv)
-    try:
-        path = best_of(args.checkpoint or _newest_run())
-        recognizer = Recognizer.load(path, args.device)
-        if args.checkpoint is None:
-            print(f"checkpoint: {path}", file=sys.stderr)
-        decode = _options.decoder(args, recognizer.tokenizer)
-        return _transcribe_all(args, recognizer, decode)
-    except (CheckpointError, _options.DecoderError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
-    except BrokenPipeError:  # the reader, such as `head`, has enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+    failures = CheckpointError, _command.DecoderError, OSError
+    return _command.exit_status(lambda: _transcribe(args), *failures)
+
+
+def _transcribe(args: argparse.Namespace) -> int:
+    path = best_of(args.checkpoint or _newest_run())
+    recognizer = Recognizer.load(path, args.device)
+    if args.checkpoint is None:
+        print(f"checkpoint: {path}", file=sys.stderr)
+    return _transcribe_all(args, recognizer, _command.decoder(args, recognizer.tokenizer))
 
 
 def _newest_run() -> Path:
@@ -92,7 +87,7 @@ def _transcribe_all(args: argparse.Namespace, recognizer: Recognizer, decode) ->
         try:
             found = transcribe(recognizer, file, decode)
         except TranscriptionError as error:
-            print(f"error: {file}: {error}", file=sys.stderr)
+            print(f"error: {_shown(file)}: {error}", file=sys.stderr)
             failed = True
             continue
         print(_line(file, found, args.json, alone), flush=True)
@@ -112,13 +107,20 @@ def recordings(paths: Iterable[Path]) -> Iterator[Path]:
 
 def _line(file: Path, found: Transcript, as_json: bool, alone: bool) -> str:
     if not as_json:
-        return found.text if alone else f"{file}\t{found.text}"
+        return found.text if alone else f"{_shown(file)}\t{found.text}"
     words = [
         {key: round(value, 3) if key != "word" else value for key, value in vars(word).items()}
         for word in found.words
     ]
     values = {"file": str(file), "duration": found.duration, "text": found.text, "words": words}
-    return json.dumps(values, ensure_ascii=False)
+    # Of a file name that is no UTF-8 the odd bytes are \udcXX, in JSON as in Python.
+    return json.dumps(values, ensure_ascii=False).encode("utf-8", "backslashreplace").decode()
+
+
+def _shown(file: Path) -> str:
+    """The name as a field of a line may hold it: a tab or an end of line in it would forge one."""
+    name = str(file)
+    return name if name.isprintable() else ascii(name)
 
 
 if __name__ == "__main__":

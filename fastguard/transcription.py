@@ -7,6 +7,8 @@ training are, so that loudness and channel may change on the way; in return a wi
 speaks has its noise raised to the level of speech.
 """
 
+import os
+import stat
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -79,8 +81,13 @@ def transcribe(
 
 
 def _open(path: Path | str) -> soundfile.SoundFile:
+    # Of a missing file libsndfile says "System error", and it waits for a FIFO's writer.
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise TranscriptionError("is no regular file: give a recording")
+    # soundfile refuses a name that is no UTF-8, but takes its bytes.
+    name = path if os.name == "nt" else os.fsencode(path)
     try:
-        return soundfile.SoundFile(path)
+        return soundfile.SoundFile(name)
     except TypeError as error:  # a .raw file, which has no header
         raise TranscriptionError(f"can not be read: {error}; convert it to wav or flac") from error
 

@@ -91,6 +91,7 @@ def test_all_splits_and_the_folder_that_it_chooses(trained_run, tmp_path, capsys
         (["RUN", "--decoder", "beam", "--lm", "absent.arpa"], 1, "error: absent.arpa can not be"),
         (["RUN", "--lm", "a.arpa"], 2, "--lm needs --decoder beam"),
         (["RUN", "--decoder", "beam", "--lm-weight", "1"], 2, "--lm-weight needs --lm FILE"),
+        (["RUN", "--lm", "a.arpa", "--lm-weight", "nan"], 2, "--lm-weight: must be finite"),
         (["RUN", "--decoder", "beam", "--beam-size", "0"], 2, "--beam-size must be at least 1"),
         (["RUN", "--batch-size", "0"], 2, "--batch-size must be at least 1, got 0"),
         (["RUN", "--device", "cuda:99"], 2, "no cuda:99"),

@@ -1,12 +1,12 @@
 import logging
 import math
 
+import jiwer
 import pytest
 import torch
 
-from fastguard.evaluation import evaluate, pooled, score, wer_interval
+from fastguard.evaluation import ErrorRates, evaluate, pooled, score, wer_interval
 from fastguard.speech.batching import Batch
-from fastguard.speech.decoding import error_rates
 from fastguard.speech.tokenizer import CharTokenizer
 
 TOKENIZER = CharTokenizer.from_texts([])
@@ -52,9 +52,29 @@ def test_rows_hold_each_utterance_and_its_errors():
 
 def test_all_rates_agree_with_jiwer_on_the_whole():
     found = evaluated()
-    assert found.rates == error_rates(REFERENCES, HYPOTHESES)
+    words = jiwer.process_words(REFERENCES, HYPOTHESES)
+    assert found.rates == ErrorRates(
+        wer=words.wer,
+        cer=jiwer.cer(REFERENCES, HYPOTHESES),
+        words=words.hits + words.substitutions + words.deletions,
+        substitutions=words.substitutions,
+        deletions=words.deletions,
+        insertions=words.insertions,
+    )
     assert found.rates.wer == 4 / 10
     assert pooled(found.long_rows).wer == 3 / 9
+
+
+def test_error_rates_by_hand():
+    rows = [score("a", "press one now", "press on"), score("b", "bye", "good bye")]
+    assert pooled(rows) == ErrorRates(
+        wer=3 / 4,  # on for one, now lost, good added
+        cer=10 / 16,  # "e now" lost, "good " added
+        words=4,
+        substitutions=1,
+        deletions=1,
+        insertions=1,
+    )
 
 
 def test_the_worst_come_first():

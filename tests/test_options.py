@@ -108,6 +108,16 @@ def test_saved_settings_read_back_and_fit_a_checkpoint(tmp_path):
         (["--optim.betas", "[0.9,1.0]"], "optim.betas must be at least 0 and below 1"),
         (["--augment.speeds", "[0.01]"], "augment.speeds must lie between 0.5 and 2"),
         (["--precision", "fp8"], "fp8"),
+        (["--ema", "1"], "ema must be below 1, got 1.0"),
+        (["--optim.lr", "inf"], "optim.lr must be finite, got inf"),
+        (["--init.linear_std", "-1"], "init.linear_std must be at least 0, got -1.0"),
+        (["--init.conv_scale", "nan"], "init.conv_scale must be at least 0, got nan"),
+        (["--network.attention_clamp", "0"], "network.attention_clamp must be above 0, got 0.0"),
+        (["--features.sample_rate", "1000000000"], "features.sample_rate must lie between 1000"),
+        (["--features.n_mels", "100000"], "features.n_mels must lie between 1 and 512"),
+        (["--seed", "-1"], "seed must lie between 0 and"),
+        (["--seed", "99999999999999999999"], "seed must lie between 0 and"),
+        (["--guarded=1"], "usage: python -m fastguard.train"),
         (["--config", "/not/there.yaml"], "/not/there.yaml: there is no such file"),
     ],
 )
@@ -128,6 +138,11 @@ def test_wrong_usage_exits_2_and_names_it(argv, message, capsys):
         ("", "holds no settings"),
         ("a: [1\n", "while parsing"),
         ("epochs: many\n", "epochs"),
+        ("optim:\n  learning_rate: 1\n", "there are optim.lr, optim.schedule, optim.warmup"),
+        ("epochs: 3\nseed: 1\nepochs: 5\n", "the key epochs comes twice"),
+        ("optim:\n  lr: 1\n  lr: 2\n", "the key lr comes twice"),
+        ("[" * 10_000, "nested too deep"),
+        ("seed: 1\n" * 10_000, "over 65536 bytes"),
     ],
 )
 def test_what_is_wrong_in_a_file_is_named(text, message, tmp_path, capsys):
@@ -138,6 +153,16 @@ def test_what_is_wrong_in_a_file_is_named(text, message, tmp_path, capsys):
     error = capsys.readouterr().err
     assert message in error
     assert "Traceback" not in error
+
+
+def test_a_config_with_aliases_is_not_unrolled(tmp_path, capsys):
+    """Each line of the file names the one above it nine times: 9 ** 30 numbers in 2 KB."""
+    lines = ["a0: &a0 [1]"]
+    lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 31)]
+    (tmp_path / "bomb.yaml").write_text("\n".join([*lines, "augment: {speeds: *a30}"]))
+    with pytest.raises(SystemExit):
+        parse(["--config", str(tmp_path / "bomb.yaml")])
+    assert "there is no setting a0" in capsys.readouterr().err
 
 
 def test_infinity_is_a_number():

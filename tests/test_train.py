@@ -105,6 +105,17 @@ def test_what_a_run_leaves_behind(tmp_path, capsys):
     assert state["tokenizer"]["symbols"][0] == "<blank>"
 
 
+@pytest.mark.parametrize(
+    "kind, size, bound", [("bpe", "5000", "pieces for"), ("unigram", "3", "alone take")]
+)
+def test_a_vocabulary_that_the_texts_do_not_give(kind, size, bound, tmp_path, capsys):
+    options = ["--tokenizer.kind", kind, "--tokenizer.vocab_size", size]
+    assert train(tmp_path / "run", tones(tmp_path), *options) == 1
+    error = capsys.readouterr().err
+    assert f"ERROR - no tokenizer of kind {kind}: vocab_size is {size}" in error
+    assert bound in error
+
+
 def test_a_run_is_never_overwritten(tmp_path, capsys):
     (tmp_path / "metrics.jsonl").write_text("precious")
     assert train(tmp_path, "synthetic") == 2

@@ -1,6 +1,8 @@
 """``python -m fastguard.transcribe`` on recorded speech, as its user meets it."""
 
 import json
+import os
+import shutil
 
 import jiwer
 import numpy as np
@@ -8,7 +10,6 @@ import pytest
 import soundfile
 import torch
 
-from fastguard import transcribe as command
 from fastguard.config import Config
 from fastguard.recognizer import Recognizer
 from fastguard.speech.decoding import greedy_decode
@@ -151,6 +152,7 @@ def test_broken_files_are_named_and_the_others_go_on(trained_run, prompts, tmp_p
     (tmp_path / "noise.raw").write_bytes(bytes(100))
     soundfile.write(tmp_path / "empty.wav", np.zeros(0), 8_000)
     soundfile.write(tmp_path / "nan.wav", np.full(8_000, np.nan), 8_000, subtype="FLOAT")
+    os.mkfifo(tmp_path / "fifo.wav")
     bad = ["absent.wav", *(str(p) for p in sorted(tmp_path.iterdir()))]
     good = prompts[0][0]
     assert main(["--checkpoint", str(trained_run), *bad, good]) == 1
@@ -159,6 +161,8 @@ def test_broken_files_are_named_and_the_others_go_on(trained_run, prompts, tmp_p
     assert len(out.splitlines()) == 1
     for path in bad:
         assert f"error: {path}: " in error
+    assert "absent.wav: can not be read: [Errno 2] No such file" in error
+    assert "fifo.wav: is no regular file" in error
     assert "holds no samples" in error
     assert "NaN" in error
     assert "Traceback" not in error
@@ -198,13 +202,19 @@ def test_the_newest_run_is_taken_and_named(trained_run, prompts, tmp_path, monke
     assert "checkpoint: runs/mine/best.pt" in capsys.readouterr().err
 
 
-def test_a_reader_that_has_enough(trained_run, prompts, monkeypatch):
-    def gone(*_, **__):
-        raise BrokenPipeError
-
-    monkeypatch.setattr(command, "_line", gone)
-    monkeypatch.setattr(command.os, "dup2", lambda *_: None)
-    assert main(["--checkpoint", str(trained_run), prompts[0][0]]) == 1
+@pytest.mark.skipif(os.name == "nt", reason="names that Windows has not")
+def test_names_that_are_no_text(trained_run, prompts, tmp_path, capsys):
+    """A name with an end of line is no line of its own, and one that is no UTF-8 is read."""
+    names = [b"a\tb\nc.wav", b"caf\xe9.wav"]
+    for name in names:
+        shutil.copy(prompts[0][0], os.fsencode(tmp_path) + b"/" + name)
+    assert main(["--checkpoint", str(trained_run), str(tmp_path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    paths = [os.path.join(str(tmp_path), os.fsdecode(name)) for name in names]
+    assert [line.split("\t")[0] for line in lines] == [ascii(path) for path in paths]
+    assert main(["--checkpoint", str(trained_run), "--json", str(tmp_path)]) == 0
+    lines = capsys.readouterr().out.encode().splitlines()
+    assert [json.loads(line)["file"] for line in lines] == paths
 
 
 def test_help_ends_with_an_example(capsys):

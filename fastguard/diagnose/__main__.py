@@ -14,6 +14,7 @@ import torch
 from tqdm import tqdm
 
 from fastguard import checkpoint
+from fastguard._command import exit_status
 from fastguard.diagnosis import Diagnosis, Finding, diagnose
 from fastguard.precision import AUTOCAST, autocast
 from fastguard.recognizer import Recognizer
@@ -25,8 +26,8 @@ from fastguard.speech.problems import ctc_problems, recording_problems
 from fastguard.speech.readers import CorpusError, Row
 
 _EXAMPLE = """examples:
-  python -m fastguard.diagnose runs/teacher --report runs/teacher/bad_step_000123.json
-  python -m fastguard.diagnose runs/teacher/last.pt --data asterisk --batches 4 --precision fp16"""
+  python -m fastguard.diagnose runs/my --report runs/my/bad_step_000123.json
+  python -m fastguard.diagnose runs/my/last.pt --batches 4 --precision fp16"""
 
 
 class _Failure(Exception):
@@ -42,17 +43,15 @@ class _Diagnosed:
 def main(argv: list[str] | None = None) -> int:
     """Exit status: 0 diagnosed, 1 nothing could be diagnosed, 2 wrong usage, 130 Ctrl-C."""
     options = _parser().parse_args(argv)
-    try:
-        results = _run(options)
-        if options.json is not None:
-            options.json.write_text(json.dumps([_plain(r) for r in results], indent=1) + "\n")
-    except (_Failure, CorpusError, checkpoint.CheckpointError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
+    failures = _Failure, CorpusError, checkpoint.CheckpointError, OSError
+    return exit_status(lambda: _report(options), *failures)
+
+
+def _report(options: argparse.Namespace) -> None:
+    results = _run(options)
+    if options.json is not None:
+        options.json.write_text(json.dumps([_plain(r) for r in results], indent=1) + "\n")
     print(_text(results))
-    return 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -66,7 +65,10 @@ def _parser() -> argparse.ArgumentParser:
         epilog=_EXAMPLE,
     )
     parser.add_argument(
-        "checkpoint", type=Path, metavar="CHECKPOINT", help="a .pt file, or the folder of a run"
+        "checkpoint",
+        type=Path,
+        metavar="CHECKPOINT",
+        help="a .pt or .safetensors file, or the folder of a run",
     )
     parser.add_argument("--data", metavar="SPEC", help="corpus; default: that of the run")
     chosen = parser.add_mutually_exclusive_group()

@@ -1,11 +1,9 @@
-"""From the model's output to text, and from texts to error rates."""
+"""From the model's output to text."""
 
 import tempfile
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 
-import jiwer
 import torch
 from torch import Tensor
 
@@ -202,41 +200,3 @@ def _spellings(lexicon: Path, tokenizer: Tokenizer) -> dict[str, str]:
             "tokenizer; give a file with a word at the start of each line"
         )
     return usable
-
-
-@dataclass(frozen=True)
-class ErrorRates:
-    """Errors over all utterances, per word and per character of the references; can exceed 1.
-
-    ``words`` counts the references' words; the last three say what went wrong with them.
-    """
-
-    wer: float
-    cer: float
-    words: int
-    substitutions: int
-    deletions: int
-    insertions: int
-
-
-def error_rates(references: Sequence[str], hypotheses: Sequence[str]) -> ErrorRates:
-    """Word and character error rate; an empty hypothesis deletes every word of its reference.
-
-    Raises ValueError if there is nothing to score: no references, an empty one, or another number
-    of hypotheses.
-    """
-    empty = [index for index, text in enumerate(references) if not text.strip()]
-    if not references or len(references) != len(hypotheses) or empty:
-        raise ValueError(
-            f"{len(references)} references (without words: {empty}) and {len(hypotheses)} "
-            "hypotheses: give one hypothesis for each, and only references with words"
-        )
-    words = jiwer.process_words(list(references), list(hypotheses))
-    return ErrorRates(
-        wer=words.wer,
-        cer=jiwer.cer(list(references), list(hypotheses)),
-        words=words.hits + words.substitutions + words.deletions,
-        substitutions=words.substitutions,
-        deletions=words.deletions,
-        insertions=words.insertions,
-    )

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastguard.speech.decoding import BeamSearch, ErrorRates, error_rates, greedy_decode
+from fastguard.speech.decoding import BeamSearch, greedy_decode
 from fastguard.speech.tokenizer import BLANK, CharTokenizer
 
 VOCABULARY = 5
@@ -57,40 +57,6 @@ def test_greedy_decode_refuses_lengths_of_the_input():
 def test_greedy_decode_refuses_other_shapes(shape, lengths):
     with pytest.raises(ValueError, match=r"give \(B, T, V\) and \(B,\)"):
         greedy_decode(torch.zeros(shape), torch.tensor(lengths))
-
-
-def test_error_rates_by_hand():
-    rates = error_rates(["press one now", "bye"], ["press on", "good bye"])
-    assert rates == ErrorRates(
-        wer=3 / 4,  # on for one, now lost, good added
-        cer=10 / 16,  # "e now" lost, "good " added
-        words=4,
-        substitutions=1,
-        deletions=1,
-        insertions=1,
-    )
-
-
-def test_errors_are_pooled_over_utterances_not_averaged():
-    assert error_rates(["a", "b c d"], ["x", "b c d"]).wer == 1 / 4
-
-
-def test_no_hypothesis_at_all_deletes_every_word():
-    rates = error_rates(["press one", "now"], ["", ""])
-    assert (rates.wer, rates.cer, rates.deletions, rates.insertions) == (1.0, 1.0, 3, 0)
-
-
-def test_perfect_hypotheses():
-    rates = error_rates(["o'clock", "été"], ["o'clock", "été"])
-    assert (rates.wer, rates.cer, rates.words) == (0.0, 0.0, 2)
-
-
-@pytest.mark.parametrize(
-    "references, hypotheses", [([], []), (["a"], []), (["a", " "], ["a", "b"])]
-)
-def test_nothing_to_score(references, hypotheses):
-    with pytest.raises(ValueError, match="only references with words"):
-        error_rates(references, hypotheses)
 
 
 # --- beam search ----------------------------------------------------------------------------------

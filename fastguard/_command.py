@@ -1,6 +1,10 @@
-"""Options that the commands of recognition share."""
+"""What the commands share: how they end, and the options of recognition."""
 
 import argparse
+import math
+import os
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -9,14 +13,34 @@ from .speech.decoding import BeamSearch, Decode, greedy_decode
 from .speech.tokenizer import Tokenizer
 
 LANGUAGE_MODEL_HELP = """\
-language models are files of KenLM, whose lmplz makes them, here of characters and of words:
-  sed 's/ /|/g; s/./& /g' text.txt | lmplz -o 6 --discount_fallback > characters.arpa
-  lmplz -o 3 < text.txt > words.arpa && tr ' ' '\\n' < text.txt | sort -u > words.txt
+language models are files of KenLM, whose lmplz makes them, here of characters
+and of words:
+  sed 's/ /|/g; s/./& /g' text.txt |
+    lmplz -o 6 --discount_fallback > characters.arpa
+  lmplz -o 3 < text.txt > words.arpa
+  tr ' ' '\\n' < text.txt | sort -u > words.txt
 """
 
 
 class DecoderError(RuntimeError):
     """The decoder that was asked for can not be had; the message says why."""
+
+
+def exit_status(command: Callable[[], int | None], *failures: type[Exception]) -> int:
+    """Run a command: 0 or what it returns; 1 after one of the failures, named in a line on stderr,
+    and where nobody reads its output any more; 130 after Ctrl-C."""
+    try:
+        status = command()
+        sys.stdout.flush()  # here a full disk is still an error that can be told
+    except BrokenPipeError:  # the reader, such as `head`, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except failures as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return status or 0
 
 
 def add_decoder_options(parser: argparse.ArgumentParser) -> None:
@@ -48,16 +72,23 @@ def add_decoder_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--lm-weight",
-        type=float,
+        type=_finite,
         metavar="X",
         help="nats that a decade of the language model's probability counts (default: 1)",
     )
     group.add_argument(
         "--word-score",
-        type=float,
+        type=_finite,
         metavar="X",
         help="added for each word of the lexicon: more words if above 0 (default: 0)",
     )
+
+
+def _finite(text: str) -> float:
+    """Of a score that is none the beam search finds nothing."""
+    if not math.isfinite(number := float(text)):
+        raise argparse.ArgumentTypeError(f"must be finite, got {text}")
+    return number
 
 
 def check_decoder_options(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:

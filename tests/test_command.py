@@ -1,0 +1,63 @@
+"""How every command ends: its exit status, and a line instead of a traceback."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from fastguard._command import exit_status
+
+
+def fail(error):
+    raise error
+
+
+@pytest.mark.parametrize(
+    "command, status, message",
+    [
+        (lambda: None, 0, ""),
+        (lambda: 1, 1, ""),
+        (lambda: fail(OSError("no space")), 1, "error: no space\n"),
+        (lambda: fail(KeyboardInterrupt), 130, ""),
+    ],
+)
+def test_exit_status(command, status, message, capsys):
+    assert exit_status(command, OSError) == status
+    assert capsys.readouterr().err == message
+
+
+def test_what_no_command_expects_is_not_hidden():
+    with pytest.raises(ZeroDivisionError):
+        exit_status(lambda: 1 / 0, OSError)
+
+
+@pytest.fixture
+def run(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text("")
+    return tmp_path
+
+
+def report(run, stdout):
+    command = [sys.executable, "-m", "fastguard.report", str(run)]
+    return subprocess.run(command, stdout=stdout, stderr=subprocess.PIPE, text=True)
+
+
+def test_a_reader_that_has_enough(run):
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        done = report(run, writer)
+    finally:
+        os.close(writer)
+    assert (done.returncode, done.stderr) == (1, "")
+    assert (run / "report.html").stat().st_size > 0
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a full disk that Linux has")
+def test_output_that_finds_no_room(run):
+    with open("/dev/full", "w") as full:
+        done = report(run, full)
+    assert done.returncode in (1, 120)
+    assert done.stderr.startswith("error: [Errno 28]")
+    assert "Traceback" not in done.stderr
