@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -86,7 +87,10 @@ def load(path: Path, map_location: torch.device | str = "cpu") -> dict:
     try:
         state = torch.load(path, map_location=map_location, weights_only=True)
     except Exception as error:  # on garbage, torch's unpickler raises whatever it trips over
-        raise CheckpointError(f"{path} can not be read as a checkpoint: {error}") from error
+        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+        if isinstance(error, pickle.UnpicklingError):  # whose text advises to trust the file
+            reason = "it is damaged, or holds other things than tensors and plain values"
+        raise CheckpointError(f"{path} can not be read as a checkpoint: {reason}") from error
     missing = {"model", "config", "tokenizer"} - set(state if isinstance(state, dict) else ())
     if missing:
         raise CheckpointError(f"{path} is no checkpoint of fastguard: it lacks {sorted(missing)}")

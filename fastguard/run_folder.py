@@ -50,7 +50,7 @@ class RunFolder:
                 in it; or --resume names something that holds no state.
             OSError: it can not be written.
         """
-        new = not (self.path / "config.yaml").exists()
+        new = not self._has_begun()
         source = self._source() if new else None
         if not new:
             self._check_continues()
@@ -67,6 +67,13 @@ class RunFolder:
             path, state = source
             checkpoint.copy(path, self._state_path(state))
         checkpoint.write_text(self.path / "config.yaml", self.config.to_yaml())
+
+    def _has_begun(self) -> bool:
+        """A run that failed before its first step leaves its settings, and is none."""
+        traces = ("metrics.jsonl", "checkpoints/step_*.pt")
+        return (self.path / "config.yaml").exists() and any(
+            list(self.path.glob(trace)) for trace in traces
+        )
 
     def close(self) -> None:
         """Let others into the folder."""

@@ -192,7 +192,7 @@ def test_the_mean_of_the_best(tmp_path):
 
 def test_other_settings_do_not_go_on_in_a_folder_and_are_named(tmp_path):
     config = Config()
-    begun(tmp_path)
+    begun(tmp_path).save(state(1))
     other = dataclasses.replace(
         config, seed=3, optim=dataclasses.replace(config.optim, lr=0.5), epochs=99
     )
@@ -203,8 +203,14 @@ def test_other_settings_do_not_go_on_in_a_folder_and_are_named(tmp_path):
     RunFolder(tmp_path, dataclasses.replace(config, epochs=99, num_workers=2)).begin()
 
 
+def test_a_run_that_failed_before_its_first_step_claims_nothing(tmp_path):
+    begun(tmp_path, data="manifest:absent.jsonl")
+    begun(tmp_path, data="asterisk", resume="never")
+    assert "asterisk" in (tmp_path / "config.yaml").read_text()
+
+
 def test_never_refuses_a_folder_with_a_run(tmp_path):
-    begun(tmp_path)
+    begun(tmp_path).save(state(1))
     with pytest.raises(RunError, match="holds a run already"):
         RunFolder(tmp_path, Config(resume="never")).begin()
 
