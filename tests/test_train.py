@@ -281,3 +281,16 @@ def test_the_first_loss_is_that_of_a_model_that_knows_nothing(tmp_path):
     step = metrics(run_dir, "step")[0]
     assert 0 < step["loss"] < math.log(symbols) + 0.1
     assert step["grad_norm"] > 0
+
+
+def test_a_student_learns_from_a_teacher_on_the_synthetic_corpus(tmp_path):
+    options = ["--data", "synthetic", "--guarded", "--precision", "fp32", "--max-steps", "2"]
+    teacher, student, alone = (tmp_path / name for name in ("teacher", "student", "alone"))
+    assert main(["--model", "teacher", "--run-dir", str(teacher), *options]) == 0
+    baseline = ["--model", "baseline", *options]
+    assert main([*baseline, "--run-dir", str(alone)]) == 0
+    learns = ["--teacher", str(teacher), "--distill.weight", "0.25"]
+    assert main([*baseline, *learns, "--run-dir", str(student)]) == 0
+    # Before they have learnt anything the two agree: the distance adds next to nothing.
+    assert losses(student)[0] == pytest.approx(0.75 * losses(alone)[0], rel=0.05)
+    assert math.isfinite(losses(student)[1])
