@@ -56,7 +56,12 @@ def found(start: str, log: str, whole: bool = False) -> list[str]:
 def rates(run: Path) -> str:
     best = json.loads((run / "rates.json").read_text(encoding="utf-8"))
     low, high = best["wer_interval"]
-    return f"WER {best['wer']:.3f} (95 % interval {low:.3f} to {high:.3f}), CER {best['cer']:.3f}"
+    long = best["long"]
+    return (
+        f"WER {best['wer']:.3f} (95 % interval {low:.3f} to {high:.3f}), CER {best['cer']:.3f}; "
+        f"WER {long['wer']:.3f} of the {long['utterances']} utterances with 4 words and more "
+        f"({long['words']} words)"
+    )
 
 
 def row(epoch: dict) -> str:

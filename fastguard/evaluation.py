@@ -214,6 +214,11 @@ def write(folder: Path, found: Evaluation) -> None:
         "minutes": found.seconds / 60,
         **dataclasses.asdict(found.rates),
         "wer_interval": wer_interval(found.rows),
+        "long": {
+            "utterances": len(found.long_rows),
+            "words": sum(row.words for row in found.long_rows),
+            "wer": pooled(found.long_rows).wer if found.long_rows else None,
+        },
         "nonfinite": [row.id for row in rows if not row.finite],
     }
     (folder / "rates.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")

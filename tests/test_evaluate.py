@@ -24,6 +24,8 @@ def test_the_prompts_it_learnt(trained_run, tmp_path, capsys):
     assert rates["wer"] == pytest.approx(best, abs=0.05)  # bf16 there, fp32 here
     assert rates["utterances"] == 8
     assert rates["nonfinite"] == []
+    assert rates["long"]["words"] <= rates["words"]
+    assert rates["long"]["utterances"] <= rates["utterances"]
     assert rates["wer_interval"][0] <= rates["wer"] <= rates["wer_interval"][1]
     rows = rows_of(tmp_path / "out")
     assert len(rows) == 8

@@ -161,7 +161,9 @@ def test_more_epochs_do_not_replace_a_better_mean(tmp_path):
     folder.save_averaged({**state(1, 2.0), "wer": 0.2}, of_wer(0.2))
     folder.save_best({**state(2, 3.0), "wer": 0.4}, of_wer(0.4))
     assert checkpoint.load(tmp_path / "best.pt")["wer"] == 0.2
-    assert json.loads((tmp_path / "rates.json").read_text())["wer"] == pytest.approx(0.2)
+    rates = json.loads((tmp_path / "rates.json").read_text())
+    assert rates["wer"] == pytest.approx(0.2)
+    assert rates["long"] == {"utterances": 1, "words": 10, "wer": rates["wer"]}
     folder.save_best({**state(3, 4.0), "wer": 0.1}, of_wer(0.1))
     assert checkpoint.load(tmp_path / "best.pt")["step"] == 3
 
