@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -69,6 +70,17 @@ class Parallel:
             ids = [self.device.index] if self.device.type == "cuda" else None
             return DistributedDataParallel(model, device_ids=ids)
         return model
+
+    def share_buffers(self, model: nn.Module) -> None:
+        """Give every process the first one's buffers, as DistributedDataParallel does before each
+        forward pass: BatchNorm's statistics, which FSDP leaves to each process."""
+        by_dtype: dict[torch.dtype, list[torch.Tensor]] = {}
+        for buffer in model.buffers() if self.world_size > 1 else ():
+            by_dtype.setdefault(buffer.dtype, []).append(buffer)
+        for buffers in by_dtype.values():
+            flat = _flatten_dense_tensors(buffers)
+            dist.broadcast(flat, 0)
+            torch._foreach_copy_(buffers, list(_unflatten_dense_tensors(flat, buffers)))
 
     # --- what the processes tell each other -------------------------------------------------------
 

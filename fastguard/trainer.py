@@ -316,6 +316,8 @@ class Trainer:
         return torch.zeros(1, 8, self.config.features.n_mels, device=self.device), torch.tensor([8])
 
     def _forward(self, features: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        if self.parallel.sharded:
+            self.parallel.share_buffers(self.model)
         with autocast(self.device, self.config.precision):
             return self.forward(features, lengths)
 
@@ -393,6 +395,7 @@ class Trainer:
         Where a signal ends it early it is not whole, and ``stopping`` is set.
         """
         model.eval()
+        self.parallel.share_buffers(model)
 
         def forward(batch: Batch) -> tuple[Tensor, Tensor]:
             with autocast(self.device, self.config.precision):

@@ -134,7 +134,6 @@ def test_what_lies_after_the_state_is_dropped_with_a_line_that_was_cut(tmp_path)
 
 
 def test_a_full_disk_costs_lines_and_one_warning(tmp_path, caplog):
-    logging.getLogger("fastguard").propagate = True
     file = MetricsFile(tmp_path / "metrics.jsonl")
     file._file.close()
     file._file = open("/dev/full", "a")  # noqa: SIM115

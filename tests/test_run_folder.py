@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import logging
 import math
 import shutil
 
@@ -13,11 +12,6 @@ from fastguard import checkpoint, run_folder
 from fastguard.config import CheckpointConfig, Config
 from fastguard.evaluation import Evaluation, score
 from fastguard.run_folder import RunError, RunFolder
-
-
-@pytest.fixture(autouse=True)
-def _logs_reach_caplog():
-    logging.getLogger("fastguard").propagate = True
 
 
 def state(step, value=1.0):

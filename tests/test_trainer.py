@@ -1,7 +1,6 @@
 """The trainer's wiring: each setting reaches its part, each part is used in the right mode."""
 
 import json
-import logging
 import signal
 from fractions import Fraction
 
@@ -117,7 +116,6 @@ def test_rows_that_can_not_be_trained_on_are_left_out(make, tmp_path):
 
 def test_without_a_dev_split_the_training_split_is_scored_and_said(make, tmp_path, caplog):
     tones(tmp_path)
-    logging.getLogger("fastguard").propagate = True
     row = {"audio_filepath": "tone0.wav", "text": "ab", "split": "train"}
     made = make(data=write_manifest(tmp_path / "m.jsonl", [row]))
     assert made.evaluation_split == "train"
@@ -202,7 +200,6 @@ def test_accumulated_batches_take_the_step_of_one_large_batch(make):
 
 
 def test_a_recording_that_breaks_after_the_check_is_left_out_and_named(make, tmp_path, caplog):
-    logging.getLogger("fastguard").propagate = True
     made = make("--epochs", "1", "--batch-size", "1")
     (tmp_path / "tone0.wav").unlink()
     made.fit()
