@@ -212,6 +212,10 @@ class _File(logging.FileHandler):
         else:
             super().handleError(record)
 
+    def close(self):
+        with contextlib.suppress(OSError):  # what was not written was said
+            super().close()
+
 
 def log_to(path: Path | None) -> None:
     """Send fastguard's log to the terminal and to a file; with None only warnings, to the first."""

@@ -152,4 +152,5 @@ def test_a_full_disk_ends_the_log_file_and_not_the_run(tmp_path, capsys):
     assert "one\n" in error
     assert "two\n" in error
     assert error.count("train.log is not complete") == 1
+    log_to(None)  # closes it
     assert "Traceback" not in error
