@@ -4,9 +4,8 @@ import contextlib
 import os
 import pickle
 import shutil
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
 
@@ -32,24 +31,27 @@ def save(path: Path, state: dict) -> None:
         raise CheckpointError(
             f"{path} not written: {len(bad)} tensors of the model are not finite, first {bad[0]}"
         )
-    _write(path, lambda file: torch.save(state, file))
+    with replacing(path) as temporary, open(temporary, "wb") as file:
+        try:
+            torch.save(state, file)
+        except RuntimeError as error:  # torch's writer of archives says so of a full disk
+            raise OSError(f"{path} could not be written: {error}") from error
 
 
 def write_text(path: Path, text: str) -> None:
     """Write a small file whole or not at all. Raises OSError."""
-    _write(path, lambda file: file.write(text.encode()))
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
-def _write(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """To a temporary file, onto the disk, and only then under the name."""
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary file that becomes ``path``, whole and on the disk, if all goes well; and
+    otherwise nothing: what was there stays."""
     temporary = path.with_name(path.name + ".tmp")
     try:
-        with open(temporary, "wb") as file:
-            try:
-                write(file)
-            except RuntimeError as error:  # torch's writer of archives says so of a full disk
-                raise OSError(f"{path} could not be written: {error}") from error
-            file.flush()
+        yield temporary
+        with open(temporary, "rb+") as file:  # Windows syncs what it may write
             os.fsync(file.fileno())
         os.replace(temporary, path)
         _sync_folder(path.parent)

@@ -14,11 +14,9 @@ import importlib.metadata
 import importlib.util
 import json
 import logging
-import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -245,7 +243,7 @@ def export(recognizer: Recognizer, folder: Path, formats: list[str]) -> Iterator
     program = None
     for name in formats:
         path = folder / f"model{SUFFIXES[name]}"
-        with _replacing(path) as temporary:
+        with checkpoint.replacing(path) as temporary:
             if name == "safetensors":
                 result = _write_weights(temporary, recognizer)
             else:
@@ -256,7 +254,7 @@ def export(recognizer: Recognizer, folder: Path, formats: list[str]) -> Iterator
     path = folder / "model.json"
     description = describe(recognizer, [f"model{SUFFIXES[name]}" for name in formats])
     description["tokenizer"] = _write_tokenizer(folder, recognizer.tokenizer.to_dict())
-    with _replacing(path) as temporary:
+    with checkpoint.replacing(path) as temporary:
         temporary.write_text(json.dumps(description, indent=2, ensure_ascii=False), "utf-8")
     yield f"{path}: symbols, features, shapes"
 
@@ -290,23 +288,10 @@ def _write_tokenizer(folder: Path, state: dict) -> dict:
     described = dict(state)
     for key, value in state.items():
         if isinstance(value, Tensor):
-            with _replacing(folder / "tokenizer.model") as temporary:
+            with checkpoint.replacing(folder / "tokenizer.model") as temporary:
                 temporary.write_bytes(bytes(value.tolist()))
             described[key] = "tokenizer.model"
     return described
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """A temporary file that becomes `path` if all goes well, and otherwise nothing."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        yield temporary
-        with open(temporary, "rb+") as file:  # Windows syncs what it may write
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

@@ -138,5 +138,20 @@ class Parallel:
             optimizer.load_state_dict(moments)
             return
         options = StateDictOptions(full_state_dict=True)
+        moments = _by_name(moments, model)
         set_model_state_dict(model, weights, options=options)
         set_optimizer_state_dict(model, optimizer, moments, options=options)
+
+
+def _by_name(moments: dict, model: nn.Module) -> dict:
+    """An optimizer's state dict with names in place of the numbers that one process alone gives."""
+    numbers = [key for group in moments["param_groups"] for key in group["params"]]
+    names = [name for name, _ in model.named_parameters()]
+    called = dict(zip(numbers, names, strict=True))
+    return {
+        "state": {called[key]: value for key, value in moments["state"].items()},
+        "param_groups": [
+            {**group, "params": [called[key] for key in group["params"]]}
+            for group in moments["param_groups"]
+        ],
+    }

@@ -269,7 +269,7 @@ class Trainer:
     def _backward(self, window: list[Batch], number: int) -> Tensor | None:
         """Gradients of the loss per output frame of the whole window; None if it is empty."""
         losses, frames = [], []
-        for batch in window:
+        for place, batch in enumerate(window, start=number):
             loss, count = self._loss(batch)
             everywhere = self.parallel.sum(count)
             if everywhere == 0:
@@ -285,7 +285,7 @@ class Trainer:
                 self.stepper.accumulate(
                     scaler=self.scaler,
                     loss=losses[-1],
-                    batch_id=f"{number + len(losses) - 1} [{', '.join(batch.ids)}]",
+                    batch_id=f"{place} [{', '.join(batch.ids)}]",
                     weight=everywhere,
                 )
         if not losses:

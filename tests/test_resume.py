@@ -65,8 +65,11 @@ def story(folder):
         ("--precision", "bf16", "--num-workers", "2"),
         ("--precision", "fp32", "--grad-accumulation", "3", "--guard.threshold", "zclip"),
         pytest.param(("--precision", "fp16"), marks=pytest.mark.slow),
+        pytest.param(
+            ("--model", "teacher", "--network.attention_dropout", "0.3"), marks=pytest.mark.slow
+        ),
     ],
-    ids=["fp32", "bf16-workers", "accumulation", "fp16"],
+    ids=["fp32", "bf16-workers", "accumulation", "fp16", "teacher"],
 )
 def test_killed_in_a_step_and_in_an_evaluation(tmp_path, monkeypatch, options):
     options = ("--data", tones(tmp_path), *options)
