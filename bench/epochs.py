@@ -11,6 +11,8 @@ import json
 import re
 from pathlib import Path
 
+import yaml
+
 COLUMNS = ("epoch", "loss", "WER", "WER >= 4 words", "CER", "norm", "max norm", "skips", "seconds")
 
 
@@ -35,6 +37,7 @@ def section(run: Path) -> str:
             *(f"    {command}" for command in found("command", log)),
             "",
             *(f"- {line}" for line in said),
+            f"- seed {yaml.safe_load((run / 'config.yaml').read_text())['seed']}",
             f"- evaluated on {last['dev_utterances']} utterances, {last['dev_words']} words, "
             f"{last['dev_minutes']:.1f} min; {len(epochs)} epochs in {minutes:.0f} min",
             f"- best.pt: {rates(run)}",
