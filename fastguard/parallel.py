@@ -1,9 +1,11 @@
 """One process, or several under torchrun: which of them this is, and what they tell each other."""
 
 import contextlib
+import logging
 import os
+import sys
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -40,7 +42,7 @@ class Parallel:
     @contextlib.contextmanager
     def start(cls, kind: str) -> Iterator["Parallel"]:
         """Join the processes that torchrun started, and leave them in the end."""
-        torchrun = "RANK" in os.environ and "MASTER_ADDR" in os.environ
+        torchrun = _under_torchrun()
         if torchrun:
             dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
         try:
@@ -81,6 +83,11 @@ class Parallel:
             flat = _flatten_dense_tensors(buffers)
             dist.broadcast(flat, 0)
             torch._foreach_copy_(buffers, list(_unflatten_dense_tensors(flat, buffers)))
+
+    def wait(self) -> None:
+        """Until every process is here."""
+        if self.world_size > 1:
+            dist.barrier()
 
     # --- what the processes tell each other -------------------------------------------------------
 
@@ -141,6 +148,26 @@ class Parallel:
         moments = _by_name(moments, model)
         set_model_state_dict(model, weights, options=options)
         set_optimizer_state_dict(model, optimizer, moments, options=options)
+
+
+def leave(status: int) -> NoReturn:
+    """End this process with ``status``, as sys.exit does where it is the only one.
+
+    One of several ends without the interpreter's own shutdown. FSDP's mesh keeps the process group
+    beyond destroy_process_group, and a thread of gloo's that lets go of the last collective's
+    tensors in that shutdown aborts the process: "terminate called without an active exception"
+    (pytorch/pytorch 179291), and torchrun reports a finished run as failed.
+    """
+    if not _under_torchrun():
+        sys.exit(status)
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def _under_torchrun() -> bool:
+    return "RANK" in os.environ and "MASTER_ADDR" in os.environ
 
 
 def _by_name(moments: dict, model: nn.Module) -> dict:

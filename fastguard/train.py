@@ -12,7 +12,7 @@ from .config import Config
 from .env import processor, version
 from .metrics import log_to
 from .options import parse
-from .parallel import Parallel
+from .parallel import Parallel, leave
 from .run_folder import RunError, RunFolder
 from .speech.readers import CorpusError
 from .step_report import GradientExplosionError
@@ -71,4 +71,4 @@ def _begin(folder: RunFolder) -> str | None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -146,6 +146,7 @@ class Trainer:
                 raise
             if not self.stopping:
                 self._average_best()
+            self.parallel.wait()  # gloo may abort a process that another one leaves behind
         logger.info("\n%s\n%s", epoch_table(self.epochs), self._closing_line())
 
     def _open_sinks(self, stack: contextlib.ExitStack) -> list:

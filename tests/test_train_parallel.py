@@ -111,6 +111,47 @@ def test_another_number_of_processes_begins_the_epoch_anew(whole, data, tmp_path
     assert json.loads((new / "rates.json").read_text())["utterances"] == 2
 
 
+LEAVING = """
+import sys, time
+import torch
+from fastguard.parallel import Parallel, leave
+
+class Slow:
+    def __del__(self):
+        time.sleep(1)  # lets the threads that wait go on
+
+with Parallel.start("fsdp") as parallel:
+    sys.group = parallel.group  # it outlives destroy_process_group, as in FSDP's mesh
+    parallel.wait()
+    if parallel.main:
+        time.sleep(0.5)
+    sys.setswitchinterval(1000)
+    torch.distributed.all_reduce(torch.ones(1), async_op=True)
+end = time.monotonic() + 1.5
+while time.monotonic() < end:  # gloo's thread is done, and waits for the interpreter
+    pass
+sys.slow = Slow()
+print("finished")
+leave(0)
+"""
+
+
+def test_a_process_leaves_while_gloo_holds_a_tensor(tmp_path):
+    """With sys.exit in place of leave: terminate called without an active exception."""
+    script = tmp_path / "leaving.py"
+    script.write_text(LEAVING)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, "--nproc-per-node=2", str(script)],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "finished\n" * 2
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 def test_a_process_without_a_usable_recording_takes_part(kind, tmp_path):
