@@ -79,6 +79,9 @@ class FeaturesConfig:
     """Hz; recordings of another rate are resampled."""
     n_mels: int = 80
     """Mel bins per frame of 10 ms."""
+    normalization: Literal["utterance", "level"] = "utterance"
+    """Each bin by its own mean and deviation, or decibels under the loudest, which suits short
+    recordings of one microphone."""
 
 
 @dataclass
@@ -105,6 +108,14 @@ class AugmentConfig:
     """Time masks per utterance."""
     time_ratio: float = 0.05
     """Widest time mask as a part of the utterance."""
+
+
+@dataclass
+class ConsistencyConfig:
+    """Two views of each utterance, masked differently, that the model should hear alike."""
+
+    weight: float = 0.0
+    """Weight of their difference beside the mean CTC loss of both; 0: one view."""
 
 
 @dataclass
@@ -178,6 +189,7 @@ class Config:
     network: NetworkConfig = field(default_factory=NetworkConfig)
     features: FeaturesConfig = field(default_factory=FeaturesConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
+    consistency: ConsistencyConfig = field(default_factory=ConsistencyConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     distill: DistillConfig = field(default_factory=DistillConfig)
@@ -282,6 +294,7 @@ _AT_LEAST = {
     "guard.patience": 1,
     "guard.max_norm": 0,
     "guard.skip_norm": 0,
+    "consistency.weight": 0,
     "augment.freq_masks": 0,
     "augment.freq_width": 0,
     "augment.time_masks": 0,
@@ -305,6 +318,7 @@ _FINITE = (
     "optim.weight_decay",
     "init.linear_std",
     "init.conv_scale",
+    "consistency.weight",
     "distill.temperature",
 )
 _BETWEEN = (

@@ -74,7 +74,7 @@ class Data:
             utterances,
             self.tokenizer,
             self.log_mel,
-            Augment(speed, masks),
+            Augment(speed, masks, two_views=config.consistency.weight > 0),
             config.seed,
             max_output_length=self._output_length,
             max_duration=config.max_duration,

@@ -219,10 +219,18 @@ def describe_features(log_mel: LogMel) -> dict:
         "recipe": [
             "energies (frames, n_mels): mel filters on |STFT|^power of mono samples in [-1, 1]",
             "floor = max(max(energies) / dynamic_range, silence)",
-            "x = ln(max(energies, floor)); x = x - mean over the frames",
-            "features = x / max(root of the mean of x^2 over the frames, min_deviation)",
+            *_NORMALIZATIONS[log_mel.normalization],
         ],
     }
+
+
+_NORMALIZATIONS = {
+    "utterance": [
+        "x = ln(max(energies, floor)); x = x - mean over the frames",
+        "features = x / max(root of the mean of x^2 over the frames, min_deviation)",
+    ],
+    "level": ["features = log10(max(energies, floor) / (floor * dynamic_range)) / 2 + 2"],
+}
 
 
 def export(recognizer: Recognizer, folder: Path, formats: list[str]) -> Iterator[str]:

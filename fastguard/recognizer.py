@@ -50,7 +50,8 @@ class Recognizer:
 
 def features(config: Config) -> LogMel:
     """The features that these settings speak of."""
-    return LogMel(config.features.sample_rate, config.features.n_mels)
+    wanted = config.features
+    return LogMel(wanted.sample_rate, wanted.n_mels, normalization=wanted.normalization)
 
 
 def network(config: Config, vocab_size: int) -> nn.Module:

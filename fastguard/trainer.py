@@ -30,7 +30,7 @@ from .recognizer import network
 from .run_folder import RunError, RunFolder
 from .schedules import learning_rate, set_learning_rate
 from .speech.batching import Batch
-from .speech.distillation import distillation_loss
+from .speech.distillation import consistency_loss, distillation_loss
 from .speech.loss import ctc_loss
 from .speech.tokenizer import Tokenizer, tokenizer_from_dict
 from .step_report import GradientExplosionError, PendingReport, StepReport
@@ -304,6 +304,8 @@ class Trainer:
         batch = batch.to(self.device)
         log_probs, lengths = self._forward(batch.features, batch.feature_lengths)
         loss = ctc_loss(log_probs, lengths, batch.targets, batch.target_lengths)
+        if batch.views > 1:
+            loss = loss + self.config.consistency.weight * consistency_loss(log_probs, lengths)
         if self.teacher is not None:
             distill = self.config.distill
             with autocast(self.device, self.config.precision):

@@ -15,7 +15,7 @@ from fastguard import attention_ops, checkpoint, clamped_attention, export, weig
 from fastguard.config import Config
 from fastguard.recognizer import Recognizer, network
 from fastguard.speech.decoding import greedy_decode
-from fastguard.speech.features import load_audio
+from fastguard.speech.features import LogMel, load_audio
 from fastguard.speech.models import build_model
 from fastguard.speech.tokenizer import CharTokenizer
 
@@ -176,6 +176,8 @@ def features_of(samples, spec):
     falling = (points[2:] - bins) / (points[2:] - points[1:-1])
     energies = power @ np.maximum(0, np.minimum(rising, falling))
     floor = max(energies.max() / spec["dynamic_range"], spec["silence"])
+    if len(spec["recipe"]) == 3:  # levels
+        return np.log10(np.maximum(energies, floor) / (floor * spec["dynamic_range"])) / 2 + 2
     x = np.log(np.maximum(energies, floor))
     x = x - x.mean(0)
     return x / np.maximum(np.sqrt((x**2).mean(0)), spec["min_deviation"])
@@ -194,6 +196,13 @@ def test_the_json_is_enough_to_make_the_features_and_read_the_output(exported):
     samples = torch.randn(16_000, generator=torch.Generator().manual_seed(0)) * 0.1
     ours = features_of(samples.numpy(), description["features"])
     assert np.abs(ours - recognizer.log_mel(samples).numpy()).max() < 1e-3
+
+
+def test_the_recipe_of_levels_is_enough_too():
+    log_mel = LogMel(normalization="level")
+    samples = torch.randn(16_000, generator=torch.Generator().manual_seed(0)) * 0.1
+    ours = features_of(samples.numpy(), export.describe_features(log_mel))
+    assert np.abs(ours - log_mel(samples).numpy()).max() < 1e-3
 
 
 def run(tmp_path, monkeypatch, *options, name="baseline"):

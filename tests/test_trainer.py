@@ -61,7 +61,7 @@ def test_every_setting_reaches_its_part(make):
         "--network.attention_clamp", "9", "--init.linear_std", "0.05",
         "--augment.freq_masks", "3", "--augment.time_ratio", "0.11", "--features.n_mels", "40",
         "--network.attention_dropout", "0.125", "--guard.threshold", "median", "--seed", "9",
-        "--augment.speeds", "[0.8]", "--ema", "0.75",
+        "--augment.speeds", "[0.8]", "--ema", "0.75", "--features.normalization", "level",
     )  # fmt: skip
     group = made.optimizer.param_groups[0]
     assert [group[k] for k in ("lr", "eps", "weight_decay")] == [0.5, 0.3, 0.4]
@@ -79,6 +79,7 @@ def test_every_setting_reaches_its_part(make):
     assert [train.seed, train.augment.speed.ratios] == [9, [Fraction(4, 5)]]
     assert (train.augment.spec.freq_masks, train.augment.spec.time_ratio) == (3, 0.11)
     assert dev.augment.spec is None
+    assert train.log_mel.normalization == dev.log_mel.normalization == "level"
     assert [len(train), len(dev)] == [4, 2]
     assert train[Draw(0, 1)].features.shape[1] == 40
 
@@ -227,6 +228,26 @@ def test_the_student_learns_from_the_teacher_too(make, tmp_path):
     assert losses["1"] == pytest.approx(distance)
     assert losses["0.25"] == pytest.approx(0.75 * ctc + 0.25 * distance)
     assert distance > 0
+
+
+def test_two_views_are_to_be_heard_alike(make):
+    losses = {}
+    for weight in ("0.5", "2"):
+        made = make("--consistency.weight", weight, "--network.dropout", "0")
+        made.model.eval()
+        batch = next(iter(made.loader))
+        losses[weight], frames = made._loss(batch)
+        log_probs, lengths = made.model(batch.features, batch.feature_lengths)
+    assert batch.views == 2
+    assert frames == lengths.sum()
+    ctc = ctc_loss(log_probs, lengths, batch.targets, batch.target_lengths).item()
+    first, second = log_probs.chunk(2)
+    there = distillation_loss(first, second, lengths.chunk(2)[0]).item()
+    back = distillation_loss(second, first, lengths.chunk(2)[0]).item()
+    assert there > 0
+    for weight, loss in losses.items():
+        assert loss.item() == pytest.approx(ctc + float(weight) * (there + back) / 2)
+    assert next(iter(make().loader)).views == 1
 
 
 def test_a_teacher_of_other_features_is_refused(make, tmp_path):

@@ -36,12 +36,16 @@ class Item:
     text: str
     features: Tensor  # (T, F) float32
     tokens: Tensor  # (U,) int64
+    second_view: Tensor | None = None  # (T, F) float32, the same under other masks
 
 
 @dataclass
 class Batch:
-    """B utterances; ``targets`` holds their tokens one after the other, as torch's CTC loss takes
-    them.  B is 0 where every recording was ``rejected``."""
+    """Utterances; ``targets`` holds their tokens one after the other, as torch's CTC loss takes
+    them.  There are none where every recording was ``rejected``.
+
+    With two ``views`` of each, B is twice their number: all first views, then all second ones.
+    """
 
     features: Tensor  # (B, T, F) float32, zeros after the end
     feature_lengths: Tensor  # (B,) int64
@@ -50,6 +54,7 @@ class Batch:
     ids: list[str]
     texts: list[str]
     rejected: list[Rejected] = field(default_factory=list)
+    views: int = 1
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -124,9 +129,15 @@ class SpeechDataset(Dataset[Item | Rejected]):
                 f"features not finite: samples of {str(utterance.audio)!r} reach {loudest:.3g}; "
                 "scale them to 1"
             )
-        if self.augment.spec is not None:
-            features = self.augment.spec(features, chance)
-        return Item(utterance.id, utterance.text, features, torch.tensor(tokens, dtype=torch.int64))
+        mask = self.augment.spec or (lambda features, chance: features)
+        second_view = mask(features, chance) if self.augment.two_views else None
+        return Item(
+            utterance.id,
+            utterance.text,
+            mask(features, chance),
+            torch.tensor(tokens, dtype=torch.int64),
+            second_view,
+        )
 
     def _check(self, utterance: Utterance, tokens: Sequence[int], samples: int) -> None:
         seconds = samples / self.log_mel.sample_rate
@@ -145,16 +156,22 @@ class SpeechDataset(Dataset[Item | Rejected]):
 def collate(items: Sequence[Item | Rejected], n_mels: int = 0) -> Batch:
     """The batch of those items that are not rejected; ``n_mels`` is the F of a batch without."""
     kept = [item for item in items if isinstance(item, Item)]
-    features = [item.features for item in kept] or [torch.zeros(0, n_mels)]
-    tokens = [item.tokens for item in kept] or [torch.zeros(0, dtype=torch.int64)]
+    views = [[item.features for item in kept], [item.second_view for item in kept]]
+    if not kept or kept[0].second_view is None:
+        views.pop()
+    features = [view for each in views for view in each]
+    tokens = [item.tokens for item in kept] * len(views)
     return Batch(
-        features=pad_sequence(features, batch_first=True)[: len(kept)],
-        feature_lengths=torch.tensor([len(item.features) for item in kept], dtype=torch.int64),
-        targets=torch.cat(tokens),
-        target_lengths=torch.tensor([len(item.tokens) for item in kept], dtype=torch.int64),
+        features=pad_sequence(features or [torch.zeros(0, n_mels)], batch_first=True)[
+            : len(features)
+        ],
+        feature_lengths=torch.tensor([len(view) for view in features], dtype=torch.int64),
+        targets=torch.cat(tokens or [torch.zeros(0, dtype=torch.int64)]),
+        target_lengths=torch.tensor([len(each) for each in tokens], dtype=torch.int64),
         ids=[item.id for item in kept],
         texts=[item.text for item in kept],
         rejected=[item for item in items if isinstance(item, Rejected)],
+        views=len(views),
     )
 
 

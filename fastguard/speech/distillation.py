@@ -1,4 +1,4 @@
-"""The loss of a student that learns from a teacher's CTC output."""
+"""Losses of a student that learns from CTC outputs: a teacher's, or its own of another view."""
 
 import math
 
@@ -67,6 +67,37 @@ def distillation_loss(
     ruled_out = weight == 0  # where 0 * (-inf - x) would be NaN
     difference = (teacher - student).masked_fill(ruled_out, 0.0)
     return temperature**2 * (weight * difference).sum() / output_lengths.sum()
+
+
+def consistency_loss(log_probs: Tensor, output_lengths: Tensor) -> Tensor:
+    """How much two views of the same utterances are heard differently, per output frame of one.
+
+    The mean of both :func:`distillation_loss`, each view in turn the teacher: the consistency
+    regularisation of CR-CTC (Yao et al. 2024, arXiv 2410.05101), whose views are masked differently
+    and which adds it with the weight 0.2 to the mean CTC loss of both.
+
+    Args:
+        log_probs: (2 B, T', V) floating point: all first views, then all second ones.
+        output_lengths: (2 B,) int64, alike in both halves.
+
+    Returns:
+        Scalar float32 (float64 if the input is), in nats per frame.
+
+    Raises:
+        ValueError: as :func:`distillation_loss`, and where the views do not pair; lengths on a GPU
+            are not compared.
+    """
+    if len(log_probs) % 2 or (
+        output_lengths.is_cpu and not torch.equal(*output_lengths.tensor_split(2))
+    ):
+        raise ValueError(
+            f"output_lengths of two views must be the same, got {output_lengths.tolist()}: give "
+            "all first views and then all second ones"
+        )
+    (first, second), (lengths, _) = log_probs.chunk(2), output_lengths.chunk(2)
+    return (
+        distillation_loss(first, second, lengths) + distillation_loss(second, first, lengths)
+    ) / 2
 
 
 def _widened(mask: Tensor, context: int) -> Tensor:

@@ -68,10 +68,15 @@ def resampling_ratio(rate: int, sample_rate: int) -> Fraction:
 
 
 class LogMel(nn.Module):
-    """Log-mel energies, each bin with mean 0 and (where it holds speech) variance 1.
+    """Log-mel energies from -DYNAMIC_RANGE to 0 under the loudest of the recording, normalised.
 
-    Nothing is learnt and nothing depends on the loudness: the floor under the logarithm lies
-    DYNAMIC_RANGE below the loudest energy of the recording.
+    Nothing is learnt and nothing depends on the loudness. ``normalization`` "utterance" gives each
+    bin the mean 0 and (where it holds speech) the variance 1, which takes out the sound of a
+    microphone, and from a recording of a single vowel the vowel. "level" keeps both: 20 dB are 1,
+    and 40 dB under the loudest energy 0 (Radford et al. 2022, arXiv:2212.04356, whose range is
+    fixed the same way, and set by the loudest too).
+
+    Raises ValueError for another ``normalization``.
     """
 
     DYNAMIC_RANGE = 1e8  # 80 dB
@@ -86,8 +91,12 @@ class LogMel(nn.Module):
         n_mels: int = 80,
         window_seconds: float = 0.025,
         hop_seconds: float = 0.010,
+        normalization: str = "utterance",
     ) -> None:
         super().__init__()
+        if normalization not in ("utterance", "level"):
+            raise ValueError(f"normalization is {normalization!r}: give 'utterance' or 'level'")
+        self.normalization = normalization
         self.sample_rate = sample_rate
         self.n_mels = n_mels
         self.hop = round(hop_seconds * sample_rate)
@@ -112,8 +121,12 @@ class LogMel(nn.Module):
                 "average the channels, and drop empty recordings"
             )
         energies = self.mel(waveform).T
-        floor = (energies.amax() / self.DYNAMIC_RANGE).clamp(min=self.SILENCE)
+        loudest = energies.amax().clamp(min=self.DYNAMIC_RANGE * self.SILENCE)
+        floor = loudest / self.DYNAMIC_RANGE
         log_energies = energies.clamp(min=floor).log()
+        if self.normalization == "level":
+            decibels = (log_energies - loudest.log()) * (10 / math.log(10))
+            return decibels / 20 + 2
         centred = log_energies - log_energies.mean(dim=0)
         deviation = centred.square().mean(dim=0).sqrt()
         return centred / deviation.clamp(min=self.MIN_DEVIATION)
@@ -181,7 +194,9 @@ def _mask(draw: Random, widest: int, size: int) -> slice:
 
 @dataclass(frozen=True)
 class Augment:
-    """What a training set does to the samples (``speed``) and to the features (``spec``)."""
+    """What a training set does to the samples (``speed``) and to the features (``spec``), of which
+    it gives each utterance two versions where it wants ``two_views``."""
 
     speed: SpeedPerturb | None = None
     spec: SpecAugment | None = None
+    two_views: bool = False

@@ -105,6 +105,39 @@ def test_augmentation_depends_on_seed_epoch_and_index_alone(utterances):
     assert not any(torch.equal(a, b) for a, b in itertools.combinations(versions, 2))
 
 
+def test_two_views_differ_in_their_masks(utterances):
+    masks = SpecAugment(freq_masks=1, freq_width=80, time_masks=0)
+    augment = Augment(SpeedPerturb((0.9, 1.1)), masks, two_views=True)
+    dataset = SpeechDataset(utterances, TOKENIZER, LOG_MEL, augment)
+    plain = SpeechDataset(utterances, TOKENIZER, LOG_MEL, Augment(SpeedPerturb((0.9, 1.1))))
+    items = [dataset[Draw(1, epoch)] for epoch in range(20)]
+    whole = [plain[Draw(1, epoch)].features for epoch in range(20)]
+    for item, features in zip(items, whole, strict=True):  # the same speed, and nothing but masks
+        for view in (item.features, item.second_view):
+            torch.testing.assert_close(view, features.where(view != 0, 0.0))
+    different = [not torch.equal(item.features, item.second_view) for item in items]
+    assert sum(different) > 15
+    again = dataset[Draw(1, 3)]
+    assert torch.equal(again.second_view, items[3].second_view)
+    assert plain[Draw(1, 0)].second_view is None
+
+
+def test_a_batch_of_two_views():
+    tokens = [torch.tensor([1]), torch.tensor([2, 3])]
+    items = [
+        Item(str(n), "", torch.full((n, 4), float(n)), tokens[n - 1], torch.full((n, 4), -float(n)))
+        for n in (1, 2)
+    ]
+    batch = collate([*items, Rejected("gone", "torn")])
+    assert (len(batch), batch.views, batch.ids) == (2, 2, ["1", "2"])
+    assert batch.features[:, 0, 0].tolist() == [1, 2, -1, -2]
+    assert batch.feature_lengths.tolist() == [1, 2, 1, 2]
+    assert batch.targets.tolist() == [1, 2, 3, 1, 2, 3]
+    assert batch.target_lengths.tolist() == [1, 2, 1, 2]
+    assert batch.to("cpu").views == 2
+    assert len(collate([Rejected("gone", "torn")], 4)) == 0
+
+
 def test_speeds_change_the_length(utterances):
     dataset = SpeechDataset(utterances, TOKENIZER, LOG_MEL, Augment(SpeedPerturb()))
     lengths = {len(dataset[Draw(1, epoch)].features) for epoch in range(30)}

@@ -7,7 +7,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastguard.speech.distillation import distillation_loss, distillation_loss_ref
+from fastguard.speech.distillation import (
+    consistency_loss,
+    distillation_loss,
+    distillation_loss_ref,
+)
 from fastguard.speech.loss import ctc_loss
 
 NAN, INF = math.nan, math.inf
@@ -180,3 +184,33 @@ def test_a_student_learns_the_teachers_output_where_the_two_are_compared():
         logits.softmax(-1)[valid], teacher.exp()[valid].detach(), rtol=0, atol=0.01
     )
     assert (logits[~valid] == 0).all()
+
+
+# --- two views ------------------------------------------------------------------------------------
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 4), st.integers(1, 9), st.integers(2, 6), st.integers(0, 2**31))
+def test_consistency_is_the_mean_of_both_directions(batch, frames, symbols, seed):
+    first, second, lengths = drawn(batch, frames, symbols, seed)
+    loss = consistency_loss(torch.cat([first, second]), lengths.repeat(2))
+    there = distillation_loss_ref(first, second, lengths)
+    back = distillation_loss_ref(second, first, lengths)
+    assert float(loss) == pytest.approx((there + back) / 2, rel=1e-9, abs=1e-12)
+
+
+def test_consistency_pulls_each_view_to_the_other():
+    views, lengths = torch.randn(2, 5, 4, dtype=torch.float64), torch.tensor([5, 5])
+    views.requires_grad_()
+    log_probs = views.log_softmax(-1)
+    (gradient,) = torch.autograd.grad(consistency_loss(log_probs, lengths), views)
+    # The gradient of KL(sg(p) || softmax(x)) is (softmax(x) - p) / frames.
+    difference = (log_probs[0].exp() - log_probs[1].exp()) / 5 / 2
+    torch.testing.assert_close(gradient, torch.stack([difference, -difference]))
+    assert consistency_loss(log_probs[[0, 0]], lengths).item() == 0
+
+
+@pytest.mark.parametrize("lengths", [[3, 2], [3, 3, 3], [3, 2, 2, 3]])
+def test_views_that_do_not_pair(lengths):
+    with pytest.raises(ValueError, match="all first views and then all second ones"):
+        consistency_loss(torch.zeros(len(lengths), 3, 4), torch.tensor(lengths))

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+import torchaudio
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -14,6 +15,7 @@ from tests.speech.conftest import tones
 
 RATE = 16_000
 LOG_MEL = LogMel()
+LEVEL = LogMel(normalization="level")
 TONE = 15  # the bin of 440 Hz
 
 
@@ -103,18 +105,44 @@ def test_every_bin_has_mean_0_and_variance_1():
     assert deviation[TONE] > 0.999
 
 
+@pytest.mark.parametrize("log_mel", [LOG_MEL, LEVEL])
 @pytest.mark.parametrize("gain", [1e-4, 0.1, 30.0])
-def test_loudness_does_not_matter(gain):
+def test_loudness_does_not_matter(log_mel, gain):
     samples = waveform()
-    torch.testing.assert_close(LOG_MEL(gain * samples), LOG_MEL(samples), atol=2e-3, rtol=0)
+    torch.testing.assert_close(log_mel(gain * samples), log_mel(samples), atol=2e-3, rtol=0)
 
 
 @pytest.mark.parametrize("level", [0.0, 0.5])
 def test_silence_and_constants_are_finite(level):
-    features = LOG_MEL(torch.full((RATE,), level))
-    assert features.isfinite().all()
+    constant = torch.full((RATE,), level)
+    features, levels = LOG_MEL(constant), LEVEL(constant)
+    assert features.isfinite().all() and levels.isfinite().all()
     if level == 0:
         assert features.abs().max() == 0
+        torch.testing.assert_close(levels, torch.full_like(levels, -2.0))
+
+
+def test_levels_are_decibels_under_the_loudest():
+    features, energies = LEVEL(waveform()), LEVEL.mel(waveform()).T.double()
+    decibels = (10 * (energies / energies.max()).log10()).clamp(min=-80)
+    torch.testing.assert_close(features.double(), (decibels + 40) / 20, atol=1e-5, rtol=0)
+    assert [features.max().item(), features.min().item()] == pytest.approx([2, -2], abs=1e-5)
+
+
+def test_the_spectrum_of_a_steady_sound_stays_where_levels_are_kept():
+    noise = torch.randn(2 * RATE, generator=torch.Generator().manual_seed(0))
+    dark = torchaudio.functional.lowpass_biquad(noise, RATE, 500)
+
+    def spectrum(log_mel, samples):
+        return log_mel(samples)[5:-5].mean(dim=0)
+
+    assert (spectrum(LEVEL, noise) - spectrum(LEVEL, dark)).abs().max() > 1
+    assert (spectrum(LOG_MEL, noise) - spectrum(LOG_MEL, dark)).abs().max() < 0.2
+
+
+def test_an_unknown_normalization_is_refused():
+    with pytest.raises(ValueError, match="'peak': give 'utterance' or 'level'"):
+        LogMel(normalization="peak")
 
 
 def test_bins_that_a_telephone_does_not_carry_stay_quiet(tmp_path, record):
