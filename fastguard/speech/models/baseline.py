@@ -1,4 +1,4 @@
-"""Baseline: 20 weight layers, 15.6 M parameters, convolutions only."""
+"""Baseline: 20 weight layers, 15.8 M parameters, convolutions only."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ class BaselineConfig:
     """Symbols that the head scores, CTC's blank included."""
     n_mels: int = 80
     """Width of a feature frame."""
-    channels: int = 256
+    channels: int = 416
     """Width of every convolution."""
-    kernel_size: int = 13
-    """Taps of every convolution, odd; after subsampling, 0.5 s at a 10 ms hop."""
+    kernel_size: int = 5
+    """Taps of every convolution, odd; after subsampling, 0.2 s at a 10 ms hop, all layers 2.9 s."""
     num_layers: int = 17
     """Residual convolutions after the two strided ones."""
     dropout: float = 0.1
