@@ -108,6 +108,8 @@ class AugmentConfig:
     """Time masks per utterance."""
     time_ratio: float = 0.05
     """Widest time mask as a part of the utterance."""
+    warmup: int = 0
+    """Epochs before masks, and the second view of --consistency.weight, begin."""
 
 
 @dataclass
@@ -298,6 +300,7 @@ _AT_LEAST = {
     "augment.freq_masks": 0,
     "augment.freq_width": 0,
     "augment.time_masks": 0,
+    "augment.warmup": 0,
     "tokenizer.vocab_size": 3,
     "checkpoint.steps": 1,
     "checkpoint.keep_last": 1,

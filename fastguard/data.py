@@ -74,7 +74,7 @@ class Data:
             utterances,
             self.tokenizer,
             self.log_mel,
-            Augment(speed, masks, two_views=config.consistency.weight > 0),
+            Augment(speed, masks, config.consistency.weight > 0, augment.warmup),
             config.seed,
             max_output_length=self._output_length,
             max_duration=config.max_duration,

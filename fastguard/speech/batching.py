@@ -110,13 +110,12 @@ class SpeechDataset(Dataset[Item | Rejected]):
         utterance = self.utterances[draw.index]
         try:
             with one_thread():
-                return self._item(
-                    utterance, random.Random(f"{self.seed} {draw.epoch} {draw.index}")
-                )
+                chance = random.Random(f"{self.seed} {draw.epoch} {draw.index}")
+                return self._item(utterance, chance, draw.epoch)
         except Unusable as reason:
             return Rejected(utterance.id, str(reason))
 
-    def _item(self, utterance: Utterance, chance: random.Random) -> Item:
+    def _item(self, utterance: Utterance, chance: random.Random, epoch: int) -> Item:
         waveform = load_audio(utterance.audio, self.log_mel.sample_rate, self.max_duration)
         tokens = encoded(self.tokenizer.encode, utterance.text) if self.tokenizer else []
         self._check(utterance, tokens, len(waveform))
@@ -129,15 +128,9 @@ class SpeechDataset(Dataset[Item | Rejected]):
                 f"features not finite: samples of {str(utterance.audio)!r} reach {loudest:.3g}; "
                 "scale them to 1"
             )
-        mask = self.augment.spec or (lambda features, chance: features)
-        second_view = mask(features, chance) if self.augment.two_views else None
-        return Item(
-            utterance.id,
-            utterance.text,
-            mask(features, chance),
-            torch.tensor(tokens, dtype=torch.int64),
-            second_view,
-        )
+        tokens = torch.tensor(tokens, dtype=torch.int64)
+        first, *second = self.augment.views(features, chance, epoch)
+        return Item(utterance.id, utterance.text, first, tokens, *second)
 
     def _check(self, utterance: Utterance, tokens: Sequence[int], samples: int) -> None:
         seconds = samples / self.log_mel.sample_rate

@@ -195,8 +195,20 @@ def _mask(draw: Random, widest: int, size: int) -> slice:
 @dataclass(frozen=True)
 class Augment:
     """What a training set does to the samples (``speed``) and to the features (``spec``), of which
-    it gives each utterance two versions where it wants ``two_views``."""
+    it gives each utterance two versions where it wants ``two_views``.
+
+    Masks and second views begin after ``warmup`` epochs: under masks a deep model with attention
+    may not leave the plateau on which it emits blanks alone.
+    """
 
     speed: SpeedPerturb | None = None
     spec: SpecAugment | None = None
     two_views: bool = False
+    warmup: int = 0
+
+    def views(self, features: Tensor, draw: Random, epoch: int) -> list[Tensor]:
+        """One or two versions of features (T, n_mels) in this epoch, counted from 1."""
+        if self.warmup and epoch <= self.warmup:
+            return [features]
+        mask = self.spec or (lambda features, draw: features)
+        return [mask(features, draw) for _ in range(1 + self.two_views)]

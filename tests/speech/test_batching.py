@@ -110,16 +110,29 @@ def test_two_views_differ_in_their_masks(utterances):
     augment = Augment(SpeedPerturb((0.9, 1.1)), masks, two_views=True)
     dataset = SpeechDataset(utterances, TOKENIZER, LOG_MEL, augment)
     plain = SpeechDataset(utterances, TOKENIZER, LOG_MEL, Augment(SpeedPerturb((0.9, 1.1))))
-    items = [dataset[Draw(1, epoch)] for epoch in range(20)]
-    whole = [plain[Draw(1, epoch)].features for epoch in range(20)]
+    items = [dataset[Draw(1, epoch)] for epoch in range(1, 21)]
+    whole = [plain[Draw(1, epoch)].features for epoch in range(1, 21)]
     for item, features in zip(items, whole, strict=True):  # the same speed, and nothing but masks
         for view in (item.features, item.second_view):
             torch.testing.assert_close(view, features.where(view != 0, 0.0))
     different = [not torch.equal(item.features, item.second_view) for item in items]
     assert sum(different) > 15
-    again = dataset[Draw(1, 3)]
+    again = dataset[Draw(1, 4)]
     assert torch.equal(again.second_view, items[3].second_view)
     assert plain[Draw(1, 0)].second_view is None
+
+
+def test_masks_and_second_views_begin_after_the_warm_up(utterances):
+    augment = Augment(SpeedPerturb((0.9,)), SpecAugment(2, 80), two_views=True, warmup=2)
+    dataset = SpeechDataset(utterances, TOKENIZER, LOG_MEL, augment)
+    plain = SpeechDataset(utterances, TOKENIZER, LOG_MEL, Augment(SpeedPerturb((0.9,))))
+    for epoch in (1, 2):
+        item = dataset[Draw(1, epoch)]
+        assert torch.equal(item.features, plain[Draw(1, epoch)].features)
+        assert item.second_view is None
+    item = dataset[Draw(1, 3)]
+    assert not torch.equal(item.features, plain[Draw(1, 3)].features)
+    assert item.second_view is not None
 
 
 def test_a_batch_of_two_views():
