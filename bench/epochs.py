@@ -41,6 +41,7 @@ def section(run: Path) -> str:
             f"- evaluated on {last['dev_utterances']} utterances, {last['dev_words']} words, "
             f"{last['dev_minutes']:.1f} min; {len(epochs)} epochs in {minutes:.0f} min",
             f"- best.pt: {rates(run)}",
+            f"- of these, {rates_up_to(20, run)}",
             "",
             "| " + " | ".join(COLUMNS) + " |",
             "|" + "---:|" * len(COLUMNS),
@@ -64,6 +65,19 @@ def rates(run: Path) -> str:
         f"WER {best['wer']:.3f} (95 % interval {low:.3f} to {high:.3f}), CER {best['cer']:.3f}; "
         f"WER {long['wer']:.3f} of the {long['utterances']} utterances with 4 words and more "
         f"({long['words']} words)"
+    )
+
+
+def rates_up_to(seconds: float, run: Path) -> str:
+    """Runs with another max_duration evaluate other utterances; these are in all of them."""
+    lines = (run / "hypotheses.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [row for row in map(json.loads, lines) if row["duration"] <= seconds]
+    words, characters = (sum(row[unit] for row in rows) for unit in ("words", "characters"))
+    wrong = sum(row["substitutions"] + row["deletions"] + row["insertions"] for row in rows)
+    cer = sum(row["character_errors"] for row in rows) / characters
+    return (
+        f"the {len(rows)} utterances of up to {seconds} s ({words} words): "
+        f"WER {wrong / words:.3f}, CER {cer:.3f}"
     )
 
 
