@@ -165,7 +165,7 @@ class SpeedPerturb:
 @dataclass(frozen=True)
 class SpecAugment:
     """Masks of random place and width over bins and frames, as in Park et al. 2019
-    (arXiv:1904.08779), filled with 0, the mean of every bin.
+    (arXiv:1904.08779), filled with 0: the mean of every bin, or 40 dB under the loudest.
 
     ``freq_width`` bounds a mask in bins, ``time_ratio`` in parts of the frames.
     """
