@@ -9,6 +9,7 @@ metrics.jsonl and rates.json.
 import argparse
 import json
 import re
+import shlex
 from pathlib import Path
 
 import yaml
@@ -19,7 +20,9 @@ COLUMNS = ("epoch", "loss", "WER", "WER >= 4 words", "CER", "norm", "max norm", 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run")
-    for run in parser.parse_args().runs:
+    runs = parser.parse_args().runs
+    print(f"Written by `python bench/epochs.py {shlex.join(map(str, runs))}`.\n")
+    for run in runs:
         print(section(run))
 
 

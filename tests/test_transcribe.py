@@ -87,7 +87,7 @@ def test_windows_leave_no_seam(prompts, tmp_path):
     """A model that hears less than the context on either side says the same, at the same times."""
     torch.manual_seed(0)
     tokenizer = CharTokenizer([BLANK, " ", "a", "b", "c"])
-    model = build_model("baseline", vocab_size=5, channels=16, num_layers=1).eval()
+    model = build_model("baseline", vocab_size=5, channels=16, kernel_size=13, num_layers=1).eval()
     with torch.no_grad():
         model.head.weight.mul_(20)
     recognizer = Recognizer(model, tokenizer, Unnormalised(), Config())
