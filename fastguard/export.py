@@ -215,6 +215,7 @@ def describe_features(log_mel: LogMel) -> dict:
         "mel_norm": mel.mel_scale.norm,
         "dynamic_range": log_mel.DYNAMIC_RANGE,
         "silence": log_mel.SILENCE,
+        "normalization": log_mel.normalization,
         "min_deviation": log_mel.MIN_DEVIATION,
         "recipe": [
             "energies (frames, n_mels): mel filters on |STFT|^power of mono samples in [-1, 1]",

@@ -176,7 +176,7 @@ def features_of(samples, spec):
     falling = (points[2:] - bins) / (points[2:] - points[1:-1])
     energies = power @ np.maximum(0, np.minimum(rising, falling))
     floor = max(energies.max() / spec["dynamic_range"], spec["silence"])
-    if len(spec["recipe"]) == 3:  # levels
+    if spec["normalization"] == "level":
         return np.log10(np.maximum(energies, floor) / (floor * spec["dynamic_range"])) / 2 + 2
     x = np.log(np.maximum(energies, floor))
     x = x - x.mean(0)

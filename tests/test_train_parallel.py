@@ -28,14 +28,18 @@ OPTIONS = [
 
 def torchrun(folder, data, *options, processes=2):
     """The finished process of a training on this many CPU processes."""
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone",
-        f"--nproc-per-node={processes}", "-m", "fastguard.train", *OPTIONS, *options,
-        "--data", data, "--run-dir", str(folder),
-    ]  # fmt: skip
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    program = ["-m", "fastguard.train", *OPTIONS, *options, "--data", data]
+    return launch(*program, "--run-dir", str(folder), cwd=folder.parent, processes=processes)
+
+
+def launch(*program, cwd, processes=2):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     return subprocess.Popen(
-        command, cwd=folder.parent, env=environment, stderr=subprocess.PIPE, text=True
+        [*command, f"--nproc-per-node={processes}", *program],
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
+        stderr=subprocess.PIPE,
+        text=True,
     )
 
 
@@ -131,7 +135,7 @@ end = time.monotonic() + 3
 while time.monotonic() < end:  # gloo's thread is done, and waits for the interpreter
     pass
 sys.slow = Slow()
-print("finished")
+print("finished", file=sys.stderr)
 leave(0)
 """
 
@@ -140,16 +144,8 @@ def test_a_process_leaves_while_gloo_holds_a_tensor(tmp_path):
     """With sys.exit in place of leave: terminate called without an active exception."""
     script = tmp_path / "leaving.py"
     script.write_text(LEAVING)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*command, "--nproc-per-node=2", str(script)],
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == "finished\n" * 2
+    log = finish(launch(str(script), cwd=tmp_path))
+    assert log.count("finished\n") == 2
 
 
 @pytest.mark.slow

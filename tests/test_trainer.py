@@ -62,6 +62,7 @@ def test_every_setting_reaches_its_part(make):
         "--augment.freq_masks", "3", "--augment.time_ratio", "0.11", "--features.n_mels", "40",
         "--network.attention_dropout", "0.125", "--guard.threshold", "median", "--seed", "9",
         "--augment.speeds", "[0.8]", "--ema", "0.75", "--features.normalization", "level",
+        "--augment.warmup", "3", "--consistency.weight", "0.2",
     )  # fmt: skip
     group = made.optimizer.param_groups[0]
     assert [group[k] for k in ("lr", "eps", "weight_decay")] == [0.5, 0.3, 0.4]
@@ -78,7 +79,10 @@ def test_every_setting_reaches_its_part(make):
     dev = made.data.evaluation_loader("dev", made.parallel).dataset
     assert [train.seed, train.augment.speed.ratios] == [9, [Fraction(4, 5)]]
     assert (train.augment.spec.freq_masks, train.augment.spec.time_ratio) == (3, 0.11)
+    assert (train.augment.warmup, train.augment.two_views) == (3, True)
+    assert [train[Draw(0, epoch)].second_view is None for epoch in (3, 4)] == [True, False]
     assert dev.augment.spec is None
+    assert not dev.augment.two_views
     assert train.log_mel.normalization == dev.log_mel.normalization == "level"
     assert [len(train), len(dev)] == [4, 2]
     assert train[Draw(0, 1)].features.shape[1] == 40
