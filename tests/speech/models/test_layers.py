@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from fastguard.speech.models.layers import MaskedBatchNorm1d, Subsampling, subsampled
-from fastguard.speech.models.teacher import DepthwiseConv1d, sinusoidal_positions
+from fastguard.speech.models.teacher import DepthwiseConv1d
 
 CHANNELS = 3
 
@@ -180,13 +180,3 @@ def test_depthwise_convolution_is_conv1d_with_groups(kernel_size):
         torch.autograd.grad(output.square().sum(), (x, ours.weight)),
         torch.autograd.grad(expected.square().sum(), (x, theirs.weight)),
     )
-
-
-def test_positions_are_those_of_the_paper():
-    positions = sinusoidal_positions(50, 8, torch.device("cpu"))
-    assert positions.shape == (50, 8)
-    for t in (0, 1, 49):
-        for i in range(4):
-            angle = t / 10_000 ** (2 * i / 8)
-            assert positions[t, i].item() == pytest.approx(math.sin(angle), abs=1e-5)
-            assert positions[t, 4 + i].item() == pytest.approx(math.cos(angle), abs=1e-5)
