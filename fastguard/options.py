@@ -37,9 +37,9 @@ class _Loader(yaml.SafeLoader):
 def parse(argv: list[str] | None = None) -> Config:
     """Settings of ``python -m fastguard.train``; each of these overrides the ones before it.
 
-    configs/MODEL.yaml, ``--config FILE``, configs/stable.yaml or configs/guarded.yaml with
-    ``--stable`` or ``--guarded``, the other options. A wrong option ends the program with a
-    message and exit status 2.
+    configs/MODEL.yaml, ``--config FILE``, with ``--stable`` or ``--guarded`` configs/stable.yaml or
+    configs/guarded.yaml and, where there is one, guarded_MODEL.yaml, the other options. A wrong
+    option ends the program with a message and exit status 2.
     """
     argv = [_normalised(word) for word in (sys.argv[1:] if argv is None else argv)]
     parser = _parser()
@@ -59,7 +59,10 @@ def parse(argv: list[str] | None = None) -> Config:
     model = chosen.model or (models[-1] if models else Config.model)
     if model not in MODELS:
         parser.error(f"--model {model}: choose one of {', '.join(MODELS)}")
-    files = [config_file(model), *chosen.config, *map(config_file, overlays)]
+    files = [config_file(model), *chosen.config]
+    for overlay in overlays:
+        own = config_file(f"{overlay}_{model}")
+        files += [config_file(overlay), *([own] if own.is_file() else [])]
     layers = [word for file in files for word in ("--config", str(file))]
     parsed = parser.instantiate(parser.parse_args([*layers, "--model", model, *rest]))
     try:

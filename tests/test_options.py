@@ -53,7 +53,18 @@ def test_guarded_takes_full_steps_under_a_guard_that_adapts(model):
     assert config.checkpoint.keep_best > 1
 
 
-@pytest.mark.parametrize("name", [*MODELS, "stable", "guarded"])
+def test_guarded_gives_each_model_its_own_rate():
+    teacher, baseline = (parse(["--model", model, "--guarded"]) for model in MODELS)
+    assert (teacher.model, baseline.model) == MODELS
+    assert teacher.optim.lr < baseline.optim.lr
+    assert teacher.batch_duration > baseline.batch_duration
+    assert parse(["--guarded", "--optim.lr", "0.25"]).optim.lr == 0.25
+    assert parse(["--guarded"]).optim.schedule == baseline.optim.schedule == "cosine"
+
+
+@pytest.mark.parametrize(
+    "name", [*MODELS, "stable", "guarded", "guarded_teacher", "guarded_baseline"]
+)
 def test_every_config_file_is_found_and_loads(name):
     assert config_file(name).is_file()
     assert isinstance(parse(["--config", str(config_file(name))]), Config)
