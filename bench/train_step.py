@@ -3,7 +3,7 @@
     python bench/train_step.py [--dtype fp32|bf16] [--device cpu|cuda] [--repeats N] [--json FILE]
 
 A step is the trainer's: zero_grad, forward, CTC loss, backward, clip and AdamW, and the loss read.
-The model is the teacher at its real size (41.9 M parameters) under `train --stable`'s
+The model is the teacher at its real size (41.8 M parameters) under `train --stable`'s
 initialisation, dropout 0.1 (of whole channels; the last cases drop attention weights too, as other
 conformers do); the batch two utterances of random features, both 5 s or both 15 s long, T = 125 or
 375 in the attention, with feasible random targets of 12 symbols a second. No row skips a step. bf16

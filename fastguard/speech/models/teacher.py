@@ -1,4 +1,4 @@
-"""Teacher: 111 weight layers, 41.9 M parameters, convolutions and self-attention."""
+"""Teacher: 111 weight layers, 41.8 M parameters, convolutions and self-attention."""
 
 from __future__ import annotations
 
