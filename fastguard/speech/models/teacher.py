@@ -43,8 +43,7 @@ class TeacherConfig:
 class Teacher(CTCModel):
     """Two strided convolutions and 12 conformer blocks (Gulati et al. 2020, arXiv 2005.08100).
 
-    Without positional encodings: the depthwise convolutions tell the order of frames, and with
-    positions added a small corpus is learnt more slowly.
+    Without positional encodings: the depthwise convolutions tell the order of frames.
     """
 
     def __init__(self, config: TeacherConfig):
