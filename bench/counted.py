@@ -11,13 +11,15 @@ from pathlib import Path
 import torch
 
 from fastguard import ops
+from fastguard._extras import MissingExtra
 from fastguard._timing import table
 from fastguard.speech.models import build_model
 from fastguard.thresholds import Fixed
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tests.simt.kernels.ops import Device
+from tests.simt import NoCompiler
+from tests.simt.kernels.ops import Device, kernels
 
 SECTOR = 32  # bytes: what L2 and memory move at the least
 BANDWIDTH = 3.0e12  # bytes a second, for the floor
@@ -171,6 +173,11 @@ HEADS = ["", "launches", "memory B", "asked B", "sectors/request", "floor ms"]
 
 
 def main():
+    try:
+        kernels()
+    except (MissingExtra, NoCompiler) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
     print(NOTE)
     for name, sizes in (("teacher", teacher()), ("1.1 B decoder", llama_1b())):
         params = sum(sizes.elements())

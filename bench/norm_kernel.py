@@ -13,7 +13,6 @@ they open a parallel region per tensor: look at the load in the first line.
 
 import itertools
 
-import counted
 import torch
 from timing import arguments, interleaved, print_machine, table, write_json
 from torch import nn
@@ -79,6 +78,8 @@ def _always_clipping(function, parameters):
 def main():
     args = arguments(__doc__.splitlines()[0], repeats=31, model=("timed", "counted"))
     if args.model == "counted":
+        import counted  # needs the tests' packages, a timing does not
+
         counted.main()
         return
     device = args.device

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from ._extras import MissingExtra
 from .speech.decoding import BeamSearch, Decode, greedy_decode
 from .speech.tokenizer import Tokenizer
 
@@ -28,13 +29,16 @@ class DecoderError(RuntimeError):
 
 def exit_status(command: Callable[[], int | None], *failures: type[Exception]) -> int:
     """Run a command: 0 or what it returns; 1 after one of the failures, named in a line on stderr,
-    and where nobody reads its output any more; 130 after Ctrl-C."""
+    and where nobody reads its output any more; 2 where an extra is missing; 130 after Ctrl-C."""
     try:
         status = command()
         sys.stdout.flush()  # here a full disk is still an error that can be told
     except BrokenPipeError:  # the reader, such as `head`, has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except MissingExtra as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     except failures as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -50,7 +54,7 @@ def add_decoder_options(parser: argparse.ArgumentParser) -> None:
         choices=("greedy", "beam"),
         default="greedy",
         help="greedy: the likeliest path; beam: CTC prefix beam search, needs "
-        "`pip install flashlight-text` (default: %(default)s)",
+        "`pip install 'torch-fastguard[beam]'` (default: %(default)s)",
     )
     group.add_argument(
         "--beam-size",
@@ -107,14 +111,14 @@ def check_decoder_options(parser: argparse.ArgumentParser, args: argparse.Namesp
 
 
 def decoder(args: argparse.Namespace, tokenizer: Tokenizer) -> Decode:
-    """Raises DecoderError where flashlight-text is absent or a file can not be used."""
+    """Raises DecoderError for a file that can not be used, MissingExtra without flashlight-text."""
     if args.decoder == "greedy":
         return greedy_decode
     names = ("beam_size", "lm", "lexicon", "lm_weight", "word_score")
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     try:
         return BeamSearch(tokenizer, **given)
-    except (ImportError, ValueError) as error:
+    except ValueError as error:
         raise DecoderError(str(error)) from error
 
 

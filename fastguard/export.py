@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 from . import checkpoint, weights
 from ._command import exit_status
+from ._extras import MissingExtra
 from .recognizer import Recognizer
 from .speech.features import LogMel
 
@@ -238,16 +239,11 @@ def export(recognizer: Recognizer, folder: Path, formats: list[str]) -> Iterator
     """Write the files of `formats` and model.json into `folder`; a line about each as it is done.
 
     Raises:
-        ExportError: a package is missing, or a file fails its check; an earlier file of that name
-            stays as it is then.
+        MissingExtra: a package that a format needs is missing.
+        ExportError: a file fails its check; an earlier file of that name stays as it is then.
         OSError: the disk is full or the folder not writable.
     """
-    missing = [p for f in formats for p in PACKAGES[f] if importlib.util.find_spec(p) is None]
-    if missing:
-        raise ExportError(
-            f"{', '.join(missing)} missing: pip install 'torch-fastguard[export]', or choose "
-            "another --format"
-        )
+    _check_packages(formats)
     folder.mkdir(parents=True, exist_ok=True)
     program = None
     for name in formats:
@@ -266,6 +262,12 @@ def export(recognizer: Recognizer, folder: Path, formats: list[str]) -> Iterator
     with checkpoint.replacing(path) as temporary:
         temporary.write_text(json.dumps(description, indent=2, ensure_ascii=False), "utf-8")
     yield f"{path}: symbols, features, shapes"
+
+
+def _check_packages(formats: list[str]) -> None:
+    missing = [p for f in formats for p in PACKAGES[f] if importlib.util.find_spec(p) is None]
+    if missing:
+        raise MissingExtra(f"{', '.join(missing)} missing (--format torch needs none)", "export")
 
 
 def _write_weights(path: Path, recognizer: Recognizer) -> str:

@@ -1,13 +1,13 @@
 """A recognizer in one safetensors file: weights, and as metadata what else recognition needs."""
 
 import base64
-import importlib
 import json
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from ._extras import require
 from .checkpoint import CheckpointError
 
 _KEY = "fastguard"  # of the metadata, which may hold strings only
@@ -17,10 +17,10 @@ def save(path: Path, model: nn.Module, tokenizer: dict, config: dict) -> None:
     """Write what :func:`load` reads; `tokenizer` may hold uint8 tensors besides plain values.
 
     Raises:
-        CheckpointError: the safetensors package is missing.
+        MissingExtra: the safetensors package is missing.
         OSError: the disk is full or the folder not writable.
     """
-    safetensors = _package()
+    safetensors = require("safetensors.torch", "export")
     tokenizer = {key: _packed(value) for key, value in tokenizer.items()}
     metadata = {"format": "pt", _KEY: json.dumps({"tokenizer": tokenizer, "config": config})}
     tensors = {name: value.contiguous() for name, value in model.state_dict().items()}
@@ -32,10 +32,10 @@ def load(path: Path) -> dict:
     """{"model": state dict, "tokenizer": dict, "config": dict}, as a checkpoint has them.
 
     Raises:
-        CheckpointError: the file is missing, truncated, or none of fastguard's, or the safetensors
-            package is missing.
+        CheckpointError: the file is missing, truncated, or none of fastguard's.
+        MissingExtra: the safetensors package is missing.
     """
-    safetensors = _package()
+    safetensors = require("safetensors.torch", "export")
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             model = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -51,15 +51,6 @@ def load(path: Path) -> dict:
             f"{path} has no settings and tokenizer of fastguard in its metadata "
             f"({type(error).__name__}: {error}): make it with python -m fastguard.export"
         ) from error
-
-
-def _package():
-    try:
-        return importlib.import_module("safetensors.torch")
-    except ImportError:
-        raise CheckpointError(
-            "the safetensors package is missing: pip install 'torch-fastguard[export]'"
-        ) from None
 
 
 def _packed(value):

@@ -243,7 +243,7 @@ def test_missing_packages_are_named(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(
         export.importlib.util, "find_spec", lambda name: None if "onnx" in name else find(name)
     )
-    assert run(tmp_path, monkeypatch) == 1
+    assert run(tmp_path, monkeypatch) == 2
     error = capsys.readouterr().err
     assert "onnx, onnxscript, onnxruntime missing" in error
     assert "pip install 'torch-fastguard[export]'" in error

@@ -13,7 +13,7 @@ from fastguard.ops import Verdict
 from fastguard.thresholds import AdaGC, AutoClip, Fixed, RunningMedian, ZClip
 
 from .drawn import DTYPES, gradients
-from .simt.kernels.ops import DEVICES, on_devices
+from .simt.kernels.devices import DEVICES, on_devices
 from .test_clip import assert_same_bits, bits
 from .test_ops import needs_kernel, owned
 

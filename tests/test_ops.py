@@ -14,7 +14,7 @@ from fastguard import _native, ops
 from fastguard.ops import Verdict
 
 from .drawn import DTYPES, gradients
-from .simt.kernels.ops import DEVICES, on_devices
+from .simt.kernels.devices import DEVICES, on_devices
 
 needs_kernel = pytest.mark.skipif(
     _native.cpu_problem is not None, reason=f"no CPU kernels: {_native.cpu_problem}"

@@ -18,7 +18,7 @@ from fastguard import ops
 from fastguard.ops import Verdict
 
 from .drawn import DTYPES
-from .simt.kernels.ops import DEVICES
+from .simt.kernels.devices import DEVICES
 from .test_ops import assert_same_from_every_instruction_set, needs_kernel
 
 F64 = torch.float64

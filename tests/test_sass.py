@@ -11,6 +11,7 @@ from importlib import metadata
 import pytest
 import torch
 
+from fastguard._extras import MissingExtra
 from tests import sass
 from tests.sass import cuobjdump
 from tests.sass.__main__ import report
@@ -171,7 +172,5 @@ def test_without_cuobjdump_it_says_what_to_install(monkeypatch):
         raise metadata.PackageNotFoundError(package)
 
     monkeypatch.setattr(cuobjdump.metadata, "files", files)
-    with pytest.raises(
-        FileNotFoundError, match=r"nvidia-cuda-nvdisasm .*pip install -e \.\[test\]"
-    ):
+    with pytest.raises(MissingExtra, match=r"nvidia-cuda-nvdisasm .*torch-fastguard\[test\]"):
         cuobjdump.executable("nvdisasm")

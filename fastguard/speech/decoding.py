@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fastguard._extras import MissingExtra
 from fastguard.speech.text import normalize_text
 from fastguard.speech.tokenizer import Tokenizer
 
@@ -64,7 +65,7 @@ class BeamSearch:
     - with ``lexicon``, a file with a word at the start of each line, over words: only these come
       out, spelled as :func:`normalize_text` writes them. This needs a tokenizer of characters.
 
-    Raises ImportError without flashlight-text, ValueError for files that can not be used.
+    Raises MissingExtra without flashlight-text, ValueError for files that can not be used.
     """
 
     def __init__(
@@ -90,9 +91,7 @@ class BeamSearch:
         try:
             from torchaudio.models.decoder import ctc_decoder
         except (ImportError, RuntimeError) as error:
-            raise ImportError(
-                "beam search needs flashlight-text: pip install flashlight-text"
-            ) from error
+            raise MissingExtra("beam search needs flashlight-text", "beam") from error
         with tempfile.TemporaryDirectory() as folder:
             lexicon, lm_dict = None, None
             if self._spoken is not None:

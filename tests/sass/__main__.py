@@ -1,10 +1,12 @@
 """The tables."""
 
+import sys
 from importlib import metadata
 
 from fastguard import ops
+from fastguard._extras import MissingExtra
 
-from . import PROMISES, kernels
+from . import LIBRARY, PROMISES, kernels
 
 RESOURCES = """\
 What each kernel takes of a thread and of a block; how many blocks are to fit on an SM, and how many
@@ -102,7 +104,24 @@ def report(found):
     return "\n".join([RESOURCES, *resources(found), STREAMS, *streams(found), TILES, *tiles(found)])
 
 
-if __name__ == "__main__":
+def main():
+    """Exit status: 0 done, 1 without the library, 2 without the extra that brings cuobjdump."""
+    if not LIBRARY.is_file():
+        print(
+            f"error: there is no {LIBRARY}: build it with nvcc, pip install -v -e .",
+            file=sys.stderr,
+        )
+        return 1
+    try:
+        found = kernels()
+    except MissingExtra as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     nvcc, cuobjdump = ops.cuda_info()["toolkit"], metadata.version("nvidia-cuda-cuobjdump")
     print(f"python -m tests.sass > docs/results/sass.txt  (nvcc {nvcc}, cuobjdump {cuobjdump})\n")
-    print(report(kernels()))
+    print(report(found))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -9,6 +9,7 @@ from importlib import metadata
 from pathlib import Path
 
 import fastguard
+from fastguard._extras import MissingExtra
 
 from .instruction import Instruction, parse
 from .loop import innermost_loops
@@ -79,7 +80,7 @@ def executable(name):
     try:
         files = metadata.files(package)
     except metadata.PackageNotFoundError:
-        raise FileNotFoundError(f"{package} is not installed: pip install -e .[test]") from None
+        raise MissingExtra(f"{package} is not installed", "test") from None
     return next(Path(file.locate()) for file in files if Path(file).stem == name)
 
 

@@ -9,6 +9,8 @@ import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from fastguard._extras import require
+
 ROOT = Path(__file__).resolve().parents[2]
 CACHE = ROOT / "build" / "simt"
 FLAGS = [
@@ -22,10 +24,11 @@ class NoCompiler(RuntimeError):
 
 
 def load(name, sources):
-    """The pybind11 module ``name`` of these sources, paths below the repository's root."""
-    import pybind11
+    """The pybind11 module ``name`` of these sources, paths below the repository's root.
 
-    includes = [pybind11.get_include(), sysconfig.get_path("include")]
+    Raises MissingExtra without pybind11, NoCompiler without a compiler.
+    """
+    includes = [require("pybind11", "test").get_include(), sysconfig.get_path("include")]
     module = library(name, {source: includes_as_flags(includes) for source in sources})
     spec = importlib.util.spec_from_file_location(name, module)
     loaded = importlib.util.module_from_spec(spec)

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fastguard._extras import MissingExtra
 from fastguard.speech.decoding import BeamSearch, greedy_decode
 from fastguard.speech.tokenizer import BLANK, CharTokenizer
 
@@ -274,5 +275,5 @@ def test_without_flashlight_it_says_what_to_install(monkeypatch):
     for name in ("ctc_decoder", "_ctc_decoder"):
         monkeypatch.delattr(decoder, name, raising=False)
     monkeypatch.setitem(sys.modules, "torchaudio.models.decoder._ctc_decoder", None)
-    with pytest.raises(ImportError, match="pip install flashlight-text"):
+    with pytest.raises(MissingExtra, match=r"pip install 'torch-fastguard\[beam\]'"):
         BeamSearch(TOKENIZER)

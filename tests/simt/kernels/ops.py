@@ -8,7 +8,6 @@ import dataclasses
 import functools
 import math
 
-import pytest
 import torch
 
 from fastguard import ops
@@ -266,21 +265,3 @@ def copy_back(tensors, keep):
     for tensor, copy in zip(tensors, keep, strict=True):
         if tensor.data_ptr() != copy.data_ptr():
             tensor.detach().copy_(copy)
-
-
-DEVICES = [
-    pytest.param(Device(), id="cuda kernel, lanes in turn"),
-    pytest.param(Device(schedule="greedy", weak_memory=True, vary=True), id="warps one by one"),
-    pytest.param(
-        Device(schedule="random", weak_memory=True, resident=8, block_races=True, vary=True),
-        id="at random",
-    ),
-]
-
-
-def on_devices(name):
-    """One operator's function on each of the devices, as parameters of a test."""
-    return [
-        pytest.param(getattr(device.values[0], name), id=f"{name} {device.id}")
-        for device in DEVICES
-    ]
