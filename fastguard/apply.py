@@ -1,58 +1,165 @@
-"""Carrying a decision out: the optimizer steps by it, the GradScaler learns of it."""
+"""Carrying a decision out: each kind of optimizer steps by it, or is not called.
+
+fastguard's optimizers and torch's fused ones read the decision on the device, if their ``step``
+really is the one that does. For everything else the host looks at the verdict, scales gradients and
+calls the optimizer's own ``step``, with whatever wrappers are around it. In both cases the guard
+checks that the step was taken.
+"""
+
+import inspect
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.optim import optimizer as torch_optimizer
 
 from . import ops, optim
-from .clip import scale_
+from .clip import is_dtensor, scale_
+
+#: Wrappers whose ``step`` calls that of their ``optimizer``, by the package of their class.
+_WRAPPERS = ("accelerate", "lightning", "lightning_fabric", "pytorch_lightning")
+
+
+def unwrapped(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """The optimizer inside the wrappers of accelerate, Lightning and Fabric, or itself."""
+    while type(optimizer).__module__.partition(".")[0] in _WRAPPERS:
+        inner = getattr(optimizer, "optimizer", None)
+        if not isinstance(inner, torch.optim.Optimizer) or inner is optimizer:
+            break
+        optimizer = inner
+    return optimizer
+
+
+def check_steppable(optimizer: torch.optim.Optimizer) -> None:
+    """ValueError where ``optimizer.step()`` would not do what ``guard.step`` means by it."""
+    if unwrapped(optimizer) is optimizer:
+        return
+    name = type(optimizer).__name__
+    if held_scaler(optimizer) is not None:
+        raise ValueError(
+            f"{name} holds a GradScaler and unscales in its own step: the guard would see scaled "
+            "gradients. Call guard.attach(optimizer) once, and then optimizer.step() in place of "
+            "guard.step(optimizer)"
+        )
+    gradient_state = getattr(optimizer, "gradient_state", None)
+    if gradient_state is not None and not gradient_state.sync_gradients:
+        raise ValueError(
+            f"{name}.step does nothing inside accelerator.accumulate before the last micro-batch: "
+            "call guard.step only where accelerator.sync_gradients is true, or guard.attach("
+            "optimizer) once, and then optimizer.step() for each micro-batch"
+        )
+
+
+def held_scaler(optimizer: torch.optim.Optimizer) -> torch.amp.GradScaler | None:
+    """The enabled GradScaler that a wrapper of accelerate, Lightning or Fabric steps through."""
+    strategy = getattr(optimizer, "_strategy", None)
+    precision = getattr(strategy, "precision_plugin", getattr(strategy, "precision", None))
+    for holder in (optimizer, precision):
+        scaler = getattr(holder, "scaler", None)
+        if scaler is not None and scaler.is_enabled():
+            return scaler
+    return None
 
 
 def step_optimizer(
-    optimizer: torch.optim.Optimizer, grads: list[Tensor], decision: ops.GuardDecision
+    optimizer: torch.optim.Optimizer,
+    grads: list[Tensor],
+    decision: ops.GuardDecision,
+    step: Callable[[], object],
 ) -> None:
     """Step with the gradients times ``decision.grad_coef``, or leave everything as it is.
 
-    fastguard's optimizers and torch's fused ones read the decision on the device; for any other the
-    host has to know the verdict.
+    Args:
+        grads: those that the decision is about; with AdaGC in the order of its coefficients.
+        step: calls the optimizer's own step.
+
+    Raises:
+        RuntimeError: ``step`` returned, and the optimizer has not stepped by the decision.
     """
     one_coef = decision.grad_coef.dim() == 0
-    if leaves_gradients(optimizer):
+    if _has_hooks(optimizer) and _skipped(decision):
+        return  # hooks after a step, as those of an EMA of the weights, must not see a skip
+    if reads_decision(optimizer):
         optimizer.decision = decision
         optimizer.decision_index = None if one_coef else {id(g): i for i, g in enumerate(grads)}
         try:
-            optimizer.step()
+            step()
+            if optimizer.decision is not None:
+                raise _not_stepped(optimizer)
         finally:
             optimizer.decision = optimizer.decision_index = None
     elif one_coef and _is_fused(optimizer):
-        _step_fused(optimizer, decision)
-    elif not ops.Verdict(int(decision.verdict)).skipped:
+        _lay_out_grads_(optimizer)
+        _step_fused(optimizer, decision, step)
+    elif not _skipped(decision):
         _scale_own_(optimizer, grads, decision.grad_coef)
-        optimizer.step()
+        _step_on_host(optimizer, step)
 
 
-def leaves_gradients(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether the optimizer reads the decision itself and writes no gradient."""
-    return isinstance(optimizer, (optim.Adam, optim.AdamW))
+def reads_decision(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether its step reads the decision itself, and writes no gradient.
 
-
-def _scale_own_(optimizer: torch.optim.Optimizer, grads: list[Tensor], coef: Tensor) -> None:
-    """Scale the gradients among ``grads`` that this optimizer is to use; others may share them."""
-    held = {id(p.grad) for group in optimizer.param_groups for p in group["params"]}
-    rows = [i for i, grad in enumerate(grads) if id(grad) in held]
-    if coef.dim() > 0 and len(rows) < len(grads):
-        coef = coef[torch.tensor(rows, device=coef.device)]
-    scale_([grads[i] for i in rows], coef)
+    The class alone does not tell: wrappers take on the class of what they wrap, and a subclass may
+    have a step of its own.
+    """
+    return _own_step(optimizer) is _READS_DECISION
 
 
 def _is_fused(optimizer: torch.optim.Optimizer) -> bool:
     return (
-        getattr(optimizer, "_step_supports_amp_scaling", False)
+        _own_step(optimizer) in _FUSED
         and all(group.get("fused") for group in optimizer.param_groups)
-        and not _would_skip_into_garbage(optimizer)
+        and not _has_no_momentum_yet(optimizer)
     )
 
 
-def _would_skip_into_garbage(optimizer: torch.optim.Optimizer) -> bool:
+def plain_class(optimizer: torch.optim.Optimizer) -> type[torch.optim.Optimizer]:
+    """The class of the optimizer as it was before :meth:`GradGuard.attach`."""
+    return getattr(type(optimizer), "_plain_class", type(optimizer))
+
+
+def _own_step(optimizer: torch.optim.Optimizer) -> Callable:
+    """The function that ``optimizer.step`` comes to, without torch's and schedulers' wrappers."""
+    cls = plain_class(optimizer)
+    if cls is type(optimizer):
+        return _innermost(optimizer.step)  # an instance may have a step of its own, too
+    return _innermost(cls.step)
+
+
+def _innermost(step: Callable) -> Callable:
+    step = inspect.unwrap(step)
+    return getattr(step, "__func__", step)
+
+
+_READS_DECISION = _innermost(optim.AdamW.step)
+#: torch's own kernels for GradScaler: they divide by ``grad_scale`` and heed ``found_inf``.
+_FUSED = {
+    _innermost(cls.step)
+    for cls in (torch.optim.Adagrad, torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)
+}
+
+
+def _skipped(decision: ops.GuardDecision) -> bool:
+    return ops.Verdict(int(decision.verdict)).skipped
+
+
+class OnStep:
+    """A hook of ours, which :func:`_has_hooks` does not count."""
+
+
+def _has_hooks(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether somebody wants to hear of the steps that are taken."""
+    own = vars(unwrapped(optimizer))
+    hooks = [
+        *torch_optimizer._global_optimizer_pre_hooks.values(),
+        *torch_optimizer._global_optimizer_post_hooks.values(),
+        *own.get("_optimizer_step_pre_hooks", {}).values(),
+        *own.get("_optimizer_step_post_hooks", {}).values(),
+    ]
+    return any(not isinstance(hook, OnStep) for hook in hooks)
+
+
+def _has_no_momentum_yet(optimizer: torch.optim.Optimizer) -> bool:
     # torch's fused SGD allocates its momentum with empty_like, and on a skip leaves it so.
     return any(
         group.get("momentum") and p.grad is not None and "momentum_buffer" not in optimizer.state[p]
@@ -61,100 +168,84 @@ def _would_skip_into_garbage(optimizer: torch.optim.Optimizer) -> bool:
     )
 
 
-def _step_fused(optimizer: torch.optim.Optimizer, decision: ops.GuardDecision) -> None:
-    """By way of what torch made for its GradScaler.
+def _step_fused(
+    optimizer: torch.optim.Optimizer, decision: ops.GuardDecision, step: Callable[[], object]
+) -> None:
+    """Through what torch made for its GradScaler.
 
     Its kernels divide by ``grad_scale`` and skip if ``found_inf`` is 1, exactly, and of shape ().
-    A coefficient below 1/3.4e38 can not be said in this way: such gradients are clipped less.
+    A coefficient below 1/3.4e38 cannot be represented so: such gradients are clipped less.
     """
     skip = decision.verdict >= int(ops.Verdict.SKIP_NONFINITE)
     largest = torch.finfo(torch.float32).max
     optimizer.grad_scale = decision.grad_coef.reciprocal().clamp(max=largest).float()
     optimizer.found_inf = skip.float()
     try:
-        optimizer.step()
+        step()
     finally:
         del optimizer.grad_scale, optimizer.found_inf
 
 
-def scale_of(scaler: torch.amp.GradScaler | None, device: torch.device) -> Tensor | None:
-    """What the scaler multiplied the loss by, float64, shape (); None for 1."""
-    if scaler is None or not scaler.is_enabled():
-        return None
-    return scaler.scale(torch.ones((), device=device)).double()
+class _Stepped(OnStep):
+    """A post-step hook that remembers that it was called."""
+
+    def __init__(self):
+        self.called = False
+
+    def __call__(self, optimizer, args, kwargs) -> None:
+        self.called = True
 
 
-def found_by_unscaling(
-    scaler: torch.amp.GradScaler | None, optimizers: list[torch.optim.Optimizer]
-) -> Tensor | None:
-    """What ``scaler.unscale_`` found, non-zero for an Inf or NaN, if it was called since the last
-    update; ShardedGradScaler has asked all ranks for it. None if it was not called.
-
-    Raises:
-        ValueError: it was called for some of the optimizers only.
-    """
-    if scaler is None or not scaler.is_enabled():
-        return None
-    states = [scaler._per_optimizer_states[id(optimizer)] for optimizer in optimizers]
-    unscaled = {state["stage"].name == "UNSCALED" for state in states}
-    if unscaled == {True, False}:
-        raise ValueError("scaler.unscale_ was called for some of the optimizers; call it for none")
-    if True not in unscaled:
-        return None
-    found = [f for state in states for f in state["found_inf_per_device"].values()]
-    return torch.stack([f.reshape(()).to(found[0].device) for f in found]).sum()
+def _step_on_host(optimizer: torch.optim.Optimizer, step: Callable[[], object]) -> None:
+    inner = unwrapped(optimizer)
+    if "_optimizer_step_post_hooks" not in vars(inner):  # Optimizer.__init__ was never called
+        step()
+        return
+    stepped = _Stepped()
+    handle = inner.register_step_post_hook(stepped)
+    try:
+        step()
+    finally:
+        handle.remove()
+    if not stepped.called:
+        raise _not_stepped(optimizer)
 
 
-def scaling_of(
-    scaler: torch.amp.GradScaler | None,
-    device: torch.device,
-    optimizers: list[torch.optim.Optimizer],
-) -> ops.Scaling | None:
-    """The scaler's state, for the decision to update on the way, after :func:`scale_of`.
-
-    None where that is not all that ``update`` has to do: a scaler of another class may do more, as
-    ShardedGradScaler asks all ranks, and what it found for an optimizer that the guard does not
-    step counts too. GradScaler has no public way to its tensors.
-    """
-    if scaler is None or not scaler.is_enabled():
-        return None
-    if type(scaler).update is not torch.amp.GradScaler.update or scaler._scale.device != device:
-        return None
-    ours = {id(optimizer) for optimizer in optimizers}
-    if any(key not in ours for key in scaler._per_optimizer_states):
-        return None
-    return ops.Scaling(
-        scaler._scale,
-        scaler._growth_tracker,
-        scaler.get_growth_factor(),
-        scaler.get_backoff_factor(),
-        scaler.get_growth_interval(),
+def _not_stepped(optimizer: torch.optim.Optimizer) -> RuntimeError:
+    name = type(optimizer).__name__
+    return RuntimeError(
+        f"{name}.step() returned without the step of {plain_class(unwrapped(optimizer)).__name__}, "
+        "so the guard's verdict was not carried out. Something replaced or wrapped its step: call "
+        "guard.attach(optimizer) once, before that, and then optimizer.step() in place of "
+        "guard.step(optimizer)"
     )
 
 
-def copy_of(scaling: ops.Scaling | None) -> tuple[Tensor, ...]:
-    return () if scaling is None else tuple(tensor.clone() for tensor in scaling[:2])
+def _lay_out_grads_(optimizer: torch.optim.Optimizer) -> None:
+    """Give dense gradients the memory layout of their parameters.
 
-
-def restore(scaling: ops.Scaling | None, copies: tuple[Tensor, ...]) -> None:
-    for tensor, copy in zip(scaling or (), copies, strict=False):
-        tensor.copy_(copy)
-
-
-def update_scaler(
-    scaler: torch.amp.GradScaler | None,
-    optimizers: list[torch.optim.Optimizer],
-    found_inf: Tensor,
-) -> None:
-    """Let the scale grow, or shrink where ``found_inf`` is True: after a NaN or Inf.
-
-    ``unscale_`` would find that out by reading and writing all gradients once more, and has no
-    bf16 on CUDA; the norm has told already. GradScaler has no public way to take it.
+    torch's fused kernels read and write a gradient as its parameter lies, whatever its strides are;
+    and an expanded gradient cannot be scaled in place.
     """
-    if scaler is None or not scaler.is_enabled():
+    held = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    dense = [p for p in held if p.grad.layout == torch.strided]
+    grads = [p.grad for p in dense]
+    contiguous = Tensor.is_contiguous
+    if all(map(contiguous, dense)) and all(map(contiguous, grads)):  # the strides cost far more
         return
-    for optimizer in optimizers:
-        found = scaler._per_optimizer_states[id(optimizer)]["found_inf_per_device"]
-        # What unscale_ found counts too; found_inf tells what it found on other ranks.
-        found[found_inf.device] = found.get(found_inf.device, 0) + found_inf.float()
-    scaler.update()
+    for p, grad in zip(dense, grads, strict=True):
+        if grad.stride() != p.stride() and not is_dtensor(grad):
+            p.grad = torch.empty_like(p, requires_grad=False).copy_(grad)
+
+
+def _scale_own_(optimizer: torch.optim.Optimizer, grads: list[Tensor], coef: Tensor) -> None:
+    """Scale the gradients among ``grads`` that this optimizer is to use; others may share them."""
+    row_of = {id(grad): row for row, grad in enumerate(grads)}
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    held = [(p, row_of[id(p.grad)]) for p in params if id(p.grad) in row_of]
+    _lay_out_grads_(optimizer)
+    own = {id(p.grad): (p.grad, row) for p, row in held}
+    rows = [row for _, row in own.values()]
+    if coef.dim() > 0 and rows != list(range(len(grads))):
+        coef = coef[torch.tensor(rows, device=coef.device)]
+    scale_([grad for grad, _ in own.values()], coef)

@@ -45,11 +45,6 @@ def unscaling(scale: Tensor | None, weight: Tensor | float, device: torch.device
     return (weight if scale is None else scale * weight).reciprocal()
 
 
-def nan_if(found_inf: Tensor) -> Tensor:
-    """1, or NaN, with which every norm is NaN: the scaler saw an Inf, perhaps on another rank."""
-    return torch.where(found_inf == 0, 1.0, math.nan).double()
-
-
 def discarded(measured, unscale, loss) -> ops.GuardDecision:
     """The decision about a batch that a rollback passes over."""
     one = torch.ones_like(measured.total_norm)

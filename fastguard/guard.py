@@ -8,28 +8,30 @@ import math
 import statistics
 import weakref
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from . import ops
+from . import attached, ops
 from .accumulate import Window, check_summable
-from .apply import (
+from .apply import check_steppable, reads_decision, step_optimizer, unwrapped
+from .buffers import Buffers, OnLoad
+from .clip import check_threshold, local_parts
+from .decision import WINDOW, discarded, fresh_statistics, scalar, unscaling
+from .grad_scaler import (
+    check_shared,
     copy_of,
-    found_by_unscaling,
-    leaves_gradients,
+    handed_scale,
+    loss_scale,
+    record_found_inf,
     restore,
     scale_of,
     scaling_of,
-    step_optimizer,
-    update_scaler,
 )
-from .buffers import Buffers, OnLoad
-from .clip import check_threshold, local_parts
-from .decision import WINDOW, discarded, fresh_statistics, nan_if, scalar, unscaling
+from .lr_scheduler import GuardedScheduler
 from .measure import BackwardMeasure
 from .parameters import Watched, measurable
 from .rollback import Rollback, Snapshots
@@ -161,6 +163,13 @@ class GradGuard:
         self._steps = 0
         self._batches_to_skip = 0
         self._discarded: int | None = None  # the last step that was, after a rollback
+        self._stepping = False
+        self._stepped: tuple = (), None  # optimizers and scaler of the last step
+        self._attached: torch.optim.Optimizer | None = None
+        self._described: tuple[object, Tensor | float | None] = None, None
+        self._schedulers: list[GuardedScheduler] = []
+        #: The report of the last step.
+        self.last_report: PendingReport | None = None
 
     def __repr__(self) -> str:
         return (
@@ -179,6 +188,7 @@ class GradGuard:
         scaler: torch.amp.GradScaler | None = None,
         loss: Tensor | float | None = None,
         batch_id: object = None,
+        update_scaler: bool | None = None,
     ) -> PendingReport:
         """Clip and call ``optimizer.step()``, or skip; gradients stay for ``zero_grad`` to clear.
 
@@ -190,6 +200,9 @@ class GradGuard:
                 verdict, as Muon for the matrices and AdamW for the rest.
             scaler: the GradScaler that scaled the loss, if one did. The guard unscales, steps and
                 updates it; do not call its ``step`` and ``update`` yourself.
+            update_scaler: False leaves ``scaler.update()`` to you, once after the steps of several
+                guards with one scaler. By default the guard updates, and refuses a scaler that
+                another guard updates too; True allows that.
             loss: of this batch, one number, unscaled; NaN or Inf skips the step. Ranks that decide
                 together may each give their own, or none: the report has the mean. With
                 DistributedDataParallel and no ``process_group`` it must be the same in all, or
@@ -203,24 +216,74 @@ class GradGuard:
             GradientExplosionError: ``patience`` skips in a row. This step is done then.
             ValueError: no optimizer, or one twice; it needs a closure or holds a gradient that the
                 guard does not watch; gradients of an unsupported dtype, on several devices, or not
-                accumulated as the others of their window; a loss that is not one number. Nothing
-                was changed then.
+                accumulated as the others of their window; a loss that is not one number; a scaler
+                that scaled no loss, or is updated by another guard; a wrapper that holds a scaler
+                or accumulates; an optimizer that is attached to another guard. Nothing was changed
+                then.
+            RuntimeError: the optimizer's ``step`` returned and had not carried the verdict out.
             Exception: what an optimizer raises. Its gradients may be scaled already then, and those
                 of several that came before it have stepped.
         """
-        optimizers = [optimizer] if hasattr(optimizer, "param_groups") else [*optimizer]
-        if not optimizers or len(set(map(id, optimizers))) < len(optimizers):
-            raise ValueError(f"step takes one optimizer or several different ones, got {optimizer}")
+        optimizers = _listed(optimizer)
+        for each in optimizers:
+            check_steppable(each)
+            attached.check_own(each, self)
+        check_shared(scaler, self, update_scaler)
+        return self._guarded(
+            lambda: self._step(optimizers, scaler, loss, batch_id, update_scaler is not False)
+        )
+
+    @torch.no_grad()
+    def step_attached(self, optimizer, handed, loss: Tensor | float | None) -> PendingReport:
+        """The step of an attached optimizer, which calls this.
+
+        Args:
+            handed: the ``grad_scale`` and ``found_inf`` that ``GradScaler.step`` left in it; or
+                None.
+            loss: what its closure returned; :meth:`describe` comes first.
+        """
+        if handed is not None and self._window is not None:
+            raise ValueError(
+                "scaler.step(optimizer) does not see the gradients that guard.accumulate() took: "
+                "call guard.step(optimizer, scaler=scaler), which updates the scaler too"
+            )
+        (batch_id, given), self._described = self._described, (None, None)
+        loss = loss if given is None else given
+        return self._guarded(
+            lambda: self._step([optimizer], None, loss, batch_id, handed=handed, called_by_it=True)
+        )
+
+    def _guarded(self, step: Callable[[], PendingReport]) -> PendingReport:
+        """``step``, and what has to happen before and after each."""
+        if self._stepping:
+            raise RuntimeError(
+                "guard.step was called from inside guard.step: the optimizer's step calls the "
+                "guard that calls it. Use guard.attach(optimizer), which makes optimizer.step() "
+                "the guarded step"
+            )
+        self._stepping = True
         try:
-            report = self._step(optimizers, scaler, loss, batch_id)
+            report = step()
         except BaseException:
             self._heal_buffers()
             raise
+        finally:
+            self._stepping = False
+        self.last_report = report
         self._act(self._learn())
         self._take_snapshot()
         return report
 
-    def _step(self, optimizers, scaler, loss, batch_id) -> PendingReport:
+    def _step(
+        self,
+        optimizers,
+        scaler,
+        loss,
+        batch_id,
+        update_scaler=True,
+        handed=None,
+        called_by_it=False,
+    ) -> PendingReport:
         if self._watched.check(optimizers):
             self._found_others()
         self._lay_out()
@@ -236,34 +299,38 @@ class GradGuard:
         names, grads = _once(names, grads)
         if self._ranks is not None:
             names, grads = self._ranks.all_of(names, grads, device)
-        found_inf = found_by_unscaling(scaler, optimizers)
-        scale = scale_of(scaler, device) if found_inf is None else nan_if(found_inf)
-        unscale = unscaling(scale, 1.0 if window is None else window.weight, device)
-        in_one = self._in_one_call and window is None and found_inf is None
-        in_one = in_one and grads and not self._batches_to_skip
+        if handed is None:
+            scaled = loss_scale(scaler, optimizers, device)
+        else:
+            scaled = handed_scale(*handed, device)
+        unscale = unscaling(scaled.scale, 1.0 if window is None else window.weight, device)
+        in_one = self._in_one_call and window is None and scaled.found_inf is None
+        in_one = in_one and update_scaler and grads and not self._batches_to_skip
         scaling = scaling_of(scaler, device, optimizers) if in_one else None
         before = self._statistics.copy(), self._ema_norms, copy_of(scaling)
-        measured, decision = self._judge(names, grads, unscale, loss, scaling)
+        measured, decision = self._judge(names, grads, scaled.reject(unscale), loss, scaling)
 
         try:
             if window is not None:
                 window.hand_over()
             for each in optimizers:
-                step_optimizer(each, grads, decision)
+                own_step = attached.plain_step_of(each, called_by_it)
+                step_optimizer(each, grads, decision, own_step)
         except BaseException:
             self._statistics, self._ema_norms = before[:2]
             restore(scaling, before[2])
             if window is not None:
                 window.take_back()
-                self._window = window if all(map(leaves_gradients, optimizers)) else None
+                self._window = window if all(map(reads_decision, optimizers)) else None
             raise
         self._window = None
         self._buffers.settle(decision.verdict)
         if scaler is not None and scaling is None:
             infinite = ~measured.total_norm.isfinite()
-            update_scaler(
-                scaler, optimizers, infinite if window is None else infinite | window.found_inf
-            )
+            found_inf = infinite if window is None else infinite | window.found_inf
+            record_found_inf(scaler, optimizers, found_inf)
+            if update_scaler:
+                scaler.update()
 
         micro_batches = () if window is None else window.reports
         report = PendingReport(
@@ -380,6 +447,83 @@ class GradGuard:
         self._batches_to_skip -= skip
         return skip
 
+    # --- in other people's loops ------------------------------------------------------------------
+
+    def attach(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+        """Make ``optimizer.step(closure=None)`` the guarded step, for loops that are not yours.
+
+        ::
+
+            guard = GradGuard(model, max_norm=0.5, skip_norm=10.0)
+            guard.attach(optimizer)
+            ...
+            loss.backward()
+            optimizer.step()        # guarded: clips, or skips; report in guard.last_report
+
+        It may be called before or after the optimizer is wrapped by accelerate, Lightning or
+        Fabric (it attaches to the optimizer inside), and before or after schedulers are built. The
+        class of the optimizer becomes a subclass of the same name; its step calls a closure first
+        and takes its loss. With a GradScaler the code stays as torch documents it:
+        ``scaler.scale(loss).backward(); scaler.step(optimizer); scaler.update()``; one scaler may
+        serve several guarded optimizers. ``optimizer.state_dict()`` holds the guard's state, in
+        ``param_groups[0]["fastguard"]``; a plain optimizer loads it too, and ignores that entry.
+        Copies and pickles of the optimizer are guarded by a copy of the guard.
+
+        Args:
+            optimizer: a torch optimizer, or accelerate's, Lightning's or Fabric's wrapper of one.
+
+        Returns:
+            The optimizer that is now attached: ``optimizer``, or the one inside.
+
+        Raises:
+            ValueError: this guard is attached to another optimizer, another guard to this one; its
+                ``step`` was replaced on the instance; what :meth:`step` would refuse. Nothing was
+                changed then.
+            TypeError: no torch optimizer.
+        """
+        if self._attached is not None and self._attached is not unwrapped(optimizer):
+            raise ValueError(
+                "this GradGuard is attached to another optimizer: give each optimizer a guard of "
+                "its own parameters, or call guard.step([one, two]) to step several by one verdict"
+            )
+        if isinstance(unwrapped(optimizer), torch.optim.Optimizer):
+            self._watched.check([unwrapped(optimizer)])
+        self._attached = attached.attach(self, optimizer)
+        return self._attached
+
+    def adopt(self, optimizer: torch.optim.Optimizer) -> None:
+        """Take a copy of the attached optimizer, made together with this copy of the guard."""
+        self._attached = optimizer
+
+    def detach(self) -> None:
+        """Give the attached optimizer its own step back; nothing if there is none."""
+        if self._attached is not None:
+            attached.detach(self._attached)
+            self._attached = None
+
+    def describe(self, *, batch_id: object = None, loss: Tensor | float | None = None) -> None:
+        """Say of the next step of the attached optimizer what :meth:`step` takes as arguments.
+
+        Args:
+            batch_id: names the batch in reports, warnings and errors.
+            loss: of the batch, one number, unscaled; NaN or Inf skips the step.
+        """
+        self._described = batch_id, loss
+
+    def scheduler(self, lr_scheduler) -> GuardedScheduler:
+        """The scheduler, whose ``step()`` counts applied steps only.
+
+        For a scheduler that is stepped once per optimizer step. The host does not wait: a skip
+        that becomes known late, as on a GPU, is made up for by a later call that does nothing.
+
+        Args:
+            lr_scheduler: one of torch's, or anything with ``step``, ``state_dict`` and
+                ``load_state_dict``.
+        """
+        guarded = GuardedScheduler(lr_scheduler)
+        self._schedulers.append(guarded)
+        return guarded
+
     # --- what a step is made of -------------------------------------------------------------------
 
     @property
@@ -465,6 +609,8 @@ class GradGuard:
             log_skip(micro_batch, self.skip_norm)
         if report.skipped:
             log_skip(report, self.skip_norm)
+            for scheduler in self._schedulers:
+                scheduler.owe()
         if report.verdict is ops.Verdict.SKIP_ROLLBACK:
             return
         if report.skipped or report.quarantined:
@@ -574,6 +720,36 @@ class GradGuard:
         if self._measure is not None:
             self._measure.forget()
 
+    def __getstate__(self) -> dict:
+        """For pickle and copy: the settings, the parameters and what the next decision depends on.
+
+        Copies for a rollback and a begun window start anew, and :meth:`scheduler` has to be called
+        again. Waits for the device.
+        """
+        if self._group is not None:
+            raise TypeError(
+                "a GradGuard with a process_group cannot be copied or pickled: the group belongs "
+                "to this process. Build another GradGuard and give it this one's state_dict()"
+            )
+        self._learn(wait=True)
+        report = self.last_report
+        return vars(self) | {
+            "_listening": None,
+            "_ranks": None,
+            "_measure": self._measure and BackwardMeasure(),
+            "_snapshots": None if self._snapshots is None else Snapshots(self._rollback),
+            "_window": None,
+            "_stepped": ((), None),
+            "_described": (None, None),
+            "_schedulers": [],
+            "last_report": None if report is None else report.result(),
+        }
+
+    def __setstate__(self, state: dict) -> None:
+        vars(self).update(state)
+        self._listening = weakref.WeakSet()
+        self._found_others()
+
     def commit_buffers(self) -> None:
         """Tell the guard that what is in the module's buffers is good.
 
@@ -636,6 +812,16 @@ def _of_any_kind(measure, names: list[str], grads: list[Tensor], *args):
         if values is grads:
             raise  # it was something else
         return measure(values, *args)
+
+
+def _listed(optimizer) -> list[torch.optim.Optimizer]:
+    if hasattr(optimizer, "param_groups"):
+        return [optimizer]
+    listed = list(optimizer) if isinstance(optimizer, Iterable) else []
+    different = len(set(map(id, listed))) == len(listed)
+    if not listed or not different or not all(hasattr(o, "param_groups") for o in listed):
+        raise ValueError(f"step takes one optimizer or several different ones, got {optimizer!r}")
+    return listed
 
 
 def _once(names: list[str], grads: list[Tensor]) -> tuple[list[str], list[Tensor]]:

@@ -33,8 +33,9 @@ class _Fused:
     # pickling loses what torch sets on the instance.
     _step_supports_amp_scaling = True
 
-    #: grad_coef and verdict of :func:`fastguard.ops.adamw_` for the next step; a guard sets it
-    #: around ``step``. It is the whole decision: GradScaler's tensors are not looked at beside it.
+    #: grad_coef and verdict of :func:`fastguard.ops.adamw_` for the next step, which a guard sets.
+    #: It is the whole decision: GradScaler's tensors are not looked at beside it. ``step`` sets it
+    #: to None when it has carried it out, by which the guard sees that it was.
     decision: ops.Decision | None = None
 
     #: The row of grad_coef for each gradient, by ``id(grad)``, where grad_coef has shape (N,).
@@ -72,6 +73,7 @@ class _Fused:
             bucket.step(*arguments, only_check=True)
         for bucket, *arguments in zip(self._buckets, grads, decisions, options, strict=True):
             bucket.step(*arguments)
+        self.decision = None
         return loss
 
     def _collect(self) -> list[list[Tensor]]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
+from .apply import plain_class
 from .attention import AttentionStats
 from .clip import readable
 from .multihead import ClampedMultiheadAttention
@@ -64,6 +65,14 @@ class Watched:
         ]
         self.stale = False
 
+    def __getstate__(self) -> dict:
+        return vars(self) | {"_checked": None, "_ids": None}
+
+    def __setstate__(self, state: dict) -> None:
+        vars(self).update(state)
+        self._checked = weakref.WeakKeyDictionary()
+        self._ids = set(map(id, self.parameters))
+
     def attention_stats(self) -> dict[str, AttentionStats]:
         """Those that the module's attentions recorded in their last forward, by name."""
         return {name: each.stats for name, each in self._attentions if each.stats is not None}
@@ -78,6 +87,7 @@ class Watched:
         walk = seen is None or self.stale or not _same(seen, groups)
         if walk:
             _check_no_closure(optimizer)
+            _check_one_pass(optimizer)
             if self.module is not None:
                 self._look_up()
             held = [p for group in groups for p in group]
@@ -139,7 +149,7 @@ def _same(a: list[list[Tensor]], b: list[list[Tensor]]) -> bool:
 
 def _check_no_closure(optimizer: torch.optim.Optimizer) -> None:
     # Of the class: schedulers put a wrapper in the instance.
-    _, *parameters = inspect.signature(type(optimizer).step).parameters.values()
+    _, *parameters = inspect.signature(plain_class(optimizer).step).parameters.values()
     for parameter in parameters:
         if parameter.default is parameter.empty and parameter.kind not in (
             parameter.VAR_POSITIONAL,
@@ -149,6 +159,15 @@ def _check_no_closure(optimizer: torch.optim.Optimizer) -> None:
                 f"{type(optimizer).__name__}.step needs a {parameter.name}: it evaluates the model "
                 "several times per step, and the guard would see but one of its gradients"
             )
+
+
+def _check_one_pass(optimizer: torch.optim.Optimizer) -> None:
+    if hasattr(optimizer, "first_step") and hasattr(optimizer, "second_step"):
+        raise ValueError(
+            f"{type(optimizer).__name__} (SAM) takes two backward passes per step, and the guard "
+            "would see but one of them. Call guard.attach(optimizer.base_optimizer): then the "
+            "second pass, which moves the weights, is guarded"
+        )
 
 
 def _name(

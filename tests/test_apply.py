@@ -1,10 +1,12 @@
 """How a decision reaches fastguard's, torch's fused and any other optimizer, and a GradScaler."""
 
 import math
+import types
 
 import pytest
 import torch
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import fastguard
 from fastguard import GradGuard, Verdict
@@ -140,6 +142,7 @@ def test_an_outlier_does_not_lower_the_scale_and_a_bad_loss_neither():
     optimizer = fastguard.AdamW(parameters)
     guard = GradGuard(parameters, skip_norm=10.0)
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    scaler.scale(torch.ones(()))
     verdicts = []
     for norm, loss in ([(1.0, 1.0)] * 16) + [(1e6, 1.0), (1.0, math.nan)]:
         set_gradient_norms(parameters, norm * 4)
@@ -339,3 +342,167 @@ def test_another_optimizers_scaler_state_counts_and_is_forgotten(bad):
         scaler.step(alone)
         guard.step(optimizer, scaler=scaler)
     assert scaler.get_scale() == (2.0 if bad else 8.0)
+
+
+# --- steps that are not what they look like -------------------------------------------------------
+
+
+class Wrapper:
+    """As Lightning's and Fabric's wrappers: it takes on the class of what it holds."""
+
+    def __init__(self, optimizer, steps=True):
+        own = {name: value for name, value in vars(optimizer).items() if name != "step"}
+        vars(self).update(own, optimizer=optimizer, steps=steps, calls=0)
+        names = {"__module__": "lightning.fabric.wrappers"}
+        self.__class__ = type("Fabric", (Wrapper, type(optimizer)), names)
+
+    def step(self, closure=None):
+        self.calls += 1
+        if self.steps:
+            self.optimizer.step()
+
+
+def test_a_wrapper_with_the_class_of_what_it_wraps_is_stepped_through_its_own_step(make):
+    def run(wrap, batches):
+        model = without_batch_norm()
+        optimizer = wrap(make(model.parameters()))
+        guard = GradGuard(model, max_norm=0.02)
+        for x in batches:
+            train_step(model, optimizer, guard, x)
+        return model, optimizer
+
+    good = [seeded(0), seeded(2), seeded(4)]
+    model, optimizer = run(Wrapper, [good[0], seeded(1, math.nan), *good[1:], seeded(3, math.inf)])
+    assert optimizer.calls == 3  # a skip is not its step
+    assert_same_bits(everything(model, optimizer), everything(*run(Wrapper, good)))
+    plain, _ = run(lambda optimizer: optimizer, good)
+    for ours, right in zip(model.parameters(), plain.parameters(), strict=True):
+        # Gradients are scaled in place here, and rounded.
+        torch.testing.assert_close(ours, right, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, 1e30])
+def test_a_skip_reaches_through_a_wrapper(make, bad):
+    model = small_model()
+    optimizer = Wrapper(make(model.parameters()))
+    guard = GradGuard(model, max_norm=0.02)
+    train_step(model, optimizer, guard, seeded(0))
+    before = everything(model, optimizer)
+    report = train_step(model, optimizer, guard, seeded(1, bad))
+    if report.skipped:
+        assert_same_bits(before, everything(model, optimizer))
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+def test_a_wrapper_that_does_not_step_is_an_error(make):
+    model = small_model()
+    optimizer = Wrapper(make(model.parameters()), steps=False)
+    with pytest.raises(RuntimeError, match=r"verdict was not carried out.*guard\.attach"):
+        train_step(model, optimizer, GradGuard(model), seeded(0))
+
+
+def test_a_subclass_with_a_step_of_its_own_is_stepped_by_it():
+    class Doubled(fastguard.AdamW):
+        calls = 0
+
+        def step(self, closure=None):
+            Doubled.calls += 1
+            return super().step(closure)
+
+    class Inherits(fastguard.AdamW):
+        pass
+
+    ends = []
+    for kind in (Doubled, Inherits, fastguard.AdamW):
+        model = without_batch_norm()
+        optimizer = kind(model.parameters(), lr=0.1)
+        guard = GradGuard(model)  # clips nothing: scaling in place rounds
+        for x in (seeded(0), seeded(1, math.nan), seeded(2)):
+            train_step(model, optimizer, guard, x)
+        ends.append(everything(model, optimizer))
+    assert Doubled.calls == 2
+    assert_same_bits(ends[0], ends[1])
+    assert_same_bits(ends[1], ends[2])
+
+
+def test_a_wrapper_that_holds_a_scaler_is_refused_by_name():
+    weight = nn.Parameter(torch.ones(2))
+    weight.grad = torch.ones(2)
+    optimizer = Wrapper(torch.optim.SGD([weight], lr=1.0))
+    optimizer.scaler = torch.amp.GradScaler("cpu")
+    for arguments in ({}, {"scaler": optimizer.scaler}):
+        with pytest.raises(ValueError, match=r"holds a GradScaler.*guard\.attach\(optimizer\)"):
+            GradGuard([weight]).step(optimizer, **arguments)
+    optimizer.scaler = torch.amp.GradScaler("cpu", enabled=False)
+    GradGuard([weight]).step(optimizer)
+    assert weight.ne(1.0).all()
+
+
+def test_a_wrapper_that_accumulates_is_refused_before_the_last_micro_batch():
+    weight = nn.Parameter(torch.ones(2))
+    weight.grad = torch.ones(2)
+    optimizer = Wrapper(torch.optim.SGD([weight], lr=1.0))
+    optimizer.gradient_state = types.SimpleNamespace(sync_gradients=False)
+    with pytest.raises(ValueError, match=r"accelerator\.sync_gradients"):
+        GradGuard([weight]).step(optimizer)
+    optimizer.gradient_state.sync_gradients = True
+    GradGuard([weight]).step(optimizer)
+    assert weight.ne(1.0).all()
+
+
+@pytest.mark.parametrize("hook", ["pre", "post", "global post"])
+def test_hooks_of_a_step_do_not_hear_of_a_skip(make, hook):
+    """An average of the weights in a post-step hook must count the steps that were taken."""
+    model = small_model()
+    optimizer = make(model.parameters())
+    guard = GradGuard(model)
+    heard = []
+
+    def listen(*_):
+        heard.append(1)
+
+    register = {
+        "pre": optimizer.register_step_pre_hook,
+        "post": optimizer.register_step_post_hook,
+        "global post": register_optimizer_step_post_hook,
+    }[hook]
+    handle = register(listen)
+    try:
+        for x in (seeded(0), seeded(1, math.nan), seeded(2), seeded(3, math.inf)):
+            train_step(model, optimizer, guard, x)
+    finally:
+        handle.remove()
+    assert len(heard) == 2
+
+
+EXPANDED = {
+    "one number": lambda: torch.full((1,), 0.5).expand(64, 33),
+    "one row": lambda: torch.arange(33.0).expand(64, 33),
+    "transposed": lambda: torch.arange(64.0 * 33).view(33, 64).t(),
+    "with gaps": lambda: torch.arange(64.0 * 66).view(64, 66)[:, ::2],
+}
+
+
+@pytest.mark.parametrize("layout", EXPANDED)
+@pytest.mark.parametrize("max_norm", [0.1, math.inf])
+def test_gradients_that_lie_otherwise_than_their_parameters(make, layout, max_norm):
+    """torch's fused kernels go by the parameter's layout, and write into the gradient."""
+    ends = []
+    for grad in (EXPANDED[layout](), EXPANDED[layout]().contiguous()):
+        torch.manual_seed(0)
+        weight = nn.Parameter(torch.randn(64, 33))
+        optimizer = make([weight])
+        weight.grad = grad
+        assert not GradGuard([weight], max_norm).step(optimizer).skipped
+        ends.append(weight.detach())
+    torch.testing.assert_close(*ends, rtol=1e-6, atol=1e-6)
+
+
+def test_two_parameters_that_share_an_expanded_gradient():
+    parameters = [nn.Parameter(torch.zeros(3)) for _ in range(2)]
+    shared = torch.ones(1).expand(3)
+    for p in parameters:
+        p.grad = shared
+    GradGuard(parameters, max_norm=0.5).step(torch.optim.SGD(parameters, lr=1.0))
+    for p in parameters:
+        torch.testing.assert_close(p.detach(), torch.full((3,), -0.5 / 3**0.5))

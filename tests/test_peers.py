@@ -155,6 +155,7 @@ def test_a_scheduler_can_follow_the_applied_steps(name):
     scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
     guard = GradGuard(parameters)
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    scaler.scale(torch.ones(()))
     rates = []
     for norm in (1.0, math.inf, 1.0, math.nan, 1.0):
         set_gradient_norms(parameters, norm)
