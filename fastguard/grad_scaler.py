@@ -63,10 +63,11 @@ def check_shared(scaler: torch.amp.GradScaler | None, guard, update_scaler: bool
     if other is not None and other is not guard:
         raise ValueError(
             "another GradGuard updates this GradScaler too. The first guard.step changes the "
-            "scale, and the second would unscale its gradients by the new one. Pass update_scaler=False "
-            "to both and call scaler.update() after them; or guard.attach(optimizer) each, then "
-            "scaler.step(optimizer) each and scaler.update(). If each loss is scaled after the "
-            "other guard's step, pass update_scaler=True"
+            "scale, and the second would unscale its gradients by the new one. Pass "
+            "update_scaler=False to both and call scaler.update() after them; or call "
+            "guard.attach(optimizer) for each, then scaler.step(optimizer) for each and "
+            "scaler.update() once. If each loss is scaled after the other guard's step, pass "
+            "update_scaler=True"
         )
     _updated_by[scaler] = weakref.ref(guard)
 

@@ -11,6 +11,8 @@ import numpy
 import torch
 from torch import Tensor
 
+from .apply import plain_class
+
 logger = logging.getLogger(__name__)
 
 
@@ -78,7 +80,7 @@ class Snapshots:
             {
                 "step": step,
                 "parameters": [(p, _to_host(p.detach())) for p in unique],
-                "optimizers": [(o, _groups_of(o), _to_host(o.state_dict())) for o in optimizers],
+                "optimizers": [(o, _groups_of(o), _to_host(_state_of(o))) for o in optimizers],
                 "scaler": None if scaler is None else (scaler, copy.deepcopy(scaler.state_dict())),
                 "scheduler": None if scheduler is None else copy.deepcopy(scheduler.state_dict()),
                 "guard": guard,
@@ -151,9 +153,14 @@ def _groups_of(optimizer) -> list[list[int]]:
     return [list(map(id, group["params"])) for group in optimizer.param_groups]
 
 
+def _state_of(optimizer) -> dict:
+    """Without the guard's, which is in an attached optimizer's state dict and is kept apart."""
+    return plain_class(optimizer).state_dict(optimizer)
+
+
 def _load_exactly(optimizer, saved: dict) -> None:
     """``load_state_dict`` without its cast of all state to the parameter's dtype."""
-    optimizer.load_state_dict(saved)
+    plain_class(optimizer).load_state_dict(optimizer, saved)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for number, entries in saved["state"].items():
         state = optimizer.state[parameters[number]]

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import fastguard
-from fastguard import GradGuard, GradientExplosionError, Verdict
+from fastguard import GradGuard, GradientExplosionError, Rollback, Verdict
 from fastguard.attached import STATE_KEY, link_of
 from fastguard.thresholds import ZClip
 
@@ -493,6 +493,25 @@ def test_patience_ends_an_attached_run():
     optimizer.step()
     with pytest.raises(GradientExplosionError):
         optimizer.step()
+
+
+def test_an_attached_run_rolls_back(make):
+    """As a run with guard.step does, bit for bit."""
+    ends = []
+    for attach in (True, False):
+        model = small_model()
+        optimizer = make(model.parameters())
+        guard = GradGuard(
+            model, patience=2, on_patience="rollback", rollback=Rollback(every=2, lr_factor=0.5)
+        )
+        if attach:
+            guard.attach(optimizer)
+        for x in (*map(seeded, range(5)), seeded(5, math.nan), seeded(6, math.nan), seeded(7)):
+            optimizer.zero_grad()
+            backward(model, x)
+            optimizer.step() if attach else guard.step(optimizer)
+        ends.append(everything(model, optimizer))
+    assert_same_bits(*ends)
 
 
 def test_an_optimizer_that_raises_leaves_the_guard_as_it_was():
