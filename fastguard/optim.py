@@ -5,6 +5,7 @@ keys, so that either loads what the other saved. The state of a group lies packe
 as :func:`fastguard.ops.adamw_` takes it; the entries of ``state`` are views of these.
 """
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from itertools import repeat
@@ -16,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from . import ops
 from .clip import is_dtensor, local_parts
+from .optimizer_checks import check_group, state_problem
 from .sharded import lay_out_
 
 _MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
@@ -44,6 +46,21 @@ class _Fused:
     _buckets: "list[_Bucket] | None" = None
     _loading: dict | None = None
 
+    def add_param_group(self, param_group: dict) -> None:
+        """Add a group, as torch does; the constructor calls this for each of its groups.
+
+        Raises:
+            RuntimeError: the group is ``differentiable``.
+        """
+        default = self.defaults["differentiable"]
+        if isinstance(param_group, dict) and param_group.get("differentiable", default):
+            name = type(self).__name__
+            raise RuntimeError(
+                f"`fused` does not support `differentiable`, and fastguard.{name} is always fused; "
+                f"use torch.optim.{name}(..., differentiable=True)"
+            )
+        super().add_param_group(param_group)
+
     @torch.no_grad()
     def step(self, closure: Callable[[], object] | None = None):
         """One step; on a skip, by ``decision`` or GradScaler's ``found_inf``, nothing is written.
@@ -58,14 +75,19 @@ class _Fused:
             What the closure returned, or None.
 
         Raises:
+            ValueError: an option of a group is NaN or infinite.
             RuntimeError: a sparse gradient, one that ``decision_index`` does not know, or state of
-                a wrong shape or dtype.
+                a wrong shape or dtype, or one that is NaN, infinite or negative and was put there
+                on the CPU; in a CUDA graph's capture, what the graph could not follow. Nothing is
+                written then.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         grads = self._collect()
+        if _capturing(self._buckets):
+            _check_capture(self.param_groups)
         # What fails here fails before the first bucket is stepped, which looks at itself.
         decisions = self._decide(grads)
         options = [bucket.options() for bucket in self._buckets]
@@ -73,7 +95,7 @@ class _Fused:
             bucket.step(*arguments, only_check=True)
         for bucket, *arguments in zip(self._buckets, grads, decisions, options, strict=True):
             bucket.step(*arguments)
-        self.decision = None
+        vars(self).pop("decision", None)  # back to the None of the class
         return loss
 
     def _collect(self) -> list[list[Tensor]]:
@@ -106,6 +128,7 @@ class _Fused:
         The values stay, bit for bit; what lies in the right place already is not moved.
         """
         before, self._buckets = self._buckets or [], None
+        written = {id(view) for b in before for views in b.views.values() for view in views}
         sorted_: dict[tuple, list[Tensor]] = {}
         without_grad: list[Tensor] = []
         for number, group in enumerate(self.param_groups):
@@ -115,6 +138,7 @@ class _Fused:
                     without_grad.append(p)
                     continue
                 _check_dense([p.grad])
+                _check_fused(group, number, p)
                 key = (number, p.device, _moment_dtype(p).to_real())
                 sorted_.setdefault(key, []).append(p)
         buckets = []
@@ -124,7 +148,8 @@ class _Fused:
             bucket = next(kept, None)
             states = [self.state[p] for p in params]
             if bucket is None or not _same(states, bucket.states) or not bucket.unchanged():
-                bucket = _Bucket(group, number, device, dtype, params, states)
+                bucket = _Bucket(group, number, device, dtype, params, states, written)
+            bucket.number = number
             buckets.append(bucket)
         for p in without_grad:
             _leave_the_pack(self.state.get(p, {}))
@@ -179,6 +204,11 @@ class _Fused:
 
         The state is copied. Moments of bfloat16 and float16 parameters are float32, whatever the
         dtype they were saved in; torch's ``load_state_dict`` would round them to the parameter's.
+        The groups keep the saved ``fused``, ``foreach`` and ``capturable``, as with torch's.
+
+        Raises:
+            ValueError: other groups than the optimizer's; a moment or step that is NaN, infinite or
+                negative where it cannot be, by the parameter's number. Nothing was loaded then.
         """
         handle = self.register_load_state_dict_pre_hook(_remember)  # called after the user's own
         try:
@@ -191,14 +221,16 @@ class _Fused:
         """For pickle, which would write the whole pack once for each view of it."""
         state = defaultdict(dict)
         for p, entries in self.state.items():
-            state[p] = {k: v.clone() if _shares(v) else v for k, v in entries.items()}
+            if isinstance(entries, dict):  # a hook may keep anything else here
+                entries = {k: v.clone() if _shares(v) else v for k, v in entries.items()}
+            state[p] = entries
         return super().__getstate__() | {"state": state}
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
         self._buckets = None  # lets go of the old state
         for group in self.param_groups:
-            group.update(foreach=None, capturable=False, differentiable=False, fused=True)
+            group["differentiable"] = False
         for p, original in self._before_torch_cast_it():
             own = self.state[p]
             for name in own.keys() & original.keys() & set(_MOMENTS):
@@ -236,8 +268,10 @@ class _Bucket:
         dtype: torch.dtype,
         params: list[Tensor],
         states: list[dict[str, Tensor]],
+        written: set[int],
     ):
         self.group = group
+        self.number = number
         self.device = device
         self.params = params
         self.states = states
@@ -251,7 +285,7 @@ class _Bucket:
         self._layouts = list(map(_layout, self._others))
         names = _MOMENTS if self.amsgrad else _MOMENTS[:2]
         for p, state in zip(params, states, strict=True):
-            if problem := _problem(p, state, names):
+            if problem := _problem(p, state, names, written):
                 index = next(i for i, q in enumerate(group["params"]) if q is p)
                 raise RuntimeError(f"parameter {index} of group {number}: {problem}")
         real = _real(parts) if self.complex else parts
@@ -261,7 +295,7 @@ class _Bucket:
             for name in _MOMENTS
         }
         self._packs["step"] = torch.zeros(len(params), dtype=torch.float32, device=device)
-        self._views = {
+        self.views = {
             name: [
                 torch.view_as_complex(view) if p.is_complex() else view
                 for view, p in zip(
@@ -272,14 +306,14 @@ class _Bucket:
             ]
             for name in names
         }
-        self._views["step"] = [self._packs["step"][i] for i in range(len(params))]
+        self.views["step"] = [self._packs["step"][i] for i in range(len(params))]
         for name in ("step", *names):
-            for view, state in zip(self._views[name], states, strict=True):
+            for view, state in zip(self.views[name], states, strict=True):
                 if name in state:
                     view.copy_(*local_parts([state[name]]))
             if self.sharded and name != "step":
-                self._views[name] = list(map(_laid_out_as, params, self._views[name]))
-            for view, state in zip(self._views[name], states, strict=True):
+                self.views[name] = list(map(_laid_out_as, params, self.views[name]))
+            for view, state in zip(self.views[name], states, strict=True):
                 state[name] = view
         self._copies = list(map(dict, states))
 
@@ -302,7 +336,7 @@ class _Bucket:
             pass  # of an entry that can not be compared; what counts is compared below
         same = all(
             all(map(is_, map(dict.get, self.states, repeat(name)), views))
-            for name, views in self._views.items()
+            for name, views in self.views.items()
         )
         if same:  # what changed is an entry of somebody else's
             self._copies = list(map(dict, self.states))
@@ -346,16 +380,29 @@ class _Bucket:
             raise
 
     def options(self) -> tuple[float | bool, ...]:
-        """The options of :func:`fastguard.ops.adamw_`, in its order."""
+        """The options of :func:`fastguard.ops.adamw_`, in its order.
+
+        Raises:
+            ValueError: one is NaN or infinite.
+        """
         group = self.group
         beta1, beta2 = group["betas"]
-        numbers = (group["lr"], beta1, beta2, group["weight_decay"], group["eps"])
+        options = (group["lr"], beta1, beta2, group["weight_decay"], group["eps"])
+        numbers = tuple(map(float, options))
+        if not all(map(math.isfinite, numbers)):
+            lr, beta1, beta2, weight_decay, eps = numbers
+            check_group(
+                self.number,
+                {"lr": lr, "betas": (beta1, beta2), "weight_decay": weight_decay, "eps": eps},
+            )
         flags = (group["decoupled_weight_decay"], group["amsgrad"], group["maximize"])
-        return *map(float, numbers), *map(bool, flags)
+        return *numbers, *map(bool, flags)
 
 
-def _problem(p: Tensor, state: dict[str, Tensor], names: tuple[str, ...]) -> str | None:
-    """What is wrong with state that was there already."""
+def _problem(
+    p: Tensor, state: dict[str, Tensor], names: tuple[str, ...], written: set[int]
+) -> str | None:
+    """What is wrong with state that was there already; ``written``, by id, what a step wrote."""
     for name in ("step", *names):
         shape, dtype = p.shape, _moment_dtype(p)
         if name == "step":
@@ -366,6 +413,10 @@ def _problem(p: Tensor, state: dict[str, Tensor], names: tuple[str, ...]) -> str
             if isinstance(entry, Tensor):
                 if entry.shape == shape and entry.dtype == dtype:
                     if name == "step" or _placed(entry) == _placed(p):
+                        # Elsewhere the host would have to wait for the device.
+                        look = entry.device.type == "cpu" and id(entry) not in written
+                        if look and (problem := state_problem(name, entry)):
+                            return f"{problem}; delete it from the state to start from zero"
                         continue
                     return (
                         f"its {name} must be a DTensor with the parameter's mesh and placements, "
@@ -392,6 +443,36 @@ def _laid_out_as(p: Tensor, part: Tensor) -> Tensor:
     whole = torch.empty_like(p, dtype=part.dtype)
     whole.to_local().set_(part)
     return whole
+
+
+def _check_fused(group: dict, number: int, p: Tensor) -> None:
+    if group["fused"] and p.is_meta:  # as torch's
+        raise RuntimeError(
+            "`fused=True` requires all the params to be floating point Tensors of a device that "
+            f"has memory, but one of group {number} is on meta; call model.to_empty(device=...) "
+            "first and build the optimizer of the parameters that it makes"
+        )
+
+
+def _capturing(buckets: list[_Bucket]) -> bool:
+    on_cuda = any(bucket.device.type == "cuda" for bucket in buckets)
+    return on_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def _check_capture(groups: list[dict]) -> None:
+    """RuntimeError where a CUDA graph would replay something else than this step."""
+    for number, group in enumerate(groups):
+        if not group["capturable"]:
+            raise RuntimeError(
+                "step() is captured into a CUDA graph, but capturable of param group "
+                f"{number} is False; a replay repeats the captured lr and weight_decay. If that is "
+                "meant, build the optimizer with capturable=True"
+            )
+        if isinstance(group["lr"], Tensor) and group["lr"].is_cuda:
+            raise RuntimeError(
+                f"lr of param group {number} is a CUDA tensor, which a graph could not follow: the "
+                "step takes lr from the host; use a float, or torch.optim's with capturable=True"
+            )
 
 
 def _check_dense(grads: list[Tensor]) -> None:
@@ -422,6 +503,13 @@ def _leave_the_pack(state: dict[str, Tensor]) -> None:
 
 
 def _remember(optimizer: _Fused, state_dict: dict) -> None:
+    for number, entries in state_dict["state"].items():
+        for name in ("step", *_MOMENTS) if isinstance(entries, dict) else ():
+            if name in entries and (problem := state_problem(name, entries[name])):
+                raise ValueError(
+                    f"state of parameter {number}: {problem}; nothing was loaded. Load an earlier "
+                    "state, or delete the parameter's entry to start from zero moments"
+                )
     optimizer._loading = state_dict
 
 
@@ -447,9 +535,8 @@ _ARGUMENTS = """
     value and NaN skip), the step multiplies as it reads, the gradients stay as they are, and on a
     skip parameters and state stay so too, bit for bit.
 
-    On the CPU all parameters of a group are one call of a native kernel; on CUDA, and without a
-    compiler, the pure-torch :func:`fastguard.ops.adamw_ref_` serves. Always fused: there are no
-    ``foreach``, ``fused``, ``capturable`` and ``differentiable``.
+    All parameters of a group, device and dtype are one call of a native kernel; without one the
+    pure-torch :func:`fastguard.ops.adamw_ref_` serves. The step is always fused.
 
     Args:
         params: parameters, (name, parameter) pairs or param groups, as for torch's optimizers, of
@@ -460,6 +547,13 @@ _ARGUMENTS = """
         weight_decay: {weight_decay}.
         amsgrad: divide by the largest second moment so far instead of the present one.
         maximize: step along the gradient, not against it.
+        foreach, fused: None, False or True, without effect on the step: it is always fused. Not
+            both True, as with torch's. They stay in the groups, so that torch's optimizer that
+            loads the state steps as it was asked for here.
+        capturable: without effect outside of a CUDA graph's capture, inside of which it must be
+            True: ``step`` is an argument on the device, but lr, betas, eps and weight_decay are
+            taken from the host, and a replay repeats those of the capture.
+        differentiable: False.
 
     Its state, per parameter: ``step``, float32 of shape () on the parameter's device, and
     ``exp_avg``, ``exp_avg_sq`` and with amsgrad ``max_exp_avg_sq`` of the parameter's shape, in
@@ -475,6 +569,7 @@ _ARGUMENTS = """
 
     Raises:
         ValueError: an option outside of its range, or no parameters.
+        RuntimeError: ``differentiable``, or both ``foreach`` and ``fused``.
 
     Source: {source}
     """
@@ -486,39 +581,9 @@ class Adam(_Fused, torch.optim.Adam):
         source='Kingma & Ba, "Adam: A Method for Stochastic Optimization", ICLR 2015.',
     )
 
-    def __init__(
-        self,
-        params,
-        lr: float | Tensor = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
-        amsgrad: bool = False,
-        *,
-        maximize: bool = False,
-    ):
-        super().__init__(
-            params, lr, betas, eps, weight_decay, amsgrad, maximize=maximize, fused=True
-        )
-
 
 class AdamW(_Fused, torch.optim.AdamW):
     __doc__ = "``torch.optim.AdamW`` whose step takes the guard's decision.\n" + _ARGUMENTS.format(
         weight_decay="times lr, the part of the parameter that is taken off at every step",
         source='Loshchilov & Hutter, "Decoupled Weight Decay Regularization", ICLR 2019.',
     )
-
-    def __init__(
-        self,
-        params,
-        lr: float | Tensor = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 1e-2,
-        amsgrad: bool = False,
-        *,
-        maximize: bool = False,
-    ):
-        super().__init__(
-            params, lr, betas, eps, weight_decay, amsgrad, maximize=maximize, fused=True
-        )
