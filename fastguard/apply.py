@@ -6,6 +6,7 @@ calls the optimizer's own ``step``, with whatever wrappers are around it. In bot
 checks that the step was taken.
 """
 
+import functools
 import inspect
 from collections.abc import Callable
 
@@ -32,6 +33,12 @@ def unwrapped(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
 
 def check_steppable(optimizer: torch.optim.Optimizer) -> None:
     """ValueError where ``optimizer.step()`` would not do what ``guard.step`` means by it."""
+    if hasattr(vars(optimizer).get("step"), "_torchdynamo_orig_callable"):
+        raise ValueError(
+            f"{type(optimizer).__name__}.step is compiled by torch.compile, and a compiled step "
+            "does not see the guard's verdict: compile the model, and leave optimizer.step as it "
+            "is"
+        )
     if unwrapped(optimizer) is optimizer:
         return
     name = type(optimizer).__name__
@@ -121,14 +128,17 @@ def plain_class(optimizer: torch.optim.Optimizer) -> type[torch.optim.Optimizer]
 def _own_step(optimizer: torch.optim.Optimizer) -> Callable:
     """The function that ``optimizer.step`` comes to, without torch's and schedulers' wrappers."""
     cls = plain_class(optimizer)
-    if cls is type(optimizer):
-        return _innermost(optimizer.step)  # an instance may have a step of its own, too
-    return _innermost(cls.step)
+    if cls is type(optimizer) and "step" in vars(optimizer):
+        return _innermost(optimizer.step)
+    return _innermost_of_class(cls.step)
 
 
 def _innermost(step: Callable) -> Callable:
     step = inspect.unwrap(step)
     return getattr(step, "__func__", step)
+
+
+_innermost_of_class = functools.lru_cache(64)(_innermost)
 
 
 _READS_DECISION = _innermost(optim.AdamW.step)
@@ -150,13 +160,17 @@ class OnStep:
 def _has_hooks(optimizer: torch.optim.Optimizer) -> bool:
     """Whether somebody wants to hear of the steps that are taken."""
     own = vars(unwrapped(optimizer))
-    hooks = [
-        *torch_optimizer._global_optimizer_pre_hooks.values(),
-        *torch_optimizer._global_optimizer_post_hooks.values(),
-        *own.get("_optimizer_step_pre_hooks", {}).values(),
-        *own.get("_optimizer_step_post_hooks", {}).values(),
-    ]
-    return any(not isinstance(hook, OnStep) for hook in hooks)
+    return any(
+        not isinstance(hook, OnStep)
+        for hooks in (
+            torch_optimizer._global_optimizer_pre_hooks,
+            torch_optimizer._global_optimizer_post_hooks,
+            own.get("_optimizer_step_pre_hooks"),
+            own.get("_optimizer_step_post_hooks"),
+        )
+        if hooks
+        for hook in hooks.values()
+    )
 
 
 def _has_no_momentum_yet(optimizer: torch.optim.Optimizer) -> bool:

@@ -60,6 +60,7 @@ class Attached:
     # GradScaler.step then calls step on a bad step too, and leaves grad_scale and found_inf here.
     _step_supports_amp_scaling = True
 
+    @torch._disable_dynamo  # as torch's own optimizers: torch.compile would trace the guard
     def step(self, closure: Callable[[], object] | None = None):
         """The guarded step.
 

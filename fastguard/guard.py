@@ -180,6 +180,7 @@ class GradGuard:
 
     # --- a step ---------------------------------------------------------------------------------
 
+    @torch._disable_dynamo  # in a compiled training loop the guard runs as it is
     @torch.no_grad()
     def step(
         self,
@@ -342,6 +343,7 @@ class GradGuard:
         self._stepped = optimizers, scaler
         return report
 
+    @torch._disable_dynamo
     @torch.no_grad()
     def accumulate(
         self,

@@ -15,7 +15,7 @@ from fastguard import GradGuard, GradientExplosionError, Rollback, Verdict
 from fastguard.attached import STATE_KEY, link_of
 from fastguard.thresholds import ZClip
 
-from .test_apply import OPTIMIZERS, OnlyCalls, seeded
+from .test_apply import OPTIMIZERS, OnlyCalls, seeded, without_batch_norm
 from .test_clip import assert_same_bits, bits
 from .test_guard import everything, set_gradient_norms, small_model
 from .test_guard_device import slow
@@ -280,6 +280,50 @@ def test_a_guarded_scheduler_resumes_and_takes_a_plain_ones_state():
     plain.step()
     again.load_state_dict(plain.state_dict())
     assert again.last_epoch == 1
+
+
+# --- torch.compile --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("what", ["step", "loop", "attached loop"])
+def test_compiled_code_that_calls_a_guarded_step(make, what):
+    """A traced guard would bake a verdict into the graph, and let the NaN of a later batch pass."""
+    ends = []
+    for compiled in (True, False):
+        compile_ = functools.partial(torch.compile, backend="eager") if compiled else lambda f: f
+        model = without_batch_norm()
+        optimizer = make(model.parameters())
+        guard = GradGuard(model, max_norm=0.02)
+        if what != "loop":
+            guard.attach(optimizer)
+        if what == "step":
+            optimizer.step = compile_(optimizer.step)
+
+        def turn(x, model=model, optimizer=optimizer, guard=guard):
+            optimizer.zero_grad()
+            backward(model, x)
+            guard.step(optimizer) if what == "loop" else optimizer.step()
+
+        if what != "step":
+            turn = compile_(turn)
+        for x in BATCHES:
+            turn(x)
+        ends.append(everything(model, optimizer))
+        assert guard.state_dict()["steps"] == len(BATCHES)
+    torch._dynamo.reset()
+    assert_same_bits(*ends)
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+def test_a_compiled_step_of_a_plain_optimizer_is_refused(make):
+    model = small_model()
+    optimizer = make(model.parameters())
+    optimizer.step = torch.compile(optimizer.step, backend="eager")
+    backward(model, seeded(0))
+    with pytest.raises(ValueError, match=r"compiled by torch\.compile"):
+        GradGuard(model).step(optimizer)
+    with pytest.raises(ValueError, match=r"was replaced by"):
+        GradGuard(model).attach(optimizer)
 
 
 # --- copies, pickles and checkpoints --------------------------------------------------------------
