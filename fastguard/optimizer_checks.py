@@ -94,11 +94,31 @@ def nonfinite_state(
     return found
 
 
+def check_state(optimizer: torch.optim.Optimizer, names: Mapping[int, str]) -> None:
+    """Refuse state that holds a NaN or Inf: the next step would write it to the weights.
+
+    Reads all of the state, and waits for the device; for the first step with an optimizer and the
+    first after a ``load_state_dict``.
+
+    Raises:
+        ValueError: names the parameters and the entries.
+    """
+    if found := nonfinite_state(optimizer, names):
+        listed = ", ".join(f"{entry} of {name}" for name, entry in found[:3])
+        more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+        raise ValueError(
+            f"the state of {type(optimizer).__name__} is NaN or infinite: {listed}{more}. A step "
+            "would write it to the weights: load an earlier state, or delete these entries of "
+            "optimizer.state to start from zero"
+        )
+
+
 def _nonfinite(state: object) -> Iterator[str]:
     for name, entry in state.items() if isinstance(state, dict) else ():
         if isinstance(entry, Tensor):
             entry = entry.to_local() if is_dtensor(entry) else entry
-            if not (entry.is_meta or _all_finite(entry)):
+            quantized = type(entry) is not Tensor  # torchao's, which has no isfinite
+            if not (quantized or entry.is_meta or _all_finite(entry)):
                 yield name
         elif isinstance(entry, float) and not math.isfinite(entry):
             yield name

@@ -14,6 +14,7 @@ from .apply import plain_class
 from .attention import AttentionStats
 from .clip import readable
 from .multihead import ClampedMultiheadAttention
+from .optimizer_checks import check_options, check_state
 
 _COMPLEX = {torch.complex64, torch.complex128}
 _DTYPES = {*ops.DTYPES, *_COMPLEX}
@@ -38,6 +39,7 @@ class Watched:
         self._given = [] if self.module is not None else _name(params_or_model)
         # Of each optimizer: the parameters that it held last, and those that are not watched.
         self._checked: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+        self._listening: weakref.WeakSet = weakref.WeakSet()
         self._look_up()
         if len(set(self.names)) < len(self.names):
             twice = next(name for i, name in enumerate(self.names) if name in self.names[:i])
@@ -66,11 +68,12 @@ class Watched:
         self.stale = False
 
     def __getstate__(self) -> dict:
-        return vars(self) | {"_checked": None, "_ids": None}
+        return vars(self) | {"_checked": None, "_listening": None, "_ids": None}
 
     def __setstate__(self, state: dict) -> None:
         vars(self).update(state)
         self._checked = weakref.WeakKeyDictionary()
+        self._listening = weakref.WeakSet()
         self._ids = set(map(id, self.parameters))
 
     def attention_stats(self) -> dict[str, AttentionStats]:
@@ -98,7 +101,11 @@ class Watched:
                     "others, or the module's were replaced after the optimizer was built (by "
                     "load_state_dict(assign=True)?); build the optimizer anew"
                 )
+            names = dict(zip(map(id, self.parameters), self.names, strict=True))
+            check_state(optimizer, names)
+            self._listen(optimizer)
             self._checked[optimizer] = [list(group) for group in groups], strangers
+        check_options(optimizer.param_groups)
         for p in strangers:
             if p.grad is not None:
                 raise ValueError(
@@ -106,6 +113,21 @@ class Watched:
                     "that the guard does not watch; give GradGuard the module or all parameters"
                 )
         return walk
+
+    def _listen(self, optimizer: torch.optim.Optimizer) -> None:
+        """Check the optimizer anew after each ``load_state_dict``."""
+        if optimizer in self._listening or not hasattr(
+            optimizer, "_optimizer_load_state_dict_post_hooks"
+        ):
+            return
+        me = weakref.ref(self)  # the hook must not keep the guard's parameters alive
+
+        def loaded(optimizer):
+            if (watched := me()) is not None:
+                watched._checked.pop(optimizer, None)
+
+        optimizer.register_load_state_dict_post_hook(loaded)
+        self._listening.add(optimizer)
 
     def with_gradients(self) -> tuple[list[str], list[Tensor], list[Tensor]]:
         """The parameters that have a gradient: their names, they, their gradients."""
