@@ -281,11 +281,15 @@ def test_fused_sgd_does_not_skip_into_uninitialised_momentum():
     weight = nn.Parameter(torch.zeros(100_000))
     optimizer = torch.optim.SGD([weight], lr=1.0, momentum=0.9, fused=True)
     guard = GradGuard([weight])
-    dirty = [torch.full((100_000,), 7e30) for _ in range(4)]
-    del dirty  # what the allocator gives next
-    for value in (math.nan, 0.0):
-        weight.grad = torch.full_like(weight, value)
-        guard.step(optimizer)
+    torch.use_deterministic_algorithms(True)  # and with it empty memory is filled with NaN
+    try:
+        assert torch.utils.deterministic.fill_uninitialized_memory
+        assert torch.empty(1).isnan()
+        for value in (math.nan, 0.0):
+            weight.grad = torch.full_like(weight, value)
+            guard.step(optimizer)
+    finally:
+        torch.use_deterministic_algorithms(False)
     assert weight.abs().max() == 0
 
 

@@ -182,6 +182,16 @@ def test_weights_are_those_of_the_output(dropout_p):
         torch.testing.assert_close(sums[0], seen.double())
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16])
+def test_dtypes_under_autocast_are_those_of_torchs_attention(dtype):
+    query, key, value = (draw(1, 2, 5, 8, seed=i).detach().to(dtype) for i in range(3))
+    with torch.autocast("cpu", torch.bfloat16):
+        got = clamped_attention(query, key, value)
+        expected = torch.nn.functional.scaled_dot_product_attention(query, key, value)
+    assert got.dtype == expected.dtype
+    torch.testing.assert_close(got, expected, rtol=1e-2, atol=1e-2)
+
+
 @pytest.mark.parametrize("with_weights", [False, True])
 def test_reference_keeps_its_precision_under_autocast(with_weights):
     query, key, value = (draw(1, 2, 30, 64, seed=i).detach().bfloat16() for i in range(3))

@@ -238,6 +238,22 @@ def test_in_two_steps_the_same_bits(grads, norm_type, nonfinite):
     assert_same_bits(bits(p.grad for p in one), bits(p.grad for p in two))
 
 
+@pytest.mark.parametrize("norm_type", [2.0, 1.0, 3.0, 0.5, -1.0])
+@pytest.mark.parametrize("error_if_nonfinite", [False, True])
+def test_both_ways_clip_by_the_norm_that_is_returned(norm_type, error_if_nonfinite):
+    """Rounded to float32: a coefficient of the norm before that would show in some elements."""
+    generator = torch.Generator().manual_seed(0)
+    grads = [torch.rand(1000, generator=generator) + 0.5 for _ in range(5)]
+    one, two = parameters_with(grads), parameters_with(grads)
+    max_norm = 0.3 * fastguard.get_total_norm(grads, norm_type).item()
+    norm = fastguard.clip_grad_norm_(one, max_norm, norm_type, error_if_nonfinite)
+    assert norm == fastguard.get_total_norm([p.grad for p in two], norm_type)
+    fastguard.clip_grads_with_norm_(two, max_norm, norm)
+    assert_same_bits(bits(p.grad for p in one), bits(p.grad for p in two))
+    for p, grad in zip(one, grads, strict=True):
+        assert torch.equal(p.grad, (grad.double() * (max_norm / (norm.double() + 1e-6))).float())
+
+
 @pytest.mark.parametrize("norm_type", [1.0, 2.0, 3.5, 8, math.inf, -math.inf])
 def test_a_nan_stays_in_every_order(norm_type):
     """Apex's maximum, by fmaxf, drops it. Order 0 counts it, as in torch."""

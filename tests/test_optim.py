@@ -736,6 +736,21 @@ def test_our_own_state_survives(dtype, way):
     assert_same_bits(state_bits(other), state_bits(mine))
 
 
+@pytest.mark.parametrize("source", PAIRS[1])
+def test_a_loaded_state_is_a_copy(source):
+    here, there = parameters(), parameters()
+    mine, other = fastguard.AdamW(here), source(there)
+    run(other, there)
+    mine.load_state_dict(other.state_dict())
+    before = state_bits(mine)
+    run(other, there)
+    assert_same_bits(state_bits(mine), before)
+    run(mine, here)
+    before = state_bits(mine)
+    run(other, there)
+    assert_same_bits(state_bits(mine), before)
+
+
 def test_torch_rounds_the_moments_of_bfloat16_that_it_loads():
     params = parameters(torch.bfloat16)
     mine = fastguard.AdamW(params)
@@ -878,16 +893,23 @@ def delete(optimizer, params):
     del optimizer.state[params[0]]["exp_avg"]
 
 
-def change_layouts(optimizer, params):
+def from_channels_last(optimizer, params):
     params[1].data = params[1].data.contiguous()
+
+
+def to_transposed(optimizer, params):
     params[5].data = params[5].data.t().contiguous().t()
+
+
+def from_transposed_to_gaps(optimizer, params):
+    """Not contiguous before and after."""
     params[4].data = laid_out(params[4].data, "gaps")
 
 
 @pytest.mark.parametrize(
     "change",
     [replace, replace_all, reload, add_group, add_parameter, lose_gradients, amsgrad_on, delete,
-     change_layouts],
+     from_channels_last, to_transposed, from_transposed_to_gaps],
 )  # fmt: skip
 def test_packing_anew_keeps_the_values_bit_for_bit(change):
     params = parameters()

@@ -6,8 +6,10 @@ the project's list of verified defects. Those that another test covers are in ``
 """
 
 import importlib
+import inspect
 import logging
 import math
+import re
 import types
 
 import pytest
@@ -55,8 +57,16 @@ ELSEWHERE = [
 @pytest.mark.parametrize("where", [where for _, where in ELSEWHERE])
 def test_what_is_covered_elsewhere_is_still_there(where):
     module, name = where.split(".")
-    found = importlib.import_module(f"tests.test_{module}")
-    assert hasattr(found, name), f"{where} has gone: mend ELSEWHERE"
+    module = importlib.import_module(f"tests.test_{module}")
+    found = getattr(module, name, None)
+    assert callable(found), f"{where} has gone: mend ELSEWHERE"
+    # It is run: by pytest, and not skipped, or as a case of a test on two ranks.
+    assert name.startswith("test_") or found in module.CASES
+    marks = {mark.name for mark in getattr(found, "pytestmark", [])}
+    assert not marks & {"skip", "xfail"}, f"{where} is no longer run"
+    # And can fail.
+    source = inspect.getsource(inspect.unwrap(found))
+    assert re.search(r"\bassert|pytest\.raises|\breturn \w", source), f"{where} asserts nothing"
 
 
 def feed(guard, optimizer, parameters, norms):

@@ -184,6 +184,45 @@ def test_the_averaged_weights_are_evaluated_and_kept(make):
     assert not torch.equal(best["head.weight"], made.model.head.weight)
 
 
+def test_a_skipped_step_does_not_move_the_averaged_weights(make):
+    made = make("--ema", "0.5", "--stable", "--optim.lr", "0.1", "--optim.warmup", "0")
+    window = [next(iter(made.loader))]
+
+    def averaged():
+        return {name: v.clone() for name, v in made.ema.module.state_dict().items()}
+
+    for number in range(2):  # the first only copies
+        made._train_step(window, 1, number, 0.0)
+    before = averaged()
+    assert not torch.equal(before["head.weight"], made.model.head.weight)
+    healthy = window[0].features.clone()
+    window[0].features[0, 0, 0] = float("nan")
+    made._train_step(window, 1, 2, 0.0)
+    assert all(torch.equal(v, before[name]) for name, v in averaged().items())
+    window[0].features.copy_(healthy)
+    made._train_step(window, 1, 3, 0.0)
+    assert not torch.equal(averaged()["head.weight"], before["head.weight"])
+
+
+def test_cosine_comes_down_with_the_epochs_and_with_the_steps(make):
+    """Whichever ends the run."""
+    options = ("--optim.schedule", "cosine", "--optim.lr", "1", "--optim.warmup", "0")
+
+    def rate(made, epoch, number, step):
+        made.step = step
+        made._set_learning_rate(epoch, number)
+        return made.optimizer.param_groups[0]["lr"]
+
+    by_epochs = make(*options, "--epochs", "50", "--max-steps", "1000000")
+    last = len(by_epochs.sampler) - 1
+    assert rate(by_epochs, 1, 0, 0) == pytest.approx(1.0)
+    assert rate(by_epochs, 26, 0, 25 * (last + 1)) == pytest.approx(0.5)
+    assert rate(by_epochs, 50, last, 50 * (last + 1) - 1) < 1e-3
+    by_steps = make(*options, "--epochs", "1000", "--max-steps", "100")
+    assert rate(by_steps, 1, 0, 50) == pytest.approx(0.5)
+    assert rate(by_steps, 1, 0, 99) < 1e-3
+
+
 def test_accumulated_batches_take_the_step_of_one_large_batch(make):
     """The same loss per frame, up to the statistics of BatchNorm, which are held here."""
     moments, steps = [], []
