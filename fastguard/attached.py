@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from .guard import GradGuard
 
 #: Where a guard's state lies in the state dict of its optimizer: in the first param group, as JSON.
-#: torch.distributed.checkpoint keeps param groups only, and flattens all that is no plain value.
+#: torch.distributed.checkpoint keeps param groups only, and flattens all that is no plain value. It
+#: asks for the keys that the optimizer's own groups have: they have this one, with an empty text.
 STATE_KEY = "fastguard"
 
 
@@ -100,7 +101,7 @@ class Attached:
     def state_dict(self) -> dict:
         """The optimizer's, and in it the guard's."""
         state = super().state_dict()
-        if (link := link_of(self)) is not None and state["param_groups"]:
+        if (link := link_of(self)) is not None:
             first, *others = state["param_groups"]
             text = json.dumps(link.guard.state_dict())
             state["param_groups"] = [first | {STATE_KEY: text}, *others]
@@ -114,16 +115,18 @@ class Attached:
         """
         state_dict, text = _without_guard(state_dict)
         link = link_of(self)
-        if link is None or text is None:
+        if link is None or not text:
             super().load_state_dict(state_dict)
-            return
-        before = link.guard.state_dict()
-        link.guard.load_state_dict(_parsed(text))
-        try:
-            super().load_state_dict(state_dict)
-        except BaseException:
-            link.guard.load_state_dict(before)
-            raise
+        else:
+            before = link.guard.state_dict()
+            link.guard.load_state_dict(_parsed(text))
+            try:
+                super().load_state_dict(state_dict)
+            except BaseException:
+                link.guard.load_state_dict(before)
+                raise
+        if link is not None:
+            self.param_groups[0][STATE_KEY] = ""
 
     def __reduce_ex__(self, protocol):
         return _new, (plain_class(self),), self.__getstate__()
@@ -204,6 +207,7 @@ def attach(guard: "GradGuard", optimizer: torch.optim.Optimizer) -> torch.optim.
 def detach(optimizer: torch.optim.Optimizer) -> None:
     """Give the optimizer its own class and step back."""
     link = vars(optimizer).pop(_LINK)
+    optimizer.param_groups[0].pop(STATE_KEY, None)
     hooks = optimizer._optimizer_step_pre_hooks
     for key in [key for key, hook in hooks.items() if hook is link]:
         del hooks[key]
@@ -265,19 +269,16 @@ def _take_hold_again(wrapper: torch.optim.Optimizer, inner: torch.optim.Optimize
 
 def _load_left_over(guard: "GradGuard", optimizer: torch.optim.Optimizer) -> None:
     """A guard's state that the optimizer loaded before it was attached lies in its param group."""
-    groups = optimizer.param_groups
-    if groups and STATE_KEY in groups[0]:
-        guard.load_state_dict(_parsed(groups[0][STATE_KEY]))
-        del groups[0][STATE_KEY]
+    if text := optimizer.param_groups[0].get(STATE_KEY):
+        guard.load_state_dict(_parsed(text))
+    optimizer.param_groups[0][STATE_KEY] = ""
 
 
 def _without_guard(state_dict: dict) -> tuple[dict, str | None]:
     """The optimizer's part of a state dict, and the guard's."""
-    groups = state_dict.get("param_groups")
-    if not groups or STATE_KEY not in groups[0]:
-        return state_dict, None
-    first = {key: value for key, value in groups[0].items() if key != STATE_KEY}
-    return state_dict | {"param_groups": [first, *groups[1:]]}, groups[0][STATE_KEY]
+    first, *others = state_dict["param_groups"]
+    plain = {key: value for key, value in first.items() if key != STATE_KEY}
+    return state_dict | {"param_groups": [plain, *others]}, first.get(STATE_KEY)
 
 
 def _parsed(text: str) -> dict:

@@ -468,7 +468,8 @@ class GradGuard:
         and takes its loss. With a GradScaler the code stays as torch documents it:
         ``scaler.scale(loss).backward(); scaler.step(optimizer); scaler.update()``; one scaler may
         serve several guarded optimizers. ``optimizer.state_dict()`` holds the guard's state, in
-        ``param_groups[0]["fastguard"]``; a plain optimizer loads it too, and ignores that entry.
+        ``param_groups[0]["fastguard"]``; a plain optimizer loads it too, and ignores that entry. A
+        torch.distributed.checkpoint without it has to be loaded before the optimizer is attached.
         Copies and pickles of the optimizer are guarded by a copy of the guard.
 
         Args:

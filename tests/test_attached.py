@@ -9,6 +9,11 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_state_dict,
+    set_state_dict,
+)
 
 import fastguard
 from fastguard import GradGuard, GradientExplosionError, Rollback, Verdict
@@ -402,13 +407,13 @@ def test_the_guards_state_travels_with_the_optimizers(make, tmp_path):
     torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
     saved = torch.load(tmp_path / "optimizer.pt", weights_only=True)
     assert json.loads(saved["param_groups"][0][STATE_KEY]) == guard.state_dict()
-    assert STATE_KEY not in optimizer.param_groups[0]
+    assert optimizer.param_groups[0][STATE_KEY] == ""
 
     _, other, other_guard = guarded(make, skip_norm=10.0)
     other.load_state_dict(saved)
     assert other_guard.state_dict() == guard.state_dict()
-    assert STATE_KEY not in other.param_groups[0]
-    assert STATE_KEY in saved["param_groups"][0]
+    assert other.param_groups[0][STATE_KEY] == ""
+    assert saved["param_groups"][0][STATE_KEY] != ""
 
     plain_model = small_model()
     plain = make(plain_model.parameters())
@@ -416,7 +421,35 @@ def test_the_guards_state_travels_with_the_optimizers(make, tmp_path):
     late = GradGuard(plain_model, skip_norm=10.0)
     late.attach(plain)
     assert late.state_dict() == guard.state_dict()
+    late.detach()
     assert STATE_KEY not in plain.param_groups[0]
+
+
+NAMES = "model", "optimizer"
+
+
+@pytest.mark.parametrize("flatten", [False, True])
+def test_the_guards_state_survives_a_distributed_checkpoint(make, flatten, tmp_path):
+    options = StateDictOptions(flatten_optimizer_state_dict=flatten)
+    model, optimizer, guard = guarded(make)
+    for x in BATCHES:
+        optimizer.zero_grad()
+        backward(model, x)
+        optimizer.step()
+    saved = dict(zip(NAMES, get_state_dict(model, optimizer, options=options), strict=True))
+    torch.distributed.checkpoint.save(saved, checkpoint_id=tmp_path, no_dist=True)
+    other_model, other, other_guard = guarded(make)
+    found = dict(zip(NAMES, get_state_dict(other_model, other, options=options), strict=True))
+    torch.distributed.checkpoint.load(found, checkpoint_id=tmp_path, no_dist=True)
+    set_state_dict(
+        other_model,
+        other,
+        model_state_dict=found["model"],
+        optim_state_dict=found["optimizer"],
+        options=options,
+    )
+    assert repr(other_guard.state_dict()) == repr(guard.state_dict())
+    assert_same_bits(everything(other_model, other), everything(model, optimizer))
 
 
 def test_a_state_that_does_not_fit_changes_neither():
