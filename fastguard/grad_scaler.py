@@ -27,6 +27,14 @@ class LossScale(NamedTuple):
     #: Non-zero where the scaler found a NaN or Inf, perhaps on another rank; None if it has not
     #: looked.
     found_inf: Tensor | None
+    #: The factor of the loss, also where ``unscale_`` has undone it; like ``scale``. None where no
+    #: scaler is in use, or where an attached optimizer was handed gradients without it.
+    of_loss: Tensor | None = None
+
+    @property
+    def used(self) -> bool:
+        """Whether a scaler scaled the loss."""
+        return self.found_inf is not None or self.of_loss is not None
 
     def reject(self, unscale: Tensor | None) -> Tensor | None:
         """``unscale``, or what makes every norm non-finite where the scaler found a NaN or Inf.
@@ -39,6 +47,9 @@ class LossScale(NamedTuple):
         bad = math.nan if self.scale is None else math.inf
         factor = torch.where(self.found_inf == 0, 1.0, bad).double()
         return factor if unscale is None else unscale * factor
+
+
+NOT_SCALED = LossScale(None, None)
 
 
 def enabled(scaler: torch.amp.GradScaler | None) -> bool:
@@ -92,7 +103,7 @@ def loss_scale(
             ``scaler.step`` was called for one of them since the last update.
     """
     if not enabled(scaler):
-        return LossScale(None, None)
+        return NOT_SCALED
     check_scaled(scaler)
     # Not by indexing: that makes an entry, and a scaler with entries can not be pickled.
     states = [scaler._per_optimizer_states.get(id(optimizer)) for optimizer in optimizers]
@@ -104,12 +115,13 @@ def loss_scale(
         )
     if stages == {OptState.READY, OptState.UNSCALED}:
         raise ValueError("scaler.unscale_ was called for some of the optimizers; call it for none")
+    scale = scale_of(scaler, device)
     if OptState.UNSCALED not in stages:
-        return LossScale(scale_of(scaler, device), None)
+        return LossScale(scale, None, scale)
     found = [f for state in states for f in state["found_inf_per_device"].values()]
     if not found:
-        return LossScale(None, None)
-    return LossScale(None, torch.stack([f.reshape(()).to(device) for f in found]).sum())
+        return LossScale(None, None, scale)
+    return LossScale(None, torch.stack([f.reshape(()).to(device) for f in found]).sum(), scale)
 
 
 def handed_scale(scale: Tensor | None, found_inf: Tensor | float, device) -> LossScale:
@@ -117,7 +129,7 @@ def handed_scale(scale: Tensor | None, found_inf: Tensor | float, device) -> Los
     if scale is not None:
         scale = torch.as_tensor(scale).to(device, torch.float64, non_blocking=True).reshape(())
     found = torch.as_tensor(found_inf).to(device, torch.float64, non_blocking=True).reshape(())
-    return LossScale(scale, found)
+    return LossScale(scale, found, scale)
 
 
 def scaling_of(

@@ -28,13 +28,13 @@ from .grad_scaler import (
     loss_scale,
     record_found_inf,
     restore,
-    scale_of,
     scaling_of,
 )
 from .lr_scheduler import GuardedScheduler
 from .measure import BackwardMeasure
 from .parameters import Watched, measurable
 from .rollback import Rollback, Snapshots
+from .scale_search import Searches
 from .sharded import Ranks, lay_out_, ranks_of
 from .step_report import (
     BadStepFiles,
@@ -89,8 +89,9 @@ class GradGuard:
             change and after ``load_state_dict``.
         max_norm: largest norm let through unclipped; inf turns clipping off.
         skip_norm: norm above which an outlier is skipped; inf turns that off.
-        patience: this many skips in a row raise :class:`GradientExplosionError`. An fp16
-            GradScaler that starts at 65536 may need 16 to find its scale.
+        patience: this many skips in a row raise :class:`GradientExplosionError`. Those of a
+            GradScaler that searches for its scale do not count; see
+            :attr:`StepReport.scale_search`.
         threshold: one of :mod:`fastguard.thresholds`, which learns where to clip below
             ``max_norm``; ``Fixed()`` by default.
         measure: "step" reads the gradients in :meth:`step`; "backward" measures each while it is
@@ -160,6 +161,7 @@ class GradGuard:
         self._reports: deque[StepReport] = deque(maxlen=1000)  # for poll to return
         self._skips_in_a_row: list[StepReport] = []
         self._spent: list[StepReport] = []  # the skips that used up the patience
+        self._searches = Searches()
         self._steps = 0
         self._batches_to_skip = 0
         self._discarded: int | None = None  # the last step that was, after a rollback
@@ -336,7 +338,7 @@ class GradGuard:
         micro_batches = () if window is None else window.reports
         report = PendingReport(
             self._steps, batch_id, decision.record, measured, unscale, names, loss, micro_batches,
-            self._watched.attention_stats(),
+            self._watched.attention_stats(), scaled, None, self._ranks is not None,
         )  # fmt: skip
         self._steps += 1
         self._pending.append(report)
@@ -404,15 +406,18 @@ class GradGuard:
         if self._window is None:
             self._window = Window(self._buffers.copy(), device, scaler)
         self._window.check(scaler)
-        unscale = unscaling(scale_of(scaler, device), weight, device)
+        scaled = loss_scale(scaler, [], device)
+        unscale = unscaling(scaled.scale, weight, device)
         judged = names, values
         if self._ranks is not None:
             judged = self._ranks.all_of(names, values, device)
         measured, decision = self._judge(*judged, unscale, loss, accept=False)
-        batch_id = f"micro-batch {len(self._window.reports)}" if batch_id is None else batch_id
+        number = len(self._window.reports)
+        batch_id = f"micro-batch {number}" if batch_id is None else batch_id
         report = PendingReport(
-            self._steps, batch_id, decision.record, measured, unscale, judged[0], loss
-        )
+            self._steps, batch_id, decision.record, measured, unscale, judged[0], loss,
+            scaled=scaled, micro_batch=number, several_ranks=self._ranks is not None,
+        )  # fmt: skip
         self._window.add(names, parameters, decision, weight, report)
         return report
 
@@ -616,7 +621,9 @@ class GradGuard:
                 scheduler.owe()
         if report.verdict is ops.Verdict.SKIP_ROLLBACK:
             return
-        if report.skipped or report.quarantined:
+        if report.scale_search and self._searches.is_free(report.step):
+            return
+        if report.skipped or not all(each.scale_search for each in report.quarantined):
             self._files.write(pending, self.skip_norm)
         if not report.skipped:
             self._skips_in_a_row = []
@@ -679,6 +686,7 @@ class GradGuard:
             "accepted": self._accepted(),
             "ema_norms": self._seen_norms(),
             "skips_in_a_row": [r.to_dict() for r in self._spent or self._skips_in_a_row],
+            "searches": self._searches.state_dict(),
             "batches_to_skip": self._batches_to_skip,
         }
 
@@ -698,6 +706,7 @@ class GradGuard:
             ema_norms = {name: float(norm) for name, norm in state["ema_norms"].items()}
             skips = [StepReport.from_dict(report) for report in state["skips_in_a_row"]]
             steps, to_skip = int(state["steps"]), int(state["batches_to_skip"])
+            searches = Searches(state.get("searches", ()))
             kind = Kind[state["threshold"].upper()]
             numbers = [count, mean, variance, *accepted, *ema_norms.values(), steps, to_skip]
             if not all(0 <= number < math.inf for number in numbers):
@@ -715,7 +724,7 @@ class GradGuard:
         self._statistics = new
         self._ema_norms = {name: new.moments.new_tensor(norm) for name, norm in ema_norms.items()}
         self._steps, self._batches_to_skip, self._skips_in_a_row = steps, to_skip, skips
-        self._spent, self._window = [], None
+        self._spent, self._searches, self._window = [], searches, None
         self._pending.clear()
         self._reports.clear()
         if self._snapshots is not None:

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from .attention import AttentionStats
+from .grad_scaler import NOT_SCALED, LossScale
 from .ops import LARGEST_APPLIED, GradNorm, Verdict
+from .scale_search import is_search
 
 logger = logging.getLogger(__name__)
 
@@ -72,6 +74,14 @@ class StepReport:
     quarantined: tuple["StepReport", ...] = ()
     #: How many micro-batches there were, 0 without ``GradGuard.accumulate``.
     micro_batches: int = 0
+    #: Of a micro-batch its number in the window, from 0; None of a step.
+    micro_batch: int | None = None
+    #: What a GradScaler multiplied the loss by; None without one, and where an attached optimizer
+    #: was stepped after ``unscale_``.
+    loss_scale: float | None = None
+    #: Whether it was skipped because a GradScaler searches for its scale, by
+    #: :func:`fastguard.scale_search.is_search`; of a window, because it did for all micro-batches.
+    scale_search: bool = False
 
     @property
     def skipped(self) -> bool:
@@ -142,13 +152,19 @@ class PendingReport:
         loss: Tensor | None,
         micro_batches: Iterable["PendingReport"] = (),
         attention_stats: Mapping[str, AttentionStats] | None = None,
+        scaled: LossScale = NOT_SCALED,
+        micro_batch: int | None = None,
+        several_ranks: bool = False,
     ):
         self.step = step
         self.batch_id = batch_id
-        self._record = _Transfer(record)
+        self._scaled = scaled.used
+        self._record = _Transfer(record, *(() if scaled.of_loss is None else (scaled.of_loss,)))
         self._measured = measured
         self._unscale = unscale
         self._loss_given = loss is not None
+        self._several_ranks = several_ranks
+        self._micro_batch = micro_batch
         self._names = names
         self._micro_batches = tuple(micro_batches)
         self._attention_stats = attention_stats or {}
@@ -160,22 +176,27 @@ class PendingReport:
 
     def result(self) -> StepReport:
         if self._result is None:
-            verdict, clip_coef, total_norm, max_norm, loss = self._record.wait()
-            verdict = Verdict(int(verdict))
-            bad = math.isnan(total_norm) or math.isinf(total_norm)
-            micro_batches = (report.result() for report in self._micro_batches)
-            self._result = StepReport(
+            record, *loss_scale = self._record.wait()
+            verdict, clip_coef, total_norm, max_norm, loss = record
+            micro_batches = [report.result() for report in self._micro_batches]
+            report = StepReport(
                 self.step,
                 self.batch_id,
-                verdict,
+                Verdict(int(verdict)),
                 total_norm,
                 clip_coef,
                 max_norm,
                 loss if self._loss_given else None,
-                *(self._offenders() if bad else ()),
+                *(() if math.isfinite(total_norm) else self._offenders()),
                 quarantined=tuple(report for report in micro_batches if report.skipped),
-                micro_batches=len(self._micro_batches),
+                micro_batches=len(micro_batches),
+                micro_batch=self._micro_batch,
+                loss_scale=loss_scale[0] if loss_scale else None,
             )
+            # Among several ranks the loss is a number, and a bad one is that of any of them.
+            known = self._loss_given or self._several_ranks
+            searches = self._searches(report, known and not math.isfinite(loss))
+            self._result = dataclasses.replace(report, scale_search=searches)
         return self._result
 
     def norms(self) -> dict[str, float]:
@@ -193,6 +214,12 @@ class PendingReport:
             name: {key: values.tolist() for key, values in stats._asdict().items()}
             for name, stats in self._attention_stats.items()
         }
+
+    def _searches(self, report: StepReport, loss_is_bad: bool) -> bool:
+        if report.all_quarantined:
+            return all(micro_batch.scale_search for micro_batch in report.quarantined)
+        infinite = any(offender.infs for offender in report.offenders)
+        return is_search(report.verdict, self._scaled, report.loss_scale, infinite, loss_is_bad)
 
     def _offenders(self) -> tuple[tuple[Offender, ...], tuple[Stretch, ...]]:
         rows = list(zip(self._names, self._measured.nonfinite.tolist(), strict=True))
@@ -216,24 +243,27 @@ class PendingReport:
 
 
 class _Transfer:
-    """A tensor on its way to the host. On the CPU it is there already."""
+    """Tensors on their way to the host. On the CPU they are there already."""
 
-    def __init__(self, tensor: Tensor):
-        self._host, self._event = tensor, None
-        if tensor.device.type != "cpu":
-            self._host = torch.empty_like(tensor, device="cpu", pin_memory=True)
-            self._host.copy_(tensor, non_blocking=True)
-            self._event = torch.Event(tensor.device)
-            self._event.record(torch.accelerator.current_stream(tensor.device))
+    def __init__(self, *tensors: Tensor):
+        self._host, self._event = tensors, None
+        device = tensors[0].device
+        if device.type != "cpu":
+            pinned = [torch.empty_like(t, device="cpu", pin_memory=True) for t in tensors]
+            for here, there in zip(pinned, tensors, strict=True):
+                here.copy_(there, non_blocking=True)
+            self._host, self._event = pinned, torch.Event(device)
+            self._event.record(torch.accelerator.current_stream(device))
 
     @property
     def ready(self) -> bool:
         return self._event is None or self._event.query()
 
-    def wait(self) -> list[float]:
+    def wait(self) -> list:
+        """The values of each."""
         if self._event is not None:
             self._event.synchronize()
-        return self._host.tolist()
+        return [tensor.tolist() for tensor in self._host]
 
 
 class GradientExplosionError(RuntimeError):
@@ -244,10 +274,24 @@ class GradientExplosionError(RuntimeError):
         self.skip_norm = skip_norm
         # Of a step without a good micro-batch, what was wrong with these.
         evidence = [e for r in reports for e in (r.quarantined if r.all_quarantined else (r,))]
-        bad = [r for r in evidence if r.offenders]
+        overflowed = [r for r in evidence if _overflowed(r)]
+        bad = [r for r in evidence if r.offenders and not _overflowed(r)]
         large = [r for r in evidence if not r.offenders and not _bad_loss(r)]
         losses = [r for r in evidence if not r.offenders and _bad_loss(r)]
         seen, cures = [], []
+        if overflowed:
+            places = dict.fromkeys(r.first_nonfinite for r in overflowed)
+            scales = dict.fromkeys(
+                "unknown" if r.loss_scale is None else f"{r.loss_scale:g}" for r in overflowed
+            )
+            seen.append(
+                f"{len(overflowed)} had an Inf gradient, first at {_shorten(places)}, while no "
+                f"loss is known to be bad, under a GradScaler at scale {_shorten(scales)}"
+            )
+            cures.append(
+                "gradients overflow though the scaler lowers its scale: run in bf16 or fp32, or "
+                "look for what makes them so large; lower the learning rate"
+            )
         if bad:
             places = dict.fromkeys(f"{r.first_nonfinite} ({r.offenders[0].kind})" for r in bad)
             seen.append(f"{len(bad)} had a NaN or Inf gradient, first at {_shorten(places)}")
@@ -266,12 +310,13 @@ class GradientExplosionError(RuntimeError):
             limit, cure = _limit_of(large[0], skip_norm)
             seen.append(f"{len(large)} had a norm above {limit} ({norms})")
             cures.append(f"{cure}; lower the learning rate")
+        first = [r for r in evidence if r.offenders]
         super().__init__(
             f"{len(reports)} steps in a row were skipped, steps {reports[0].step} to "
             f"{reports[-1].step}: {'; '.join(seen)}.\n"
             f"  batches: {_shorten(r.batch for r in evidence)}\n"
             f"  parameters that were non-finite first: "
-            f"{_shorten(bad[0].nonfinite) if bad else 'none'}\n"
+            f"{_shorten(first[0].nonfinite) if first else 'none'}\n"
             f"  what to try: {'; '.join(cures)}."
         )
 
@@ -281,6 +326,8 @@ class GradientExplosionError(RuntimeError):
 
 class BadStepFiles:
     """One JSON file per bad step, ``bad_step_<number>.json``, in a folder that may be absent yet.
+
+    A GradScaler's search for its scale is none.
 
     It holds the report, the batch's id, the bracket, the norm of every parameter, and the logits of
     the attentions that record them. At most 100 are written; a folder that can not be written costs
@@ -321,6 +368,15 @@ def log_skip(report: StepReport, skip_norm: float) -> None:
             report.batch,
             _limit_of(report, skip_norm)[0],
         )
+    elif report.scale_search:
+        logger.warning(
+            "Gradient overflow at %s, skipping batch %s: the scaler is searching for its scale, %s",
+            "a GradScaler's unknown scale"
+            if report.loss_scale is None
+            else f"GradScaler scale {report.loss_scale:g}",
+            report.batch,
+            "the loss was not given" if report.loss is None else f"the loss is {report.loss:.4g}",
+        )
     elif report.all_quarantined:
         logger.warning(
             "All %d micro-batches were bad, skipping batch %s", report.micro_batches, report.batch
@@ -354,6 +410,15 @@ def _why_without_offenders(report: StepReport) -> str:
     if math.isfinite(report.total_norm):
         return "none: another rank's loss is not finite, or it passes over this batch"
     return "none: the sum of the squares overflows"
+
+
+def _overflowed(report: StepReport) -> bool:
+    """Whether gradients overflowed under a GradScaler, at any scale, with no bad loss known."""
+    if report.scale_search:
+        return True
+    if report.loss_scale is None or not any(offender.infs for offender in report.offenders):
+        return False
+    return report.loss is None or math.isfinite(report.loss)
 
 
 def _bad_loss(report: StepReport) -> bool:

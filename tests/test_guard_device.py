@@ -114,7 +114,7 @@ def test_nothing_reads_values_that_are_not_there(threshold, kind, monkeypatch):
     if kind != "cpu":
         monkeypatch.setattr(ops, "_has_kernel", lambda tensor: False)
     if kind == "cuda":  # pinned memory and events do need one
-        monkeypatch.setattr(step_report._Transfer, "__init__", lambda self, tensor: None)
+        monkeypatch.setattr(step_report._Transfer, "__init__", lambda self, *tensors: None)
     with FakeTensorMode(), torch.device(kind.split()[0]):
         model = small_model()
         guard = GradGuard(model, 1.0, 10.0, threshold=threshold, max_lag=100)

@@ -20,13 +20,14 @@ def deep():
     return nn.Sequential(*[nn.Linear(3, 3, bias=False) for _ in range(5)])
 
 
-def bad_step(model, optimizer, guard, x=None, **kwargs):
+def bad_step(model, optimizer, guard, scaler=None, **kwargs):
     """A fault between the third and the fourth layer, as a broken kernel there would be."""
     optimizer.zero_grad()
-    hidden = model[2](model[1](model[0](torch.ones(2, 3) if x is None else x)))
+    hidden = model[2](model[1](model[0](torch.ones(2, 3))))
     hidden.register_hook(lambda grad: grad.index_fill(1, torch.tensor([1]), math.nan))
-    model[4](model[3](hidden)).sum().backward()
-    return guard.step(optimizer, **kwargs)
+    loss = model[4](model[3](hidden)).sum()
+    (loss if scaler is None else scaler.scale(loss)).backward()
+    return guard.step(optimizer, scaler=scaler, **kwargs)
 
 
 def test_the_bracket_shows_between_which_parameters_the_fault_lies():
@@ -70,7 +71,7 @@ def test_one_file_for_a_bad_step(tmp_path, scale):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     guard = GradGuard(model, report_dir=tmp_path / "run")
     scaler = torch.amp.GradScaler("cpu", init_scale=scale)
-    bad_step(model, optimizer, guard, torch.ones(2, 3) * scale, scaler=scaler, batch_id="a, b")
+    bad_step(model, optimizer, guard, scaler, batch_id="a, b")
     (file,) = (tmp_path / "run").iterdir()
     assert file.name == "bad_step_000000.json"
     found = json.loads(file.read_text(), parse_constant=pytest.fail)  # strict JSON: no NaN
