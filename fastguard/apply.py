@@ -212,7 +212,7 @@ class _Stepped(OnStep):
 
 def _step_on_host(optimizer: torch.optim.Optimizer, step: Callable[[], object]) -> None:
     inner = unwrapped(optimizer)
-    if "_optimizer_step_post_hooks" not in vars(inner):  # Optimizer.__init__ was never called
+    if not calls_hooks(inner):
         step()
         return
     stepped = _Stepped()
@@ -223,6 +223,15 @@ def _step_on_host(optimizer: torch.optim.Optimizer, step: Callable[[], object]) 
         handle.remove()
     if not stepped.called:
         raise _not_stepped(optimizer)
+
+
+def calls_hooks(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether its step calls hooks: not where its class never called ``Optimizer.__init__``.
+
+    Lookahead of timm and pytorch_optimizer is such a class.
+    """
+    hooked = getattr(plain_class(optimizer).step, "hooked", False)
+    return hooked and "_optimizer_step_post_hooks" in vars(optimizer)
 
 
 def _not_stepped(optimizer: torch.optim.Optimizer) -> RuntimeError:

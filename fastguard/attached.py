@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .apply import OnStep, plain_class, unwrapped
+from .apply import OnStep, calls_hooks, plain_class, unwrapped
 
 if TYPE_CHECKING:
     from .guard import GradGuard
@@ -138,7 +138,8 @@ class Attached:
         super().__setstate__(state)
         if (link := state.get(_LINK)) is not None:
             link.guard.adopt(self)
-            self.register_step_pre_hook(link)
+            if calls_hooks(self):
+                self.register_step_pre_hook(link)
 
 
 _LINK = "_fastguard_link"
@@ -196,7 +197,8 @@ def attach(guard: "GradGuard", optimizer: torch.optim.Optimizer) -> torch.optim.
             raise TypeError(f"the class {plain.__name__} cannot be extended: {error}") from error
         link = _Link(guard)
         setattr(inner, _LINK, link)
-        inner.register_step_pre_hook(link)
+        if calls_hooks(inner):
+            inner.register_step_pre_hook(link)
         if tracked:
             inner.step = _tracked(inner)
         _load_left_over(guard, inner)
@@ -208,7 +210,7 @@ def detach(optimizer: torch.optim.Optimizer) -> None:
     """Give the optimizer its own class and step back."""
     link = vars(optimizer).pop(_LINK)
     optimizer.param_groups[0].pop(STATE_KEY, None)
-    hooks = optimizer._optimizer_step_pre_hooks
+    hooks = vars(optimizer).get("_optimizer_step_pre_hooks", {})
     for key in [key for key, hook in hooks.items() if hook is link]:
         del hooks[key]
     optimizer.__class__ = plain_class(optimizer)

@@ -406,6 +406,46 @@ def test_a_wrapper_that_does_not_step_is_an_error(make):
         train_step(model, optimizer, GradGuard(model), seeded(0))
 
 
+class Lookahead(torch.optim.Optimizer):
+    """As timm's and pytorch_optimizer's: the constructor of torch's class is not called."""
+
+    def __init__(self, base, hooks):
+        self.base = base
+        if hooks:  # timm's has the attributes, but its step calls no hooks
+            self._optimizer_step_pre_hooks = {}
+            self._optimizer_step_post_hooks = {}
+        self.slow = [p.detach().clone() for p in self.param_groups[0]["params"]]
+
+    param_groups = property(lambda self: self.base.param_groups)
+    state = property(lambda self: self.base.state)
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        self.base.step()
+        for slow, p in zip(self.slow, self.param_groups[0]["params"], strict=True):
+            p.copy_(slow.lerp_(p, 0.5))
+
+
+@pytest.mark.parametrize("hooks", [False, True])
+@pytest.mark.parametrize("attach", [False, True])
+def test_an_optimizer_that_never_called_torchs_constructor(make, hooks, attach):
+    def run(batches):
+        model = without_batch_norm()
+        optimizer = Lookahead(make(model.parameters()), hooks)
+        guard = GradGuard(model, max_norm=0.02)
+        if attach:
+            guard.attach(optimizer)
+        for x in batches:
+            model.zero_grad()
+            model(x).square().mean().backward()
+            optimizer.step() if attach else guard.step(optimizer)
+        guard.detach()
+        return everything(model, optimizer)
+
+    good = [seeded(0), seeded(2), seeded(4)]
+    assert_same_bits(run(good), run([good[0], seeded(1, math.nan), *good[1:]]))
+
+
 def test_a_subclass_with_a_step_of_its_own_is_stepped_by_it():
     class Doubled(fastguard.AdamW):
         calls = 0
