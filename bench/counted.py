@@ -92,7 +92,7 @@ def device(blocks=16):
 
 def norm_and_verdict(*numels):
     gpu = device()
-    known = ops.Statistics(*(torch.zeros(n, dtype=torch.float64) for n in (3, 128, 0)))
+    known = ops.Statistics(*(torch.zeros(n, dtype=torch.float64) for n in (4, 128, 128, 0)))
     grads = [aligned(numel) for numel in numels]
     gpu.grad_norm_decide_(grads, None, None, known, Fixed(), 1.0, 10.0)
     return gpu.report

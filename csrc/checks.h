@@ -98,7 +98,8 @@ inline void check_guard_decide(
     const std::optional<torch::stable::Tensor>& unscale,
     const std::optional<torch::stable::Tensor>& loss,
     const torch::stable::Tensor& statistics,
-    const torch::stable::Tensor& history,
+    const torch::stable::Tensor& seen_norms,
+    const torch::stable::Tensor& accepted_norms,
     const torch::stable::Tensor& ema_norms,
     int64_t threshold,
     const std::vector<double>& options) {
@@ -111,17 +112,23 @@ inline void check_guard_decide(
     check_tensor(*loss, op, "loss", ScalarType::Double, 0);
   }
   check_tensor(statistics, op, "statistics", ScalarType::Double, 1);
-  check_tensor(history, op, "history", ScalarType::Double, 1);
+  check_tensor(seen_norms, op, "seen_norms", ScalarType::Double, 1);
+  check_tensor(accepted_norms, op, "accepted_norms", ScalarType::Double, 1);
   check_tensor(ema_norms, op, "ema_norms", ScalarType::Double, 1);
   STD_TORCH_CHECK(
-      statistics.numel() == 3 && history.numel() >= 1 && options.size() == 3,
+      statistics.numel() == 4 && options.size() == 3,
       op,
-      ": statistics, history and options must have 3, at least 1 and 3 elements; got ",
+      ": statistics and options must have 4 and 3 elements; got ",
       statistics.numel(),
-      ", ",
-      history.numel(),
       " and ",
       options.size());
+  STD_TORCH_CHECK(
+      seen_norms.numel() >= 1 && accepted_norms.numel() == seen_norms.numel(),
+      op,
+      ": seen_norms and accepted_norms must have one length, at least 1; got ",
+      seen_norms.numel(),
+      " and ",
+      accepted_norms.numel());
   STD_TORCH_CHECK(
       threshold >= 0 && threshold <= adagc,
       op,

@@ -66,12 +66,35 @@ inline Policy policy_of(
       static_cast<Threshold>(threshold), max_norm, skip_norm, options[0], options[1], options[2]};
 }
 
-// What is remembered of accepted norms; a NaN, an Inf and a skipped norm never get in.
+// What is remembered of the norms beside the last of them: one tensor of four numbers, in this order.
+// A NaN, an Inf and a zero never get in.
 struct Statistics {
-  double accepted;
-  double mean;
+  double seen;  // norms, of skipped steps too
+  double accepted;  // of the steps that were taken
+  double mean;  // of the accepted norms, ZClip's
   double variance;
 };
+
+// A count of norms as an integer. The tensor that it comes from may hold anything.
+FASTGUARD_HOST_DEVICE inline int64_t whole(double count) {
+  constexpr double most = 9007199254740992.0;  // 2^53
+  return count >= 1.0 ? static_cast<int64_t>(count < most ? count : most) : 0;
+}
+
+// How many of `count` norms a window still holds.
+FASTGUARD_HOST_DEVICE inline int64_t held(double count, int64_t window) {
+  return whole(count) < window ? whole(count) : window;
+}
+
+// Where in a window the next norm goes: it takes the place of the oldest.
+FASTGUARD_HOST_DEVICE inline int64_t next_place(double count, int64_t window) {
+  return whole(count) % window;
+}
+
+// Ascending order, with NaN as the largest: an order for whatever a window may hold.
+FASTGUARD_HOST_DEVICE inline bool less(double a, double b) {
+  return a < b || (std::isnan(b) && !std::isnan(a));
+}
 
 // Where a quantile lies among `size` norms in ascending order: linear between neighbours, as
 // numpy.percentile and statistics.median.
@@ -91,35 +114,46 @@ struct Quantile {
   }
 };
 
-// Of the last accepted norms; both 0 where there is none.
+// Of the norms in the two windows; 0 where there is none, or where no decision rests on it.
 struct Quantiles {
-  double median;
-  double chosen;  // the one that AutoClip asks for
+  double seen_median;
+  double accepted;  // the one that the threshold asks for
 };
 
-FASTGUARD_HOST_DEVICE inline double chosen_quantile(const Policy& policy) {
-  return policy.threshold == Threshold::autoclip ? policy.a / 100.0 : 0.5;
+FASTGUARD_HOST_DEVICE inline bool needs_seen(const Policy& policy) {
+  return policy.skip_norm < INFINITY;
 }
 
-// Whether a decision of this policy rests on them at all.
-FASTGUARD_HOST_DEVICE inline bool needs_quantiles(const Policy& policy) {
-  return policy.skip_norm < INFINITY || policy.threshold == Threshold::running_median ||
-      policy.threshold == Threshold::autoclip;
+FASTGUARD_HOST_DEVICE inline bool needs_accepted(const Policy& policy) {
+  return policy.threshold == Threshold::running_median || policy.threshold == Threshold::autoclip;
 }
 
-constexpr double armed_after = 16.0;  // a median of fewer says little
+// Of the accepted norms, in [0, 1] whatever the options are.
+FASTGUARD_HOST_DEVICE inline double accepted_quantile(const Policy& policy) {
+  const double q = policy.threshold == Threshold::autoclip ? policy.a / 100.0 : 0.5;
+  return q > 0.0 ? (q < 1.0 ? q : 1.0) : 0.0;
+}
 
-FASTGUARD_HOST_DEVICE inline bool armed(
-    const Statistics& statistics, const Quantiles& accepted, double skip_norm) {
-  return statistics.accepted >= armed_after && accepted.median < skip_norm;
+constexpr double outlier_after = 16.0;  // norms; a median of fewer says little
+constexpr double outlier_factor = 4.0;
+
+// A finite norm above it is an outlier: above skip_norm and above 4 times the median of the last
+// norms. Skipped norms count for the median, so that a level that persists becomes ordinary.
+FASTGUARD_HOST_DEVICE inline double outlier_above(
+    const Policy& policy, const Statistics& statistics, double seen_median) {
+  if (!(statistics.seen >= outlier_after)) {
+    return INFINITY;
+  }
+  const double usual = outlier_factor * seen_median;
+  return usual > policy.skip_norm ? usual : policy.skip_norm;
 }
 
 // What the threshold lets through unclipped, before max_norm caps it.
 FASTGUARD_HOST_DEVICE inline double adaptive_limit(
-    const Policy& policy, const Statistics& statistics, const Quantiles& accepted,
+    const Policy& policy, const Statistics& statistics, double accepted_quantile,
     double total_norm) {
-  if (policy.threshold == Threshold::fixed || statistics.accepted < policy.warmup ||
-      statistics.accepted < 1.0) {
+  if (policy.threshold == Threshold::fixed || !(statistics.accepted >= policy.warmup) ||
+      !(statistics.accepted >= 1.0)) {
     return INFINITY;
   }
   switch (policy.threshold) {
@@ -131,36 +165,31 @@ FASTGUARD_HOST_DEVICE inline double adaptive_limit(
           : INFINITY;
     }
     case Threshold::running_median:
-      return policy.a * accepted.median;
+      return policy.a * accepted_quantile;
     case Threshold::autoclip:
-      return accepted.chosen;
+      return accepted_quantile;
     default:
       return INFINITY;
   }
 }
 
-// Takes an accepted norm into the statistics; true if it belongs into the history as well, where it
-// takes the place of the oldest, accepted % window.
-FASTGUARD_HOST_DEVICE inline bool absorb(
+// Takes an accepted norm into the statistics.
+FASTGUARD_HOST_DEVICE inline void absorb(
     const Policy& policy, Statistics& statistics, double norm, double limit) {
-  if (norm == 0.0) {
-    return false;  // a step without gradients says nothing about their size
-  }
   statistics.accepted += 1.0;
   if (policy.threshold != Threshold::zclip) {
-    return true;
+    return;
   }
   if (statistics.accepted <= policy.warmup) {  // Welford's mean and variance
     const double delta = norm - statistics.mean;
     statistics.mean += delta / statistics.accepted;
     statistics.variance += (delta * (norm - statistics.mean) - statistics.variance) / statistics.accepted;
-    return true;
+    return;
   }
   const double clipped = norm < limit ? norm : limit;
   statistics.mean = policy.b * statistics.mean + (1.0 - policy.b) * clipped;
   const double deviation = clipped - statistics.mean;
   statistics.variance = policy.b * statistics.variance + (1.0 - policy.b) * deviation * deviation;
-  return true;
 }
 
 // AdaGC's coefficient for one tensor; `ema` is updated if `accept`. An `ema` of inf was never set,
@@ -183,15 +212,20 @@ FASTGUARD_HOST_DEVICE inline double adagc_coef(
 }
 
 // What one decision rests on and comes to. A device fills it in this order: judge; for AdaGC
-// adagc_coef of each tensor and weigh; veto; then, if it `learns`, adagc_coef again and absorb.
+// adagc_coef of each tensor and weigh; veto. Then it learns: the window of seen norms, and if nothing
+// speaks against the step, adagc_coef again, the window of accepted norms and absorb.
 struct Judgement {
   double factor;  // undoes the scale of what was measured
   double norm;
   double adaptive;
   double limit;
+  double outlier_above;
   double global_coef;
   double applied;  // the largest norm that a step would be taken with
   bool warm;
+  // Whether this norm says how large gradients are. That of a step without gradients does not, nor
+  // that of a loss which is NaN or Inf.
+  bool says;
   Decision decision;
 
   FASTGUARD_HOST_DEVICE bool skipped() const {
@@ -204,17 +238,19 @@ struct Judgement {
 };
 
 FASTGUARD_HOST_DEVICE inline Judgement judge(
-    const Policy& policy, const Statistics& statistics, const Quantiles& accepted,
+    const Policy& policy, const Statistics& statistics, const Quantiles& quantiles,
     double total_norm, double unscale, bool loss_is_finite) {
   Judgement judged{};
   judged.factor = unscale;
   judged.norm = total_norm * unscale;
-  judged.adaptive = adaptive_limit(policy, statistics, accepted, judged.norm);
+  judged.adaptive = adaptive_limit(policy, statistics, quantiles.accepted, judged.norm);
   judged.warm = statistics.accepted >= policy.warmup;
   const double capped = judged.adaptive < policy.max_norm ? judged.adaptive : policy.max_norm;
   judged.limit = policy.threshold == Threshold::adagc && judged.warm ? INFINITY : capped;
-  const double skip_above = armed(statistics, accepted, policy.skip_norm) ? policy.skip_norm : INFINITY;
-  judged.decision = decide(loss_is_finite ? judged.norm : NAN, judged.limit, skip_above);
+  judged.outlier_above = outlier_above(policy, statistics, quantiles.seen_median);
+  judged.says = loss_is_finite && std::isfinite(judged.norm) && judged.norm > 0.0;
+  judged.decision =
+      decide(loss_is_finite ? judged.norm : NAN, judged.limit, judged.outlier_above);
   judged.global_coef = judged.decision.clip_coef;
   judged.applied = judged.norm * judged.global_coef;
   return judged;

@@ -10,20 +10,22 @@ STABLE_TORCH_LIBRARY(fastguard, m) {
   // -> clip_coef f64 (), verdict i64 ()
   m.def("decide(Tensor total_norm, float max_norm, float skip_norm) -> (Tensor, Tensor)");
 
-  // The same with the statistics of accepted norms, which it updates if `accept` and nothing speaks
-  // against it -> grad_coef f64 () or (N,), verdict i64 (), record f64 (5,)
+  // The same with what is remembered of earlier norms, which it updates: statistics f64 (4,) as struct
+  // Statistics, windows of W norms -> grad_coef f64 () or (N,), verdict i64 (), record f64 (6,)
   m.def(
       "guard_decide_(Tensor total_norm, Tensor norms, Tensor? unscale, Tensor? loss, "
-      "Tensor(a!) statistics, Tensor(b!) history, Tensor(c!) ema_norms, int threshold, "
-      "float max_norm, float skip_norm, float[] options, bool accept) -> (Tensor, Tensor, Tensor)");
+      "Tensor(a!) statistics, Tensor(b!) seen_norms, Tensor(c!) accepted_norms, "
+      "Tensor(d!) ema_norms, int threshold, float max_norm, float skip_norm, float[] options) -> "
+      "(Tensor, Tensor, Tensor)");
 
   // Both in one, in one launch on CUDA, and the GradScaler's update (growth: growth factor, backoff
   // factor, growth interval) -> the results of both
   m.def(
       "grad_norm_decide_(Tensor[] grads, Tensor? unscale, Tensor? loss, Tensor(a!) statistics, "
-      "Tensor(b!) history, Tensor(c!) ema_norms, int threshold, float max_norm, float skip_norm, "
-      "float[] options, bool accept, Tensor(d!)? scale, Tensor(e!)? growth_tracker, "
-      "float[] growth) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+      "Tensor(b!) seen_norms, Tensor(c!) accepted_norms, Tensor(d!) ema_norms, int threshold, "
+      "float max_norm, float skip_norm, float[] options, Tensor(e!)? scale, "
+      "Tensor(f!)? growth_tracker, float[] growth) -> "
+      "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
 
   // grad_norm, decide and scale_ in one, in one launch on CUDA; float32_norm: the decision is about
   // the norm rounded to float32 -> total_norm, norms, nonfinite, clip_coef, verdict

@@ -1,6 +1,7 @@
 """What a decision is made of: the statistics, the loss, and the factor that undoes a scale."""
 
 import math
+import statistics
 
 import torch
 from torch import Tensor
@@ -8,15 +9,59 @@ from torch import Tensor
 from . import ops
 from .clip import is_dtensor
 
-WINDOW = 128  # accepted norms whose median arms skip_norm; llm.c's and OLMo-core's window
+WINDOW = 128  # norms whose median says what is usual; llm.c's and OLMo-core's window
 
 
 def fresh_statistics(device: torch.device) -> ops.Statistics:
-    return ops.Statistics(
-        torch.zeros(3, dtype=torch.float64, device=device),
-        torch.zeros(WINDOW, dtype=torch.float64, device=device),
-        torch.zeros(0, dtype=torch.float64, device=device),
-    )
+    zeros = lambda n: torch.zeros(n, dtype=torch.float64, device=device)  # noqa: E731
+    return ops.Statistics(zeros(4), zeros(WINDOW), zeros(WINDOW), zeros(0))
+
+
+def as_plain(known: ops.Statistics) -> dict:
+    """The statistics as numbers and lists, for a checkpoint; without the norms of tensors."""
+    seen, accepted, mean, variance = known.numbers.tolist()
+    return {
+        "seen": int(seen),
+        "accepted": int(accepted),
+        "mean": mean,
+        "variance": variance,
+        "seen_norms": _in_order(known.seen_norms, int(seen)),
+        "accepted_norms": _in_order(known.accepted_norms, int(accepted)),
+    }
+
+
+def from_plain(plain: dict, device: torch.device, new_moments: bool) -> ops.Statistics:
+    """The statistics of which :func:`as_plain` made ``plain``.
+
+    Args:
+        new_moments: take mean and variance from the accepted norms: another threshold kept none.
+
+    Raises:
+        ValueError: a number is negative or not finite, or a list is not as long as it says.
+        AttributeError, KeyError, TypeError: it is something else.
+    """
+    known = fresh_statistics(device)
+    counts = [int(plain["seen"]), int(plain["accepted"])]
+    moments = [float(plain["mean"]), float(plain["variance"])]
+    windows = [[float(norm) for norm in plain[name]] for name in ("seen_norms", "accepted_norms")]
+    if not all(0 <= number < math.inf for number in (*counts, *moments, *windows[0], *windows[1])):
+        raise ValueError("a number is negative or not finite")
+    for count, norms, window in zip(counts, windows, known[1:3], strict=True):
+        if len(norms) != min(count, WINDOW):
+            raise ValueError(f"of {count} norms the last {len(norms)} are there")
+        places = [i % WINDOW for i in range(count - len(norms), count)]
+        window[places] = window.new_tensor(norms)
+    accepted = windows[1]
+    if new_moments and accepted:
+        moments = [statistics.fmean(accepted), statistics.pvariance(accepted)]
+    known.numbers.copy_(torch.tensor([*counts, *moments], dtype=torch.float64))
+    return known
+
+
+def _in_order(window: Tensor, count: int) -> list[float]:
+    """The norms that ``count`` have left, the oldest first."""
+    norms = window.tolist()
+    return [norms[i % WINDOW] for i in range(max(0, count - WINDOW), count)]
 
 
 def scalar(loss: Tensor | float | None, device: torch.device) -> Tensor | None:
@@ -50,5 +95,6 @@ def discarded(measured, unscale, loss) -> ops.GuardDecision:
     one = torch.ones_like(measured.total_norm)
     verdict = torch.full_like(one, int(ops.Verdict.SKIP_ROLLBACK), dtype=torch.int64)
     norm = measured.total_norm if unscale is None else measured.total_norm * unscale
-    record = [verdict.double(), one, norm, one * math.inf, one * math.nan if loss is None else loss]
+    inf, loss = one * math.inf, one * math.nan if loss is None else loss
+    record = [verdict.double(), one, norm, inf, loss, inf]
     return ops.GuardDecision(one, verdict, torch.stack(record))

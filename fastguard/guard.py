@@ -1,11 +1,11 @@
 """The guard: measure the gradients, decide, apply. Three lines in any PyTorch loop.
 
 The way of a step is :meth:`GradGuard.step`; each of its words has a module: parameters, measure,
-decision, thresholds, apply, buffers, accumulate, step_report, rollback, sharded.
+decision, thresholds, apply, buffers, accumulate, step_report, budget, rollback, sharded.
 """
 
 import math
-import statistics
+import operator
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from . import attached, ops
 from .accumulate import Window, check_summable
 from .apply import check_steppable, reads_decision, step_optimizer, unwrapped
+from .budget import Budget, Spent
 from .buffers import Buffers, OnLoad
 from .clip import check_threshold, local_parts
-from .decision import WINDOW, discarded, fresh_statistics, scalar, unscaling
+from .decision import as_plain, discarded, fresh_statistics, from_plain, scalar, unscaling
 from .grad_scaler import (
     check_shared,
     copy_of,
@@ -34,7 +35,6 @@ from .lr_scheduler import GuardedScheduler
 from .measure import BackwardMeasure
 from .parameters import Watched, measurable
 from .rollback import Rollback, Snapshots
-from .scale_search import Searches
 from .sharded import Ranks, lay_out_, ranks_of
 from .step_report import (
     BadStepFiles,
@@ -44,6 +44,8 @@ from .step_report import (
     log_skip,
 )
 from .thresholds import Fixed, Kind, Threshold
+
+_VERSION = 2  # of the state dict; 1, which had none, knew the accepted norms only
 
 
 class GradGuard:
@@ -56,12 +58,16 @@ class GradGuard:
         loss.backward()
         report = guard.step(optimizer)      # in place of clip_grad_norm_ and optimizer.step
 
-    A step is skipped when the norm of all gradients (or the loss, if it is given) is NaN or Inf. It
-    is skipped as an outlier when the norm is finite and above ``skip_norm`` while that threshold is
-    *armed*: while the median of the last 128 accepted norms (of at least 16) lies below it.
-    Unarmed, as at the start of a training, such a norm is clipped; a rule "skip whatever is above
+    A step is skipped when the norm of all gradients (or the loss, if it is given) is NaN or Inf. A
+    finite norm is an outlier, and its step is skipped, if it is above ``skip_norm`` *and* above 4
+    times the median of the last 128 norms *seen*, of at least 16. Seen are all finite norms of
+    finite losses, also those of skipped steps, but neither norms of 0 nor the batches that are
+    passed over after a rollback. Other norms are clipped. So a sudden jump is skipped, and a slow
+    growth is clipped. A jump that stays spends the ``patience``; where that is above 64, the new
+    level is ordinary after 64 steps and is clipped from there on. A rule "skip whatever is above
     10" would skip for ever where 10 is an ordinary norm. A norm that is above 1e18 after clipping
     (with ``max_norm=inf``) is always skipped: fp32 second moments could not hold its square.
+    Micro-batches (:meth:`accumulate`) are judged by the norms of micro-batches in the same way.
 
     A skipped step leaves parameters and optimizer state as they are, bit for bit, and, where the
     guard was given a module, sets its buffers back to what they were after the last accepted step
@@ -88,10 +94,10 @@ class GradGuard:
             parameter) pairs. A module's parameters are looked up again when those of the optimizer
             change and after ``load_state_dict``.
         max_norm: largest norm let through unclipped; inf turns clipping off.
-        skip_norm: norm above which an outlier is skipped; inf turns that off.
-        patience: this many skips in a row raise :class:`GradientExplosionError`. Those of a
-            GradScaler that searches for its scale do not count; see
-            :attr:`StepReport.scale_search`.
+        skip_norm: no norm up to this is an outlier; inf turns the skipping of finite norms off.
+        patience: this many skips in a row, or more than half of the last 8 times as many steps
+            skipped, raise :class:`GradientExplosionError`. Those of a GradScaler that searches for
+            its scale do not count; see :attr:`StepReport.scale_search`.
         threshold: one of :mod:`fastguard.thresholds`, which learns where to clip below
             ``max_norm``; ``Fixed()`` by default.
         measure: "step" reads the gradients in :meth:`step`; "backward" measures each while it is
@@ -154,14 +160,14 @@ class GradGuard:
         self._found_others()
         self._files = BadStepFiles(report_dir)
 
-        self._statistics = fresh_statistics(self._watched.parameters[0].device)
+        device = self._watched.parameters[0].device
+        self._statistics = fresh_statistics(device)
+        self._micro_statistics = fresh_statistics(device)  # of what accumulate judges
         self._ema_norms: dict[str, Tensor] = {}  # of the parameters that had a gradient yet
         self._window: Window | None = None
         self._pending: deque[PendingReport] = deque()
         self._reports: deque[StepReport] = deque(maxlen=1000)  # for poll to return
-        self._skips_in_a_row: list[StepReport] = []
-        self._spent: list[StepReport] = []  # the skips that used up the patience
-        self._searches = Searches()
+        self._budget = Budget(self.patience)
         self._steps = 0
         self._batches_to_skip = 0
         self._discarded: int | None = None  # the last step that was, after a rollback
@@ -216,7 +222,7 @@ class GradGuard:
             A report that reads like a :class:`StepReport` and waits for the device when it is read.
 
         Raises:
-            GradientExplosionError: ``patience`` skips in a row. This step is done then.
+            GradientExplosionError: the ``patience`` is spent. This step is done then.
             ValueError: no optimizer, or one twice; it needs a closure or holds a gradient that the
                 guard does not watch; gradients of an unsupported dtype, on several devices, or not
                 accumulated as the others of their window; a loss that is not one number; a scaler
@@ -411,7 +417,7 @@ class GradGuard:
         judged = names, values
         if self._ranks is not None:
             judged = self._ranks.all_of(names, values, device)
-        measured, decision = self._judge(*judged, unscale, loss, accept=False)
+        measured, decision = self._judge(*judged, unscale, loss, micro_batch=True)
         number = len(self._window.reports)
         batch_id = f"micro-batch {number}" if batch_id is None else batch_id
         report = PendingReport(
@@ -431,7 +437,7 @@ class GradGuard:
             The reports that came since the last call, in order, the last 1000 of them.
 
         Raises:
-            GradientExplosionError: ``patience`` skips in a row, and no copy to go back to.
+            GradientExplosionError: the ``patience`` is spent, and there is no copy to go back to.
         """
         self._act(self._learn(wait))
         reports = list(self._reports)
@@ -439,10 +445,13 @@ class GradGuard:
         return reports
 
     @property
-    def armed(self) -> bool:
-        """Whether a norm above ``skip_norm`` is an outlier by now; waits for the device."""
-        accepted = self._accepted()
-        return len(accepted) >= ops.ARMED_AFTER and statistics.median(accepted) < self.skip_norm
+    def outlier_above(self) -> float:
+        """The finite norm above which the next step is skipped; waits for the device.
+
+        The larger of ``skip_norm`` and 4 times the median of the last norms seen; inf while fewer
+        than 16 were.
+        """
+        return ops.outlier_above(self._statistics, self.skip_norm).item()
 
     def skip_batch(self) -> bool:
         """Whether to pass over the next batch, as the first ones after a rollback are.
@@ -542,23 +551,27 @@ class GradGuard:
         if self._ranks is not None and self._ranks.sharded:
             lay_out_(self._watched.parameters)
 
-    def _judge(self, names, grads, unscale, loss, scaling=None, accept=True):
-        if accept and self.skip_batch():
+    def _judge(self, names, grads, unscale, loss, scaling=None, micro_batch=False):
+        if not micro_batch and self.skip_batch():
             self._discarded = self._steps
             # Ranks that do not pass over it must not apply it alone.
             bad = scalar(math.nan, (grads or self._watched.parameters)[0].device)
             measured, *_ = self._measured(names, grads, unscale, bad)
             return measured, discarded(measured, unscale, loss)
-        threshold = self.threshold if accept else Fixed()
-        known = self._known(names, threshold, grads[0].device if grads else None)
-        rules = (known, threshold, self.max_norm, self.skip_norm, accept)
+        threshold = Fixed() if micro_batch else self.threshold
+        known = self._micro_statistics if micro_batch else self._statistics
+        known = self._known(known, names, threshold, grads[0].device if grads else None)
+        rules = (known, threshold, self.max_norm, self.skip_norm)
         if self._in_one_call:
             given = (unscale, loss, *rules, scaling)
             judged = _of_any_kind(ops.grad_norm_decide_, names, grads, *given)
         else:
             measured, *given = self._measured(names, grads, unscale, loss)
             judged = measured, ops.guard_decide_(measured, *given, *rules)
-        self._statistics = known
+        if micro_batch:
+            self._micro_statistics = known
+        else:
+            self._statistics = known
         if threshold.kind is Kind.ADAGC:
             learnt = dict(zip(names, known.ema_norms.unbind(), strict=True))
             self._ema_norms = self._ema_norms | learnt
@@ -572,11 +585,10 @@ class GradGuard:
         measured = _of_any_kind(measure, names, local_parts(grads))
         return self._ranks.agree(measured, unscale, loss)
 
-    def _known(self, names, threshold: Threshold, device: torch.device | None) -> ops.Statistics:
+    def _known(self, known, names, threshold: Threshold, device: torch.device | None):
         """The statistics of these gradients, on their device."""
-        known = self._statistics
-        device = known.moments.device if device is None else device
-        if known.moments.device != device:
+        device = known.numbers.device if device is None else device
+        if known.numbers.device != device:
             known = ops.Statistics(*(t.to(device) for t in known))
         if threshold.kind is Kind.ADAGC:
             unseen = torch.full((), math.inf, dtype=torch.float64, device=device)
@@ -586,28 +598,28 @@ class GradGuard:
 
     # --- what the host learns ---------------------------------------------------------------------
 
-    def _learn(self, wait: bool = False) -> list[StepReport]:
-        """Account for the reports that are there, up to a spent patience; its skips, or []."""
-        while self._pending and not self._spent:
+    def _learn(self, wait: bool = False) -> Spent | None:
+        """Account for the reports that are there, up to a spent patience; why it is spent."""
+        while self._pending and self._budget.spent is None:
             if not (wait or len(self._pending) > self.max_lag or self._may_look_early()):
                 break
             self._account(self._pending.popleft())
-        return self._spent
+        return self._budget.spent
 
     def _may_look_early(self) -> bool:
         # Not on a device, where one rank would go back or raise steps before another.
-        together = self._ranks is not None and self._statistics.moments.device.type != "cpu"
+        together = self._ranks is not None and self._statistics.numbers.device.type != "cpu"
         return self._pending[0].ready and not together
 
-    def _act(self, spent: list[StepReport]) -> None:
+    def _act(self, spent: Spent | None) -> None:
         """Go back or raise, if the patience is spent."""
-        if not spent:
+        if spent is None:
             return
-        self._spent = []
+        self._budget.clear()
         if self._snapshots is not None:
-            self._snapshots.forget_since(spent[0].step, self._stepped[0])
+            self._snapshots.forget_since(spent.since, self._stepped[0])
         if not self._snapshots:
-            raise GradientExplosionError(spent, self.skip_norm)
+            raise GradientExplosionError(spent.reports, self.skip_norm, spent.what)
         self._go_back()
 
     def _account(self, pending: PendingReport) -> None:
@@ -619,23 +631,9 @@ class GradGuard:
             log_skip(report, self.skip_norm)
             for scheduler in self._schedulers:
                 scheduler.owe()
-        if report.verdict is ops.Verdict.SKIP_ROLLBACK:
-            return
-        if report.scale_search and self._searches.is_free(report.step):
-            return
-        if report.skipped or not all(each.scale_search for each in report.quarantined):
+        counts = self._budget.account(report)
+        if counts and (report.skipped or not all(each.scale_search for each in report.quarantined)):
             self._files.write(pending, self.skip_norm)
-        if not report.skipped:
-            self._skips_in_a_row = []
-            return
-        self._skips_in_a_row.append(report)
-        if len(self._skips_in_a_row) >= self.patience:
-            self._spent, self._skips_in_a_row = self._skips_in_a_row, []
-
-    def _accepted(self) -> list[float]:
-        """The last accepted norms, the oldest first."""
-        count, history = int(self._statistics.moments[0]), self._statistics.history.tolist()
-        return [history[i % WINDOW] for i in range(max(0, count - WINDOW), count)]
 
     # --- going back -------------------------------------------------------------------------------
 
@@ -646,10 +644,11 @@ class GradGuard:
             return
         if self._discarded == self._steps - 1:
             self._snapshots.postpone(self._steps)
-        if self._skips_in_a_row or not self._snapshots.due(self._steps):
+        if self._budget.in_a_row or not self._snapshots.due(self._steps):
             return
         own = {
             "statistics": self._statistics.copy(),
+            "micro_statistics": self._micro_statistics.copy(),
             "ema_norms": {name: norm.clone() for name, norm in self._ema_norms.items()},
             "buffers": self._buffers.copy(),
         }
@@ -659,13 +658,13 @@ class GradGuard:
     def _go_back(self) -> None:
         while self._pending:  # steps after the explosion, which are undone: say what they were
             self._learn(wait=True)
-            self._spent = []
+            self._budget.clear()
         own = self._snapshots.restore(self._steps)
-        self._statistics = ops.Statistics(*own["statistics"])
+        self._statistics = own["statistics"]
+        self._micro_statistics = own["micro_statistics"]
         self._ema_norms = own["ema_norms"]
         self._buffers = own["buffers"]
         self._buffers.restore()
-        self._skips_in_a_row = []
         self._window = None
         self._batches_to_skip = self._rollback.skip_batches
 
@@ -680,13 +679,13 @@ class GradGuard:
         """
         self._learn(wait=True)
         return {
+            "version": _VERSION,
             "steps": self._steps,
             "threshold": self.threshold.kind.name.lower(),
-            "moments": self._statistics.moments.tolist(),
-            "accepted": self._accepted(),
+            "statistics": as_plain(self._statistics),
+            "micro_statistics": as_plain(self._micro_statistics),
             "ema_norms": self._seen_norms(),
-            "skips_in_a_row": [r.to_dict() for r in self._spent or self._skips_in_a_row],
-            "searches": self._searches.state_dict(),
+            "budget": self._budget.state_dict(),
             "batches_to_skip": self._batches_to_skip,
         }
 
@@ -697,34 +696,29 @@ class GradGuard:
     def load_state_dict(self, state: dict) -> None:
         """Go on as the guard did whose :meth:`state_dict` this is.
 
+        That of an older fastguard, which kept the accepted norms only, is taken for one that saw no
+        others.
+
         Raises:
-            ValueError: it is not one. Nothing was changed then.
+            ValueError: it is not one, or one of a newer fastguard. Nothing was changed then.
         """
         try:
-            count, mean, variance = map(float, state["moments"])
-            accepted = list(map(float, state["accepted"]))
+            state = _of_this_version(state)
+            device = self._statistics.numbers.device
+            other = Kind[state["threshold"].upper()] is not self.threshold.kind
+            known = from_plain(state["statistics"], device, other)  # only ZClip keeps moments
+            micro = from_plain(state["micro_statistics"], device, False)
             ema_norms = {name: float(norm) for name, norm in state["ema_norms"].items()}
-            skips = [StepReport.from_dict(report) for report in state["skips_in_a_row"]]
             steps, to_skip = int(state["steps"]), int(state["batches_to_skip"])
-            searches = Searches(state.get("searches", ()))
-            kind = Kind[state["threshold"].upper()]
-            numbers = [count, mean, variance, *accepted, *ema_norms.values(), steps, to_skip]
-            if not all(0 <= number < math.inf for number in numbers):
+            if not all(0 <= number < math.inf for number in (*ema_norms.values(), steps, to_skip)):
                 raise ValueError("a number is negative or not finite")
-            if len(accepted) != min(int(count), WINDOW):
-                raise ValueError(f"{int(count)} norms were accepted, but {len(accepted)} are there")
+            budget = Budget(self.patience)
+            budget.load_state_dict(state["budget"])
         except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
             raise ValueError(f"this is no state of a GradGuard: {error!r}") from error
-        if kind is not self.threshold.kind and accepted:  # only ZClip keeps moments
-            mean, variance = statistics.fmean(accepted), statistics.pvariance(accepted)
-        new = fresh_statistics(self._statistics.moments.device)
-        new.moments.copy_(torch.tensor([count, mean, variance], dtype=torch.float64))
-        for i, norm in enumerate(accepted, start=int(count) - len(accepted)):
-            new.history[i % WINDOW] = norm
-        self._statistics = new
-        self._ema_norms = {name: new.moments.new_tensor(norm) for name, norm in ema_norms.items()}
-        self._steps, self._batches_to_skip, self._skips_in_a_row = steps, to_skip, skips
-        self._spent, self._searches, self._window = [], searches, None
+        self._statistics, self._micro_statistics, self._budget = known, micro, budget
+        self._ema_norms = {name: known.numbers.new_tensor(norm) for name, norm in ema_norms.items()}
+        self._steps, self._batches_to_skip, self._window = steps, to_skip, None
         self._pending.clear()
         self._reports.clear()
         if self._snapshots is not None:
@@ -846,8 +840,39 @@ def _once(names: list[str], grads: list[Tensor]) -> tuple[list[str], list[Tensor
     return [name for name, _ in once.values()], [grad for _, grad in once.values()]
 
 
+def _of_this_version(state: dict) -> dict:
+    version = state.get("version", 1)
+    if version == 1:
+        count, mean, variance = state["moments"]
+        skips = list(state["skips_in_a_row"])
+        steps = [skip["step"] for skip in skips]
+        known = as_plain(fresh_statistics(torch.device("cpu")))
+        norms = {"seen_norms": state["accepted"], "accepted_norms": state["accepted"]}
+        counts = {"seen": count, "accepted": count, "mean": mean, "variance": variance}
+        return state | {
+            "statistics": counts | norms,
+            "micro_statistics": known,
+            "budget": {
+                "steps": steps,
+                "skips": skips,
+                "in_a_row": len(skips),
+                "searches": state.get("searches", []),
+            },
+        }
+    if version != _VERSION:
+        raise ValueError(
+            f"it is of version {version}, and this fastguard knows the versions 1 to {_VERSION}; "
+            "use the fastguard that wrote it, or a newer one"
+        )
+    return state
+
+
 def _at_least_one(name: str, value: int) -> int:
-    if not value >= 1:
+    try:
+        value = operator.index(value)
+    except TypeError:
+        raise ValueError(f"{name} must be a whole number of steps, got {value}") from None
+    if value < 1:
         raise ValueError(f"{name} must be at least 1 step, got {value}")
     return value
 

@@ -18,8 +18,11 @@ from torch import Tensor
 from . import _native
 from .thresholds import Kind, Threshold
 
-#: ``skip_norm`` is not armed before as many norms were accepted: a median of fewer says little.
-ARMED_AFTER = 16
+#: No finite norm is an outlier before as many norms were seen: a median of fewer says little.
+OUTLIER_AFTER = 16
+
+#: An outlier is above ``skip_norm`` and above this many times the median of the last norms seen.
+OUTLIER_FACTOR = 4.0
 
 #: The largest norm that is let through, after clipping: beyond, fp32 second moments overflow.
 LARGEST_APPLIED = 1e18
@@ -213,15 +216,39 @@ def _fake_decide(total_norm, max_norm, skip_norm):
 
 
 class Statistics(NamedTuple):
-    """What the guard remembers of the norms it accepted; no NaN, no Inf, no skipped norm."""
+    """What the guard remembers of global norms: no NaN, no Inf, no 0.
 
-    #: Number of accepted norms, their mean and variance (the last two for ZClip), float64, (3,).
-    moments: Tensor
-    #: The last W accepted norms, the oldest overwritten first, float64, shape (W,).
-    history: Tensor
+    A norm is *seen* when it and its loss are finite, whether its step was skipped or not; it is
+    *accepted* when its step was taken.
+    """
+
+    #: How many norms were seen, how many accepted, mean and variance of the accepted ones (these
+    #: two for ZClip), float64, shape (4,).
+    numbers: Tensor
+    #: The last W norms seen, the oldest overwritten first, float64, shape (W,). Outliers are judged
+    #: by their median.
+    seen_norms: Tensor
+    #: The last W norms accepted, likewise. RunningMedian and AutoClip learn from them.
+    accepted_norms: Tensor
     #: Moving average of the norm of each of N gradients (AdaGC), float64, shape (N,); inf where
     #: none was seen. Empty for the other thresholds.
     ema_norms: Tensor
+
+    @property
+    def seen(self) -> Tensor:
+        return self.numbers[0]
+
+    @property
+    def accepted(self) -> Tensor:
+        return self.numbers[1]
+
+    @property
+    def mean(self) -> Tensor:
+        return self.numbers[2]
+
+    @property
+    def variance(self) -> Tensor:
+        return self.numbers[3]
 
     def copy(self) -> "Statistics":
         sizes = [len(tensor) for tensor in self]
@@ -237,7 +264,8 @@ class GuardDecision(NamedTuple):
     #: A :class:`Verdict`, int64, shape ().
     verdict: Tensor
     #: For the host: verdict, clip coefficient (the smallest one), total norm after unscaling, the
-    #: clipping threshold in force, loss (NaN if none was given); float64, shape (5,).
+    #: clipping threshold in force, loss (NaN if none was given), and the norm above which a finite
+    #: norm was an outlier (inf where none could be); float64, shape (6,).
     record: Tensor
 
 
@@ -250,25 +278,23 @@ def guard_decide_(
     threshold: Threshold,
     max_norm: float,
     skip_norm: float,
-    accept: bool = True,
 ) -> GuardDecision:
     """:func:`decide` with the thresholds of :mod:`fastguard.thresholds`; the host does not wait.
 
-    ``skip_norm`` holds while it is armed: while the median of ``statistics.history``, of 16 norms
-    at least, lies below it.
+    A finite norm is an outlier, and its step is skipped, if it is above :func:`outlier_above`.
 
     Args:
         measured: of N gradients, as :func:`grad_norm` returns it.
         unscale: factor that turns the measured norms and gradients into the true ones, float64,
             shape (); None for 1.
         loss: float64, shape (); a NaN or Inf is a verdict by itself. None if not known.
-        statistics: updated in place, unless the verdict is a skip or ``accept`` is false.
+        statistics: updated in place; by a finite norm whose step is skipped the seen norms only.
 
     Raises:
         RuntimeError: a tensor of another dtype or shape, or an AdaGC without N ``ema_norms``.
     """
     args = (measured.total_norm, measured.norms, unscale, loss, *statistics, int(threshold.kind))
-    args += (max_norm, skip_norm, threshold.options, accept)
+    args += (max_norm, skip_norm, threshold.options)
     if _has_kernel(measured.total_norm):
         found = torch.ops.fastguard.guard_decide_.default(*args)
         torch.autograd.graph.increment_version(statistics)
@@ -281,14 +307,14 @@ def guard_decide_ref_(
     norms: Tensor,
     unscale: Tensor | None,
     loss: Tensor | None,
-    moments: Tensor,
-    history: Tensor,
+    numbers: Tensor,
+    seen_norms: Tensor,
+    accepted_norms: Tensor,
     ema_norms: Tensor,
     threshold: int,
     max_norm: float,
     skip_norm: float,
     options: Sequence[float],
-    accept: bool,
 ) -> GuardDecision:
     """The operator behind :func:`guard_decide_` in plain torch: branches become ``where``."""
     kind = Kind(threshold)
@@ -298,33 +324,30 @@ def guard_decide_ref_(
             f"{len(ema_norms)}"
         )
     a, b, warmup = options
-    accepted = moments[0].clone()
+    known = Statistics(numbers.clone(), seen_norms, accepted_norms, ema_norms)
     factor = torch.ones_like(total_norm) if unscale is None else unscale
     norm = total_norm * factor
-    known = torch.arange(len(history), device=history.device) < accepted
-    ascending = history.where(known, math.inf).sort()[0]
-    size = known.sum().double()
-    median = _quantile(ascending, size, 0.5)
-    warm = accepted >= warmup
+    warm = known.accepted >= warmup
 
     adaptive = torch.full_like(norm, math.inf)
     if kind is Kind.ZCLIP:
-        above = norm - moments[1]
-        spike = above > a * moments[2].sqrt()
-        adaptive = torch.where(spike, moments[1] + a * a * moments[2] / above, adaptive)
+        above = norm - known.mean
+        spike = above > a * known.variance.sqrt()
+        adaptive = torch.where(spike, known.mean + a * a * known.variance / above, adaptive)
     elif kind is Kind.RUNNING_MEDIAN:
-        adaptive = a * median
+        adaptive = a * _quantile(accepted_norms, known.accepted, 0.5)
     elif kind is Kind.AUTOCLIP:
-        adaptive = _quantile(ascending, size, a / 100)
-    adaptive = torch.where(warm & (accepted >= 1), adaptive, math.inf)
-    limit = adaptive.clamp(max=max_norm)
+        # NaN becomes 0, too: max keeps its first argument.
+        adaptive = _quantile(accepted_norms, known.accepted, min(max(0.0, a / 100), 1.0))
+    adaptive = torch.where(warm & (known.accepted >= 1), adaptive, math.inf)
+    limit = torch.where(adaptive < max_norm, adaptive, max_norm)
     if kind is Kind.ADAGC:
         limit = torch.where(warm, math.inf, limit)
 
-    armed = (accepted >= ARMED_AFTER) & (median < skip_norm)
+    skip_above = outlier_above(known, skip_norm)
     coef = limit / (norm + 1e-6)
     verdict = torch.where(coef < 1, int(Verdict.CLIP), int(Verdict.APPLY))
-    verdict = torch.where(armed & (norm > skip_norm), int(Verdict.SKIP_OUTLIER), verdict)
+    verdict = torch.where(norm > skip_above, int(Verdict.SKIP_OUTLIER), verdict)
     finite = norm.isfinite() if loss is None else norm.isfinite() & loss.isfinite()
     verdict = torch.where(finite, verdict, int(Verdict.SKIP_NONFINITE))
     coef = torch.where(verdict == int(Verdict.CLIP), coef, 1.0)
@@ -334,7 +357,8 @@ def guard_decide_ref_(
         each = norms * factor
         seen = warm & ema_norms.isfinite()
         alone = torch.where(warm, (max_norm / (each + 1e-6)).clamp(max=1), coef)
-        coefs = torch.where(seen, (a * ema_norms / each).clamp(max=1), alone)
+        ratio = a * ema_norms / each
+        coefs = torch.where(seen, torch.where(ratio < 1, ratio, 1.0), alone)
         coefs = torch.where(skip | (each == 0), 1.0, coefs)
         if len(norms):
             coef, applied = coefs.amin(), (coefs * each).amax()
@@ -343,54 +367,82 @@ def guard_decide_ref_(
     verdict = torch.where(too_large, int(Verdict.SKIP_OUTLIER), verdict)
     skip = skip | too_large
     coef = torch.where(skip, 1.0, coef)
-    absorbed = ~skip & (norm > 0) if accept else torch.zeros_like(skip)
     if kind is Kind.ADAGC:
         clipped = coefs * each
         ema = torch.where(seen, b * ema_norms + (1 - b) * clipped, ema_norms.minimum(clipped))
-        ema_norms.copy_(torch.where(absorbed & (each > 0), ema, ema_norms))
-
+        ema_norms.copy_(torch.where(~skip & (each > 0), ema, ema_norms))
+    sees = finite & (norm > 0)
+    accepts = sees & ~skip
     if kind is Kind.ZCLIP:
-        updated = _zclip_moments(moments, norm.minimum(adaptive), norm, b, warmup)
-        moments[1:].copy_(torch.where(absorbed, updated, moments[1:]))
-    oldest = torch.arange(len(history), device=history.device) == accepted % len(history)
-    history.copy_(torch.where(absorbed & oldest, norm, history))
-    moments[0].add_(absorbed)
+        updated = _zclip_moments(known, norm.minimum(adaptive), norm, b, warmup)
+        numbers[2:].copy_(torch.where(accepts, updated, numbers[2:]))
+    _remember(seen_norms, known.seen, norm, sees)
+    _remember(accepted_norms, known.accepted, norm, accepts)
+    numbers[:2].add_(torch.stack([sees, accepts]))
     grad_coef = torch.where(skip, 1.0, coefs * factor)
     loss = torch.full_like(norm, math.nan) if loss is None else loss
-    return GuardDecision(
-        grad_coef, verdict, torch.stack([verdict.double(), coef, norm, limit, loss])
-    )
+    record = [verdict.double(), coef, norm, limit, loss, skip_above]
+    return GuardDecision(grad_coef, verdict, torch.stack(record))
 
 
-def _quantile(ascending: Tensor, size: Tensor, q: float) -> Tensor:
-    """Linear between neighbours, of the first ``size`` elements; anything where there is none."""
-    place = q * (size - 1).clamp(min=0)
+def outlier_above(statistics: Statistics, skip_norm: float) -> Tensor:
+    """The norm above which a finite norm is an outlier, float64, shape ().
+
+    The larger of ``skip_norm`` and 4 times the median of the last norms seen; inf while fewer than
+    16 were.
+    """
+    usual = OUTLIER_FACTOR * _quantile(statistics.seen_norms, statistics.seen, 0.5)
+    larger = torch.where(usual > skip_norm, usual, skip_norm)
+    return torch.where(statistics.seen >= OUTLIER_AFTER, larger, math.inf)
+
+
+def _whole(count: Tensor) -> Tensor:
+    """A count of norms, >= 0 and whole whatever it was."""
+    return torch.where(count >= 1, count.clamp(max=2.0**53), 0.0).floor()
+
+
+def _remember(norms: Tensor, count: Tensor, norm: Tensor, wanted: Tensor) -> None:
+    """Put the norm in the place of the oldest."""
+    oldest = torch.arange(len(norms), device=norms.device) == _whole(count) % len(norms)
+    norms.copy_(torch.where(wanted & oldest, norm, norms))
+
+
+def _quantile(norms: Tensor, count: Tensor, q: float) -> Tensor:
+    """Linear between neighbours, of the norms that ``count`` have left in the window.
+
+    Where it has none, the result is anything.
+    """
+    held = torch.arange(len(norms), device=norms.device) < _whole(count)
+    ascending = norms.where(held, math.nan).sort()[0]  # NaN comes last
+    last = (held.sum() - 1).clamp(min=0)
+    place = q * last.double()
     below = place.long()
-    above = torch.minimum(below + 1, (size - 1).clamp(min=0).long())
+    above = torch.minimum(below + 1, last)
     # Not by indexing: an index of shape () is read by the host.
     low, high = ascending.gather(0, torch.stack([below, above])).unbind()
     return low + (high - low) * (place - below)
 
 
-def _zclip_moments(moments: Tensor, clipped: Tensor, norm: Tensor, alpha: float, warmup: float):
-    count, mean, variance = moments
+def _zclip_moments(known: Statistics, clipped: Tensor, norm: Tensor, alpha: float, warmup: float):
+    """Mean and variance with one more norm."""
+    count, mean, variance = known.accepted + 1, known.mean, known.variance
     delta = norm - mean
-    first_mean = mean + delta / (count + 1)
-    first_variance = variance + (delta * (norm - first_mean) - variance) / (count + 1)
+    first_mean = mean + delta / count
+    first_variance = variance + (delta * (norm - first_mean) - variance) / count
     later_mean = alpha * mean + (1 - alpha) * clipped
     later_variance = alpha * variance + (1 - alpha) * (clipped - later_mean).square()
     first = torch.stack([first_mean, first_variance])
-    return torch.where(count < warmup, first, torch.stack([later_mean, later_variance]))
+    return torch.where(count <= warmup, first, torch.stack([later_mean, later_variance]))
 
 
 def _fake_guard_decide_(
-    total_norm, norms, unscale, loss, moments, history, ema_norms, threshold, *_
+    total_norm, norms, unscale, loss, numbers, seen_norms, accepted_norms, ema_norms, threshold, *_
 ):
     shape = norms.shape if threshold == Kind.ADAGC else ()
     return (
         total_norm.new_empty(shape),
         total_norm.new_empty((), dtype=torch.int64),
-        total_norm.new_empty(5),
+        total_norm.new_empty(6),
     )
 
 
@@ -418,7 +470,6 @@ def grad_norm_decide_(
     threshold: Threshold,
     max_norm: float,
     skip_norm: float,
-    accept: bool = True,
     scaling: Scaling | None = None,
 ) -> tuple[GradNorm, GuardDecision]:
     """:func:`grad_norm` and :func:`guard_decide_` in one; on CUDA in one launch.
@@ -427,7 +478,7 @@ def grad_norm_decide_(
         scaling: updated in place as by ``GradScaler.update``: a norm that is not finite, as it was
             measured, multiplies the scale by ``backoff_factor``; ``growth_interval`` finite ones in
             a row by ``growth_factor``.
-        grads, unscale, loss, statistics, threshold, max_norm, skip_norm, accept: as for those two.
+        grads, unscale, loss, statistics, threshold, max_norm, skip_norm: as for those two.
 
     Raises:
         RuntimeError: what those two raise; nothing is written then.
@@ -437,7 +488,7 @@ def grad_norm_decide_(
     if scaling is not None:
         state, growth = scaling[:2], scaling[2:]
     args = (unscale, loss, *statistics, int(threshold.kind), max_norm, skip_norm)
-    args += (threshold.options, accept, *state, growth)
+    args += (threshold.options, *state, growth)
     if grads and _has_kernel(grads[0]):
         found = torch.ops.fastguard.grad_norm_decide_.default(grads, *args)
         written = (*statistics, *(state if scaling is not None else ()))
@@ -451,24 +502,24 @@ def grad_norm_decide_ref_(
     grads: Sequence[Tensor],
     unscale: Tensor | None,
     loss: Tensor | None,
-    moments: Tensor,
-    history: Tensor,
+    numbers: Tensor,
+    seen_norms: Tensor,
+    accepted_norms: Tensor,
     ema_norms: Tensor,
     threshold: int,
     max_norm: float,
     skip_norm: float,
     options: Sequence[float],
-    accept: bool,
     scale: Tensor | None,
     growth_tracker: Tensor | None,
     growth: Sequence[float],
 ) -> tuple[Tensor, ...]:
     """The operator behind :func:`grad_norm_decide_` in plain torch."""
-    measured = grad_norm_ref(grads, moments.device)
+    measured = grad_norm_ref(grads, numbers.device)
     total_norm, norms, _ = measured
-    known = (moments, history, ema_norms)
+    known = (numbers, seen_norms, accepted_norms, ema_norms)
     decided = guard_decide_ref_(
-        *(total_norm, norms, unscale, loss, *known, threshold, max_norm, skip_norm, options, accept)
+        *(total_norm, norms, unscale, loss, *known, threshold, max_norm, skip_norm, options)
     )
     if scale is not None:
         growth_factor, backoff_factor, interval = growth
@@ -482,10 +533,9 @@ def grad_norm_decide_ref_(
     return *measured, *decided
 
 
-def _fake_grad_norm_decide_(grads, unscale, loss, moments, history, ema_norms, threshold, *rest):
+def _fake_grad_norm_decide_(grads, unscale, loss, *rest):
     measured = _fake_grad_norm(grads)
-    known = (moments, history, ema_norms)
-    return *measured, *_fake_guard_decide_(*measured[:2], unscale, loss, *known, threshold, *rest)
+    return *measured, *_fake_guard_decide_(*measured[:2], unscale, loss, *rest)
 
 
 # --- settle_ ------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ import dataclasses
 import json
 import logging
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -82,6 +82,9 @@ class StepReport:
     #: Whether it was skipped because a GradScaler searches for its scale, by
     #: :func:`fastguard.scale_search.is_search`; of a window, because it did for all micro-batches.
     scale_search: bool = False
+    #: A finite norm above this was an outlier: the larger of ``skip_norm`` and 4 times the median
+    #: of the last norms seen; inf while fewer than 16 were.
+    outlier_above: float = math.inf
 
     @property
     def skipped(self) -> bool:
@@ -177,7 +180,7 @@ class PendingReport:
     def result(self) -> StepReport:
         if self._result is None:
             record, *loss_scale = self._record.wait()
-            verdict, clip_coef, total_norm, max_norm, loss = record
+            verdict, clip_coef, total_norm, max_norm, loss, outlier_above = record
             micro_batches = [report.result() for report in self._micro_batches]
             report = StepReport(
                 self.step,
@@ -192,6 +195,7 @@ class PendingReport:
                 micro_batches=len(micro_batches),
                 micro_batch=self._micro_batch,
                 loss_scale=loss_scale[0] if loss_scale else None,
+                outlier_above=outlier_above,
             )
             # Among several ranks the loss is a number, and a bad one is that of any of them.
             known = self._loss_given or self._several_ranks
@@ -267,11 +271,18 @@ class _Transfer:
 
 
 class GradientExplosionError(RuntimeError):
-    """``patience`` steps in a row were skipped. ``reports`` holds what each of them looked like."""
+    """The guard's patience is spent: too many steps were skipped.
 
-    def __init__(self, reports: list[StepReport], skip_norm: float):
-        self.reports = reports
+    Args:
+        reports: of the last skipped steps.
+        skip_norm: the guard's.
+        what: how many were skipped of how many, as :class:`fastguard.budget.Spent` says it.
+    """
+
+    def __init__(self, reports: Sequence[StepReport], skip_norm: float, what: str):
+        self.reports = list(reports)
         self.skip_norm = skip_norm
+        self.what = what
         # Of a step without a good micro-batch, what was wrong with these.
         evidence = [e for r in reports for e in (r.quarantined if r.all_quarantined else (r,))]
         overflowed = [r for r in evidence if _overflowed(r)]
@@ -312,8 +323,7 @@ class GradientExplosionError(RuntimeError):
             cures.append(f"{cure}; lower the learning rate")
         first = [r for r in evidence if r.offenders]
         super().__init__(
-            f"{len(reports)} steps in a row were skipped, steps {reports[0].step} to "
-            f"{reports[-1].step}: {'; '.join(seen)}.\n"
+            f"{what}: {'; '.join(seen)}.\n"
             f"  batches: {_shorten(r.batch for r in evidence)}\n"
             f"  parameters that were non-finite first: "
             f"{_shorten(first[0].nonfinite) if first else 'none'}\n"
@@ -321,7 +331,7 @@ class GradientExplosionError(RuntimeError):
         )
 
     def __reduce__(self):  # exceptions are pickled by their message, and rebuilt from it
-        return type(self), (self.reports, self.skip_norm)
+        return type(self), (self.reports, self.skip_norm, self.what)
 
 
 class BadStepFiles:
@@ -396,9 +406,15 @@ def log_skip(report: StepReport, skip_norm: float) -> None:
 
 def _limit_of(report: StepReport, skip_norm: float) -> tuple[str, str]:
     """What a finite norm was above, and the cure."""
-    if report.total_norm > skip_norm:
-        cure = "raise skip_norm or set it to inf, so that large finite gradients are clipped"
-        return f"skip_norm={skip_norm:g}", cure
+    if report.total_norm > report.outlier_above:
+        limit = f"skip_norm={skip_norm:g}"
+        if report.outlier_above > skip_norm:
+            median = "4 times the median of the last norms"
+            limit = f"{report.outlier_above:.3g}, {median} (and {limit})"
+        return limit, (
+            "raise skip_norm or set it to inf, so that large finite gradients are clipped; a "
+            "patience above 64 waits until a norm that stays has become ordinary"
+        )
     if math.isinf(report.total_norm):
         return "1.8e308 in the sum of its squares", "look for what makes gradients so large"
     return f"{LARGEST_APPLIED:g}, what fp32 moments can hold", "set a finite max_norm"

@@ -102,15 +102,16 @@ def test_a_window_of_bad_ones_is_a_skipped_step(caplog):
     assert not window(model, guard, optimizer, [batch(4)]).skipped
 
 
-def test_an_outlier_among_micro_batches_is_left_out_while_armed():
+def test_an_outlier_among_micro_batches_is_left_out():
     parameters = [nn.Parameter(torch.zeros(10))]
     optimizer = torch.optim.SGD(parameters, lr=1.0)
     guard = GradGuard(parameters, max_norm=math.inf, skip_norm=10.0)
     for _ in range(16):
         set_gradient_norms(parameters, 1.0)
-        guard.step(optimizer)
+        guard.accumulate()
+    guard.step(optimizer)
     before = parameters[0].detach().clone()
-    for norm in (2.0, 1e30, 4.0):
+    for norm in (2.0, 11.0, 4.0):
         set_gradient_norms(parameters, norm)
         guard.accumulate()
     report = guard.step(optimizer)

@@ -125,14 +125,18 @@ def clips_at_the_limit(real):
     return decide
 
 
-def keeps_no_history(real):
-    def guard_decide_(measured, unscale, loss, statistics, *rest):
-        before = statistics.history.clone()
-        decided = real(measured, unscale, loss, statistics, *rest)
-        statistics.history.copy_(before)
-        return decided
+def keeps_no(window):
+    def plant(real):
+        def guard_decide_(measured, unscale, loss, statistics, *rest):
+            norms = getattr(statistics, window)
+            before = norms.clone()
+            decided = real(measured, unscale, loss, statistics, *rest)
+            norms.copy_(before)
+            return decided
 
-    return guard_decide_
+        return guard_decide_
+
+    return plant
 
 
 def never_the_same_twice(real):
@@ -180,7 +184,8 @@ def test_what_is_wrong_with_attention_is_told(report, monkeypatch):
         ("accumulate_", "accumulate_", never_copies, r"window: element"),
         ("settle_", "settle_", does_nothing, r"Verdict.APPLY.*\n.*saved copy"),
         ("decide", "decide", clips_at_the_limit, r"norm 0.0, max_norm 0.0.*\n.*verdict: element"),
-        ("guard_decide_", "guard_decide_", keeps_no_history, r"history of step \d"),
+        ("guard_decide_", "guard_decide_", keeps_no("seen_norms"), r"seen_norms of step \d"),
+        ("guard_decide_", "guard_decide_", keeps_no("accepted_norms"), r"accepted_norms of step"),
         ("same input, same bits", "grad_norm", never_the_same_twice, r"time 1, tensor"),
         ("bad batches leave no trace", "adamw_", deaf_to_the_verdict, r"skipped steps: element 5"),
     ],

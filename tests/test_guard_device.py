@@ -173,7 +173,7 @@ def test_a_checkpoint_flushes_and_the_error_is_not_lost(monkeypatch):
     for _ in range(3):
         set_gradient_norms(parameters, math.inf)
         guard.step(optimizer)
-    assert len(guard.state_dict()["skips_in_a_row"]) == 3
+    assert guard.state_dict()["budget"]["in_a_row"] == 3
     with pytest.raises(GradientExplosionError, match="3 steps in a row"):
         guard.poll()
 
@@ -206,7 +206,7 @@ def test_rollback_works_with_the_lag(monkeypatch, caplog):
     assert "Rolled back to the state after step 2" in caplog.text
     # What was on its way was said, too, and counts for nothing after it.
     assert [r.step for r in guard.poll()] == [0, 1, 2, 3, 4, 5, 6]
-    assert guard.state_dict()["skips_in_a_row"] == []
+    assert guard.state_dict()["budget"]["steps"] == []
 
 
 def test_two_explosions_learnt_at_once_are_two(monkeypatch):

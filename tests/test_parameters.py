@@ -197,11 +197,22 @@ def test_a_state_that_is_none():
     for wrong in (
         {},
         {"steps": 1},
-        {**before, "moments": [1.0]},
-        {**before, "moments": [math.inf, 0, 0]},
-        {**before, "moments": [100, 0, 0]},
-        {**before, "accepted": ["x"]},
-        {**before, "accepted": [math.nan], "moments": [1, 0, 0]},
+        {**before, "statistics": None},
+        *(
+            {**before, which: before[which] | wrong}
+            for which in ("statistics", "micro_statistics")
+            for wrong in (
+                {"seen": -1},
+                {"accepted": math.inf},
+                {"mean": math.inf},
+                {"variance": -1.0},
+                {"seen": 100},
+                {"accepted": 1},
+                {"seen_norms": ["x"], "seen": 1},
+                {"accepted_norms": [math.nan], "accepted": 1},
+            )
+        ),
+        {**before, "budget": {}},
         {**before, "ema_norms": [1.0]},
         {**before, "steps": -4},
         {**before, "threshold": "none"},

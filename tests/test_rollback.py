@@ -39,7 +39,7 @@ def test_the_state_is_restored_bit_for_bit(make):
     explode(model, optimizer, guard)
     assert_same_bits(everything(model, optimizer), states[4][0])
     assert optimizer.param_groups[0]["lr"] == 0.05
-    assert guard.state_dict()["accepted"] == states[4][1]["accepted"]
+    assert guard.state_dict()["statistics"] == states[4][1]["statistics"]
     assert guard.state_dict()["steps"] == 7  # reports keep counting
     assert torch.equal(torch.get_rng_state(), states[4][2])
     assert not train_step(model, optimizer, guard, torch.ones(6, 4)).skipped

@@ -17,6 +17,7 @@ from fastguard.scale_search import Searches, is_search
 from fastguard.step_report import PendingReport
 
 from .test_guard_device import slow
+from .test_outliers import old_state
 
 LARGEST_FP16 = torch.finfo(torch.float16).max
 
@@ -297,9 +298,7 @@ def test_a_resumed_guard_knows_what_was_free(again):
 
 def test_a_state_from_before_there_were_searches():
     loop = Loop(2.0)
-    state = loop.guard.state_dict()
-    del state["searches"]
-    loop.guard.load_state_dict(state)
+    loop.guard.load_state_dict(old_state(loop.guard.state_dict()))
     assert loop.step(factor=math.inf).scale_search
 
 
@@ -324,7 +323,8 @@ def test_reports_of_an_older_fastguard():
 @pytest.mark.parametrize("loss", [1.0, math.inf, math.nan])
 def test_among_ranks_that_decide_together_the_loss_of_another_counts(loss):
     """All must come to the same answer, or one would run out of patience before the others."""
-    one, record = torch.ones((), dtype=torch.float64), torch.tensor([2, 1, math.inf, 1, loss])
+    one = torch.ones((), dtype=torch.float64)
+    record = torch.tensor([2, 1, math.inf, 1, loss, math.inf])
     measured = GradNorm(one * math.inf, one[None] * math.inf, torch.tensor([[0, 1, 0]]))
     arguments = 0, None, record.double(), measured, one / 8, ["weight"], None
     scaled = LossScale(one * 8, None, one * 8)

@@ -170,7 +170,7 @@ def test_a_batch_id_may_be_anything(tmp_path):
     for batch_id in (torch.ones(2, requires_grad=True) * 2, (i for i in range(3)), object()):
         weight.grad = torch.full((2,), math.nan)
         assert guard.step(torch.optim.SGD([weight], lr=1.0), batch_id=batch_id).batch is batch_id
-    assert len(guard.state_dict()["skips_in_a_row"]) == 3
+    assert guard.state_dict()["budget"]["in_a_row"] == 3
     assert len(list(tmp_path.iterdir())) == 3
 
 

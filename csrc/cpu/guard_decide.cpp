@@ -29,16 +29,48 @@ double smallest(const double* values, int64_t n) {
   return n == 0 ? 1.0 : *std::min_element(values, values + n);
 }
 
-Quantiles quantiles_of(const Policy& policy, std::vector<double> norms) {
-  if (norms.empty()) {
-    return {0.0, 0.0};
+// 0 where there are none.
+double quantile_of(const double* norms, int64_t size, double q) {
+  std::vector<double> ascending(norms, norms + size);
+  if (size == 0) {
+    return 0.0;
   }
-  std::sort(norms.begin(), norms.end());
-  const auto value = [&](double q) {
-    const Quantile quantile(q, static_cast<int64_t>(norms.size()));
-    return quantile.between(norms[quantile.below], norms[quantile.above]);
-  };
-  return {value(0.5), value(chosen_quantile(policy))};
+  std::sort(ascending.begin(), ascending.end(), less);
+  const Quantile quantile(q, size);
+  return quantile.between(ascending[quantile.below], ascending[quantile.above]);
+}
+
+// The last norms, as in the tensors that hold them.
+struct Windows {
+  double* seen;
+  double* accepted;
+  int64_t size;
+};
+
+Quantiles quantiles_of(const Policy& policy, const Statistics& known, const Windows& windows) {
+  const int64_t seen = needs_seen(policy) ? held(known.seen, windows.size) : 0;
+  const int64_t accepted = needs_accepted(policy) ? held(known.accepted, windows.size) : 0;
+  return {
+      quantile_of(windows.seen, seen, 0.5),
+      quantile_of(windows.accepted, accepted, accepted_quantile(policy))};
+}
+
+void learn(
+    const Policy& policy, const Judgement& judged, const Windows& windows, double* statistics) {
+  if (!judged.says) {
+    return;
+  }
+  Statistics known = {statistics[0], statistics[1], statistics[2], statistics[3]};
+  windows.seen[next_place(known.seen, windows.size)] = judged.norm;
+  known.seen += 1.0;
+  if (!judged.skipped()) {
+    windows.accepted[next_place(known.accepted, windows.size)] = judged.norm;
+    absorb(policy, known, judged.norm, judged.adaptive);
+  }
+  statistics[0] = known.seen;
+  statistics[1] = known.accepted;
+  statistics[2] = known.mean;
+  statistics[3] = known.variance;
 }
 
 std::tuple<Tensor, Tensor, Tensor> guard_decide_cpu(
@@ -47,13 +79,13 @@ std::tuple<Tensor, Tensor, Tensor> guard_decide_cpu(
     const std::optional<Tensor>& unscale,
     const std::optional<Tensor>& loss,
     Tensor statistics,
-    Tensor history,
+    Tensor seen_norms,
+    Tensor accepted_norms,
     Tensor ema_norms,
     int64_t threshold,
     double max_norm,
     double skip_norm,
-    const std::vector<double>& options,
-    bool accept) {
+    const std::vector<double>& options) {
   check_measured("guard_decide_", total_norm, norms);
   check_guard_decide(
       "guard_decide_",
@@ -61,23 +93,23 @@ std::tuple<Tensor, Tensor, Tensor> guard_decide_cpu(
       unscale,
       loss,
       statistics,
-      history,
+      seen_norms,
+      accepted_norms,
       ema_norms,
       threshold,
       options);
   const Policy policy = policy_of(threshold, max_norm, skip_norm, options);
-  auto& known = *reinterpret_cast<Statistics*>(statistics.mutable_data_ptr<double>());
-  double* const accepted_norms = history.mutable_data_ptr<double>();
-  const int64_t window = history.numel();
-
-  const int64_t kept = std::min(window, static_cast<int64_t>(known.accepted));
-  const int64_t size = needs_quantiles(policy) ? kept : 0;
-  const Quantiles accepted = quantiles_of(policy, {accepted_norms, accepted_norms + size});
+  double* const numbers = statistics.mutable_data_ptr<double>();
+  const Statistics known = {numbers[0], numbers[1], numbers[2], numbers[3]};
+  const Windows windows = {
+      seen_norms.mutable_data_ptr<double>(),
+      accepted_norms.mutable_data_ptr<double>(),
+      seen_norms.numel()};
   const double known_loss = value_or(loss, 0.0);
   Judgement judged = judge(
       policy,
       known,
-      accepted,
+      quantiles_of(policy, known, windows),
       *total_norm.const_data_ptr<double>(),
       value_or(unscale, 1.0),
       std::isfinite(known_loss));
@@ -100,25 +132,21 @@ std::tuple<Tensor, Tensor, Tensor> guard_decide_cpu(
     weigh(judged, smallest(coefs, norms.numel()), applied);
   }
   veto(judged);
-  if (accept && !judged.skipped()) {
-    for (int64_t i = 0; per_tensor && i < norms.numel(); ++i) {
-      adagc(i, true);
-    }
-    const int64_t oldest = static_cast<int64_t>(known.accepted) % window;
-    if (absorb(policy, known, judged.norm, judged.adaptive)) {
-      accepted_norms[oldest] = judged.norm;
-    }
+  for (int64_t i = 0; per_tensor && !judged.skipped() && i < norms.numel(); ++i) {
+    adagc(i, true);
   }
+  learn(policy, judged, windows, numbers);
   std::for_each(coefs, coefs + grad_coef.numel(), [&](double& coef) { coef = judged.grad_coef(coef); });
   Tensor verdict = torch::stable::empty({}, ScalarType::Long);
   *verdict.mutable_data_ptr<int64_t>() = static_cast<int64_t>(judged.decision.verdict);
-  Tensor record = torch::stable::empty({5}, ScalarType::Double);
+  Tensor record = torch::stable::empty({6}, ScalarType::Double);
   double* const entry = record.mutable_data_ptr<double>();
   entry[0] = static_cast<double>(judged.decision.verdict);
   entry[1] = judged.decision.clip_coef;
   entry[2] = judged.norm;
   entry[3] = judged.limit;
   entry[4] = value_or(loss, NAN);
+  entry[5] = judged.outlier_above;
   return {grad_coef, verdict, record};
 }
 
@@ -127,19 +155,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> grad_norm_decide_cpu(
     const std::optional<Tensor>& unscale,
     const std::optional<Tensor>& loss,
     Tensor statistics,
-    Tensor history,
+    Tensor seen_norms,
+    Tensor accepted_norms,
     Tensor ema_norms,
     int64_t threshold,
     double max_norm,
     double skip_norm,
     const std::vector<double>& options,
-    bool accept,
     const std::optional<Tensor>& scale,
     const std::optional<Tensor>& growth_tracker,
     const std::vector<double>& growth) {
   constexpr const char* op = "grad_norm_decide_";
   const int64_t n = static_cast<int64_t>(grads.size());
-  check_guard_decide(op, n, unscale, loss, statistics, history, ema_norms, threshold, options);
+  check_guard_decide(
+      op, n, unscale, loss, statistics, seen_norms, accepted_norms, ema_norms, threshold, options);
   check_growth(op, scale, growth_tracker, growth);
   const auto [total_norm, norms, nonfinite] = grad_norm_cpu(grads);
   const auto [grad_coef, verdict, record] = guard_decide_cpu(
@@ -148,13 +177,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> grad_norm_decide_cpu(
       unscale,
       loss,
       statistics,
-      history,
+      seen_norms,
+      accepted_norms,
       ema_norms,
       threshold,
       max_norm,
       skip_norm,
-      options,
-      accept);
+      options);
   if (scale.has_value()) {
     const bool found_inf = !std::isfinite(*total_norm.const_data_ptr<double>());
     grow(

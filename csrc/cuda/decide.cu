@@ -34,17 +34,26 @@ std::tuple<Tensor, Tensor, Tensor> guard_decide_cuda(
     const std::optional<Tensor>& unscale,
     const std::optional<Tensor>& loss,
     const Tensor& statistics,
-    const Tensor& history,
+    const Tensor& seen_norms,
+    const Tensor& accepted_norms,
     const Tensor& ema_norms,
     int64_t threshold,
     double max_norm,
     double skip_norm,
-    const std::vector<double>& options,
-    bool accept) {
+    const std::vector<double>& options) {
   constexpr const char* op = "guard_decide_";
   check_measured(op, total_norm, norms);
   check_guard_decide(
-      op, norms.numel(), unscale, loss, statistics, history, ema_norms, threshold, options);
+      op,
+      norms.numel(),
+      unscale,
+      loss,
+      statistics,
+      seen_norms,
+      accepted_norms,
+      ema_norms,
+      threshold,
+      options);
   const Stream on(total_norm);
   const Decided decided(on, threshold, norms.numel());
   check_on(on, norms, op, "norms");
@@ -54,10 +63,10 @@ std::tuple<Tensor, Tensor, Tensor> guard_decide_cuda(
       unscale,
       loss,
       statistics,
-      history,
+      seen_norms,
+      accepted_norms,
       ema_norms,
       policy_of(threshold, max_norm, skip_norm, options),
-      accept,
       std::nullopt,
       std::nullopt,
       Growth{},

@@ -16,7 +16,7 @@ struct Decided {
                                                                   : std::vector<int64_t>{},
             torch::headeronly::ScalarType::Double)),
         verdict(on.empty({}, torch::headeronly::ScalarType::Long)),
-        record(on.empty({5}, torch::headeronly::ScalarType::Double)) {}
+        record(on.empty({6}, torch::headeronly::ScalarType::Double)) {}
 
   torch::stable::Tensor grad_coef, verdict, record;
 };
@@ -33,10 +33,10 @@ inline Deciding deciding_of(
     const std::optional<torch::stable::Tensor>& unscale,
     const std::optional<torch::stable::Tensor>& loss,
     const torch::stable::Tensor& statistics,
-    const torch::stable::Tensor& history,
+    const torch::stable::Tensor& seen_norms,
+    const torch::stable::Tensor& accepted_norms,
     const torch::stable::Tensor& ema_norms,
     const Policy& policy,
-    bool accept,
     const std::optional<torch::stable::Tensor>& scale,
     const std::optional<torch::stable::Tensor>& growth_tracker,
     const Growth& growth,
@@ -44,18 +44,19 @@ inline Deciding deciding_of(
   check_on(on, unscale, op, "unscale");
   check_on(on, loss, op, "loss");
   check_on(on, statistics, op, "statistics");
-  check_on(on, history, op, "history");
+  check_on(on, seen_norms, op, "seen_norms");
+  check_on(on, accepted_norms, op, "accepted_norms");
   check_on(on, ema_norms, op, "ema_norms");
   check_on(on, scale, op, "scale");
   check_on(on, growth_tracker, op, "growth_tracker");
   return {
       policy,
-      accept,
       unscale.has_value() ? unscale->const_data_ptr<double>() : nullptr,
       loss.has_value() ? loss->const_data_ptr<double>() : nullptr,
       statistics.mutable_data_ptr<double>(),
-      history.mutable_data_ptr<double>(),
-      history.numel(),
+      seen_norms.mutable_data_ptr<double>(),
+      accepted_norms.mutable_data_ptr<double>(),
+      seen_norms.numel(),
       ema_norms.mutable_data_ptr<double>(),
       data_or_null<float>(scale),
       data_or_null<int32_t>(growth_tracker),

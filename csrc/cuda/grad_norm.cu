@@ -53,19 +53,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> grad_norm_decide_cuda
     const std::optional<Tensor>& unscale,
     const std::optional<Tensor>& loss,
     const Tensor& statistics,
-    const Tensor& history,
+    const Tensor& seen_norms,
+    const Tensor& accepted_norms,
     const Tensor& ema_norms,
     int64_t threshold,
     double max_norm,
     double skip_norm,
     const std::vector<double>& options,
-    bool accept,
     const std::optional<Tensor>& scale,
     const std::optional<Tensor>& growth_tracker,
     const std::vector<double>& growth) {
   constexpr const char* op = "grad_norm_decide_";
   const int64_t n = static_cast<int64_t>(grads.size());
-  check_guard_decide(op, n, unscale, loss, statistics, history, ema_norms, threshold, options);
+  check_guard_decide(
+      op, n, unscale, loss, statistics, seen_norms, accepted_norms, ema_norms, threshold, options);
   check_growth(op, scale, growth_tracker, growth);
   const Stream on(statistics);
   const Decided decided(on, threshold, n);
@@ -75,10 +76,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> grad_norm_decide_cuda
       unscale,
       loss,
       statistics,
-      history,
+      seen_norms,
+      accepted_norms,
       ema_norms,
       policy_of(threshold, max_norm, skip_norm, options),
-      accept,
       scale,
       growth_tracker,
       growth_of(growth),

@@ -9,11 +9,11 @@ namespace fastguard {
 
 struct Deciding {
   Policy policy;
-  bool accept;
   const double* unscale;  // null for 1
   const double* loss;  // null if not known
-  double* statistics;  // (3,), as struct Statistics
-  double* history;  // (window,)
+  double* statistics;  // (4,), as struct Statistics
+  double* seen_norms;  // (window,)
+  double* accepted_norms;  // (window,)
   int64_t window;
   double* ema_norms;  // (n,), AdaGC's
   // A GradScaler's, null where there is none.
@@ -23,7 +23,7 @@ struct Deciding {
   // Results.
   double* grad_coef;  // () or (n,)
   int64_t* verdict;
-  double* record;  // (5,)
+  double* record;  // (6,)
 
   __host__ __device__ bool wanted() const { return verdict != nullptr; }
 };
@@ -32,30 +32,39 @@ __device__ inline double load_or(const double* scalar, double otherwise) {
   return scalar == nullptr ? otherwise : load(scalar);
 }
 
-// The quantiles of the first `size` norms of the history, found by the rank of each. All threads
-// have read what the decision rests on when this returns, and may write it.
-__device__ inline Quantiles quantiles_in_block(const Deciding& given, int64_t size) {
-  FASTGUARD_SHARED(double, found, 4);
-  const Quantile median(0.5, size), chosen(chosen_quantile(given.policy), size);
+// The two of the first `size` norms between which a quantile lies, found by the rank of each, into
+// found[place] and the next.
+template <class Found>
+__device__ inline void find_by_rank(
+    const double* norms, int64_t size, const Quantile& quantile, Found& found, int place) {
   for (int64_t i = threadIdx.x; within(i, size); i += threads) {
-    const double norm = load(given.history + i);
+    const double norm = load(norms + i);
     int64_t rank = 0;
     for (int64_t j = 0; j < size; ++j) {
-      const double other = load(given.history + j);
-      rank += other < norm || (other == norm && j < i);
+      const double other = load(norms + j);
+      rank += less(other, norm) || (!less(norm, other) && j < i);
     }
-    const int64_t ranks[] = {median.below, median.above, chosen.below, chosen.above};
-    for (int k = 0; k < 4; ++k) {
-      if (rank == ranks[k]) {
-        found[k] = norm;
-      }
+    if (rank == quantile.below) {
+      found[place] = norm;
+    }
+    if (rank == quantile.above) {
+      found[place + 1] = norm;
     }
   }
+}
+
+// All threads have read what the decision rests on when this returns, and may write it.
+__device__ inline Quantiles quantiles_in_block(const Deciding& given, const Statistics& known) {
+  FASTGUARD_SHARED(double, found, 4);
+  const int64_t seen = needs_seen(given.policy) ? held(known.seen, given.window) : 0;
+  const int64_t accepted = needs_accepted(given.policy) ? held(known.accepted, given.window) : 0;
+  const Quantile median(0.5, seen), chosen(accepted_quantile(given.policy), accepted);
+  find_by_rank(given.seen_norms, seen, median, found, 0);
+  find_by_rank(given.accepted_norms, accepted, chosen, found, 2);
   __syncthreads();
-  if (size == 0) {
-    return {0.0, 0.0};
-  }
-  return {median.between(found[0], found[1]), chosen.between(found[2], found[3])};
+  return {
+      seen == 0 ? 0.0 : median.between(found[0], found[1]),
+      accepted == 0 ? 0.0 : chosen.between(found[2], found[3])};
 }
 
 // AdaGC's coefficients, one for each of n tensors.
@@ -83,20 +92,26 @@ __device__ inline void write_coefs_in_block(
     const double norm = load(norms + i) * judged.factor;
     const double coef = adagc_coef(given.policy, judged.warm, norm, judged.global_coef, ema, true);
     store(given.grad_coef + i, judged.grad_coef(coef));
-    if (given.accept && !judged.skipped()) {
+    if (!judged.skipped()) {
       store(given.ema_norms + i, ema);
     }
   }
 }
 
 __device__ inline void learn(const Deciding& given, const Judgement& judged, Statistics known) {
-  const int64_t oldest = static_cast<int64_t>(known.accepted) % given.window;
-  if (absorb(given.policy, known, judged.norm, judged.adaptive)) {
-    store(given.history + oldest, judged.norm);
-    store(given.statistics, known.accepted);
-    store(given.statistics + 1, known.mean);
-    store(given.statistics + 2, known.variance);
+  if (!judged.says) {
+    return;
   }
+  store(given.seen_norms + next_place(known.seen, given.window), judged.norm);
+  known.seen += 1.0;
+  if (!judged.skipped()) {
+    store(given.accepted_norms + next_place(known.accepted, given.window), judged.norm);
+    absorb(given.policy, known, judged.norm, judged.adaptive);
+  }
+  store(given.statistics, known.seen);
+  store(given.statistics + 1, known.accepted);
+  store(given.statistics + 2, known.mean);
+  store(given.statistics + 3, known.variance);
 }
 
 __device__ inline void grow_scale(const Deciding& given, double total_norm) {
@@ -113,15 +128,14 @@ __device__ inline void write_decision(
   if (given.policy.threshold != Threshold::adagc) {
     store(given.grad_coef, judged.grad_coef(judged.global_coef));
   }
-  if (given.accept && !judged.skipped()) {
-    learn(given, judged, known);
-  }
+  learn(given, judged, known);
   store(given.verdict, static_cast<int64_t>(judged.decision.verdict));
   store(given.record, static_cast<double>(judged.decision.verdict));
   store(given.record + 1, judged.decision.clip_coef);
   store(given.record + 2, judged.norm);
   store(given.record + 3, judged.limit);
   store(given.record + 4, load_or(given.loss, NAN));
+  store(given.record + 5, judged.outlier_above);
   if (given.scale != nullptr) {
     grow_scale(given, total_norm);
   }
@@ -132,10 +146,11 @@ __device__ inline void decide_in_block(
     const Deciding& given, double total_norm, const double* norms, int n) {
   const bool per_tensor = given.policy.threshold == Threshold::adagc;
   const Statistics known = {
-      load(given.statistics), load(given.statistics + 1), load(given.statistics + 2)};
-  const int64_t accepted = static_cast<int64_t>(known.accepted);
-  const int64_t kept = accepted < given.window ? accepted : given.window;
-  const Quantiles quantiles = quantiles_in_block(given, needs_quantiles(given.policy) ? kept : 0);
+      load(given.statistics),
+      load(given.statistics + 1),
+      load(given.statistics + 2),
+      load(given.statistics + 3)};
+  const Quantiles quantiles = quantiles_in_block(given, known);
   if (!per_tensor && threadIdx.x != 0) {
     return;
   }

@@ -100,16 +100,16 @@ def _guard_decide_(threshold, window, n, device):
     generator = torch.Generator().manual_seed(n + window)
     here, there = (_fresh(window, n, where) for where in (device, "cpu"))
     for step in range(40):
-        norms, unscale, loss, accept = _drawn_step(n, generator)
+        norms, unscale, loss = _drawn_step(n, generator)
         total = norms.square().sum().sqrt()
         scalars = [None if value is None else float64(value) for value in (unscale, loss)]
         measured = ops.GradNorm(
             total.to(device), norms.to(device), torch.zeros(n, 3, dtype=torch.int64, device=device)
         )
         on_device = [None if s is None else s.to(device) for s in scalars]
-        found = ops.guard_decide_(measured, *on_device, here, threshold, 1.5, 8.0, accept)
+        found = ops.guard_decide_(measured, *on_device, here, threshold, 1.5, 8.0)
         right = ops.guard_decide_ref_(
-            *(total, norms, *scalars, *there, threshold.kind, 1.5, 8.0, threshold.options, accept)
+            *(total, norms, *scalars, *there, threshold.kind, 1.5, 8.0, threshold.options)
         )
         yield Compared(f"verdict of step {step}", found.verdict, right.verdict)
         names = ("grad_coef", "record", *ops.Statistics._fields)
@@ -119,13 +119,12 @@ def _guard_decide_(threshold, window, n, device):
 
 
 def _fresh(window, n, device):
-    moments, history = torch.zeros(3, device=device), torch.zeros(window, device=device)
-    ema_norms = torch.full((n,), math.inf, device=device)
-    return ops.Statistics(moments.double(), history.double(), ema_norms.double())
+    zeros = [torch.zeros(size, device=device).double() for size in (4, window, window)]
+    return ops.Statistics(*zeros, torch.full((n,), math.inf, device=device).double())
 
 
 def _drawn_step(n, generator):
-    """Norms that are mostly ordinary, a factor, a loss, and whether the step is to count."""
+    """Norms that are mostly ordinary, a factor, and a loss."""
 
     def one_of(*choices):
         return choices[int(torch.randint(len(choices), (), generator=generator))]
@@ -134,7 +133,7 @@ def _drawn_step(n, generator):
     norms[0] = one_of(*[norms[0].item()] * 6, 0.0, 1e-40, 30.0, 1e30, math.nan, math.inf)
     unscale = one_of(None, None, 0.5, 3.0)
     loss = one_of(None, None, 1.0, 1.0, 1.0, math.nan, -math.inf)
-    return norms, unscale, loss, one_of(True, True, True, False)
+    return norms, unscale, loss
 
 
 # --- grad_norm_decide_ ----------------------------------------------------------------------------
@@ -160,7 +159,7 @@ def _grad_norm_decide_(threshold, specs, device):
     )
     right = ops.grad_norm_decide_ref_(
         *(on_cpu(grads), float64(0.5), None, *there, int(threshold.kind), *LIMITS),
-        *(threshold.options, True, *right_scaling[:2], right_scaling[2:]),
+        *(threshold.options, *right_scaling[:2], right_scaling[2:]),
     )
     yield Compared("nonfinite (NaNs, Infs, first)", measured.nonfinite, right[2])
     yield Compared("verdict", found.verdict, right[4])

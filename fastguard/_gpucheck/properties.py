@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..decision import WINDOW
+from ..decision import fresh_statistics
 from ..thresholds import AdaGC, Fixed, Threshold
 from .cases import Grid, Spec, draw
 from .checks import Case, Check, Compared, same_bits
@@ -32,10 +32,8 @@ class Chain:
         packed = ops.packed_offsets(sizes)[-1]
         self.state = [torch.zeros(n, device=device) for n in (packed, packed, 0, len(sizes))]
         float64 = {"dtype": torch.float64, "device": device}
-        self.statistics = ops.Statistics(
-            torch.zeros(3, **float64),
-            torch.zeros(WINDOW, **float64),
-            torch.full((len(sizes),), math.inf, **float64),
+        self.statistics = fresh_statistics(device)._replace(
+            ema_norms=torch.full((len(sizes),), math.inf, **float64)
         )
         self.window = torch.zeros(3, **float64)
         self.outputs: list[Tensor] = []

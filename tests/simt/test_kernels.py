@@ -48,10 +48,9 @@ def finite(dtypes=(torch.float32, torch.bfloat16, torch.float16, F64)):
 
 
 def statistics(n):
-    history = torch.arange(40, dtype=F64)[torch.randperm(40)] / 10 + 1
-    return ops.Statistics(
-        torch.tensor([100.0, 2.0, 0.5], dtype=F64), history, torch.full((n,), 0.5, dtype=F64)
-    )
+    numbers = torch.tensor([120.0, 100.0, 2.0, 0.5], dtype=F64)
+    windows = [torch.arange(40, dtype=F64)[torch.randperm(40)] / 10 + 1 for _ in range(2)]
+    return ops.Statistics(numbers, *windows, torch.full((n,), 0.5, dtype=F64))
 
 
 def scalar(value):

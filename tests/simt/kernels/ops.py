@@ -56,10 +56,10 @@ class Device:
         return ops.Decision(**out)
 
     def guard_decide_(
-        self, measured, unscale, loss, statistics, threshold, max_norm, skip_norm, accept=True
+        self, measured, unscale, loss, statistics, threshold, max_norm, skip_norm
     ):
         decided, given = deciding(
-            len(measured.norms), unscale, loss, statistics, threshold, max_norm, skip_norm, accept
+            len(measured.norms), unscale, loss, statistics, threshold, max_norm, skip_norm
         )
         self.run_one_block(
             "guard_decide", measured.total_norm.numpy(), measured.norms.numpy(), given
@@ -75,12 +75,11 @@ class Device:
         threshold,
         max_norm,
         skip_norm,
-        accept=True,
         scaling=None,
     ):
         found = empty_norms(len(grads))
         decided, given = deciding(
-            *(len(grads), unscale, loss, statistics, threshold, max_norm, skip_norm, accept),
+            *(len(grads), unscale, loss, statistics, threshold, max_norm, skip_norm),
             scaling,
         )
         _keep, tensors = described(grads)
@@ -187,17 +186,17 @@ def deciding(
     threshold,
     max_norm,
     skip_norm,
-    accept,
     scaling=None,
 ):
     adagc = int(threshold.kind) == 4
-    decided = ops.GuardDecision(nan((n,) if adagc else ()), torch.tensor(-1), nan((5,)))
+    decided = ops.GuardDecision(nan((n,) if adagc else ()), torch.tensor(-1), nan((6,)))
     scale, growth_tracker, *growth = scaling or (None, None, 2.0, 0.5, 2000)
     given = {
         "unscale": unscale,
         "loss": loss,
-        "statistics": statistics.moments,
-        "history": statistics.history,
+        "statistics": statistics.numbers,
+        "seen_norms": statistics.seen_norms,
+        "accepted_norms": statistics.accepted_norms,
         "ema_norms": statistics.ema_norms if adagc else None,
         "scale": scale,
         "growth_tracker": growth_tracker,
@@ -208,7 +207,6 @@ def deciding(
         "max_norm": max_norm,
         "skip_norm": skip_norm,
         "options": list(threshold.options),
-        "accept": accept,
         "growth": growth,
     }
 

@@ -203,7 +203,7 @@ def test_empty_lists():
     for threshold in (Fixed(), AdaGC()):
         known = statistics(0)
         found = op.grad_norm_decide_(
-            *([], None, None, *known, int(threshold.kind), 1.0, 1e9, threshold.options, True),
+            *([], None, None, *known, int(threshold.kind), 1.0, 1e9, threshold.options),
             *(None, None, (0.0, 0.0, 0.0)),
         )
         assert found[0] == 0 and found[4] == ops.Verdict.APPLY
@@ -214,9 +214,8 @@ def test_empty_lists():
 
 
 def statistics(n):
-    return ops.Statistics(
-        torch.zeros(3, dtype=F64), torch.zeros(4, dtype=F64), torch.full((n,), torch.inf, dtype=F64)
-    )
+    zeros = [torch.zeros(4, dtype=F64) for _ in range(3)]
+    return ops.Statistics(*zeros, torch.full((n,), torch.inf, dtype=F64))
 
 
 def test_a_plan_is_reused_while_nothing_moves():
@@ -482,7 +481,8 @@ def test_launches_go_to_the_device_of_the_tensors():
     assert measured.total_norm == pytest.approx(15**0.5)
 
 
-OTHERS = ["unscale", "loss", "statistics", "history", "ema_norms", "scale", "growth_tracker"]
+STATISTICS = ["statistics", "seen_norms", "accepted_norms", "ema_norms"]
+OTHERS = ["unscale", "loss", *STATISTICS, "scale", "growth_tracker"]
 
 
 @pytest.mark.parametrize("device", [-1, 1])
@@ -493,8 +493,9 @@ def test_tensors_of_several_devices_are_refused(device):
     m, v, steps, none = torch.zeros(48), torch.zeros(48), torch.zeros(3), torch.zeros(0)
     norms = torch.ones(3, dtype=F64)
     decided = {
-        "unscale": scalar(1.0), "loss": scalar(1.0), "statistics": torch.zeros(3, dtype=F64),
-        "history": torch.zeros(4, dtype=F64), "ema_norms": torch.ones(3, dtype=F64),
+        "unscale": scalar(1.0), "loss": scalar(1.0), "statistics": torch.zeros(4, dtype=F64),
+        "seen_norms": torch.zeros(4, dtype=F64), "accepted_norms": torch.zeros(4, dtype=F64),
+        "ema_norms": torch.ones(3, dtype=F64),
         "scale": torch.ones(1), "growth_tracker": torch.zeros(1, dtype=torch.int32),
     }  # fmt: skip
 
@@ -502,13 +503,13 @@ def test_tensors_of_several_devices_are_refused(device):
         ops.adamw_(here, there, m, v, none, steps, one, verdict, *RULE, False, False)
 
     def decide():
-        known = ops.Statistics(*(decided[name] for name in OTHERS[2:5]))
+        known = ops.Statistics(*(decided[name] for name in STATISTICS))
         scaling = ops.Scaling(decided["scale"], decided["growth_tracker"], 2.0, 0.5, 1)
-        rest = (decided["unscale"], decided["loss"], known, AdaGC(), 1.0, 1e9, True, scaling)
+        rest = (decided["unscale"], decided["loss"], known, AdaGC(), 1.0, 1e9, scaling)
         ops.grad_norm_decide_(here, *rest)
 
     def decide_alone():
-        known = ops.Statistics(*(decided[name] for name in OTHERS[2:5]))
+        known = ops.Statistics(*(decided[name] for name in STATISTICS))
         measured = ops.GradNorm(one, norms, None)
         rest = (decided["unscale"], decided["loss"], known, AdaGC(), 1.0, 1e9)
         ops.guard_decide_(measured, *rest)
@@ -531,7 +532,7 @@ def test_tensors_of_several_devices_are_refused(device):
         (adamw, verdict, "adamw_: verdict is not on cuda:0"),
         (decide_alone, norms, "guard_decide_: norms is not on cuda:0"),
         *((decide, decided[name], ".") for name in OTHERS),
-        *((decide_alone, decided[name], f"guard_decide_: {name} is not on") for name in OTHERS[:5]),
+        *((decide_alone, decided[name], f"guard_decide_: {name} is not on") for name in OTHERS[:6]),
     ]
     for run, elsewhere, text in runs:
         with gpu().on_device(device, elsewhere), pytest.raises(RuntimeError, match=text):
