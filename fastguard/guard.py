@@ -4,6 +4,7 @@ The way of a step is :meth:`GradGuard.step`; each of its words has a module: par
 decision, thresholds, apply, buffers, accumulate, step_report, budget, rollback, sharded.
 """
 
+import copy
 import math
 import operator
 import weakref
@@ -33,6 +34,7 @@ from .grad_scaler import (
 )
 from .lr_scheduler import GuardedScheduler
 from .measure import BackwardMeasure
+from .on_skip import OnSkip
 from .parameters import Watched, measurable
 from .rollback import Rollback, Snapshots
 from .sharded import Ranks, lay_out_, ranks_of
@@ -43,6 +45,7 @@ from .step_report import (
     StepReport,
     log_skip,
 )
+from .step_warnings import StepWarnings
 from .thresholds import Fixed, Kind, Threshold
 
 _VERSION = 2  # of the state dict; 1, which had none, knew the accepted norms only
@@ -107,6 +110,11 @@ class GradGuard:
         rollback: how; by default ``Rollback()`` where ``on_patience`` is "rollback".
         report_dir: a folder for one JSON file per bad step: names of the non-finite parameters,
             the norms of all, the batch's id.
+        on_skip: called with the :class:`StepReport` of each skipped step when the host learns of
+            it, in order and once; also of each micro-batch that was left out (``micro_batch`` is
+            its number then), before its step, and of batches passed over after a rollback. It runs
+            inside of :meth:`step`, :meth:`poll` or :meth:`state_dict`, which raise what it raises,
+            after the step was done and accounted for.
         max_lag: reports that may be on their way before a step waits for the oldest; where
             processes train together on a device, the host learns exactly so late, on all ranks.
         process_group: of the ranks that decide together, each of which holds a part of every
@@ -119,7 +127,7 @@ class GradGuard:
             unknown word, a ``rollback`` that nothing would use; a ``process_group`` that lacks
             ranks of a DTensor's mesh; DTensors or ``process_group`` with ``measure="backward"``,
             DTensors with rollback.
-        TypeError: something that is no parameter, or no threshold.
+        TypeError: something that is no parameter, no threshold, or no function.
     """
 
     def __init__(
@@ -134,6 +142,7 @@ class GradGuard:
         on_patience: Literal["raise", "rollback"] = "raise",
         rollback: Rollback | None = None,
         report_dir: str | Path | None = None,
+        on_skip: Callable[[StepReport], object] | None = None,
         max_lag: int = 8,
         process_group: torch.distributed.ProcessGroup | None = None,
     ):
@@ -159,6 +168,8 @@ class GradGuard:
         self._listening: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self._found_others()
         self._files = BadStepFiles(report_dir)
+        self._on_skip = OnSkip(on_skip)
+        self._warnings = StepWarnings()
 
         device = self._watched.parameters[0].device
         self._statistics = fresh_statistics(device)
@@ -279,7 +290,7 @@ class GradGuard:
         finally:
             self._stepping = False
         self.last_report = report
-        self._act(self._learn())
+        self._heed()
         self._take_snapshot()
         return report
 
@@ -293,8 +304,7 @@ class GradGuard:
         handed=None,
         called_by_it=False,
     ) -> PendingReport:
-        if self._watched.check(optimizers):
-            self._found_others()
+        self._check(optimizers)
         self._lay_out()
         names, _, grads = self._watched.with_gradients()
         device = (grads or self._watched.parameters)[0].device
@@ -305,6 +315,7 @@ class GradGuard:
             names, grads = window.gradients()
         elif not grads:
             self._watched.stale = True  # perhaps the module has other parameters by now
+        present = names
         names, grads = _once(names, grads)
         if self._ranks is not None:
             names, grads = self._ranks.all_of(names, grads, device)
@@ -348,6 +359,7 @@ class GradGuard:
         )  # fmt: skip
         self._steps += 1
         self._pending.append(report)
+        self._warnings.saw_gradients(report.step, present)
         self._stepped = optimizers, scaler
         return report
 
@@ -439,7 +451,7 @@ class GradGuard:
         Raises:
             GradientExplosionError: the ``patience`` is spent, and there is no copy to go back to.
         """
-        self._act(self._learn(wait))
+        self._heed(wait)
         reports = list(self._reports)
         self._reports.clear()
         return reports
@@ -504,7 +516,7 @@ class GradGuard:
                 "its own parameters, or call guard.step([one, two]) to step several by one verdict"
             )
         if isinstance(unwrapped(optimizer), torch.optim.Optimizer):
-            self._watched.check([unwrapped(optimizer)])
+            self._check([unwrapped(optimizer)])
         self._attached = attached.attach(self, optimizer)
         return self._attached
 
@@ -546,6 +558,12 @@ class GradGuard:
     @property
     def _in_one_call(self) -> bool:
         return self._measure is None and self._ranks is None
+
+    def _check(self, optimizers: list[torch.optim.Optimizer]) -> None:
+        """ValueError if a step with these can not be guarded."""
+        if self._watched.check(optimizers):
+            self._found_others()
+            self._warnings.saw_optimizers(self._watched.names, self._watched.parameters, optimizers)
 
     def _lay_out(self) -> None:
         if self._ranks is not None and self._ranks.sharded:
@@ -598,23 +616,28 @@ class GradGuard:
 
     # --- what the host learns ---------------------------------------------------------------------
 
-    def _learn(self, wait: bool = False) -> Spent | None:
-        """Account for the reports that are there, up to a spent patience; why it is spent."""
+    def _heed(self, wait: bool = False) -> None:
+        """Account for the reports that are there, tell of skips, go back or raise."""
+        self._learn(wait)
+        self._on_skip.tell()
+        if (spent := self._budget.spent) is not None:
+            self._act(spent)
+            self._on_skip.tell()  # of steps that were undone
+
+    def _learn(self, wait: bool = False) -> None:
+        """Account for the reports that are there, up to a spent patience."""
         while self._pending and self._budget.spent is None:
             if not (wait or len(self._pending) > self.max_lag or self._may_look_early()):
                 break
             self._account(self._pending.popleft())
-        return self._budget.spent
 
     def _may_look_early(self) -> bool:
         # Not on a device, where one rank would go back or raise steps before another.
         together = self._ranks is not None and self._statistics.numbers.device.type != "cpu"
         return self._pending[0].ready and not together
 
-    def _act(self, spent: Spent | None) -> None:
-        """Go back or raise, if the patience is spent."""
-        if spent is None:
-            return
+    def _act(self, spent: Spent) -> None:
+        """Go back or raise: the patience is spent."""
         self._budget.clear()
         if self._snapshots is not None:
             self._snapshots.forget_since(spent.since, self._stepped[0])
@@ -625,10 +648,11 @@ class GradGuard:
     def _account(self, pending: PendingReport) -> None:
         report = pending.result()
         self._reports.append(report)
-        for micro_batch in report.quarantined:
-            log_skip(micro_batch, self.skip_norm)
+        self._warnings.saw_report(report, self.threshold)
+        for skipped in (*report.quarantined, *([report] if report.skipped else [])):
+            log_skip(skipped, self.skip_norm)
+            self._on_skip.add(skipped)
         if report.skipped:
-            log_skip(report, self.skip_norm)
             for scheduler in self._schedulers:
                 scheduler.owe()
         counts = self._budget.account(report)
@@ -678,6 +702,7 @@ class GradGuard:
         together, every rank asks for it and any may save its own: they decide alike.
         """
         self._learn(wait=True)
+        self._on_skip.tell()
         return {
             "version": _VERSION,
             "steps": self._steps,
@@ -721,6 +746,7 @@ class GradGuard:
         self._steps, self._batches_to_skip, self._window = steps, to_skip, None
         self._pending.clear()
         self._reports.clear()
+        self._on_skip.clear()
         if self._snapshots is not None:
             self._snapshots.clear()
         if self._measure is not None:
@@ -745,6 +771,7 @@ class GradGuard:
             "_measure": self._measure and BackwardMeasure(),
             "_snapshots": None if self._snapshots is None else Snapshots(self._rollback),
             "_window": None,
+            "_on_skip": copy.copy(self._on_skip),
             "_stepped": ((), None),
             "_described": (None, None),
             "_schedulers": [],
