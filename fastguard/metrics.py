@@ -39,6 +39,10 @@ class StepMetrics:
     skipped_utterances: tuple[str, ...] = ()
     #: Parameters with a NaN or Inf gradient in it.
     nonfinite_parameters: tuple[str, ...] = ()
+    #: What the GradScaler of an fp16 run multiplied the loss by; None without one.
+    loss_scale: float | None = None
+    #: Whether the step was skipped because that scaler searches for its scale.
+    scale_search: bool = False
 
 
 @dataclass(frozen=True)
@@ -155,7 +159,11 @@ class MetricsFile:
 
     def write(self, metrics: StepMetrics | EpochMetrics) -> None:
         kind = "step" if isinstance(metrics, StepMetrics) else "epoch"
-        values = {key: _json_number(value) for key, value in asdict(metrics).items() if value != ()}
+        values = {
+            key: _json_number(value)
+            for key, value in asdict(metrics).items()
+            if value != () and value is not None and value is not False
+        }
         try:
             self._file.write(json.dumps({"kind": kind, **values}) + "\n")
             self._file.flush()

@@ -227,7 +227,7 @@ def _add_step(run: Run, step: int, line: dict) -> None:
     if run.steps.skipped[-1]:
         run.bad_steps[step] = BadStep(
             step,
-            str(line["verdict"]),
+            "search for a loss scale" if line.get("scale_search") else str(line["verdict"]),
             number(line.get("loss")),
             number(line.get("grad_norm")),
             _texts(line.get("skipped_utterances")),

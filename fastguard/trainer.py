@@ -360,6 +360,8 @@ class Trainer:
             seconds,
             tuple(ids) if report.skipped else (),
             report.nonfinite,
+            report.loss_scale,
+            report.scale_search,
         )
         self.totals.add(metrics)
         self._record(metrics)

@@ -165,6 +165,13 @@ def test_markup_in_a_run_is_text(hostile):
     assert "<b>hostile$x$: 3 points" in page.text  # an SVG's description
 
 
+def test_a_search_for_a_loss_scale_is_no_bad_gradient(tmp_path):
+    search = step(1, 12.82, math.inf, "skip_nonfinite", loss_scale=65536.0, scale_search=True)
+    run = read(run_folder(tmp_path / "run", [search, step(2)]))
+    assert run.bad_steps[1].verdict == "search for a loss scale"
+    assert page_of(run.path).row("1")[1:4] == ["search for a loss scale", "∞", "12.82"]
+
+
 def test_a_bad_step(hostile):
     page = page_of(hostile)
     row = page.row("3")

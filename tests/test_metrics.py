@@ -46,6 +46,8 @@ def test_every_line_is_strict_json_and_nan_reads_back(tmp_path):
             0.5,
             ("utt-a", "utt-b"),
             ("head.weight",),
+            65536.0,
+            True,
         )
     )
     file.write(summarize(1, [step(1, 2.5, 3.0)]))
@@ -58,10 +60,12 @@ def test_every_line_is_strict_json_and_nan_reads_back(tmp_path):
     assert {"step", "epoch", "loss", "grad_norm", "clip_coef", "verdict", "lr", "seconds"} <= set(
         lines[0]
     )
-    assert "skipped_utterances" not in lines[0]
+    assert not {"skipped_utterances", "loss_scale", "scale_search"} & set(lines[0])
+    assert lines[0]["batch"] == 1
     assert math.isnan(float(lines[1]["loss"]))
     assert float(lines[1]["grad_norm"]) == math.inf
     assert lines[1]["skipped_utterances"] == ["utt-a", "utt-b"]
+    assert (lines[1]["loss_scale"], lines[1]["scale_search"]) == (65536.0, True)
     assert {"loss", "wer", "cer", "grad_norm", "skipped"} <= set(lines[2])
 
 

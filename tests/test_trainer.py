@@ -358,6 +358,19 @@ def test_precision(make, precision, dtype):
     assert set(seen) == {dtype}
 
 
+@pytest.mark.parametrize("guarded", ["true", "false"])
+def test_a_search_for_a_loss_scale_is_in_the_metrics(make, guarded):
+    made = make("--precision", "fp16", "--guard.enabled", guarded)
+    made.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
+    recorded = []
+    made._record = recorded.append
+    report = train_step(made)
+    assert report.scale_search == (guarded == "true")
+    assert recorded[0].scale_search == report.scale_search
+    assert recorded[0].loss_scale == (2.0**40 if guarded == "true" else None)
+    assert made.scaler.get_scale() == 2.0**39
+
+
 def test_signals_stop_once_and_interrupt_twice(make, monkeypatch):
     made = make()
     before = signal.getsignal(signal.SIGINT)
