@@ -17,13 +17,13 @@ from torch.optim import optimizer as torch_optimizer
 from . import ops, optim
 from .clip import is_dtensor, scale_
 
-#: Wrappers whose ``step`` calls that of their ``optimizer``, by the package of their class.
+#: Wrappers whose ``step`` calls that of their ``optimizer``, by the package of a class of theirs.
 _WRAPPERS = ("accelerate", "lightning", "lightning_fabric", "pytorch_lightning")
 
 
 def unwrapped(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     """The optimizer inside the wrappers of accelerate, Lightning and Fabric, or itself."""
-    while type(optimizer).__module__.partition(".")[0] in _WRAPPERS:
+    while any(cls.__module__.partition(".")[0] in _WRAPPERS for cls in type(optimizer).__mro__):
         inner = getattr(optimizer, "optimizer", None)
         if not isinstance(inner, torch.optim.Optimizer) or inner is optimizer:
             break

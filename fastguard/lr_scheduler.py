@@ -2,6 +2,9 @@
 
 from typing import Any
 
+#: An entry of its own in the scheduler's state, which a plain scheduler can load, too.
+_OWED = "fastguard_owed"
+
 
 class GuardedScheduler:
     """Calls ``scheduler.step`` once for each applied step; see :meth:`GradGuard.scheduler`.
@@ -26,13 +29,13 @@ class GuardedScheduler:
         self._owed += 1
 
     def state_dict(self) -> dict:
-        return {"scheduler": self._scheduler.state_dict(), "owed": self._owed}
+        """The scheduler's, which a plain one can load, and the number of steps that it owes."""
+        return self._scheduler.state_dict() | {_OWED: self._owed}
 
     def load_state_dict(self, state: dict) -> None:
         """Load the state of a guarded scheduler, or of the plain one."""
-        if set(state) == {"scheduler", "owed"}:
-            self._owed, state = int(state["owed"]), state["scheduler"]
-        self._scheduler.load_state_dict(state)
+        self._scheduler.load_state_dict({k: v for k, v in state.items() if k != _OWED})
+        self._owed = int(state.get(_OWED, 0))
 
     def __getattr__(self, name: str):
         if name.startswith("__") or name == "_scheduler":

@@ -285,6 +285,9 @@ def test_a_guarded_scheduler_resumes_and_takes_a_plain_ones_state():
     plain.step()
     again.load_state_dict(plain.state_dict())
     assert again.last_epoch == 1
+    again.step()
+    plain.load_state_dict(again.state_dict())
+    assert plain.last_epoch == 2
 
 
 # --- torch.compile --------------------------------------------------------------------------------
