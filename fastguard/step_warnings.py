@@ -87,6 +87,8 @@ class StepWarnings:
         if report.skipped or "clipped" in self._logged:
             return
         self._clipped.append((report.clip_coef, report.total_norm))
+        if report.clip_coef >= _CLIPPED_BELOW:
+            return
         below = sum(coef < _CLIPPED_BELOW for coef, _ in self._clipped)
         if len(self._clipped) < _CLIP_STEPS or 2 * below <= len(self._clipped):
             return
