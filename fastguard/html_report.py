@@ -140,12 +140,19 @@ class _BadStepView:
         finite = {name: norm for name, norm in norms.items() if math.isfinite(norm)}
         self.parameter_count = len(norms)
         self.largest = sorted(finite.items(), key=lambda item: -item[1])[:_MOST_PARAMETERS]
+        self.risen = [
+            (str(r.get("name")), *(number(r.get(key)) for key in ("norm", "usual_norm")))
+            for r in _list(details.get("most_risen"))[:_MOST_PARAMETERS]
+            if isinstance(r, dict)
+        ]
+        # Files of an older fastguard have the setting only, and not what it came to.
+        skipped_above = "outlier_above" if "outlier_above" in details else "skip_norm"
         self.limits = [
             (words, number(details[name]))
-            for name, words in (("max_norm", "clipped to"), ("skip_norm", "skipped above"))
+            for name, words in (("max_norm", "clipped to"), (skipped_above, "skipped above"))
             if name in details
         ]
-        self.has_details = bool(self.offenders or self.bracket or self.largest)
+        self.has_details = bool(self.offenders or self.bracket or self.largest or self.risen)
 
 
 def _list(value: object) -> list:

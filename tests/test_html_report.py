@@ -172,6 +172,24 @@ def test_a_search_for_a_loss_scale_is_no_bad_gradient(tmp_path):
     assert page_of(run.path).row("1")[1:4] == ["search for a loss scale", "∞", "12.82"]
 
 
+@pytest.mark.parametrize("risen", [None, 3, [4], {"name": "x"}, [{}], [{"norm": []}]])
+def test_a_spike_shows_what_has_risen(tmp_path, risen):
+    folder = run_folder(tmp_path / "run", [step(1, norm=50.0, verdict="skip_outlier")])
+    rise = {"name": "layer4.weight", "norm": 120.0, "usual_norm": 0.8, "since_step": 0}
+    details = {"step": 0, "most_risen": [rise], "norms": {"layer4.weight": 120.0}}
+    (folder / "bad_step_000000.json").write_text(json.dumps(details))
+    assert "layer4.weight120, usually 0.8" in page_of(folder).text
+    assert "skipped above" not in page_of(folder).text
+    details["skip_norm"] = 10.0
+    (folder / "bad_step_000000.json").write_text(json.dumps(details))
+    assert "skipped above a norm of 10" in page_of(folder).text
+    details["outlier_above"] = 40.0
+    (folder / "bad_step_000000.json").write_text(json.dumps(details))
+    assert "skipped above a norm of 40" in page_of(folder).text
+    (folder / "bad_step_000000.json").write_text(json.dumps(details | {"most_risen": risen}))
+    assert "120, usually" not in page_of(folder).text
+
+
 def test_a_bad_step(hostile):
     page = page_of(hostile)
     row = page.row("3")
