@@ -139,6 +139,7 @@ def test_nonfinite_state_names_parameter_and_entry():
     optimizer.state[params[1]]["exp_avg"][0, 0] = math.inf
     optimizer.state[params[4]]["exp_avg_sq"][-1, -1] = math.nan
     optimizer.state[params[4]]["other"] = math.nan
+    optimizer.state[params[4]]["fine"] = 0.5
     assert nonfinite_state(optimizer) == [
         ("parameter 1 of group 0", "exp_avg"),
         ("parameter 1 of group 1", "exp_avg_sq"),
@@ -183,3 +184,23 @@ def test_only_a_capture_of_the_parameters_device_counts(monkeypatch):
     for bucket in optimizer._buckets:
         bucket.device = torch.device("cuda")
     assert optim._capturing(optimizer._buckets)
+
+
+def test_of_a_dtensor_this_ranks_shard_is_read(monkeypatch):
+    """Alone: a collective would wait for ranks that have no reason to call it."""
+    from torch import distributed
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+
+    distributed.init_process_group("gloo", rank=0, world_size=1, store=distributed.HashStore())
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        moment = distribute_tensor(torch.tensor([1.0, math.nan]), mesh, [Shard(0)])
+        monkeypatch.setattr(DTensor, "isfinite", lambda self: pytest.fail("of the whole DTensor"))
+        assert "NaN" in state_problem("exp_avg", moment)
+        p = nn.Parameter(torch.ones(2))
+        adam = torch.optim.Adam([p])
+        adam.state[p]["exp_avg"] = moment
+        assert nonfinite_state(adam) == [("parameter 0 of group 0", "exp_avg")]
+    finally:
+        distributed.destroy_process_group()

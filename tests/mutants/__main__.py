@@ -1,0 +1,156 @@
+"""The command: see tests/mutants/__init__.py."""
+
+import argparse
+import contextlib
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import hypothesis  # noqa: F401  what every child needs, loaded once
+import pytest
+import torch
+
+from . import Mutant, cpp, python
+
+ROOT = Path(__file__).resolve().parents[2]
+#: The tests that have to see a mutant of each file; the quickest first.
+TESTS = {
+    "fastguard/guard.py": "guard attached apply rollback accumulate buffers step_report",
+    "fastguard/apply.py": "apply attached grad_scaler guard peers",
+    "fastguard/optim.py": "optimizer_checks optim_torch optim apply",
+    "fastguard/optimizer_checks.py": "optimizer_checks",
+    "fastguard/accumulate.py": "accumulate",
+    "fastguard/buffers.py": "buffers rollback accumulate",
+    "fastguard/rollback.py": "rollback",
+    "fastguard/sharded.py": "guard_sharded",
+    "fastguard/parameters.py": "parameters guard",
+    "fastguard/clip.py": "clip clip_distributed",
+    "fastguard/step_report.py": "step_report guard",
+    "fastguard/thresholds.py": "guard_ops guard",
+    "fastguard/decision.py": "guard accumulate guard_ops",
+    "csrc/decide.h": "guard_ops guard",
+}
+_DEVICES = ("cuda kernel", "warps one by one", "at random")  # the executor's, of tests/simt
+
+
+class NoDevices:
+    """Leaves the CUDA kernels' tests out: no mutant is of these, and compiling them takes long."""
+
+    def pytest_collection_modifyitems(self, items):
+        items[:] = [item for item in items if not any(name in item.name for name in _DEVICES)]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.mutants", description=__doc__)
+    parser.add_argument("files", nargs="*", metavar="FILE", help=f"of {', '.join(TESTS)}")
+    parser.add_argument("--sample", type=int, default=10, help="mutants of each file")
+    parser.add_argument("--seed", default="0", help="of the sample")
+    args = parser.parse_args()
+    if unknown := set(args.files) - TESTS.keys():
+        parser.error(f"no tests are known for {', '.join(sorted(unknown))}: add them to TESTS")
+    torch.set_num_threads(1)  # fork only copies the thread that calls it
+    os.environ["OMP_NUM_THREADS"] = "1"
+    rows = []
+    with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
+        tree = copy_of_the_repository(Path(folder) / "tree")
+        for file in args.files or TESTS:
+            drawn = sample(file, (tree / file).read_text(), args.sample, args.seed)
+            rows.append((file, *run_file(tree, file, drawn)))
+    print(f"\n{'file':32} {'mutants':>7} {'caught':>7} {'survivors':>9}")
+    for file, caught, survivors in rows:
+        print(f"{file:32} {caught + len(survivors):7} {caught:7} {len(survivors):9}")
+    caught, lived = sum(row[1] for row in rows), sum(len(row[2]) for row in rows)
+    share = caught / max(1, caught + lived)
+    print(f"{'all':32} {caught + lived:7} {caught:7} {lived:9}   {share:.1%} caught")
+    for file, _, survivors in rows:
+        for mutant in survivors:
+            print(f"survived: {file}:{mutant.line}: {mutant.what}")
+    return 0
+
+
+def sample(file: str, source: str, count: int, seed: str) -> list[Mutant]:
+    """Drawn anew for each file, seed and number of its mutants."""
+    every = (cpp if file.endswith(".h") else python).mutants(source)
+    drawn = random.Random(f"{file} {seed}").sample(range(len(every)), min(count, len(every)))
+    return [every[i]() for i in sorted(drawn)]
+
+
+def run_file(tree: Path, file: str, drawn: list[Mutant]) -> tuple[int, list[Mutant]]:
+    """How many mutants of the file its tests saw, and those that they did not."""
+    place, tests = tree / file, [f"tests/test_{name}.py" for name in TESTS[file].split()]
+    original = place.read_text()
+    library = cpp.CpuLibrary(tree, file) if file.endswith(".h") else None
+    start = time.monotonic()
+    if (status := in_a_child(tree, tests, limit=3600)) != 0:
+        raise SystemExit(f"{' '.join(tests)} fail without a mutant: status {status}")
+    limit = 60 + 3 * (time.monotonic() - start)
+    caught, survivors = 0, []
+    for mutant in drawn:
+        place.write_text(mutant.source)
+        if library is not None and not library.build():
+            continue  # no mutant: a compiler sees it
+        status = in_a_child(tree, tests, limit)
+        print(f"{'survived' if status == 0 else 'caught'}: {file}:{mutant.line}: {mutant.what}")
+        sys.stdout.flush()
+        caught += status != 0
+        survivors += [mutant] if status == 0 else []
+    place.write_text(original)
+    if library is not None:
+        library.build()
+    return caught, survivors
+
+
+def in_a_child(tree: Path, tests: list[str], limit: float) -> int | str:
+    """pytest's status in a fork of this process, which has loaded torch; "late" after the limit."""
+    child = os.fork()
+    if child == 0:
+        status = 70
+        with contextlib.suppress(BaseException):
+            status = int(_pytest(tree, tests))
+        os._exit(status)
+    end = time.monotonic() + limit
+    while time.monotonic() < end:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.05)
+    os.killpg(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    return "late"
+
+
+def _pytest(tree: Path, tests: list[str]) -> int:
+    os.setsid()  # its processes end with it
+    os.chdir(tree)
+    sys.path[:] = [str(tree), *(p for p in sys.path if Path(p or ".").resolve() != ROOT)]
+    for name in [name for name in sys.modules if name.split(".")[0] in ("tests", "fastguard")]:
+        del sys.modules[name]
+    silence = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(silence, 1)
+    os.dup2(silence, 2)
+    options = ["-x", "-q", "--tb=no", "-p", "no:cacheprovider"]
+    return pytest.main([*options, *tests], plugins=[NoDevices()])
+
+
+def copy_of_the_repository(tree: Path) -> Path:
+    """What git tracks as it lies here, and the built libraries."""
+    listed = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True,
+    ).stdout.splitlines()  # fmt: skip
+    libraries = [f"fastguard/{name}" for name in ("_cpu.so", "_cuda.so")]
+    for name in [*listed, *libraries]:
+        if (ROOT / name).is_file():
+            (tree / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, tree / name)
+    return tree
+
+
+if __name__ == "__main__":
+    sys.exit(main())
