@@ -35,6 +35,7 @@ from .grad_scaler import (
 from .lr_scheduler import GuardedScheduler
 from .measure import BackwardMeasure
 from .on_skip import OnSkip
+from .optimizer_checks import poisoned
 from .parameters import Watched, measurable
 from .rollback import Rollback, Snapshots
 from .sharded import Ranks, lay_out_, ranks_of
@@ -642,7 +643,9 @@ class GradGuard:
         if self._snapshots is not None:
             self._snapshots.forget_since(spent.since, self._stepped[0])
         if not self._snapshots:
-            raise GradientExplosionError(spent.reports, self.skip_norm, spent.what)
+            names = dict(zip(map(id, self._watched.parameters), self._watched.names, strict=True))
+            found = poisoned(self._stepped[0], names)
+            raise GradientExplosionError(spent.reports, self.skip_norm, spent.what, found)
         self._go_back()
 
     def _account(self, pending: PendingReport) -> None:

@@ -94,6 +94,20 @@ def nonfinite_state(
     return found
 
 
+def poisoned(optimizers: Iterable[torch.optim.Optimizer], names: Mapping[int, str]) -> list[str]:
+    """The parameters and the entries of state that hold a NaN or Inf, as texts for a message."""
+    found = []
+    for optimizer in optimizers:
+        held = (p for group in optimizer.param_groups for p in group["params"])
+        found += [
+            names.get(id(p), "a parameter")
+            for p in held
+            if [*_nonfinite({"parameter": p.detach()})]
+        ]
+        found += [f"{entry} of {name}" for name, entry in nonfinite_state(optimizer, names)]
+    return found
+
+
 def check_state(optimizer: torch.optim.Optimizer, names: Mapping[int, str]) -> None:
     """Refuse state that holds a NaN or Inf: the next step would write it to the weights.
 

@@ -277,12 +277,20 @@ class GradientExplosionError(RuntimeError):
         reports: of the last skipped steps.
         skip_norm: the guard's.
         what: how many were skipped of how many, as :class:`fastguard.budget.Spent` says it.
+        poisoned: parameters, and entries of the optimizer's state, that are NaN or Inf by now.
     """
 
-    def __init__(self, reports: Sequence[StepReport], skip_norm: float, what: str):
+    def __init__(
+        self,
+        reports: Sequence[StepReport],
+        skip_norm: float,
+        what: str,
+        poisoned: Sequence[str] = (),
+    ):
         self.reports = list(reports)
         self.skip_norm = skip_norm
         self.what = what
+        self.poisoned = list(poisoned)
         # Of a step without a good micro-batch, what was wrong with these.
         evidence = [e for r in reports for e in (r.quarantined if r.all_quarantined else (r,))]
         overflowed = [r for r in evidence if _overflowed(r)]
@@ -290,6 +298,12 @@ class GradientExplosionError(RuntimeError):
         large = [r for r in evidence if not r.offenders and not _bad_loss(r)]
         losses = [r for r in evidence if not r.offenders and _bad_loss(r)]
         seen, cures = [], []
+        if poisoned:
+            seen.append(f"NaN or Inf is in {_shorten(poisoned)}")
+            cures.append(
+                "load an earlier state of the model and its optimizer: no batch can be good with "
+                "these, and no skipped step wrote them"
+            )
         if overflowed:
             places = dict.fromkeys(r.first_nonfinite for r in overflowed)
             scales = dict.fromkeys(
@@ -331,7 +345,7 @@ class GradientExplosionError(RuntimeError):
         )
 
     def __reduce__(self):  # exceptions are pickled by their message, and rebuilt from it
-        return type(self), (self.reports, self.skip_norm, self.what)
+        return type(self), (self.reports, self.skip_norm, self.what, self.poisoned)
 
 
 class BadStepFiles:

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import pickle
 import re
 
 import pytest
@@ -177,6 +178,7 @@ def test_a_capture_needs_capturable_and_lr_on_the_host(monkeypatch):
 
 def test_only_a_capture_of_the_parameters_device_counts(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     optimizer, params = two_groups()
     before = bits(params)
     optimizer.step()
@@ -204,3 +206,39 @@ def test_of_a_dtensor_this_ranks_shard_is_read(monkeypatch):
         assert nonfinite_state(adam) == [("parameter 0 of group 0", "exp_avg")]
     finally:
         distributed.destroy_process_group()
+
+
+def explode(spoil):
+    """The error of a guard whose every batch is bad after ``spoil(model, optimizer)``."""
+    torch.manual_seed(0)
+    model = nn.Linear(3, 2)
+    optimizer = fastguard.AdamW(model.parameters())
+    guard = fastguard.GradGuard(model, patience=3)
+    with pytest.raises(fastguard.GradientExplosionError) as raised:
+        for step in range(9):
+            optimizer.zero_grad()
+            loss = model(torch.ones(4, 3)).square().mean()
+            (loss * (math.nan if step > 3 else 1.0)).backward()
+            guard.step(optimizer)
+            if step == 1:
+                spoil(model, optimizer)
+    return raised.value
+
+
+def test_the_error_at_the_end_of_patience_names_what_is_poisoned():
+    """A moment written by others: the next step takes it to the weights, and all after are NaN."""
+    error = explode(
+        lambda model, optimizer: optimizer.state[model.weight]["exp_avg"].fill_(math.inf)
+    )
+    assert error.poisoned[0] == "weight"
+    assert "exp_avg of weight" in error.poisoned
+    assert "bias" not in error.poisoned[0]
+    assert "NaN or Inf is in weight, exp_avg of weight" in str(error)
+    assert "load an earlier state of the model and its optimizer" in str(error)
+    assert pickle.loads(pickle.dumps(error)).poisoned == error.poisoned
+
+
+def test_the_error_of_bad_batches_blames_no_state():
+    error = explode(lambda model, optimizer: None)
+    assert error.poisoned == []
+    assert "earlier state of the model" not in str(error)
