@@ -169,13 +169,18 @@ inline void check_growth(
 
 inline void check_pair(
     const torch::stable::Tensor& sum, const torch::stable::Tensor& grad, size_t i) {
+  using torch::headeronly::ScalarType;
   check_dtype(sum, "accumulate_", i);
   check_no_overlap(sum, "accumulate_", i);
+  check_dtype(grad, "accumulate_", i);
+  const bool wide = grad.scalar_type() == ScalarType::Double;
   STD_TORCH_CHECK(
-      sum.sizes().equals(grad.sizes()) && sum.scalar_type() == grad.scalar_type(),
+      sum.sizes().equals(grad.sizes()) &&
+          sum.scalar_type() == (wide ? ScalarType::Double : ScalarType::Float),
       "accumulate_: sum ",
       i,
-      " and its gradient differ in shape or dtype");
+      " must have its gradient's shape, and be float64 for a float64 gradient, float32 for any "
+      "other");
 }
 
 inline void check_accumulate(
@@ -200,18 +205,59 @@ inline void check_accumulate(
   }
 }
 
+// How many floating-point numbers an element of a buffer has: 2 where it is complex, 0 where it is
+// an integer or of a format that no kernel reads.
+inline int64_t numbers_in(torch::headeronly::ScalarType dtype) {
+  using torch::headeronly::ScalarType;
+  switch (dtype) {
+    case ScalarType::Double:
+    case ScalarType::Float:
+    case ScalarType::BFloat16:
+    case ScalarType::Half:
+      return 1;
+    case ScalarType::ComplexDouble:
+    case ScalarType::ComplexFloat:
+    case ScalarType::ComplexHalf:
+      return 2;
+    default:
+      return 0;
+  }
+}
+
+// The dtype of these numbers.
+inline torch::headeronly::ScalarType real_of(torch::headeronly::ScalarType dtype) {
+  using torch::headeronly::ScalarType;
+  switch (dtype) {
+    case ScalarType::ComplexDouble:
+      return ScalarType::Double;
+    case ScalarType::ComplexFloat:
+      return ScalarType::Float;
+    case ScalarType::ComplexHalf:
+      return ScalarType::Half;
+    default:
+      return dtype;
+  }
+}
+
+// owners: for each buffer the number of its owner, of which there are no more than buffers. What the
+// numbers are is known on their device alone: see check_owner.
 inline void check_settle(
     const std::vector<torch::stable::Tensor>& buffers,
     const std::vector<torch::stable::Tensor>& saved,
-    const torch::stable::Tensor& verdict) {
-  check_tensor(verdict, "settle_", "verdict", torch::headeronly::ScalarType::Long, 0);
+    const torch::stable::Tensor& verdict,
+    const torch::stable::Tensor& owners) {
+  using torch::headeronly::ScalarType;
+  check_tensor(verdict, "settle_", "verdict", ScalarType::Long, 0);
+  check_tensor(owners, "settle_", "owners", ScalarType::Long, 1);
   STD_TORCH_CHECK(
-      buffers.size() == saved.size(),
+      buffers.size() == saved.size() && static_cast<int64_t>(buffers.size()) == owners.numel(),
       "settle_: ",
       buffers.size(),
       " buffers but ",
       saved.size(),
-      " saved copies");
+      " saved copies and ",
+      owners.numel(),
+      " owners");
   for (size_t i = 0; i < buffers.size(); ++i) {
     STD_TORCH_CHECK(
         buffers[i].sizes().equals(saved[i].sizes()) &&
@@ -220,6 +266,15 @@ inline void check_settle(
         i,
         " and its saved copy differ in shape or dtype");
   }
+}
+
+inline void check_owner(int64_t owner, size_t buffers) {
+  STD_TORCH_CHECK(
+      0 <= owner && owner < static_cast<int64_t>(buffers),
+      "settle_: owners must be numbers from 0 to ",
+      static_cast<int64_t>(buffers) - 1,
+      ", one for each buffer; got ",
+      owner);
 }
 
 }  // namespace fastguard

@@ -36,10 +36,14 @@ STABLE_TORCH_LIBRARY(fastguard, m) {
   // Writes nothing where clip_coef is 1; its shape is () or (N,).
   m.def("scale_(Tensor(a!)[] grads, Tensor clip_coef) -> ()");
 
-  // On a skip buffers = saved, else saved = buffers.
-  m.def("settle_(Tensor(a!)[] buffers, Tensor(b!)[] saved, Tensor verdict) -> ()");
+  // On a skip buffers = saved, else saved = buffers; but where a buffer was finite in saved and is
+  // not any more, buffers = saved for all that have its owner. owners i64 (N,), 0 to N - 1
+  // -> lost i32 (2 N,): nonzero for each such buffer, and then for each such owner
+  m.def(
+      "settle_(Tensor(a!)[] buffers, Tensor(b!)[] saved, Tensor verdict, Tensor owners) -> Tensor");
 
-  // sums += grads unless the verdict is a skip; window f64 (3,): seen, good, weight of the good
+  // sums += grads unless the verdict is a skip; sums f64 for f64 gradients, else f32; window f64
+  // (3,): seen, good, weight of the good
   m.def(
       "accumulate_(Tensor(a!)[] sums, Tensor[] grads, Tensor verdict, Tensor(b!) window, "
       "float weight) -> ()");

@@ -1,17 +1,25 @@
 """A module's buffers as they were after the last accepted step.
 
 A NaN activation gets into BatchNorm's running statistics before any gradient exists, and would stay
-there for ever.
+there for ever. It need not be this step's: the statistics of a generator are written in the step of
+its discriminator too.
 """
 
+import logging
 import weakref
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from . import ops
+from .step_report import Transfer
+
+logger = logging.getLogger(__name__)
+
+Place = tuple[nn.Module, str]  # a module and the name of its buffer
 
 
 class _Saved(NamedTuple):
@@ -20,20 +28,43 @@ class _Saved(NamedTuple):
 
 
 class Buffers:
-    """Copies of a module's buffers, to be kept or put back by a verdict that is on the device.
+    """Copies of modules' buffers, to be kept or put back by a verdict that is on the device.
 
     All are copied each time: torch's own batch normalisation writes its running statistics without
     counting it in ``_version``, so there is no telling what changed.
+
+    What is finite in a copy is never replaced by a NaN or Inf, whatever the verdict: then all
+    buffers of the module that holds it are put back, for mean, variance and count belong together.
+
+    Args:
+        module: the guarded one, if there is one.
+        others: more modules, or (name, buffer) pairs as ``named_buffers`` gives them.
+
+    Raises:
+        TypeError: something else among ``others``.
     """
 
-    def __init__(self, module: nn.Module | None):
-        self._module = module
-        self._saved: dict[tuple[nn.Module, str], _Saved] = {}
+    def __init__(
+        self,
+        module: nn.Module | None,
+        others: nn.Module | Iterable[nn.Module | tuple[str, Tensor]] = (),
+    ):
+        self._roots = [] if module is None else [("", module)]
+        self._roots += _named([others] if isinstance(others, nn.Module) else others)
+        self._saved: dict[Place, _Saved] = {}
+        self._lost = _Lost()
+        #: The places that ops.settle_ saw last, the numbers of their owners, and their names.
+        self._settled: tuple[list[Place], Tensor, list[str]] | None = None
         self.commit()
 
+    def modules(self) -> Iterator[nn.Module]:
+        """All modules that may have buffers, and their parts."""
+        return (part for _, root in self._roots for part in root.modules())
+
+    @torch.inference_mode(False)  # a copy made in inference mode could not be written later
     @torch.no_grad()
     def commit(self, part: nn.Module | None = None) -> None:
-        """What is in the buffers now is good: of the module, or of one part without its parts."""
+        """What is in the buffers now is good: of the modules, or of one part without its parts."""
         copies: dict[int, Tensor] = {}  # two places may share a buffer
         if part is None:
             self.look_up()
@@ -41,14 +72,18 @@ class Buffers:
             return
         for name, buffer in part._buffers.items():
             self._saved[part, name] = _save(buffer, copies)
-        if part._buffers and part not in self._owners:
-            self._owners.append(part)
+        if part._buffers:
+            self._owners.setdefault(part, type(part).__name__)
 
     def look_up(self) -> None:
         """Find the modules that have buffers."""
-        modules = [] if self._module is None else self._module.modules()
-        self._owners = [owner for owner in modules if owner._buffers]
+        self._owners: dict[nn.Module, str] = {}
+        for prefix, root in self._roots:
+            for path, owner in root.named_modules(prefix=prefix):
+                if owner._buffers:
+                    self._owners.setdefault(owner, path)
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def settle(self, verdict: Tensor) -> None:
         """Put back what was saved if the verdict is a skip; else save what is there.
@@ -57,34 +92,68 @@ class Buffers:
         a buffer's place, or made a new place.
         """
         current = dict(self._current())
-        same: dict[int, tuple[Tensor, Tensor]] = {}
+        places = self._saved | current
+        on_host = {place[0] for place in places if self._needs_host(place, current)}
+        pairs: dict[int, tuple[Tensor, Tensor]] = {}
         replaced: dict[int, _Saved] = {}
-        others = []
-        for place in self._saved | current:
+        settled = []
+        for place in places:
             buffer, saved = current.get(place), self._saved.get(place)
-            if place not in current or saved is None or (buffer is None) != (saved.buffer is None):
-                others.append(place)
-            elif buffer is None or not (_writable(buffer) or buffer is not saved.buffer):
+            if place[0] in on_host or buffer is None or not _writable(buffer):
                 continue
-            elif saved.copy is None or not _alike(buffer, saved.copy) or not _writable(buffer):
-                others.append(place)
-            elif buffer is saved.buffer and not buffer.is_inference():
-                same[id(buffer)] = buffer, saved.copy
-            else:
+            if buffer is not saved.buffer or buffer.is_inference():
+                # In its place comes a tensor of ours: this one may be the user's, as a batch.
                 if id(buffer) not in replaced:
-                    replaced[id(buffer)] = _settled(buffer, saved.copy, verdict)
+                    replaced[id(buffer)] = _Saved(buffer.detach().clone(), saved.copy)
+                saved = self._saved[place] = replaced[id(buffer)]
                 owner, name = place
-                self._saved[place] = replaced[id(buffer)]
-                owner._buffers[name] = self._saved[place].buffer
-        if same:
-            ops.settle_(*map(list, zip(*same.values(), strict=True)), verdict)
-        if others:
-            self._settle_on_host(others, current, ops.Verdict(int(verdict)).skipped)
+                owner._buffers[name] = buffer = saved.buffer
+            if id(buffer) not in pairs:
+                pairs[id(buffer)] = buffer, saved.copy
+                settled.append(place)
+        if pairs:
+            owners, names = self._owners_of(settled, verdict.device)
+            lost = ops.settle_(*map(list, zip(*pairs.values(), strict=True)), verdict, owners)
+            self._lost.note(names, lost)
+        if on_host:
+            skip = ops.Verdict(int(verdict)).skipped
+            for owner in on_host:
+                self._settle_on_host(owner, [p for p in places if p[0] is owner], current, skip)
+
+    def _needs_host(self, place: Place, current: dict[Place, Tensor | None]) -> bool:
+        buffer, saved = current.get(place), self._saved.get(place)
+        if place not in current or saved is None or (buffer is None) != (saved.buffer is None):
+            return True
+        if buffer is None or (buffer is saved.buffer and not _writable(buffer)):
+            return False
+        return saved.copy is None or not _alike(buffer, saved.copy) or not _writable(buffer)
+
+    def _owners_of(self, places: list[Place], device: torch.device) -> tuple[Tensor, list[str]]:
+        """For each place the number of its owner, int64, shape (N,), and its name."""
+        if (
+            self._settled is None
+            or self._settled[0] != places
+            or (self._settled[1].device != device)
+        ):
+            numbers: dict[nn.Module, int] = {}
+            rows = [numbers.setdefault(owner, len(numbers)) for owner, _ in places]
+            names = list(map(self._name, places))
+            self._settled = places, torch.tensor(rows, device=device), names
+        return self._settled[1:]
+
+    def _name(self, place: Place) -> str:
+        owner, name = place
+        path = self._owners.get(owner, type(owner).__name__)
+        return f"{path}.{name}" if path else name
+
+    def tell(self, wait: bool = False) -> None:
+        """Warn of the buffers that were put back in accepted steps, as far as the host knows."""
+        self._lost.tell(wait)
 
     def copy(self) -> "Buffers":
         """With copies of its own, of what is saved here."""
         other = Buffers(None)
-        other._module, other._owners = self._module, self._owners
+        other._roots, other._owners, other._lost = self._roots, self._owners, self._lost
         copies: dict[int, Tensor] = {}
         for place, (buffer, copy) in self._saved.items():
             if copy is not None:
@@ -100,50 +169,109 @@ class Buffers:
     def heal(self) -> None:
         """Put back what was saved if a buffer that was finite no longer is; the host waits."""
         current = dict(self._current())
-        for place, saved in self._saved.items():
-            if saved.copy is not None and _finite(saved.copy) and not _finite(current.get(place)):
-                return self.restore()
+        if any(_is_lost(current.get(place), saved) for place, saved in self._saved.items()):
+            self.restore()
 
-    def _settle_on_host(self, places: list, current: dict, skip: bool) -> None:
+    def _settle_on_host(
+        self, owner: nn.Module, places: list[Place], current: dict, skip: bool
+    ) -> None:
+        lost = [p for p in places if _is_lost(current.get(p), self._saved.get(p))]
+        if lost and not skip:
+            self._lost.warn([self._name(place) for place in lost])
+        unknown = [p for p in places if p not in self._saved or self._saved[p].copy is None]
+        if hasattr(owner, "reset_running_stats") and not all(
+            _finite(current.get(place)) for place in unknown
+        ):
+            owner.reset_running_stats()  # a lazy or a new normalisation layer
+        known = any(place in self._saved for place in places)
         for place in places:
-            owner, name = place
-            buffer, saved = current.get(place), self._saved.get(place)
-            if not skip:
+            name = place[1]
+            buffer, saved = owner._buffers.get(name), self._saved.get(place)
+            if not (skip or lost):
                 if place in current:
                     self._saved[place] = _save(buffer, {})
                 else:
                     del self._saved[place]
+            elif saved is None and known:
+                owner._buffers.pop(name, None)  # registered by the forward pass
             elif saved is not None and saved.buffer is None:
                 owner._buffers[name] = None
             elif saved is not None and saved.copy is not None:
                 owner._buffers[name] = _as(saved.copy, buffer)
                 self._saved[place] = _save(owner._buffers[name], {})
-            elif saved is None and owner in {o for o, _ in self._saved}:
-                owner._buffers.pop(name, None)  # registered by the forward pass
-            elif hasattr(owner, "reset_running_stats") and not _finite(buffer):
-                owner.reset_running_stats()  # a lazy or a new normalisation layer
 
-    def _current(self) -> Iterator[tuple[tuple[nn.Module, str], Tensor | None]]:
+    def _current(self) -> Iterator[tuple[Place, Tensor | None]]:
         for owner in self._owners:
             for name, buffer in owner._buffers.items():
                 yield (owner, name), buffer
 
 
+class _Lost:
+    """The buffers that were put back in accepted steps: a warning for each, once."""
+
+    def __init__(self):
+        self._under_way: deque[tuple[list[str], Transfer]] = deque()
+        self._said: set[str] = set()
+
+    def __getstate__(self) -> dict:
+        return vars(self) | {"_under_way": deque()}  # events of a device cannot be copied
+
+    def note(self, names: list[str], lost: Tensor) -> None:
+        self._under_way.append((names, Transfer(lost)))
+
+    def tell(self, wait: bool) -> None:
+        while self._under_way and (wait or self._under_way[0][1].ready):
+            names, transfer = self._under_way.popleft()
+            (lost,) = transfer.wait()
+            if any(lost):
+                self.warn([name for name, n in zip(names, lost, strict=False) if n])
+
+    def warn(self, names: list[str]) -> None:
+        for name in names:
+            if name not in self._said:
+                self._said.add(name)
+                logger.warning(
+                    "The buffer %s became NaN or Inf though the gradients are finite, and was set "
+                    "back with the other buffers of its module. A forward pass outside of this "
+                    "guard's steps wrote it, as of a GAN's other network: name that module in "
+                    "GradGuard(buffers=[...]) of the guard whose step was skipped. This is said "
+                    "once",
+                    name,
+                )
+
+
+def _named(others: Iterable[nn.Module | tuple[str, Tensor]]) -> list[tuple[str, nn.Module]]:
+    """Each module with its class as its name; the pairs as one module that holds them."""
+    named, pairs = [], nn.Module()
+    for other in others:
+        if isinstance(other, nn.Module):
+            named.append((type(other).__name__, other))
+        elif isinstance(other, tuple) and len(other) == 2 and isinstance(other[1], Tensor):
+            pairs._buffers[other[0]] = other[1]
+        else:
+            raise TypeError(
+                "GradGuard's buffers are modules or (name, buffer) pairs, as named_buffers() gives "
+                f"them; got a {type(other).__name__}"
+            )
+    return [*named, ("", pairs)] if pairs._buffers else named
+
+
 def _save(buffer: Tensor | None, copies: dict[int, Tensor]) -> _Saved:
-    if buffer is None or not _writable(buffer):
-        return _Saved(buffer, None)
+    if buffer is None or buffer.is_meta or not _writable(buffer):
+        return _Saved(buffer, None)  # of a tensor on the meta device there are no values
     return _Saved(buffer, copies.setdefault(id(buffer), buffer.detach().clone()))
 
 
-def _settled(buffer: Tensor, copy: Tensor, verdict: Tensor) -> _Saved:
-    """A new tensor: the one that took the buffer's place may be the user's, as a batch."""
-    skip = (verdict >= int(ops.Verdict.SKIP_NONFINITE)).to(buffer.device)
-    settled = torch.where(skip, copy, buffer)
-    return _Saved(settled, settled.clone())
+def _is_lost(buffer: Tensor | None, saved: _Saved | None) -> bool:
+    """Whether the copy is finite and the buffer is not; the host waits."""
+    known = saved is not None and saved.copy is not None
+    return known and _finite(saved.copy) and not _finite(buffer)
 
 
 def _finite(buffer: Tensor | None) -> bool:
-    return buffer is None or not _writable(buffer) or bool(buffer.isfinite().all())
+    if buffer is None or buffer.is_meta or not _writable(buffer):
+        return True
+    return buffer.dtype not in ops.FLOATING_DTYPES or bool(buffer.isfinite().all())
 
 
 def _as(copy: Tensor, buffer: Tensor | None) -> Tensor:

@@ -66,6 +66,17 @@ def check_scaled(scaler: torch.amp.GradScaler | None) -> None:
         )
 
 
+def check_not_unscaled(scaler: torch.amp.GradScaler | None) -> None:
+    """ValueError after ``scaler.unscale_``: a window's sums are unscaled when it is stepped."""
+    if enabled(scaler) and any(
+        state["stage"] is OptState.UNSCALED for state in scaler._per_optimizer_states.values()
+    ):
+        raise ValueError(
+            "scaler.unscale_ was called, but guard.accumulate takes gradients as they are and "
+            "guard.step unscales their sums: leave scaler.unscale_ out"
+        )
+
+
 def check_shared(scaler: torch.amp.GradScaler | None, guard, update_scaler: bool | None) -> None:
     """ValueError if two guards would each end the iterations of one scaler."""
     if not enabled(scaler) or update_scaler is not None:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from . import attached, ops
-from .accumulate import Window, check_summable
+from .accumulate import Window, check_alone, check_summable
 from .apply import check_steppable, reads_decision, step_optimizer, unwrapped
 from .budget import Budget, Spent
 from .buffers import Buffers, OnLoad
@@ -75,7 +75,8 @@ class GradGuard:
 
     A skipped step leaves parameters and optimizer state as they are, bit for bit, and, where the
     guard was given a module, sets its buffers back to what they were after the last accepted step
-    (or the last ``load_state_dict``, or :meth:`commit_buffers`).
+    (or the last ``load_state_dict``, or :meth:`commit_buffers`). In an accepted step too, a buffer
+    that became NaN or Inf is set back, with those of the same layer and a warning.
 
     The decision is taken and carried out on the gradients' device. The host learns of it later,
     when it looks at the report or in :meth:`poll`, which every step calls; on the CPU that is at
@@ -122,13 +123,16 @@ class GradGuard:
             parameter; ``torch.distributed.group.WORLD`` with DistributedDataParallel, whose
             gradients are equal but whose losses are not. By default all ranks of the DTensors'
             mesh, the largest of several; without DTensors this process decides by itself.
+        buffers: more modules, or (name, buffer) pairs as ``named_buffers`` gives them, whose
+            buffers this guard keeps as those of its own module: in a GAN's discriminator step the
+            generator's forward pass writes the generator's BatchNorm statistics too.
 
     Raises:
         ValueError: no parameters, a negative or NaN threshold, ``patience`` or ``max_lag`` < 1, an
             unknown word, a ``rollback`` that nothing would use; a ``process_group`` that lacks
             ranks of a DTensor's mesh; DTensors or ``process_group`` with ``measure="backward"``,
             DTensors with rollback.
-        TypeError: something that is no parameter, no threshold, or no function.
+        TypeError: something that is no parameter, no threshold, no function, or no module or buffer.
     """
 
     def __init__(
@@ -146,6 +150,7 @@ class GradGuard:
         on_skip: Callable[[StepReport], object] | None = None,
         max_lag: int = 8,
         process_group: torch.distributed.ProcessGroup | None = None,
+        buffers: nn.Module | Iterable[nn.Module | tuple[str, Tensor]] = (),
     ):
         self.max_norm = check_threshold("max_norm", max_norm)
         self.skip_norm = check_threshold("skip_norm", skip_norm)
@@ -160,7 +165,7 @@ class GradGuard:
             raise ValueError('a Rollback was given, but on_patience is "raise"; set "rollback"')
 
         self._watched = Watched(params_or_model)
-        self._buffers = Buffers(self._watched.module)
+        self._buffers = Buffers(self._watched.module, buffers)
         self._measure = BackwardMeasure() if measure == "backward" else None
         self._rollback = Rollback() if rollback is None else rollback
         self._snapshots = Snapshots(self._rollback) if on_patience == "rollback" else None
@@ -307,12 +312,20 @@ class GradGuard:
     ) -> PendingReport:
         self._check(optimizers)
         self._lay_out()
-        names, _, grads = self._watched.with_gradients()
+        names, parameters, grads = self._watched.with_gradients()
         device = (grads or self._watched.parameters)[0].device
         loss = scalar(loss, device)
         window = self._window
         if window is not None:
-            window.check(scaler, left_over=names)
+            window.check(scaler)
+            window.check_complete(names, parameters)
+        if handed is None:
+            scaled = loss_scale(scaler, optimizers, device)
+        else:
+            scaled = handed_scale(*handed, device)
+        if window is not None:
+            if self._replicated:
+                window.add_up(self._ranks, self._watched)
             names, grads = window.gradients()
         elif not grads:
             self._watched.stale = True  # perhaps the module has other parameters by now
@@ -320,10 +333,6 @@ class GradGuard:
         names, grads = _once(names, grads)
         if self._ranks is not None:
             names, grads = self._ranks.all_of(names, grads, device)
-        if handed is None:
-            scaled = loss_scale(scaler, optimizers, device)
-        else:
-            scaled = handed_scale(*handed, device)
         unscale = unscaling(scaled.scale, 1.0 if window is None else window.weight, device)
         in_one = self._in_one_call and window is None and scaled.found_inf is None
         in_one = in_one and update_scaler and grads and not self._batches_to_skip
@@ -332,18 +341,19 @@ class GradGuard:
         measured, decision = self._judge(names, grads, scaled.reject(unscale), loss, scaling)
 
         try:
-            if window is not None:
-                window.hand_over()
             for each in optimizers:
                 own_step = attached.plain_step_of(each, called_by_it)
-                step_optimizer(each, grads, decision, own_step)
+                given = decision if window is None else window.hand_over(each, grads, decision)
+                step_optimizer(each, grads, given, own_step)
         except BaseException:
             self._statistics, self._ema_norms = before[:2]
             restore(scaling, before[2])
+            intact = all(map(reads_decision, optimizers)) and not self._replicated
+            self._window = window if intact else None
+            raise
+        finally:
             if window is not None:
                 window.take_back()
-                self._window = window if all(map(reads_decision, optimizers)) else None
-            raise
         self._window = None
         self._buffers.settle(decision.verdict)
         if scaler is not None and scaling is None:
@@ -387,8 +397,22 @@ class GradGuard:
         A micro-batch is bad where a step with its gradients alone would be skipped; its
         contribution, also to the module's buffers, is as if it had never been. (A parameter that
         only bad ones reach has a gradient of zero then, not None.) A window of bad ones only is a
-        skipped step. The sums take the memory of one more set of gradients; they are the tensors
-        of the first micro-batch, so ``.grad`` must not be static memory.
+        skipped step.
+
+        The sums are float32, of float64 gradients float64, and take the memory of one more set of
+        gradients. So four float16 micro-batches of 30000 have the mean 30000. The tensors in
+        ``.grad`` stay where they are and are set to zero, here and by :meth:`step`: they may be
+        static memory of a CUDA graph, parts of a flat buffer or views of DDP's buckets.
+        :class:`fastguard.AdamW` steps with the float32 mean; for another optimizer it is rounded
+        to the dtype of the parameter.
+
+        With DistributedDataParallel, give GradGuard ``process_group=torch.distributed.group.WORLD``
+        and run the backwards under ``no_sync()``: each rank decides about its own micro-batches,
+        and :meth:`step` adds sums and weights up over the ranks, by all-reduces of the float32
+        sums. A micro-batch that is bad on one rank is left out on that rank alone. A backward that
+        DDP does average is right too, and communicates twice. Every rank needs at least one
+        micro-batch in each window. Of DTensors the gradients are whole only over all ranks, so a
+        micro-batch is bad for all or none, and :meth:`step` adds nothing up.
 
         Args:
             scaler, loss, batch_id: as for :meth:`step`; with the same scaler in all calls.
@@ -399,9 +423,10 @@ class GradGuard:
             What would have become of a step with these gradients alone.
 
         Raises:
-            ValueError: a weight that is not a positive number; another scaler than before; no
-                gradients, or some that are sparse or shared by two parameters, or that
-                :meth:`step` would refuse. Nothing was changed then.
+            ValueError: a weight that is not a positive number; another scaler than before, or one
+                whose ``unscale_`` was called; no gradients, or some that are sparse or shared by
+                two parameters, or that :meth:`step` would refuse; those of one rank alone, under
+                DDP's ``no_sync`` without a ``process_group``. Nothing was changed then.
         """
         try:
             return self._accumulate(scaler, loss, batch_id, float(weight))
@@ -412,6 +437,10 @@ class GradGuard:
     def _accumulate(self, scaler, loss, batch_id, weight: float) -> PendingReport:
         if not 0 < weight < math.inf:
             raise ValueError(f"weight must be a positive number, got {weight}")
+        if self._watched.refresh():
+            self._found_others()
+        if self._ranks is None:
+            check_alone(self._watched.module)
         self._lay_out()
         names, parameters, grads = self._watched.with_gradients()
         if not grads:
@@ -422,16 +451,18 @@ class GradGuard:
         check_summable(names, grads)
         device = grads[0].device
         loss = scalar(loss, device)
-        if self._window is None:
-            self._window = Window(self._buffers.copy(), device, scaler)
-        self._window.check(scaler)
+        window = self._window or Window(self._buffers.copy(), device, scaler)
+        window.check(scaler)
         scaled = loss_scale(scaler, [], device)
         unscale = unscaling(scaled.scale, weight, device)
         judged = names, values
-        if self._ranks is not None:
+        if self._ranks is not None and not self._replicated:
             judged = self._ranks.all_of(names, values, device)
-        measured, decision = self._judge(*judged, unscale, loss, micro_batch=True)
-        number = len(self._window.reports)
+        measured, decision = self._judge(
+            *judged, unscale, loss, micro_batch=True, alone=self._replicated
+        )
+        self._window = window
+        number = len(window.reports)
         batch_id = f"micro-batch {number}" if batch_id is None else batch_id
         report = PendingReport(
             self._steps, batch_id, decision.record, measured, unscale, judged[0], loss,
@@ -560,6 +591,11 @@ class GradGuard:
     def _in_one_call(self) -> bool:
         return self._measure is None and self._ranks is None
 
+    @property
+    def _replicated(self) -> bool:
+        """Whether each of several ranks holds all of every parameter."""
+        return self._ranks is not None and not self._ranks.sharded
+
     def _check(self, optimizers: list[torch.optim.Optimizer]) -> None:
         """ValueError if a step with these can not be guarded."""
         if self._watched.check(optimizers):
@@ -570,7 +606,10 @@ class GradGuard:
         if self._ranks is not None and self._ranks.sharded:
             lay_out_(self._watched.parameters)
 
-    def _judge(self, names, grads, unscale, loss, scaling=None, micro_batch=False):
+    def _judge(
+        self, names, grads, unscale, loss, scaling=None, micro_batch=False, alone=False
+    ):
+        """Measure and decide; ``alone``: about what this rank has, whatever others have."""
         if not micro_batch and self.skip_batch():
             self._discarded = self._steps
             # Ranks that do not pass over it must not apply it alone.
@@ -581,7 +620,7 @@ class GradGuard:
         known = self._micro_statistics if micro_batch else self._statistics
         known = self._known(known, names, threshold, grads[0].device if grads else None)
         rules = (known, threshold, self.max_norm, self.skip_norm)
-        if self._in_one_call:
+        if self._in_one_call or alone:
             given = (unscale, loss, *rules, scaling)
             judged = _of_any_kind(ops.grad_norm_decide_, names, grads, *given)
         else:
@@ -607,7 +646,9 @@ class GradGuard:
     def _known(self, known, names, threshold: Threshold, device: torch.device | None):
         """The statistics of these gradients, on their device."""
         device = known.numbers.device if device is None else device
-        if known.numbers.device != device:
+        if known.numbers.is_meta and device.type != "meta":  # the guard came before to_empty
+            known = fresh_statistics(device)
+        elif known.numbers.device != device:
             known = ops.Statistics(*(t.to(device) for t in known))
         if threshold.kind is Kind.ADAGC:
             unseen = torch.full((), math.inf, dtype=torch.float64, device=device)
@@ -651,6 +692,7 @@ class GradGuard:
     def _account(self, pending: PendingReport) -> None:
         report = pending.result()
         self._reports.append(report)
+        self._buffers.tell()
         self._warnings.saw_report(report, self.threshold)
         for skipped in (*report.quarantined, *([report] if report.skipped else [])):
             log_skip(skipped, self.skip_norm)
@@ -832,8 +874,8 @@ class GradGuard:
             self._measure.watch(self._watched.parameters)
 
     def _listen(self) -> None:
-        """Have :meth:`_on_load` called after a load_state_dict of the module or a part of it."""
-        for part in () if self._watched.module is None else self._watched.module.modules():
+        """Have :meth:`_on_load` called after a load_state_dict of a module or a part of it."""
+        for part in self._buffers.modules():
             if part not in self._listening:
                 self._listening.add(part)
                 part.register_load_state_dict_post_hook(OnLoad(self._on_load))

@@ -28,6 +28,9 @@ OUTLIER_FACTOR = 4.0
 LARGEST_APPLIED = 1e18
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+COMPLEX_DTYPES = (torch.complex64, torch.complex128, torch.complex32)
+#: Those of buffers whose NaNs and Infs are seen.
+FLOATING_DTYPES = (*DTYPES, *COMPLEX_DTYPES)
 
 
 class Verdict(enum.IntEnum):
@@ -92,14 +95,14 @@ def _check_dtypes(op: str, tensors: Sequence[Tensor]) -> None:
             )
 
 
-def _overlaps_itself(tensor: Tensor) -> bool:
+def overlaps_itself(tensor: Tensor) -> bool:
     sizes = zip(tensor.stride(), tensor.shape, strict=True)
     return tensor.numel() > 0 and any(stride == 0 and size > 1 for stride, size in sizes)
 
 
 def _check_no_overlap(op: str, tensors: Sequence[Tensor]) -> None:
     for i, tensor in enumerate(tensors):
-        if _overlaps_itself(tensor):
+        if overlaps_itself(tensor):
             raise RuntimeError(
                 f"{op}: tensor {i} is expanded: several of its elements share a single memory "
                 "location; clone it"
@@ -542,43 +545,77 @@ def _fake_grad_norm_decide_(grads, unscale, loss, *rest):
 
 
 @torch.no_grad()
-def settle_(buffers: Sequence[Tensor], saved: Sequence[Tensor], verdict: Tensor) -> None:
+def settle_(
+    buffers: Sequence[Tensor], saved: Sequence[Tensor], verdict: Tensor, owners: Tensor
+) -> Tensor:
     """Set ``buffers`` back to their ``saved`` copies on a skip, else bring the copies up to date.
 
+    An element that is finite in a copy and NaN or Inf in its buffer is never brought into the copy:
+    whatever the verdict, all buffers of the same owner are set back then. BatchNorm's mean,
+    variance and count belong together; the buffers of other modules are not held up.
+
     Args:
-        buffers, saved: as many tensors of any dtype and device, equal in shape and dtype in pairs.
+        buffers, saved: N tensors each, of any dtype and device, equal in shape and dtype in pairs.
         verdict: int64, shape (), as :func:`guard_decide_` returns it.
+        owners: int64, shape (N,), on the device of ``verdict``: for each buffer the number of the
+            module that holds it, from 0 to N - 1.
+
+    Returns:
+        int32, shape (2 * N,): not zero, in the first half for each buffer that was set back for its
+        own NaN or Inf, in the second half for each owner of one. All zero on a skip.
 
     Raises:
         RuntimeError: the lists differ in length, shapes or dtypes.
     """
-    if all(_has_kernel(tensor) for tensor in (verdict, *buffers)) and (
-        verdict.device.type == "cpu" or _same_memory(buffers, saved, verdict.device)
-    ):
-        torch.ops.fastguard.settle_.default(buffers, saved, verdict)
-    else:
-        settle_ref_(buffers, saved, verdict)
+    if _has_kernel(verdict) and _can_settle(buffers, saved, verdict.device):
+        return torch.ops.fastguard.settle_.default(buffers, saved, verdict, owners)
+    return settle_ref_(buffers, saved, verdict, owners)
 
 
-def _same_memory(buffers, saved, device: torch.device) -> bool:
-    """Whether a device that alone knows the direction can copy the memory as it is."""
+def _can_settle(buffers, saved, device: torch.device) -> bool:
+    """Whether all are where the verdict is and, on a device, which alone knows the direction of the
+    copy, can be copied as the memory that they are."""
+    if any(tensor.device != device for tensor in (*buffers, *saved)):
+        return False
+    return device.type == "cpu" or _same_memory(buffers, saved)
+
+
+def _same_memory(buffers, saved) -> bool:
     return all(
-        b.device == s.device == device and b.stride() == s.stride() == packed_strides(b)
-        for b, s in zip(buffers, saved, strict=True)
+        b.stride() == s.stride() == packed_strides(b) for b, s in zip(buffers, saved, strict=True)
     )
 
 
 @torch.no_grad()
-def settle_ref_(buffers: Sequence[Tensor], saved: Sequence[Tensor], verdict: Tensor) -> None:
+def settle_ref_(
+    buffers: Sequence[Tensor], saved: Sequence[Tensor], verdict: Tensor, owners: Tensor
+) -> Tensor:
     """:func:`settle_` in plain torch."""
     skip = verdict >= int(Verdict.SKIP_NONFINITE)
-    for buffer, copy in zip(buffers, saved, strict=True):
-        buffer.copy_(torch.where(skip.to(buffer.device), copy, buffer))
+    none = torch.zeros_like(owners, dtype=torch.int32)
+    if not buffers:
+        return torch.cat([none, none])
+    lost = [_lost(b, s).to(verdict.device) for b, s in zip(buffers, saved, strict=True)]
+    of_buffer = torch.where(skip, none, torch.stack(lost).int())
+    of_owner = none.index_add(0, owners, of_buffer)
+    restore = skip | (of_owner[owners] > 0)
+    for buffer, copy, back in zip(buffers, saved, restore, strict=True):
+        buffer.copy_(torch.where(back.to(buffer.device), copy, buffer))
         copy.copy_(buffer)
+    return torch.cat([of_buffer, of_owner])
 
 
-def _fake_settle_(buffers, saved, verdict):
-    return None
+def _lost(buffer: Tensor, saved: Tensor) -> Tensor:
+    """Whether an element was finite in the copy and is not in the buffer; False of integers."""
+    if buffer.dtype not in FLOATING_DTYPES:
+        return torch.zeros((), dtype=torch.bool, device=buffer.device)
+    if buffer.is_complex():
+        buffer, saved = torch.view_as_real(buffer), torch.view_as_real(saved)
+    return (saved.isfinite() & ~buffer.isfinite()).any()
+
+
+def _fake_settle_(buffers, saved, verdict, owners):
+    return torch.empty(2 * len(buffers), dtype=torch.int32, device=verdict.device)
 
 
 # --- accumulate_ --------------------------------------------------------------------------------
@@ -594,17 +631,15 @@ def accumulate_(
 ) -> None:
     """Add a micro-batch's gradients to the sums and count it, unless its verdict is a skip.
 
-    The first good micro-batch is not added but copied: until then the sums hold what is in the
-    gradients of a bad one.
-
     Args:
-        sums, grads: as many tensors, equal in shape and dtype in pairs; dtypes as for grad_norm.
+        sums, grads: as many tensors, equal in shape in pairs; gradients of the dtypes of
+            :func:`grad_norm`, sums of float64 for float64 gradients, of float32 for all others.
         verdict: int64, shape ().
         window: float64, shape (3,): micro-batches seen, the good ones, the weight of the good ones.
         weight: of this micro-batch.
 
     Raises:
-        RuntimeError: the lists do not match, a sum is expanded.
+        RuntimeError: the lists do not match, a sum is expanded or of another dtype.
     """
     if _has_kernel(window):
         torch.ops.fastguard.accumulate_.default(sums, grads, verdict, window, weight)
@@ -624,9 +659,8 @@ def accumulate_ref_(
 ) -> None:
     """:func:`accumulate_` in plain torch."""
     good = verdict < int(Verdict.SKIP_NONFINITE)
-    first = window[1] == 0
     for total, grad in zip(sums, grads, strict=True):
-        total.copy_(torch.where(good, torch.where(first, grad, total + grad), total))
+        total.copy_(torch.where(good, total + grad, total))
     window.add_(torch.stack([torch.ones_like(window[0]), good.double(), good * weight]))
 
 
@@ -932,7 +966,7 @@ def _check_adamw(params, grads, moments, state_steps, grad_coef, verdict, amsgra
                 f"adamw_: params[{i}] has dtype {p.dtype}, params[0] {params[0].dtype}; float64 "
                 "parameters need a call of their own, for one call has one dtype of moments"
             )
-        if _overlaps_itself(p):
+        if overlaps_itself(p):
             raise RuntimeError(
                 f"adamw_: params[{i}] is expanded or overlaps itself: several of its elements "
                 "share a single memory location; clone it"

@@ -80,6 +80,14 @@ class Watched:
         """Those that the module's attentions recorded in their last forward, by name."""
         return {name: each.stats for name, each in self._attentions if each.stats is not None}
 
+    def refresh(self) -> bool:
+        """Walk again if a known optimizer has other parameters, or none is known; True if so."""
+        if known := list(self._checked):
+            return self.check(known)
+        if self.module is not None:
+            self._look_up()
+        return self.module is not None
+
     def check(self, optimizers: list[torch.optim.Optimizer]) -> bool:
         """ValueError if a step with these can not be guarded; True after a new walk."""
         return any([self._check(optimizer) for optimizer in optimizers])

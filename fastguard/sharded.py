@@ -2,13 +2,15 @@
 
 import math
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, distributed
 
 from . import ops
 from .clip import is_dtensor
+
+_BUCKET_ELEMENTS = 2**24  # 64 MiB of float32: large enough that the network's speed counts
 
 _groups: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
@@ -104,7 +106,7 @@ class Ranks:
             one if unscale is None else unscale,
         ]
         counts = measured.nonfinite[:, :2].double().flatten()
-        summed = self._sum(torch.cat([squares, counts, torch.stack(told)]))
+        summed = self.sum_of(torch.cat([squares, counts, torch.stack(told)]))
         n = len(squares)
         squares, counts, told = summed.split([n, 2 * n, len(told)])
         square, loss, losses, unscale = told.unbind()
@@ -119,10 +121,36 @@ class Ranks:
         )
         return whole, unscale, loss / losses.clamp(min=1)
 
-    def _sum(self, numbers: Tensor) -> Tensor:
-        summed = numbers.to(numbers.device if self._there is None else self._there)
+    def add_up_(self, tensors: list[Tensor]) -> None:
+        """The sums over all ranks, in place; of tensors that lie alike or not, several at a time.
+
+        Args:
+            tensors: strided, on one device, of the same shapes and dtypes on every rank.
+        """
+        for bucket in _buckets([torch.view_as_real(t) if t.is_complex() else t for t in tensors]):
+            flat = self.sum_of(torch.cat([t.reshape(-1) for t in bucket]))
+            for tensor, part in zip(bucket, flat.split([t.numel() for t in bucket]), strict=True):
+                tensor.copy_(part.view(tensor.shape))
+
+    def sum_of(self, numbers: Tensor) -> Tensor:
+        """Over all ranks, with the same bits on each; a new tensor."""
+        there = numbers.device if self._there is None else self._there
+        summed = numbers.to(there, copy=True)
         distributed.all_reduce(summed, group=self._group)
         return summed.to(numbers.device)
+
+
+def _buckets(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
+    """Consecutive tensors of one dtype, about _BUCKET_ELEMENTS together."""
+    bucket, elements = [], 0
+    for tensor in tensors:
+        if bucket and (tensor.dtype != bucket[0].dtype or elements >= _BUCKET_ELEMENTS):
+            yield bucket
+            bucket, elements = [], 0
+        bucket.append(tensor)
+        elements += tensor.numel()
+    if bucket:
+        yield bucket
 
 
 def lay_out_(parameters: Iterable[Tensor]) -> None:

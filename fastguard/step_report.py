@@ -162,7 +162,7 @@ class PendingReport:
         self.step = step
         self.batch_id = batch_id
         self._scaled = scaled.used
-        self._record = _Transfer(record, *(() if scaled.of_loss is None else (scaled.of_loss,)))
+        self._record = Transfer(record, *(() if scaled.of_loss is None else (scaled.of_loss,)))
         self._measured = measured
         self._unscale = unscale
         self._loss_given = loss is not None
@@ -246,7 +246,7 @@ class PendingReport:
         return repr(self.result()) if self.ready else f"PendingReport(step={self.step})"
 
 
-class _Transfer:
+class Transfer:
     """Tensors on their way to the host. On the CPU they are there already."""
 
     def __init__(self, *tensors: Tensor):

@@ -48,7 +48,7 @@ def optimizers(parameters):
 
 def slow(monkeypatch):
     """As on a GPU whose queue is long: no report arrives unless one waits for it."""
-    monkeypatch.setattr(step_report._Transfer, "ready", property(lambda self: False))
+    monkeypatch.setattr(step_report.Transfer, "ready", property(lambda self: False))
 
 
 @pytest.mark.skipif(_native.cpu_problem is not None, reason="the references are many operators")
@@ -114,7 +114,7 @@ def test_nothing_reads_values_that_are_not_there(threshold, kind, monkeypatch):
     if kind != "cpu":
         monkeypatch.setattr(ops, "_has_kernel", lambda tensor: False)
     if kind == "cuda":  # pinned memory and events do need one
-        monkeypatch.setattr(step_report._Transfer, "__init__", lambda self, *tensors: None)
+        monkeypatch.setattr(step_report.Transfer, "__init__", lambda self, *tensors: None)
     with FakeTensorMode(), torch.device(kind.split()[0]):
         model = small_model()
         guard = GradGuard(model, 1.0, 10.0, threshold=threshold, max_lag=100)
@@ -226,7 +226,7 @@ def test_reports_are_learnt_in_order(monkeypatch):
     optimizer = fastguard.AdamW(parameters)
     late = []
     monkeypatch.setattr(
-        step_report._Transfer, "ready", property(lambda self: self not in late and bool(late))
+        step_report.Transfer, "ready", property(lambda self: self not in late and bool(late))
     )
     for _ in range(3):
         set_gradient_norms(parameters, 1.0)

@@ -260,15 +260,68 @@ def buffers():
     ]
 
 
-@pytest.mark.parametrize("function", [ops.settle_, ops.settle_ref_, *on_devices("settle_")])
+def numbered(tensors):
+    """As if each buffer had an owner of its own."""
+    return torch.arange(len(tensors))
+
+
+SETTLE = [ops.settle_, ops.settle_ref_, *on_devices("settle_")]
+
+
+@pytest.mark.parametrize("function", SETTLE)
 @pytest.mark.parametrize("verdict", Verdict)
 def test_settle(function, verdict):
     current, saved = buffers(), [b.clone() for b in buffers()]
-    current[0][1] = math.nan
     expected = bits(saved if verdict.skipped else current)
-    function(current, saved, torch.tensor(int(verdict)))
+    lost = function(current, saved, torch.tensor(int(verdict)), numbered(current))
     assert_same_bits(bits(current), expected)
     assert_same_bits(bits(saved), expected)
+    assert lost.tolist() == [0] * 2 * len(current)
+
+
+@pytest.mark.parametrize("function", SETTLE)
+@pytest.mark.parametrize("dtype", [*DTYPES, *ops.COMPLEX_DTYPES])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_settle_never_saves_what_is_finite_no_more(function, dtype, bad):
+    """Nor the other buffers of the same owner; those of others are saved."""
+    value = complex(1.0, bad) if dtype.is_complex else bad
+    saved = [torch.full((3, 9_001), 0.5).to(dtype).t(), torch.tensor(3), torch.ones(2).to(dtype)]
+    saved[0][5, 2] = -value  # what was not finite before protects nothing
+    current = [s + 1 for s in saved]
+    owners = torch.tensor([1, 1, 0])
+    assert not function(current, saved, APPLY, owners).any()
+    before = [s.clone() for s in saved]
+    current[0][9_000, 1] = value
+    current[1] += 4
+    current[2] += 1
+    later = current[2].clone()
+    lost = function(current, saved, APPLY, owners)
+    assert lost.bool().tolist() == [True, False, False, False, True, False]
+    for tensors in (current, saved):
+        assert_same_bits(bits(tensors), bits([*before[:2], later]))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data(), st.integers(0, 3))
+@pytest.mark.parametrize("function", [ops.settle_, *on_devices("settle_")])
+def test_settle_is_that_of_the_reference(function, data, verdict):
+    numbers = st.sampled_from([0.0, 1.5, -2.0, math.nan, math.inf, -math.inf])
+    n = data.draw(st.integers(1, 5))
+    drawn = []
+    for _ in range(n):
+        dtype = data.draw(st.sampled_from([*DTYPES, *ops.COMPLEX_DTYPES, torch.int64, torch.bool]))
+        size = data.draw(st.integers(0, 4))
+        pair = [data.draw(st.lists(numbers, min_size=size, max_size=size)) for _ in range(2)]
+        if dtype in (torch.int64, torch.bool):
+            pair = [[x == 1.5 for x in values] for values in pair]
+        drawn.append([torch.tensor(values).to(dtype) for values in pair])
+    owners = torch.tensor(data.draw(st.lists(st.integers(0, n - 1), min_size=n, max_size=n)))
+    found, expected = ([[t.clone() for t in pair] for pair in drawn] for _ in range(2))
+    lost = function(*map(list, zip(*found, strict=True)), torch.tensor(verdict), owners)
+    right = ops.settle_ref_(*map(list, zip(*expected, strict=True)), torch.tensor(verdict), owners)
+    assert torch.equal(lost > 0, right > 0)
+    for pair, other in zip(found, expected, strict=True):
+        assert_same_bits(bits(pair), bits(other))
 
 
 @needs_kernel
@@ -276,40 +329,45 @@ def test_settle_refuses_lists_that_do_not_match():
     before = [torch.zeros(2), torch.zeros(2)]
     saved = [torch.ones(2), torch.ones(3)]
     with pytest.raises(RuntimeError, match="buffer 1 and its saved copy differ"):
-        ops.settle_(before, saved, SKIP)
+        ops.settle_(before, saved, SKIP, numbered(before))
     with pytest.raises(RuntimeError, match="2 buffers but 1 saved"):
-        ops.settle_(before, saved[:1], SKIP)
+        ops.settle_(before, saved[:1], SKIP, numbered(before))
+    with pytest.raises(RuntimeError, match="2 saved copies and 1 owners"):
+        ops.settle_(before, before, SKIP, torch.arange(1))
+    with pytest.raises(RuntimeError, match=r"owners must be numbers from 0 to 1, .* got 2"):
+        ops.settle_(before, [torch.ones(2), torch.ones(2)], SKIP, torch.tensor([0, 2]))
     assert torch.stack(before).eq(0).all()
 
 
 ACCUMULATE = [ops.accumulate_, ops.accumulate_ref_, *on_devices("accumulate_")]
 
 
+def wide(tensor):
+    """What the sum of such gradients is."""
+    return tensor.to(torch.float64 if tensor.dtype == torch.float64 else torch.float32)
+
+
 @settings(max_examples=60, deadline=None)
 @given(gradients(magnitudes=False, nonfinite=False), st.lists(st.booleans(), max_size=5))
 @pytest.mark.parametrize("function", ACCUMULATE)
 def test_accumulate_is_the_sum_of_the_good_ones(function, grads, good):
-    """Bit for bit what backward would have added up, had it never seen the bad ones."""
+    """In float32: bit for bit what it would be had the bad ones never been."""
     grads = owned(grads)
-    expected = None
-    sums = [torch.full_like(g, math.nan) for g in grads]
+    sums = [torch.zeros_like(wide(g)) for g in grads]
+    expected = [torch.zeros_like(s) for s in sums]
     window = torch.zeros(3, dtype=torch.float64)
     for i, is_good in enumerate(good):
         micro = [g * (i + 1) if is_good else g * math.nan for g in grads]
         function(sums, micro, APPLY if is_good else SKIP, window, 0.5)
         if is_good:
-            expected = (
-                micro if expected is None else [a + b for a, b in zip(expected, micro, strict=True)]
-            )
+            expected = [a + wide(b) for a, b in zip(expected, micro, strict=True)]
     assert window.tolist() == [len(good), sum(good), 0.5 * sum(good)]
-    if expected is not None:
-        for total, right in zip(sums, expected, strict=True):
-            torch.testing.assert_close(total, right, rtol=0, atol=0)
+    for total, right in zip(sums, expected, strict=True):
+        torch.testing.assert_close(total, right, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("function", ACCUMULATE)
 def test_a_micro_batch_counts_that_has_nothing_to_add(function):
-    """As the first of a window, whose gradients become the sums themselves."""
     window = torch.zeros(3, dtype=torch.float64)
     for verdict in (APPLY, SKIP, APPLY):
         function([], [], verdict, window, 2.0)
@@ -319,8 +377,9 @@ def test_a_micro_batch_counts_that_has_nothing_to_add(function):
 @pytest.mark.parametrize("function", ACCUMULATE)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_accumulate_many_chunks_of_another_layout(function, dtype):
-    sums, grads = torch.randn(300, 200).to(dtype), torch.randn(200, 300).to(dtype).t()
-    expected = sums + grads
+    grads = torch.randn(200, 300).to(dtype).t()
+    sums = wide(torch.randn(300, 200).to(dtype))
+    expected = sums + wide(grads)
     window = double([1.0, 1.0, 1.0])
     function([sums], [grads], APPLY, window, 1.0)
     assert torch.equal(sums, expected)
@@ -331,7 +390,9 @@ def test_accumulate_refuses_before_it_counts():
     window = torch.zeros(3, dtype=torch.float64)
     for sums, grads, message in (
         ([torch.ones(2)], [], "as many gradients as sums"),
-        ([torch.ones(2)], [torch.ones(3)], "sum 0 and its gradient differ"),
+        ([torch.ones(2)], [torch.ones(3)], "sum 0 must have its gradient's shape"),
+        ([torch.ones(2).half()], [torch.ones(2).half()], "float64 gradient, float32 for any other"),
+        ([torch.ones(2)], [torch.ones(2).double()], "be float64 for a float64 gradient"),
         ([torch.ones(1).expand(4)], [torch.ones(4)], "sum|single memory location"),
         ([torch.ones(2).int()], [torch.ones(2).int()], "tensor 0 has dtype"),
     ):
@@ -460,7 +521,8 @@ def test_opcheck_guard_decide(threshold):
 @pytest.mark.parametrize("verdict", [APPLY, SKIP])
 def test_opcheck_settle_and_accumulate(verdict):
     torch.library.opcheck(
-        torch.ops.fastguard.settle_.default, (buffers(), [b.clone() for b in buffers()], verdict)
+        torch.ops.fastguard.settle_.default,
+        (buffers(), [b.clone() for b in buffers()], verdict, numbered(buffers())),
     )
     window = torch.zeros(3, dtype=torch.float64)
     torch.library.opcheck(

@@ -24,8 +24,6 @@ void accumulate_cpu(
   if (skips(*verdict.const_data_ptr<int64_t>())) {
     return;
   }
-  // Until a micro-batch is good the sums hold the gradients of a bad one.
-  const bool first = micro_batches[1] == 0.0;
   micro_batches[1] += 1.0;
   micro_batches[2] += weight;
 
@@ -40,9 +38,9 @@ void accumulate_cpu(
   const GradientKernels& kernels = gradient_kernels();
   for_each_chunk(chunks, [&](int64_t c) {
     const Chunk& chunk = chunks[c];
-    const Span& sum = written.spans[chunk.span];
-    const auto& accumulate = first ? kernels.copy : kernels.add;
-    pick(accumulate, sum.dtype)(data_of(sum, chunk), data_of(from[chunk.span], chunk), chunk.size);
+    const Span& grad = from[chunk.span];
+    pick(kernels.add, grad.dtype)(
+        data_of(written.spans[chunk.span], chunk), data_of(grad, chunk), chunk.size);
   });
   written.copy_back();
 }

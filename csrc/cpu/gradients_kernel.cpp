@@ -114,20 +114,28 @@ void scale(void* data, int64_t n, double factor) {
   }
 }
 
-// add, copy
+// add
 
 template <class Type>
 void add(void* sum, const void* grad, int64_t n) {
-  auto* x = static_cast<typename Type::storage*>(sum);
+  using Sum = std::conditional_t<std::is_same_v<Type, Float64>, double, float>;
+  auto* x = static_cast<Sum*>(sum);
   const auto* y = static_cast<const typename Type::storage*>(grad);
-  for (int64_t i = 0; i < n; ++i) {
-    x[i] = Type::narrow(Type::widen(x[i]) + Type::widen(y[i]));
+  int64_t i = 0;
+#ifdef __F16C__
+  if constexpr (std::is_same_v<Type, Float16>) {
+    for (; i + lanes <= n; i += lanes) {
+      float values[lanes];
+      widen8(y + i, values);
+      for (int lane = 0; lane < lanes; ++lane) {
+        x[i + lane] += values[lane];
+      }
+    }
   }
-}
-
-template <class Type>
-void copy(void* sum, const void* grad, int64_t n) {
-  std::memcpy(sum, grad, n * sizeof(typename Type::storage));
+#endif
+  for (; i < n; ++i) {
+    x[i] += static_cast<Sum>(Type::widen(y[i]));
+  }
 }
 
 }  // namespace
@@ -135,7 +143,6 @@ void copy(void* sum, const void* grad, int64_t n) {
 extern const GradientKernels FASTGUARD_CONCAT(gradient_kernels_, FASTGUARD_CAPABILITY) = {
     {sum_squares<Float32>, sum_squares<Float64>, sum_squares<BFloat16>, sum_squares<Float16>},
     {scale<Float32>, scale<Float64>, scale<BFloat16>, scale<Float16>},
-    {add<Float32>, add<Float64>, add<BFloat16>, add<Float16>},
-    {copy<Float32>, copy<Float64>, copy<BFloat16>, copy<Float16>}};
+    {add<Float32>, add<Float64>, add<BFloat16>, add<Float16>}};
 
 }  // namespace fastguard

@@ -18,9 +18,8 @@ struct GradientKernels {
   PerDtype<double(const void*, int64_t n)> sum_squares;
   // Each of n consecutive elements times a factor, computed in double and rounded once per format.
   PerDtype<void(void*, int64_t n, double factor)> scale;
-  // sum += grad and sum = grad.
+  // sum += grad, by the dtype of grad; sum is float64 where that is, else float32.
   PerDtype<void(void* sum, const void* grad, int64_t n)> add;
-  PerDtype<void(void* sum, const void* grad, int64_t n)> copy;
 };
 
 extern const GradientKernels gradient_kernels_default;

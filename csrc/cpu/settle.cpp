@@ -1,29 +1,87 @@
-// settle_: on a skip the buffers are set back to their saved copies, otherwise the copies are
-// brought up to date. Reference: settle_ref_ in fastguard/ops.py.
+// settle_: on a skip the buffers are set back to their saved copies, and so are those of an owner
+// of which one was finite and is not any more; otherwise the copies are brought up to date.
+// Reference: settle_ref_ in fastguard/ops.py.
 
 #include "checks.h"
 #include "decide.h"
+#include "dense.h"
+#include "finite.h"
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
 #include <vector>
 
+namespace fastguard {
 namespace {
 
+using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-void settle_cpu(const std::vector<Tensor>& buffers, const std::vector<Tensor>& saved, const Tensor& verdict) {
-  fastguard::check_settle(buffers, saved, verdict);
-  const bool restore = fastguard::skips(*verdict.const_data_ptr<int64_t>());
-  for (size_t i = 0; i < buffers.size(); ++i) {
-    Tensor to = restore ? buffers[i] : saved[i];
-    torch::stable::copy_(to, restore ? saved[i] : buffers[i]);
+template <class Word>
+bool any_lost(const void* now, const void* saved, int64_t n, Word exponent) {
+  const auto* const x = static_cast<const Word*>(now);
+  const auto* const y = static_cast<const Word*>(saved);
+  bool any = false;
+  for (int64_t i = 0; i < n; ++i) {
+    any |= lost(x[i], y[i], exponent);
+  }
+  return any;
+}
+
+// Whether an element was finite in the copy and is not in the buffer; false of integers.
+bool lost_something(const Tensor& buffer, const Tensor& saved) {
+  const int64_t numbers = numbers_in(buffer.scalar_type());
+  if (numbers == 0) {
+    return false;
+  }
+  const Tensor now = densify(buffer).tensor;
+  const Tensor before = laid_out_as(saved, now);
+  const void* x = now.const_data_ptr();
+  const void* y = before.const_data_ptr();
+  const int64_t n = numbers * now.numel();
+  switch (real_of(buffer.scalar_type())) {
+    case ScalarType::Double:
+      return any_lost(x, y, n, exponent_of_float64);
+    case ScalarType::Float:
+      return any_lost(x, y, n, exponent_of_float32);
+    case ScalarType::BFloat16:
+      return any_lost(x, y, n, exponent_of_bfloat16);
+    default:
+      return any_lost(x, y, n, exponent_of_float16);
   }
 }
 
+Tensor settle_cpu(
+    const std::vector<Tensor>& buffers,
+    const std::vector<Tensor>& saved,
+    const Tensor& verdict,
+    const Tensor& owners) {
+  check_settle(buffers, saved, verdict, owners);
+  const bool skip = skips(*verdict.const_data_ptr<int64_t>());
+  const int64_t* const owner = owners.const_data_ptr<int64_t>();
+  const size_t n = buffers.size();
+  Tensor result = torch::stable::new_zeros(
+      verdict, {2 * static_cast<int64_t>(n)}, ScalarType::Int);
+  int32_t* const of_buffer = result.mutable_data_ptr<int32_t>();
+  int32_t* const of_owner = of_buffer + n;
+  for (size_t i = 0; i < n; ++i) {
+    check_owner(owner[i], n);
+    if (!skip && lost_something(buffers[i], saved[i])) {
+      of_buffer[i] = of_owner[owner[i]] = 1;
+    }
+  }
+  for (size_t i = 0; i < n; ++i) {
+    const bool restore = skip || of_owner[owner[i]] != 0;
+    Tensor to = restore ? buffers[i] : saved[i];
+    torch::stable::copy_(to, restore ? saved[i] : buffers[i]);
+  }
+  return result;
+}
+
 }  // namespace
+}  // namespace fastguard
 
 STABLE_TORCH_LIBRARY_IMPL(fastguard, CPU, m) {
-  m.impl("settle_", TORCH_BOX(&settle_cpu));
+  m.impl("settle_", TORCH_BOX(&fastguard::settle_cpu));
 }

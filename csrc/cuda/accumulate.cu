@@ -25,6 +25,7 @@ void accumulate_cuda(
   for (size_t i = 0; i < grads.size(); ++i) {
     sources.push_back(laid_out_as(grads[i], dense[i].tensor));
     dense.given[i].other = sources.back().const_data_ptr();
+    dense.given[i].other_type = type_of(sources.back().scalar_type());
   }
   const DevicePlan prepared = plan_of(on, dense.given);
   launch(

@@ -1,11 +1,53 @@
-// settle_: on a skip the buffers are set back to their saved copies, otherwise the copies are
-// brought up to date. As bytes, whatever their dtype. Reference: settle_ref_ in fastguard/ops.py.
+// settle_: on a skip the buffers are set back to their saved copies, and so are those of an owner
+// of which one was finite and is not any more; otherwise the copies are brought up to date.
+// Reference: settle_ref_ in fastguard/ops.py.
 #pragma once
 
-#include "cuda/plan.cuh"
+#include "cuda/reduce.cuh"
 #include "decide.h"
+#include "finite.h"
 
 namespace fastguard {
+
+// This thread's share of the n elements; aligned to themselves alone, as buffers may be.
+template <class Word>
+__device__ inline int any_lost(uint64_t now, uint64_t saved, int n, Word exponent) {
+  int any = 0;
+  for (int i = threadIdx.x; within(i, n); i += threads) {
+    const Word x = load(reinterpret_cast<const Word*>(now) + i);
+    any |= lost(x, load(reinterpret_cast<const Word*>(saved) + i), exponent);
+  }
+  return any;
+}
+
+__device__ inline int any_lost(const Chunk& chunk) {
+  switch (chunk.type()) {
+    case Type::float32:
+      return any_lost(chunk.data, chunk.other, chunk.size(), exponent_of_float32);
+    case Type::float64:
+      return any_lost(chunk.data, chunk.other, chunk.size(), exponent_of_float64);
+    case Type::bfloat16:
+      return any_lost(chunk.data, chunk.other, chunk.size(), exponent_of_bfloat16);
+    case Type::float16:
+      return any_lost(chunk.data, chunk.other, chunk.size(), exponent_of_float16);
+    default:
+      return 0;
+  }
+}
+
+// lost: for each buffer, and then for each owner, in how many chunks; 0 on a skip.
+__global__ __launch_bounds__(threads) void find_lost_kernel(
+    Plan plan, const int64_t* verdict, const int64_t* owners, unsigned* lost) {
+  const bool skip = skips(load(verdict));
+  for (int c = blockIdx.x; !skip && c < plan.n_chunks; c += gridDim.x) {
+    const Chunk chunk = load_chunk(plan.chunks + c);
+    const int any = block_reduce(any_lost(chunk), [](int a, int b) { return a | b; });
+    if (threadIdx.x == 0 && any != 0) {
+      atomicAdd(lost + chunk.tensor, 1u);
+      atomicAdd(lost + plan.tensors + load(owners + chunk.tensor), 1u);
+    }
+  }
+}
 
 template <class Unit>
 __device__ inline void copy_units(uint64_t to, uint64_t from, int n) {
@@ -14,15 +56,20 @@ __device__ inline void copy_units(uint64_t to, uint64_t from, int n) {
   }
 }
 
-__global__ __launch_bounds__(threads) void settle_kernel(Plan plan, const int64_t* verdict) {
-  const bool restore = skips(load(verdict));
+// As bytes, whatever their dtype.
+__global__ __launch_bounds__(threads) void settle_kernel(
+    Plan plan, const int64_t* verdict, const int64_t* owners, const unsigned* lost) {
+  const bool skip = skips(load(verdict));
   for (int c = blockIdx.x; c < plan.n_chunks; c += gridDim.x) {
     const Chunk chunk = load_chunk(plan.chunks + c);
+    const bool restore =
+        skip || load(lost + plan.tensors + load(owners + chunk.tensor)) != 0;
     const uint64_t to = restore ? chunk.data : chunk.other;
     const uint64_t from = restore ? chunk.other : chunk.data;
-    const int whole = (to | from) % 16 == 0 ? chunk.size() / 16 : 0;
+    const int bytes = chunk.size() * bytes_of(chunk.type());
+    const int whole = (to | from) % 16 == 0 ? bytes / 16 : 0;
     copy_units<Word16>(to, from, whole);
-    copy_units<uint8_t>(to + 16 * whole, from + 16 * whole, chunk.size() - 16 * whole);
+    copy_units<uint8_t>(to + 16 * whole, from + 16 * whole, bytes - 16 * whole);
   }
 }
 

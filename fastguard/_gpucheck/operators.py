@@ -219,10 +219,13 @@ def _settle_(verdict, grid, device):
     counters = [torch.arange(3, device=device), torch.tensor(7, device=device)]
     counters += [torch.tensor([True, False, True], device=device)]
     buffers, saved = buffers + counters, saved + [~c for c in counters]
-    expected = on_cpu(saved if verdict.skipped else buffers)
-    ops.settle_(buffers, saved, torch.tensor(int(verdict), device=device))
-    yield from same_bits("buffer", on_cpu(buffers), expected)
-    yield from same_bits("saved copy", on_cpu(saved), expected)
+    right, right_saved = on_cpu(buffers), on_cpu(saved)
+    told, owners = torch.tensor(int(verdict)), torch.arange(len(buffers)) // 3
+    lost = ops.settle_(buffers, saved, told.to(device), owners.to(device))
+    expected = ops.settle_ref_(right, right_saved, told, owners)
+    yield from same_bits("saved copy", on_cpu(saved), right_saved)
+    yield from same_bits("buffer", on_cpu(buffers), right)
+    yield Compared("lost", (lost > 0).long(), (expected > 0).long())
     yield from untouched_around(parts + copies)
 
 
@@ -233,9 +236,13 @@ def accumulate_(device: torch.device, grid: Grid) -> Iterator[Case]:
     return over_lists(_accumulate_, device, grid, expanded=False)
 
 
+def _dtype_of_sum(spec):
+    return torch.float64 if spec.dtype == torch.float64 else torch.float32
+
+
 def _accumulate_(specs, device):
-    """Good, bad, good: the first is copied over what was in the sums, the second is left out."""
-    sums = placed([spec._replace(bad=0) for spec in specs], 9, device)
+    """Good, bad, good: the second is left out."""
+    sums = placed([spec._replace(bad=0, dtype=_dtype_of_sum(spec)) for spec in specs], 9, device)
     window, right_window = float64([0.0] * 3, device), float64([0.0] * 3)
     tensors = [part.tensor for part in sums]
     right = on_cpu(tensors)

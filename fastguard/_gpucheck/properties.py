@@ -26,9 +26,10 @@ class Chain:
         self._threshold = threshold or Fixed()
         dtypes = (torch.float32, torch.bfloat16, torch.float32, torch.float16)
         self._specs = [Spec((size,), dtypes[i % 4]) for i, size in enumerate(sizes)]
-        self.params, self.grads, self.sums = (
+        self.params, self.grads, self.saved = (
             [draw(spec, self._generator).to(device) for spec in self._specs] for _ in range(3)
         )
+        self.sums = [param.float() for param in self.params]
         packed = ops.packed_offsets(sizes)[-1]
         self.state = [torch.zeros(n, device=device) for n in (packed, packed, 0, len(sizes))]
         float64 = {"dtype": torch.float64, "device": device}
@@ -36,6 +37,7 @@ class Chain:
             ema_norms=torch.full((len(sizes),), math.inf, **float64)
         )
         self.window = torch.zeros(3, **float64)
+        self.owners = torch.arange(len(sizes), device=device)
         self.outputs: list[Tensor] = []
         self._before = [t.clone() for t in self.tensors()]
 
@@ -55,8 +57,8 @@ class Chain:
         rule = (None, None, self.statistics, self._threshold, 0.5, math.inf)
         decided = ops.guard_decide_(measured, *rule)
         ops.clip_(self.grads, 0.5, math.inf)
-        ops.settle_(self.sums, self.grads, decided.verdict)
-        self.outputs += [*measured, *decided]
+        lost = ops.settle_(self.saved, self.grads, decided.verdict, self.owners)
+        self.outputs += [*measured, *decided, lost]
 
     def new_gradients(self, bad: bool = False) -> None:
         for spec, grad in zip(self._specs, self.grads, strict=True):
@@ -66,7 +68,7 @@ class Chain:
 
     def tensors(self) -> list[Tensor]:
         """All that an operator may write, or has returned."""
-        lists = self.params + self.grads + self.sums + self.state
+        lists = self.params + self.grads + self.sums + self.saved + self.state
         return [*lists, *self.statistics, self.window, *self.outputs]
 
     def restore(self) -> None:

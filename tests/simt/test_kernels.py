@@ -150,28 +150,28 @@ def run_adamw_float64(device):
 
 
 def run_accumulate(device):
-    sums, window = finite(), torch.ones(3, dtype=F64)
+    sums = [g.to(F64 if g.dtype == F64 else torch.float32) for g in finite()]
+    window = torch.ones(3, dtype=F64)
     device.accumulate_(sums, finite(), torch.tensor(0), window, 0.5)
     return sums, window
 
 
-def run_accumulate_the_first(device):
-    sums, window = drawn(*([300] * 8)), torch.zeros(3, dtype=F64)
-    device.accumulate_(sums, drawn(*([300] * 8), seed=1), torch.tensor(0), window, 0.5)
-    return sums, window
-
-
 def run_settle(device):
-    buffers = [*drawn(20_001, 7), torch.tensor(5), *drawn(300, offset=1)]
+    buffers = [*drawn(20_001, 7), torch.tensor(5), *drawn(300, offset=1), *finite()]
+    buffers += [torch.ones(300, dtype=torch.complex64), *drawn(9_000, 9_000)]
     saved = [torch.zeros_like(b) for b in buffers]
-    device.settle_(buffers, saved, torch.tensor(0))
-    return buffers, saved
+    owners = torch.arange(len(buffers)) // 2
+    for buffer in (buffers[0], buffers[4], buffers[-1]):
+        buffer[-1] = math.nan
+    lost = device.settle_(buffers, saved, torch.tensor(0), owners)
+    assert lost.count_nonzero() == 6
+    return buffers, saved, lost
 
 
 def run_without_tensors(device):
     window = torch.zeros(3, dtype=F64)
     device.accumulate_([], [], torch.tensor(0), window, 0.5)
-    device.settle_([], [], torch.tensor(0))
+    device.settle_([], [], torch.tensor(0), torch.zeros(0, dtype=torch.int64))
     return window
 
 
@@ -191,7 +191,6 @@ RUNS = [
     run_adamw_of_the_first_step,
     run_adamw_float64,
     run_accumulate,
-    run_accumulate_the_first,
     run_settle,
 ]
 SCHEDULES = [

@@ -267,17 +267,16 @@ simt::Report accumulate(
 }
 
 simt::Report settle(
-    const Options& options, int blocks, const Tensors& tensors, const py::array& verdict) {
+    const Options& options, int blocks, const Tensors& tensors, const py::array& verdict,
+    const py::array& owners, const py::array& lost) {
   Device device(options, tensors, true, true);
+  const auto* of_step = allow<const int64_t>(device.machine, verdict, "verdict");
+  const auto* owner = allow<const int64_t>(device.machine, owners, "owners");
+  auto* found = reinterpret_cast<unsigned*>(allow<int32_t>(device.machine, lost, "lost"));
   device.machine.launch(
-      "settle_kernel",
-      blocks,
-      threads,
-      0,
-      false,
-      settle_kernel,
-      device.plan,
-      allow<const int64_t>(device.machine, verdict, "verdict"));
+      "find_lost_kernel", blocks, threads, 0, false, find_lost_kernel, device.plan, of_step, owner, found);
+  device.machine.launch(
+      "settle_kernel", blocks, threads, 0, false, settle_kernel, device.plan, of_step, owner, found);
   return device.machine.report();
 }
 

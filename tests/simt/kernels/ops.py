@@ -100,15 +100,18 @@ class Device:
         copy_back(grads, keep)
         return ops.GradNorm(**found), ops.Decision(**decided)
 
-    def settle_(self, buffers, saved, verdict):
-        if not ops._same_memory(buffers, saved, verdict.device):
-            return ops.settle_ref_(buffers, saved, verdict)
-        sizes = [b.numel() * b.element_size() for b in buffers]
-        tensors = [
-            (b.data_ptr(), s.data_ptr(), size, TYPES[torch.uint8], TYPES[torch.uint8], [])
-            for b, s, size in zip(buffers, saved, sizes, strict=True)
-        ]
-        self.run("settle", tensors, verdict.numpy())
+    def settle_(self, buffers, saved, verdict, owners):
+        if not ops._same_memory(buffers, saved):
+            return ops.settle_ref_(buffers, saved, verdict, owners)
+        lost = torch.zeros(2 * len(buffers), dtype=torch.int32)
+        tensors = []
+        for b, s in zip(buffers, saved, strict=True):
+            real = torch.view_as_real(b) if b.is_complex() else b
+            type_ = TYPES.get(real.dtype, TYPES[torch.uint8])
+            size = real.numel() * (real.element_size() if type_ == TYPES[torch.uint8] else 1)
+            tensors.append((b.data_ptr(), s.data_ptr(), size, type_, type_, []))
+        self.run("settle", tensors, verdict.numpy(), owners.numpy(), lost.numpy())
+        return lost
 
     def accumulate_(self, sums, grads, verdict, window, weight):
         keep, tensors = described(sums)

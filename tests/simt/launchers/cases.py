@@ -74,6 +74,10 @@ def state(params, amsgrad=False, seed=7):
     return m, v, most if amsgrad else most[:0].clone(), torch.arange(float(len(params)))
 
 
+def wide(tensor):
+    return F64 if tensor.dtype == F64 else torch.float32
+
+
 def assert_close(found, wanted):
     for f, w in zip(found, wanted, strict=True):
         rel = {torch.bfloat16: 2**-7, torch.float16: 2**-10}.get(f.dtype, 2e-6)
@@ -106,7 +110,8 @@ def test_every_op_on_every_layout(schedule):
     assert_close([measured.total_norm, *found], [total_norm, *wanted])
 
     for verdict in (0, 2):
-        found, wanted, windows = drawn(), drawn(), torch.ones(2, 3, dtype=F64)
+        found, wanted = ([t.to(wide(t)) for t in drawn()] for _ in range(2))
+        windows = torch.ones(2, 3, dtype=F64)
         grads = [g.contiguous() if i % 2 else g for i, g in enumerate(drawn(seed=1))]
         ops.accumulate_(found, grads, torch.tensor(verdict), windows[0], 0.5)
         ops.accumulate_ref_(wanted, grads, torch.tensor(verdict), windows[1], 0.5)
@@ -143,6 +148,9 @@ def test_settle_copies_memory_of_any_dtype():
             torch.randn(4, 5, generator=torch.Generator().manual_seed(0)).t(),
             torch.zeros(0),
             torch.tensor(3 + 4j),
+            torch.ones(9_001, dtype=torch.float16),
+            torch.ones(3, dtype=torch.bfloat16),
+            torch.ones(3, dtype=F64),
         ]
 
     for verdict in (0, 1, 2, 3):
@@ -152,18 +160,34 @@ def test_settle_copies_memory_of_any_dtype():
         )
         kept = saved if verdict >= 2 else given
         wanted = copies(kept)
-        ops.settle_(given, saved, torch.tensor(verdict))
+        lost = ops.settle_(given, saved, torch.tensor(verdict), torch.arange(len(given)))
+        assert lost.tolist() == [0] * 2 * len(given)
         for a, b, c in zip(given, saved, wanted, strict=True):
             assert torch.equal(a, c) and torch.equal(b, c)
+
+
+@pytest.mark.parametrize("dtype", [*ops.DTYPES, *ops.COMPLEX_DTYPES])
+def test_settle_sets_back_all_of_an_owner_that_lost_something(dtype):
+    for bad in (complex(1, torch.inf) if dtype.is_complex else -torch.inf, torch.nan):
+        given = [torch.ones(20_000).to(dtype), torch.tensor(7), torch.ones(3).to(dtype)]
+        saved = [torch.zeros_like(t) for t in given]
+        given[0][19_999] = bad
+        lost = ops.settle_(given, saved, torch.tensor(1), torch.tensor([2, 2, 0]))
+        assert lost.bool().tolist() == [True, False, False, False, False, True]
+        assert gpu().kernels()[-2:] == ["find_lost_kernel", "settle_kernel"]
+        for tensors in (given, saved):
+            assert not tensors[0].count_nonzero() and tensors[1] == 0
+            assert (tensors[2] == 1).all()
 
 
 def test_settle_refuses_what_it_cannot_copy_as_it_is():
     gaps = with_gaps(torch.ones(4))
     saved = [torch.zeros(3), torch.zeros(4)]
     with pytest.raises(RuntimeError, match="buffer 1 has gaps"):
-        ops.settle_([torch.ones(3), gaps], saved, torch.tensor(0))
+        ops.settle_([torch.ones(3), gaps], saved, torch.tensor(0), torch.arange(2))
     with pytest.raises(RuntimeError, match="buffer 0 has gaps, or its saved copy lies in another"):
-        ops.settle_([torch.ones(2, 3)], [torch.zeros(3, 2).t()], torch.tensor(0))
+        transposed = [torch.zeros(3, 2).t()]
+        ops.settle_([torch.ones(2, 3)], transposed, torch.tensor(0), torch.arange(1))
     assert gpu().launches() == []
     assert not torch.cat(saved).any()
 
@@ -187,7 +211,6 @@ def test_expanded_tensors_are_read_and_not_written():
 
 
 def test_a_window_without_sums_is_counted():
-    """Accumulating begins so: the first micro-batch gives its gradients away."""
     window = torch.zeros(3, dtype=F64)
     ops.accumulate_([], [], torch.tensor(0), window, 0.5)
     ops.accumulate_([], [], torch.tensor(2), window, 0.5)
@@ -197,7 +220,7 @@ def test_a_window_without_sums_is_counted():
 def test_empty_lists():
     op = torch.ops.fastguard
     op.scale_([], scalar(2.0))
-    op.settle_([], [], torch.tensor(0))
+    op.settle_([], [], torch.tensor(0), torch.zeros(0, dtype=torch.int64))
     none = torch.zeros(0)
     op.adamw_([], [], none, none, none, none, scalar(1.0), torch.tensor(0), *RULE, False, False)
     for threshold in (Fixed(), AdaGC()):
@@ -491,7 +514,7 @@ def test_tensors_of_several_devices_are_refused(device):
     here, there = [torch.ones(4) for _ in range(3)], [torch.ones(4) for _ in range(3)]
     one, verdict, window = scalar(2.0), torch.tensor(0), torch.ones(3, dtype=F64)
     m, v, steps, none = torch.zeros(48), torch.zeros(48), torch.zeros(3), torch.zeros(0)
-    norms = torch.ones(3, dtype=F64)
+    norms, owners = torch.ones(3, dtype=F64), torch.arange(3)
     decided = {
         "unscale": scalar(1.0), "loss": scalar(1.0), "statistics": torch.zeros(4, dtype=F64),
         "seen_norms": torch.zeros(4, dtype=F64), "accepted_norms": torch.zeros(4, dtype=F64),
@@ -522,7 +545,8 @@ def test_tensors_of_several_devices_are_refused(device):
         (lambda: ops.clip_(here, 1.0, 1e9), here[1], "clip_: tensor 1 is not on cuda:0"),
         (lambda: ops.accumulate_(here, there, verdict, window, 1.0), there[2], "tensor 2 is not"),
         (lambda: ops.accumulate_(here, there, verdict, window, 1.0), verdict, "verdict is not on"),
-        (lambda: ops.settle_(here, there, verdict), there[2], "settle_: tensor 2 is not on"),
+        (lambda: ops.settle_(here, there, verdict, owners), there[2], "settle_: tensor 2 is not"),
+        (lambda: ops.settle_(here, there, verdict, owners), owners, "settle_: owners is not on"),
         (adamw, here[1], r"adamw_: params\[1\] is not on cuda:0"),
         (adamw, there[2], r"adamw_: grads\[2\] is not on cuda:0"),
         (adamw, m, "adamw_: exp_avg is not on cuda:0"),
@@ -549,6 +573,7 @@ def test_wrong_arguments_are_named_and_nothing_is_written():
     window = torch.ones(3, dtype=F64)
     ints = torch.ones(4, dtype=torch.int64)
     m, v, steps, none = torch.zeros(16), torch.zeros(16), torch.zeros(1), torch.zeros(0)
+    one, half = torch.arange(1), torch.ones(4).half()
 
     def adamw(params=(good,), grads=(good,), m=m, v=v, most=none, steps=steps, amsgrad=False):
         rest = (scalar(1.0), verdict, *RULE, amsgrad, False)
@@ -561,10 +586,11 @@ def test_wrong_arguments_are_named_and_nothing_is_written():
         (lambda: ops.scale_([good], torch.ones(2, dtype=F64)), "clip_coef must be"),
         (lambda: ops.clip_([good, ints], 1.0, 1e9), "clip_: tensor 1 has dtype number"),
         (lambda: ops.accumulate_([good], [], verdict, window, 1.0), "1 sums, 0 gradients"),
-        (lambda: ops.accumulate_([good], [torch.ones(5)], verdict, window, 1.0), "differ in shape"),
-        (lambda: ops.accumulate_([good], [good.double()], verdict, window, 1.0), "differ in shape"),
-        (lambda: torch.ops.fastguard.settle_([good], [], verdict), "1 buffers but 0 saved"),
-        (lambda: ops.settle_([good], [torch.ones(5)], verdict), "differ in shape"),
+        (lambda: ops.accumulate_([good], [torch.ones(5)], verdict, window, 1.0), "sum 0 must have"),
+        (lambda: ops.accumulate_([good], [good.double()], verdict, window, 1.0), "be float64 for"),
+        (lambda: ops.accumulate_([half], [half], verdict, window, 1.0), "float32 for any other"),
+        (lambda: torch.ops.fastguard.settle_([good], [], verdict, one), "1 buffers but 0 saved"),
+        (lambda: ops.settle_([good], [torch.ones(5)], verdict, one), "differ in shape"),
         (lambda: ops.decide(torch.tensor(1.0), 1.0, 1.0), "total_norm must be a float64"),
         (lambda: adamw(grads=()), "grads has 0 tensors"),
         (lambda: adamw([ints], [ints]), r"params\[0\] has dtype Long"),
