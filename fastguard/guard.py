@@ -37,7 +37,7 @@ from .measure import BackwardMeasure
 from .on_skip import OnSkip
 from .optimizer_checks import poisoned
 from .parameters import Watched, measurable
-from .rollback import Rollback, Snapshots
+from .rollback import RateFactor, Rollback, Snapshots
 from .sharded import Ranks, lay_out_, ranks_of
 from .step_report import (
     BadStepFiles,
@@ -108,7 +108,7 @@ class GradGuard:
         measure: "step" reads the gradients in :meth:`step`; "backward" measures each while it is
             still in the cache, by hooks (not where processes train together, whose gradients are
             added up after the hook).
-        on_patience: "rollback" goes back to an earlier state instead of raising; not of DTensors.
+        on_patience: "rollback" goes back to an earlier state instead of raising.
         rollback: how; by default ``Rollback()`` where ``on_patience`` is "rollback".
         report_dir: a folder for one JSON file per bad step: names of the non-finite parameters,
             the norms of all, the batch's id.
@@ -130,9 +130,9 @@ class GradGuard:
     Raises:
         ValueError: no parameters, a negative or NaN threshold, ``patience`` or ``max_lag`` < 1, an
             unknown word, a ``rollback`` that nothing would use; a ``process_group`` that lacks
-            ranks of a DTensor's mesh; DTensors or ``process_group`` with ``measure="backward"``,
-            DTensors with rollback.
-        TypeError: something that is no parameter, no threshold, no function, or no module or buffer.
+            ranks of a DTensor's mesh; DTensors or ``process_group`` with ``measure="backward"``;
+            FSDP1, DeepSpeed, or optimizers that step in the backward pass.
+        TypeError: something that is no parameter, threshold, function, module or buffer.
     """
 
     def __init__(
@@ -169,6 +169,7 @@ class GradGuard:
         self._measure = BackwardMeasure() if measure == "backward" else None
         self._rollback = Rollback() if rollback is None else rollback
         self._snapshots = Snapshots(self._rollback) if on_patience == "rollback" else None
+        self._rate = RateFactor(self._rollback)
         self._group = process_group
         self._ranks: Ranks | None = None  # None where this process decides by itself
         self._listening: weakref.WeakSet[nn.Module] = weakref.WeakSet()
@@ -341,10 +342,11 @@ class GradGuard:
         measured, decision = self._judge(names, grads, scaled.reject(unscale), loss, scaling)
 
         try:
-            for each in optimizers:
-                own_step = attached.plain_step_of(each, called_by_it)
-                given = decision if window is None else window.hand_over(each, grads, decision)
-                step_optimizer(each, grads, given, own_step)
+            with self._rate.lowering(optimizers):
+                for each in optimizers:
+                    own_step = attached.plain_step_of(each, called_by_it)
+                    given = decision if window is None else window.hand_over(each, grads, decision)
+                    step_optimizer(each, grads, given, own_step)
         except BaseException:
             self._statistics, self._ema_norms = before[:2]
             restore(scaling, before[2])
@@ -496,6 +498,11 @@ class GradGuard:
         than 16 were.
         """
         return ops.outlier_above(self._statistics, self.skip_norm).item()
+
+    @property
+    def lr_factor(self) -> float:
+        """What the learning rates are multiplied by in each step; below 1 after a rollback."""
+        return self._rate.value
 
     def skip_batch(self) -> bool:
         """Whether to pass over the next batch, as the first ones after a rollback are.
@@ -703,6 +710,8 @@ class GradGuard:
         counts = self._budget.account(report)
         if counts and (report.skipped or not all(each.scale_search for each in report.quarantined)):
             self._files.write(pending, self.skip_norm)
+        if not report.skipped:
+            self._rate.applied()
 
     # --- going back -------------------------------------------------------------------------------
 
@@ -728,7 +737,8 @@ class GradGuard:
         while self._pending:  # steps after the explosion, which are undone: say what they were
             self._learn(wait=True)
             self._budget.clear()
-        own = self._snapshots.restore(self._steps)
+        self._rate.back_off()
+        own = self._snapshots.restore(self._steps, self.lr_factor)
         self._statistics = own["statistics"]
         self._micro_statistics = own["micro_statistics"]
         self._ema_norms = own["ema_norms"]
@@ -757,6 +767,8 @@ class GradGuard:
             "ema_norms": self._seen_norms(),
             "budget": self._budget.state_dict(),
             "batches_to_skip": self._batches_to_skip,
+            "lr_backoffs": self._rate.backoffs,
+            "lr_growth_tracker": self._rate.tracker,
         }
 
     def _seen_norms(self) -> dict[str, float]:
@@ -780,7 +792,13 @@ class GradGuard:
             micro = from_plain(state["micro_statistics"], device, False)
             ema_norms = {name: float(norm) for name, norm in state["ema_norms"].items()}
             steps, to_skip = int(state["steps"]), int(state["batches_to_skip"])
-            if not all(0 <= number < math.inf for number in (*ema_norms.values(), steps, to_skip)):
+            rate = RateFactor(
+                self._rollback,
+                int(state.get("lr_backoffs", 0)),
+                int(state.get("lr_growth_tracker", 0)),
+            )
+            numbers = (*ema_norms.values(), steps, to_skip, rate.backoffs, rate.tracker)
+            if not all(0 <= number < math.inf for number in numbers):
                 raise ValueError("a number is negative or not finite")
             budget = Budget(self.patience)
             budget.load_state_dict(state["budget"])
@@ -789,6 +807,7 @@ class GradGuard:
         self._statistics, self._micro_statistics, self._budget = known, micro, budget
         self._ema_norms = {name: known.numbers.new_tensor(norm) for name, norm in ema_norms.items()}
         self._steps, self._batches_to_skip, self._window = steps, to_skip, None
+        self._rate = rate
         self._pending.clear()
         self._reports.clear()
         self._on_skip.clear()
@@ -861,11 +880,6 @@ class GradGuard:
             raise ValueError(
                 'measure="backward" sees gradients before they are added up over the ranks; use '
                 '"step" where processes train together'
-            )
-        if ranks is not None and ranks.sharded and self._snapshots is not None:
-            raise ValueError(
-                'on_patience="rollback" takes no copies of sharded parameters (DTensors); use '
-                '"raise" and go back to a checkpoint'
             )
         self._ranks = ranks
         self._buffers.look_up()

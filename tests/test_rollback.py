@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import fastguard
-from fastguard import GradGuard, GradientExplosionError, Rollback, Verdict
+from fastguard import GradGuard, GradientExplosionError, Rollback, Verdict, step_report
 from fastguard.thresholds import AdaGC
 
 from .test_clip import assert_same_bits, bits
@@ -18,6 +18,11 @@ from .test_guard import everything, set_gradient_norms, small_model, train_step
 
 def guarded(model, **rollback):
     return GradGuard(model, patience=2, on_patience="rollback", rollback=Rollback(**rollback))
+
+
+def rate_of(optimizer, guard):
+    """With which the next step is taken."""
+    return optimizer.param_groups[0]["lr"] * guard.lr_factor
 
 
 def explode(model, optimizer, guard, times=2):
@@ -38,7 +43,7 @@ def test_the_state_is_restored_bit_for_bit(make):
         states[step] = everything(model, optimizer), guard.state_dict(), torch.get_rng_state()
     explode(model, optimizer, guard)
     assert_same_bits(everything(model, optimizer), states[4][0])
-    assert optimizer.param_groups[0]["lr"] == 0.05
+    assert rate_of(optimizer, guard) == 0.05
     assert guard.state_dict()["statistics"] == states[4][1]["statistics"]
     assert guard.state_dict()["steps"] == 7  # reports keep counting
     assert torch.equal(torch.get_rng_state(), states[4][2])
@@ -67,7 +72,7 @@ def test_each_copy_serves_once_and_then_the_run_ends():
     assert torch.equal(model[0].weight.detach(), weights[3])
     explode(model, optimizer, guard)
     assert torch.equal(model[0].weight.detach(), weights[2])
-    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.2)
+    assert rate_of(optimizer, guard) == pytest.approx(0.2)
     with pytest.raises(GradientExplosionError, match="2 steps in a row"):
         explode(model, optimizer, guard)
 
@@ -111,7 +116,8 @@ def test_a_scheduler_goes_back_and_goes_on_lower():
         scheduler.step()
     # the copy is of after the third step, before its scheduler.step; one came after the rollback
     assert scheduler.last_epoch == 3
-    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.1 / 4)
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(1 / 4)
+    assert rate_of(optimizer, guard) == pytest.approx(0.1 / 4)
 
 
 def test_a_grad_scaler_goes_back():
@@ -140,6 +146,8 @@ def test_a_grad_scaler_goes_back():
         ({"skip_batches": -1}, "skip_batches must be >= 0, got -1"),
         ({"lr_factor": 0.0}, r"lr_factor must be in \(0, 1\], got 0.0"),
         ({"lr_factor": math.nan}, r"lr_factor must be in \(0, 1\], got nan"),
+        ({"growth_interval": 0.5}, "growth_interval must be >= 1, got 0.5"),
+        ({"growth_interval": math.nan}, "growth_interval must be >= 1, got nan"),
     ],
 )
 def test_refuses(arguments, message):
@@ -169,10 +177,57 @@ def test_learnt_statistics_and_skipped_batches_go_back_and_into_the_state():
     resumed = make()
     resumed.load_state_dict(states[-1])
     assert [resumed.skip_batch() for _ in range(3)] == [True, True, False]
-    with pytest.raises(GradientExplosionError):  # the copies are of another run
+
+
+def test_a_state_that_is_loaded_clears_the_copies_of_the_run_before():
+    """The same guard: it would go back to weights of another run."""
+    parameters = [nn.Parameter(torch.zeros(4))]
+    optimizer = torch.optim.SGD(parameters, lr=0.1)
+    guard = guarded(parameters, every=1)
+    for _ in range(3):
+        set_gradient_norms(parameters, 1.0)
+        guard.step(optimizer)
+    guard.load_state_dict(guard.state_dict())
+    with pytest.raises(GradientExplosionError):
         for _ in range(2):
             set_gradient_norms(parameters, math.nan)
-            resumed.step(optimizer)
+            guard.step(optimizer)
+
+
+def test_a_window_that_was_begun_is_dropped_on_going_back(monkeypatch):
+    """Late, as on a device: its gradients are of weights that are gone."""
+    model = small_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    guard = guarded(model, every=1)
+    train_step(model, optimizer, guard, torch.ones(6, 4))
+    monkeypatch.setattr(step_report.Transfer, "ready", property(lambda self: False))
+    explode(model, optimizer, guard)
+    optimizer.zero_grad()
+    model(torch.ones(6, 4)).square().mean().backward()
+    guard.accumulate()
+    assert guard.lr_factor == 1.0  # the host does not know yet
+    guard.poll(wait=True)
+    assert guard.lr_factor == 0.5
+    optimizer.zero_grad()
+    model(torch.ones(6, 4)).square().mean().backward()
+    guard.accumulate()
+    assert guard.step(optimizer).micro_batches == 1
+
+
+def test_a_batch_that_is_passed_over_still_tells_the_scaler():
+    """Or an Inf in it would come again and again."""
+    model = small_model()
+    optimizer = fastguard.AdamW(model.parameters())
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    guard = guarded(model, skip_batches=2)
+    scales = []
+    for value in (1.0, math.nan, math.nan, math.inf, 1.0):
+        optimizer.zero_grad()
+        scaler.scale(model(torch.full((6, 4), value)).square().mean()).backward()
+        verdict = guard.step(optimizer, scaler=scaler).verdict
+        scales.append(scaler.get_scale())
+    assert verdict is Verdict.SKIP_ROLLBACK
+    assert scales == [1024.0, 512.0, 1024.0, 512.0, 512.0]
 
 
 class Keeps(torch.optim.Optimizer):
@@ -202,40 +257,151 @@ def test_optimizer_state_of_other_dtypes_is_restored_exactly():
     assert state["calls"].dtype == torch.int64 and state["calls"] == 1
 
 
-@pytest.mark.parametrize("kind", ["onecycle", "cyclic", "plateau", "sequential", "cosine"])
-def test_every_kind_of_scheduler_goes_on_lower(kind):
-    def build():
-        parameters = [nn.Parameter(torch.zeros(4))]
-        optimizer = torch.optim.SGD(parameters, lr=1.0, momentum=0.9)
-        lrs = torch.optim.lr_scheduler
-        scheduler = {
-            "onecycle": lambda: lrs.OneCycleLR(optimizer, max_lr=2.0, total_steps=40),
-            "cyclic": lambda: lrs.CyclicLR(optimizer, 0.5, 2.0, step_size_up=5),
-            "plateau": lambda: lrs.ReduceLROnPlateau(optimizer, patience=1),
-            "sequential": lambda: lrs.SequentialLR(
-                optimizer,
-                [lrs.LinearLR(optimizer, 0.1, total_iters=4), lrs.ExponentialLR(optimizer, 0.9)],
-                milestones=[4],
-            ),
-            "cosine": lambda: lrs.CosineAnnealingLR(optimizer, 30),
-        }[kind]()
-        return parameters, optimizer, scheduler
+class Rates(torch.optim.SGD):
+    """Remembers the learning rate of each step."""
 
-    def advance(optimizer, scheduler):
-        optimizer.step()
-        scheduler.step(1.0) if kind == "plateau" else scheduler.step()
-        return optimizer.param_groups[0]["lr"]
+    def __init__(self, params):
+        super().__init__(params, lr=1.0, momentum=0.9)
+        self.rates = []
 
-    parameters, optimizer, scheduler = build()
-    guard = guarded(parameters, lr_factor=0.1, scheduler=scheduler)
-    set_gradient_norms(parameters, 1.0)
-    guard.step(optimizer)
-    for _ in range(2):
-        set_gradient_norms(parameters, math.nan)
+    def step(self, closure=None):
+        self.rates.append(float(self.param_groups[0]["lr"]))
+        return super().step()
+
+
+LRS = torch.optim.lr_scheduler
+SCHEDULERS = {
+    "none": lambda optimizer: None,
+    "lambda": lambda optimizer: LRS.LambdaLR(optimizer, lambda step: 1 / (1 + step)),
+    "onecycle": lambda optimizer: LRS.OneCycleLR(optimizer, max_lr=2.0, total_steps=60),
+    "cyclic": lambda optimizer: LRS.CyclicLR(optimizer, 0.5, 2.0, step_size_up=5),
+    "plateau": lambda optimizer: LRS.ReduceLROnPlateau(optimizer, patience=1),
+    "sequential": lambda optimizer: LRS.SequentialLR(
+        optimizer,
+        [LRS.LinearLR(optimizer, 0.1, total_iters=4), LRS.ExponentialLR(optimizer, 0.9)],
+        milestones=[4],
+    ),
+    "cosine": lambda optimizer: LRS.CosineAnnealingLR(optimizer, 30),  # each from the last
+}
+
+
+def scheduled(kind, norms, guard_of, restored=False):
+    """The learning rates of the applied steps; one scheduler step after each call of step."""
+    parameters = [nn.Parameter(torch.zeros(4))]
+    optimizer = Rates(parameters)
+    scheduler = SCHEDULERS[kind](optimizer)
+    guard = guard_of(parameters, scheduler if restored else None)
+    for norm in norms:
+        set_gradient_norms(parameters, norm)
         guard.step(optimizer)
-    _, reference, plain = build()
-    for _ in range(8):
-        assert advance(optimizer, scheduler) == pytest.approx(0.1 * advance(reference, plain))
+        if scheduler is not None:
+            scheduler.step(1.0) if kind == "plateau" else scheduler.step()
+    return optimizer, guard
+
+
+@pytest.mark.parametrize("kind", SCHEDULERS)
+def test_the_learning_rate_returns_to_its_schedule_step_by_step(kind):
+    """As a GradScaler's scale: a power of lr_factor, one less after every growth_interval steps."""
+    bad = [math.nan] * 2
+    norms = [1.0] * 3 + bad + [1.0] + bad + [1.0] * 14
+    optimizer, guard = scheduled(
+        kind,
+        norms,
+        lambda parameters, _: guarded(parameters, every=1, lr_factor=0.1, growth_interval=4),
+    )
+    reference, _ = scheduled(kind, [1.0] * len(norms), lambda p, _: GradGuard(p))
+    factors = [1.0] * 3 + [0.1] + [0.01] * 4 + [0.1] * 4 + [1.0] * 6
+    applied = [rate for rate, norm in zip(reference.rates, norms, strict=True) if norm == 1.0]
+    expected = [rate * factor for rate, factor in zip(applied, factors, strict=True)]
+    assert optimizer.rates == pytest.approx(expected, rel=1e-12)
+    assert optimizer.param_groups[0]["lr"] == reference.param_groups[0]["lr"]
+    assert guard.lr_factor == 1.0
+
+
+@pytest.mark.parametrize("kind", [kind for kind in SCHEDULERS if kind != "none"])
+def test_a_scheduler_that_is_given_goes_back_with_the_state(kind):
+    norms = [1.0] * 4 + [math.nan] * 2 + [1.0] * 6
+    optimizer, guard = scheduled(
+        kind,
+        norms,
+        lambda parameters, scheduler: guarded(
+            parameters, every=2, lr_factor=0.5, growth_interval=math.inf, scheduler=scheduler
+        ),
+        restored=True,
+    )
+    # The copy is of after the third step, before its scheduler.step; one came after the rollback.
+    reference, _ = scheduled(kind, [1.0] * 9, lambda p, _: GradGuard(p))
+    expected = [*reference.rates[:3], reference.rates[3], *(0.5 * r for r in reference.rates[3:9])]
+    assert optimizer.rates == pytest.approx(expected, rel=1e-12)
+    assert guard.lr_factor == 0.5
+
+
+def test_a_single_skip_leaves_the_factor_and_its_interval():
+    parameters = [nn.Parameter(torch.zeros(4))]
+    optimizer = Rates(parameters)
+    guard = guarded(parameters, every=1, growth_interval=3)
+    for norm in [1.0, math.nan, math.nan, 1.0, 1.0, math.nan, 1.0, 1.0, 1.0, 1.0]:
+        set_gradient_norms(parameters, norm)
+        guard.step(optimizer)
+    assert optimizer.rates == [1.0, 0.5, 0.5, 0.5, 1.0, 1.0, 1.0]
+
+
+def test_the_factor_goes_into_the_state_and_goes_on():
+    parameters = [nn.Parameter(torch.zeros(4))]
+    optimizer = Rates(parameters)
+    guard = guarded(parameters, lr_factor=0.25, growth_interval=3)
+    for norm in (1.0, math.nan, math.nan, 1.0, 1.0):
+        set_gradient_norms(parameters, norm)
+        guard.step(optimizer)
+    resumed = guarded(parameters, lr_factor=0.25, growth_interval=3)
+    resumed.load_state_dict(guard.state_dict())
+    assert resumed.lr_factor == 0.25
+    for factor in (0.25, 1.0):
+        set_gradient_norms(parameters, 1.0)
+        resumed.step(optimizer)
+        assert optimizer.rates[-1] == factor
+    old = {k: v for k, v in guard.state_dict().items() if not k.startswith("lr_")}
+    resumed.load_state_dict(old)  # of a version that had no such entries
+    assert resumed.lr_factor == 1.0
+    with pytest.raises(ValueError, match="negative or not finite"):
+        resumed.load_state_dict(old | {"lr_backoffs": -1})
+
+
+@pytest.mark.parametrize("make", [fastguard.AdamW, torch.optim.AdamW])
+@pytest.mark.parametrize("tensor", [False, True])
+def test_the_groups_keep_their_rates_whatever_the_step_does(make, tensor):
+    parameters = [nn.Parameter(torch.zeros(4)), nn.Parameter(torch.zeros(4))]
+    rates = [torch.tensor(0.1) if tensor else 0.1, torch.tensor(0.2) if tensor else 0.2]
+    optimizer = make([{"params": [p], "lr": r} for p, r in zip(parameters, rates, strict=True)])
+    guard = guarded(parameters, lr_factor=0.5)
+    moves = []
+    for norm in (1.0, math.nan, math.nan, 1.0):
+        before = [p.detach().clone() for p in parameters]
+        set_gradient_norms(parameters, norm)
+        guard.step(optimizer)
+        pairs = zip(before, parameters, strict=True)
+        moves.append([(b - p.detach()).max().item() for b, p in pairs])
+        assert [group["lr"] for group in optimizer.param_groups] == rates
+    assert moves[3] == pytest.approx([0.05, 0.1], rel=0.1)
+    optimizer.step = lambda: 1 / 0
+    with pytest.raises((ZeroDivisionError, RuntimeError)):
+        set_gradient_norms(parameters, 1.0)
+        guard.step(optimizer)
+    assert [group["lr"] for group in optimizer.param_groups] == rates
+
+
+def test_a_rate_that_the_step_sets_itself_stays():
+    class Sets(torch.optim.SGD):
+        def step(self, closure=None):
+            super().step()
+            self.param_groups[0]["lr"] = 0.75
+
+    parameters = [nn.Parameter(torch.zeros(4))]
+    optimizer, guard = Sets(parameters, lr=1.0), guarded(parameters)
+    for norm in (1.0, math.nan, math.nan, 1.0):
+        set_gradient_norms(parameters, norm)
+        guard.step(optimizer)
+    assert optimizer.param_groups[0]["lr"] == 0.75
 
 
 def test_an_optimizer_that_has_grown_ends_the_run_whole():
@@ -285,7 +451,7 @@ def test_batches_that_are_passed_over_make_no_copies(every):
         for _ in range(200):
             set_gradient_norms(parameters, math.nan)
             guard.step(optimizer)
-    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.1 / 8)
+    assert rate_of(optimizer, guard) == pytest.approx(0.1 / 8)
 
 
 def test_a_copy_is_of_no_use_to_another_optimizer():
@@ -308,4 +474,4 @@ def test_a_part_that_is_loaded_at_each_step_leaves_the_copies():
     for x in (torch.ones(6, 4), torch.full((6, 4), math.nan), torch.full((6, 4), math.nan)):
         model.target.load_state_dict(online.state_dict())
         train_step(model[:4], optimizer, guard, x)
-    assert optimizer.param_groups[0]["lr"] == 0.05
+    assert guard.lr_factor == 0.5
