@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from . import ops
 from .step_report import Transfer
+from .wrappers import Names
 
 logger = logging.getLogger(__name__)
 
@@ -79,8 +80,10 @@ class Buffers:
         """Find the modules that have buffers."""
         self._owners: dict[nn.Module, str] = {}
         for prefix, root in self._roots:
-            for path, owner in root.named_modules(prefix=prefix):
+            names = Names(root)
+            for path, owner in root.named_modules():
                 if owner._buffers:
+                    path = ".".join(filter(None, (prefix, names.of_module(path))))
                     self._owners.setdefault(owner, path)
 
     @torch.inference_mode(False)

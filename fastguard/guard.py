@@ -38,7 +38,7 @@ from .on_skip import OnSkip
 from .optimizer_checks import poisoned
 from .parameters import Watched, measurable
 from .rollback import RateFactor, Rollback, Snapshots
-from .sharded import Ranks, lay_out_, ranks_of
+from .sharded import Ranks, check_whole, lay_out_, ranks_of
 from .step_report import (
     BadStepFiles,
     GradientExplosionError,
@@ -88,11 +88,11 @@ class GradGuard:
     Networks that are stepped apart, as a GAN's, need a guard each.
 
     Where processes train together, all come to the same decision, by one small all-reduce in each
-    :meth:`step` and :meth:`accumulate`: where parameters are DTensors, as FSDP2's ``fully_shard``
-    makes them, and where ``process_group`` is given. The norm is that of the whole gradients, and a
-    NaN or Inf in the gradient or the loss of any rank is one of all. Every rank then has to make
-    the same calls, with the same settings, and the same weights in :meth:`accumulate`. Shards that
-    are no DTensors (FSDP1, ZeRO) would be taken for replicas.
+    :meth:`step`, of DTensors also in :meth:`accumulate`: where parameters are DTensors, as FSDP2's
+    ``fully_shard`` makes them, and where ``process_group`` is given. The norm is that of the whole
+    gradients, and a NaN or Inf in the gradient or the loss of any rank is one of all. Every rank
+    then has to make the same calls, with the same settings; of DTensors also with the same weights
+    in :meth:`accumulate`. Shards that are no DTensors (FSDP1, ZeRO, DeepSpeed) are refused.
 
     Args:
         params_or_model: a module; or a parameter, or an iterable of parameters or of (name,
@@ -805,6 +805,7 @@ class GradGuard:
         except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
             raise ValueError(f"this is no state of a GradGuard: {error!r}") from error
         self._statistics, self._micro_statistics, self._budget = known, micro, budget
+        ema_norms = self._watched.by_current_names(ema_norms)
         self._ema_norms = {name: known.numbers.new_tensor(norm) for name, norm in ema_norms.items()}
         self._steps, self._batches_to_skip, self._window = steps, to_skip, None
         self._rate = rate
@@ -875,7 +876,9 @@ class GradGuard:
 
     def _found_others(self) -> None:
         """The parameters were looked up anew, and the module may have other parts."""
-        ranks = ranks_of(self._watched.names, self._watched.parameters, self._group)
+        watched = self._watched
+        check_whole(watched.module, watched.names, watched.parameters)
+        ranks = ranks_of(watched.names, watched.parameters, self._group)
         if ranks is not None and self._measure is not None:
             raise ValueError(
                 'measure="backward" sees gradients before they are added up over the ranks; use '
@@ -885,7 +888,7 @@ class GradGuard:
         self._buffers.look_up()
         self._listen()
         if self._measure is not None:
-            self._measure.watch(self._watched.parameters)
+            self._measure.watch(watched.parameters)
 
     def _listen(self) -> None:
         """Have :meth:`_on_load` called after a load_state_dict of a module or a part of it."""

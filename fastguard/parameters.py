@@ -15,6 +15,8 @@ from .attention import AttentionStats
 from .clip import readable
 from .multihead import ClampedMultiheadAttention
 from .optimizer_checks import check_options, check_state
+from .sharded import check_whole_state
+from .wrappers import Names, bare
 
 _COMPLEX = {torch.complex64, torch.complex128}
 _DTYPES = {*ops.DTYPES, *_COMPLEX}
@@ -29,12 +31,13 @@ class Watched:
 
     Raises:
         ValueError: there are none.
-        TypeError: one is no tensor.
+        TypeError: one is no tensor; an optimizer, or a torch.jit.ScriptModule.
     """
 
     def __init__(
         self, params_or_model: nn.Module | Tensor | Iterable[Tensor] | Iterable[tuple[str, Tensor]]
     ):
+        _check_guardable(params_or_model)
         self.module = params_or_model if isinstance(params_or_model, nn.Module) else None
         self._given = [] if self.module is not None else _name(params_or_model)
         # Of each optimizer: the parameters that it held last, and those that are not watched.
@@ -55,17 +58,27 @@ class Watched:
         once: dict[int, tuple[str, Tensor]] = {}
         for name, parameter in named:
             once.setdefault(id(parameter), (name, parameter))
-        # torch.compile's wrapper puts a prefix before every name.
-        self.names = [name.replace("_orig_mod.", "") for name, _ in once.values()]
+        self.names = [name for name, _ in once.values()]
         self.parameters = [parameter for _, parameter in once.values()]
         self._ids = set(once)
-        modules = () if self.module is None else self.module.named_modules()
-        self._attentions = [
-            (name.replace("_orig_mod.", ""), module)
-            for name, module in modules
-            if isinstance(module, ClampedMultiheadAttention)
-        ]
+        self._attentions = []
+        if self.module is not None:
+            names = Names(self.module)
+            self.names = list(map(names.of_parameter, self.names))
+            self._attentions = [
+                (names.of_module(path), part)
+                for path, part in self.module.named_modules()
+                if isinstance(part, ClampedMultiheadAttention)
+            ]
         self.stale = False
+
+    def by_current_names(self, values: dict) -> dict:
+        """Values by names as they were saved, with or without the prefixes of wrappers."""
+        known, bare_of = set(self.names), {bare(name): name for name in self.names}
+        return {
+            name if name in known else bare_of.get(bare(name), name): value
+            for name, value in values.items()
+        }
 
     def __getstate__(self) -> dict:
         return vars(self) | {"_checked": None, "_listening": None, "_ids": None}
@@ -99,6 +112,7 @@ class Watched:
         if walk:
             _check_no_closure(optimizer)
             _check_one_pass(optimizer)
+            check_whole_state(optimizer)
             if self.module is not None:
                 self._look_up()
             held = [p for group in groups for p in group]
@@ -188,6 +202,23 @@ def _check_no_closure(optimizer: torch.optim.Optimizer) -> None:
             raise ValueError(
                 f"{type(optimizer).__name__}.step needs a {parameter.name}: it evaluates the model "
                 "several times per step, and the guard would see but one of its gradients"
+            )
+
+
+def _check_guardable(params_or_model) -> None:
+    if hasattr(params_or_model, "param_groups"):
+        raise TypeError(
+            f"GradGuard takes the model, not a {type(params_or_model).__name__}: write "
+            "guard = GradGuard(model), and pass the optimizer to guard.step(optimizer)"
+        )
+    parts = params_or_model.named_modules() if isinstance(params_or_model, nn.Module) else ()
+    for path, part in parts:
+        if isinstance(part, torch.jit.ScriptModule):
+            raise TypeError(
+                f"{path or 'the model'} is a torch.jit.ScriptModule, which cannot tell the guard "
+                "of its load_state_dict: write GradGuard(model.named_parameters(), "
+                "buffers=model.named_buffers()), and call guard.commit_buffers() after a "
+                "load_state_dict"
             )
 
 

@@ -1,16 +1,22 @@
 """Ranks that train together: their gradients may be shards, and all must come to one decision."""
 
 import math
+import sys
 import weakref
 from collections.abc import Iterable, Iterator
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor, distributed, nn
 
 from . import ops
 from .clip import is_dtensor
 
 _BUCKET_ELEMENTS = 2**24  # 64 MiB of float32: large enough that the network's speed counts
+
+_INSTEAD = (
+    "Use fully_shard of torch.distributed.fsdp (FSDP2) with an optimizer of its parameters, which "
+    "GradGuard supports"
+)
 
 _groups: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
@@ -151,6 +157,44 @@ def _buckets(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
         elements += tensor.numel()
     if bucket:
         yield bucket
+
+
+def check_whole(module: nn.Module | None, names: list[str], parameters: list[Tensor]) -> None:
+    """ValueError for parameters whose gradients a guard cannot see, or sees a part of."""
+    fsdp = sys.modules.get("torch.distributed.fsdp.fully_sharded_data_parallel")
+    parts = () if module is None else module.modules()
+    if any(_is_deepspeed(part) for part in parts) or any(hasattr(p, "ds_id") for p in parameters):
+        raise ValueError(f"DeepSpeed steps and shards by itself. {_INSTEAD}")
+    parts = () if module is None or fsdp is None else module.modules()
+    if any(isinstance(part, fsdp.FullyShardedDataParallel) for part in parts) or any(
+        getattr(p, "_fsdp_flattened", False) for p in parameters
+    ):
+        raise ValueError(
+            "FullyShardedDataParallel (FSDP1) holds flat shards that do not say what they are "
+            f"parts of: each rank would see another norm. {_INSTEAD}"
+        )
+    for name, p in zip(names, parameters, strict=True):
+        if getattr(p, "_in_backward_optimizers", None):
+            raise ValueError(
+                f"an optimizer steps {name} in the backward pass (_apply_optimizer_in_backward), "
+                "before the norm of all gradients is known: build the optimizer over all "
+                "parameters, and call guard.step(optimizer) after backward"
+            )
+
+
+def check_whole_state(optimizer: torch.optim.Optimizer) -> None:
+    """ValueError for an optimizer each rank of which holds and steps a part of the parameters."""
+    zero = sys.modules.get("torch.distributed.optim.zero_redundancy_optimizer")
+    if zero is not None and isinstance(optimizer, zero.ZeroRedundancyOptimizer):
+        raise ValueError(
+            f"ZeroRedundancyOptimizer steps a part of the parameters on each rank. {_INSTEAD}"
+        )
+    if _is_deepspeed(optimizer):
+        raise ValueError(f"{type(optimizer).__name__} steps by itself. {_INSTEAD}")
+
+
+def _is_deepspeed(thing: object) -> bool:
+    return any(base.__module__.partition(".")[0] == "deepspeed" for base in type(thing).__mro__)
 
 
 def lay_out_(parameters: Iterable[Tensor]) -> None:

@@ -21,7 +21,7 @@ import torch
 from torch import distributed, nn
 
 import fastguard
-from fastguard import GradGuard, Verdict
+from fastguard import GradGuard, Rollback, Verdict
 from fastguard.thresholds import AdaGC
 
 ROOT = Path(__file__).parents[1]
@@ -358,15 +358,49 @@ def states_go_through_torchs_checkpoints():
     return nets
 
 
+def shards_go_back_together():
+    """Exactly, and with them the buffers, whichever rank saw the NaN."""
+    found = []
+    for name in ("fastguard", "foreach", "amsgrad"):
+        net = shard(Net(nn.BatchNorm1d), mesh_of(2))
+        optimizer = OPTIMIZERS[name](net.parameters())
+        guard = GradGuard(net, patience=2, on_patience="rollback", rollback=Rollback(every=2))
+        for step in range(6):
+            optimizer.zero_grad()
+            backward(net, mine(batch_of(step)))
+            if step >= 4 and distributed.get_rank() == step % 2:
+                flat(net.body[2].weight.grad)[0] = math.nan
+            guard.step(optimizer)
+            if step == 2:
+                kept = bits(net, optimizer)
+        assert guard.lr_factor == 0.5
+        assert same(kept, bits(net, optimizer))
+        optimizer.zero_grad()
+        backward(net, mine(batch_of(9)))
+        report = guard.step(optimizer)
+        assert not report.skipped and not same(kept, bits(net, optimizer))
+        found.append([full(net.head.weight.detach()).tolist(), report.total_norm.hex()])
+    return found
+
+
 def what_is_not_for_shards_is_refused():
     from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.fsdp import FullyShardedDataParallel
+    from torch.distributed.optim import ZeroRedundancyOptimizer
     from torch.distributed.tensor import Shard, distribute_tensor
 
     net = shard(Net(), mesh_of(2))
     with pytest.raises(ValueError, match='measure="backward" sees gradients before'):
         GradGuard(net, measure="backward")
-    with pytest.raises(ValueError, match="no copies of sharded parameters"):
-        GradGuard(net, on_patience="rollback")
+    flat = FullyShardedDataParallel(nn.Sequential(Net()), device_id=torch.device("cpu"))
+    for given in (flat, nn.Sequential(flat), flat.parameters()):
+        with pytest.raises(ValueError, match=r"FSDP1.* Use fully_shard of torch.distributed.fsdp"):
+            GradGuard(given)
+    whole = Net()
+    zero = ZeroRedundancyOptimizer(whole.parameters(), optimizer_class=torch.optim.SGD, lr=0.1)
+    whole(batch_of(0)).mean().backward()
+    with pytest.raises(ValueError, match=r"ZeroRedundancyOptimizer steps a part.* Use fully_shard"):
+        GradGuard(whole).step(zero)
     first = distributed.new_group([0])
     if distributed.get_rank() == 1:
         with pytest.raises(ValueError, match="not in the process_group"):
@@ -572,6 +606,7 @@ CASES = {
         a_scaler_backs_off_on_all_ranks,
         gradients_that_are_sums_yet_to_be_made_are_made,
         states_go_through_torchs_checkpoints,
+        shards_go_back_together,
         what_is_not_for_shards_is_refused,
         ddp_replicas_stay_equal,
         without_a_group_ddp_replicas_would_part,

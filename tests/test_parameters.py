@@ -8,7 +8,7 @@ from torch import nn
 
 import fastguard
 from fastguard import GradGuard
-from fastguard.thresholds import ZClip
+from fastguard.thresholds import AdaGC, ZClip
 
 from .test_clip import parameters_with
 from .test_guard import small_model, train_step
@@ -220,3 +220,96 @@ def test_a_state_that_is_none():
         with pytest.raises(ValueError, match="this is no state of a GradGuard"):
             guard.load_state_dict(wrong)
     assert guard.state_dict() == before
+
+
+# --- what a guard cannot see ----------------------------------------------------------------------
+
+
+def test_an_optimizer_in_place_of_the_model():
+    optimizer = torch.optim.SGD(small_model().parameters(), lr=0.1)
+    with pytest.raises(TypeError, match=r"not a SGD: write guard = GradGuard\(model\)"):
+        GradGuard(optimizer)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_scripted_module_is_refused_and_its_tensors_are_taken(nested):
+    model = torch.jit.script(small_model())
+    with pytest.raises(TypeError, match=r"torch.jit.ScriptModule.* buffers=model.named_buf"):
+        GradGuard(nn.Sequential(model, nn.ReLU()) if nested else model)
+    guard = GradGuard(model.named_parameters(), buffers=model.named_buffers())
+    optimizer = fastguard.AdamW(model.parameters())
+    assert not train_step(model, optimizer, guard, torch.ones(6, 4)).skipped
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    assert train_step(model, optimizer, guard, torch.full((6, 4), math.nan)).skipped
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("later", [False, True])
+def test_optimizers_that_step_in_the_backward_pass_are_refused(later):
+    from torch.distributed.optim import _apply_optimizer_in_backward
+
+    model = nn.Sequential(nn.Linear(4, 2))
+    guard = GradGuard(model) if later else None
+    _apply_optimizer_in_backward(torch.optim.SGD, model.parameters(), {"lr": 0.1})
+    with pytest.raises(ValueError, match=r"steps 0.weight in the backward pass"):
+        if later:
+            guard.step(torch.optim.SGD(model.parameters(), lr=0.1))
+        else:
+            GradGuard(model)
+
+
+def test_deepspeed_is_refused():
+    """By the package of its classes; it is not installed here."""
+    engine = type("DeepSpeedEngine", (nn.Module,), {"__module__": "deepspeed.runtime.engine"})()
+    engine.module = small_model()
+    with pytest.raises(ValueError, match=r"DeepSpeed steps and shards by itself. Use fully_shard"):
+        GradGuard(engine)
+    optimizer = type("FP16_Optimizer", (torch.optim.SGD,), {"__module__": "deepspeed.runtime.fp16"})
+    model = small_model()
+    with pytest.raises(ValueError, match=r"FP16_Optimizer steps by itself. Use fully_shard"):
+        GradGuard(model).step(optimizer(model.parameters(), lr=0.1))
+    parameter = nn.Parameter(torch.zeros(2))
+    parameter.ds_id = 3
+    with pytest.raises(ValueError, match="DeepSpeed"):
+        GradGuard([parameter])
+
+
+# --- names ----------------------------------------------------------------------------------------
+
+
+def learnt(guard, optimizer, model):
+    for step in range(3):
+        train_step(model, optimizer, guard, torch.full((6, 4), 1.0 + step))
+    return guard.state_dict()
+
+
+PREFIXES = ["module.", "_orig_mod.", "_forward_module.", "module._orig_mod."]
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
+def test_a_state_of_prefixed_names_is_found_by_the_names_of_now(prefix):
+    """As older versions saved it; and with a part that the user calls ``module``."""
+    model = nn.Sequential()
+    model.add_module("module", nn.Linear(4, 1))
+    guard, optimizer = GradGuard(model, threshold=AdaGC()), fastguard.AdamW(model.parameters())
+    state = learnt(guard, optimizer, model)
+    assert list(state["ema_norms"]) == ["module.weight", "module.bias"]
+    old = {prefix + name: norm for name, norm in state["ema_norms"].items()}
+    resumed = GradGuard(nn.Sequential(model), threshold=AdaGC())
+    resumed.load_state_dict(state | {"ema_norms": {"0." + prefix + "weight": 2.0, "x": 1.0}})
+    assert resumed.state_dict()["ema_norms"] == {"0.module.weight": 2.0, "x": 1.0}
+    resumed = GradGuard(model, threshold=AdaGC())
+    resumed.load_state_dict(state | {"ema_norms": old})
+    assert resumed.state_dict() == state
+
+
+@pytest.mark.parametrize("wrap", [torch.compile, nn.DataParallel], ids=["compile", "DataParallel"])
+def test_a_state_fits_however_the_model_is_wrapped(wrap):
+    model = small_model()
+    wrapped = wrap(model)
+    guard = GradGuard(wrapped, threshold=AdaGC())
+    state = learnt(guard, fastguard.AdamW(wrapped.parameters()), model)
+    assert list(state["ema_norms"]) == [name for name, _ in model.named_parameters()]
+    plain = GradGuard(model, threshold=AdaGC())
+    plain.load_state_dict(state)
+    assert plain.state_dict() == state
