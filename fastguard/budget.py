@@ -89,7 +89,9 @@ class Budget:
     def state_dict(self) -> dict:
         return {
             "steps": list(self._steps),
-            "skips": [report.to_dict() for report in self._skips],
+            # A tuple, which torch.distributed.checkpoint saves as one: of a list of dicts it would
+            # ask a fresh guard, which has none, for each by its place.
+            "skips": tuple(report.to_dict() for report in self._skips),
             "in_a_row": self.in_a_row,
             "searches": self._searches.state_dict(),
         }

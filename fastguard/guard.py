@@ -755,6 +755,10 @@ class GradGuard:
         ``max_norm`` and its like are not part of it, nor are a window that :meth:`accumulate` has
         begun and the copies that rollback goes back to: these start anew. Where processes train
         together, every rank asks for it and any may save its own: they decide alike.
+
+        ``torch.distributed.checkpoint`` takes it as an entry of its own beside model and optimizer;
+        with AdaGC, whose names a fresh guard does not have, as ``json.dumps(guard.state_dict())``.
+        In the state of an attached optimizer it is such a text already.
         """
         self._learn(wait=True)
         self._on_skip.tell()
@@ -791,6 +795,12 @@ class GradGuard:
             known = from_plain(state["statistics"], device, other)  # only ZClip keeps moments
             micro = from_plain(state["micro_statistics"], device, False)
             ema_norms = {name: float(norm) for name, norm in state["ema_norms"].items()}
+            if state["threshold"] == "adagc" and not ema_norms and any(known.accepted_norms):
+                raise ValueError(
+                    "AdaGC accepted steps, but the norms by parameter are gone, as where torch."
+                    "distributed.checkpoint loads into a fresh guard: save "
+                    "json.dumps(guard.state_dict()), and load json.loads() of it"
+                )
             steps, to_skip = int(state["steps"]), int(state["batches_to_skip"])
             rate = RateFactor(
                 self._rollback,

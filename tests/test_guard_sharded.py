@@ -592,6 +592,84 @@ def meshes_of_a_part_of_the_ranks_decide_apart():
     return report.total_norm.hex()
 
 
+# --- saved by two ranks, loaded by one and by four -----------------------------------------------
+
+#: A folder that the runs of all numbers of ranks share.
+shared = Path()
+
+
+def resumable():
+    net = shard(Net(), mesh_of(distributed.get_world_size()))
+    optimizer = fastguard.AdamW(net.parameters(), lr=1e-2)
+    guards = [GradGuard(net, max_norm=2.0), GradGuard(net, max_norm=2.0, threshold=AdaGC())]
+    return net, optimizer, guards
+
+
+def steps_of(net, optimizer, guards, numbers):
+    """Of two guards by turns; the loss of step 5 is NaN on the last rank."""
+    reports = []
+    for step in numbers:
+        optimizer.zero_grad()
+        loss = backward(net, mine(batch_of(step)))
+        if step == 5 and distributed.get_rank() == distributed.get_world_size() - 1:
+            loss = math.nan
+        report = guards[step % 2].step(optimizer, loss=loss).result()
+        reports.append([report.verdict, report.total_norm])
+    return reports
+
+
+def checkpoint_of(net, optimizer, guards):
+    from torch.distributed.checkpoint import state_dict as helpers
+
+    model, state = helpers.get_state_dict(net, optimizer)
+    plain, adagc = (guard.state_dict() for guard in guards)
+    return {"model": model, "optimizer": state, "guard": plain, "adagc": json.dumps(adagc)}
+
+
+def guards_and_moments_are_saved():
+    from torch.distributed import checkpoint
+
+    net, optimizer, guards = resumable()
+    steps_of(net, optimizer, guards[::-1], range(6))
+    states = checkpoint_of(net, optimizer, guards)
+    checkpoint.save(states, checkpoint_id=shared / "states")
+    assert states["guard"]["budget"]["in_a_row"] == 1
+    reports = steps_of(net, optimizer, guards, range(6, 10))
+    expected = {
+        "guards": [guard.state_dict()["steps"] for guard in guards],
+        "reports": reports,
+        "weights": [full(p.detach()).tolist() for p in net.parameters()],
+    }
+    if distributed.get_rank() == 0:
+        (shared / "expected.json").write_text(json.dumps(expected))
+    return reports
+
+
+def guards_and_moments_are_loaded():
+    """Into what has taken no step yet, on another number of ranks."""
+    from torch.distributed import checkpoint
+    from torch.distributed.checkpoint import state_dict as helpers
+
+    expected = json.loads((shared / "expected.json").read_text())
+    net, optimizer, guards = resumable()
+    states = checkpoint_of(net, optimizer, guards)
+    checkpoint.load(states, checkpoint_id=shared / "states")
+    helpers.set_state_dict(
+        net, optimizer, model_state_dict=states["model"], optim_state_dict=states["optimizer"]
+    )
+    guards[0].load_state_dict(states["guard"])
+    guards[1].load_state_dict(json.loads(states["adagc"]))
+    assert guards[0].state_dict() == states["guard"]
+    assert json.dumps(guards[1].state_dict()) == states["adagc"]
+    reports = steps_of(net, optimizer, guards, range(6, 10))
+    for found, right in zip(reports, expected["reports"], strict=True):
+        assert found == pytest.approx(right, rel=1e-4)
+    for p, right in zip(net.parameters(), expected["weights"], strict=True):
+        torch.testing.assert_close(full(p.detach()), torch.tensor(right), rtol=1e-4, atol=1e-5)
+    assert [guard.state_dict()["steps"] for guard in guards] == expected["guards"]
+    return reports
+
+
 # --- running them ---------------------------------------------------------------------------------
 
 CASES = {
@@ -607,6 +685,7 @@ CASES = {
         gradients_that_are_sums_yet_to_be_made_are_made,
         states_go_through_torchs_checkpoints,
         shards_go_back_together,
+        guards_and_moments_are_saved,
         what_is_not_for_shards_is_refused,
         ddp_replicas_stay_equal,
         without_a_group_ddp_replicas_would_part,
@@ -615,25 +694,32 @@ CASES = {
         a_window_that_is_bad_everywhere_is_skipped_everywhere,
         a_window_without_a_group_is_refused_under_no_sync,
     ],
-    4: [replicas_of_shards_count_once, meshes_of_a_part_of_the_ranks_decide_apart],
+    1: [guards_and_moments_are_loaded],
+    4: [
+        guards_and_moments_are_loaded,
+        replicas_of_shards_count_once,
+        meshes_of_a_part_of_the_ranks_decide_apart,
+    ],
 }
 
 
 @pytest.fixture(scope="module")
 def answers(tmp_path_factory):
     """By number of ranks: of each rank what every case returned, up to the first that failed."""
-    return functools.cache(lambda size: spawn(size, tmp_path_factory.mktemp("ranks")))
+    together = tmp_path_factory.mktemp("ranks")
+    return functools.cache(lambda size: spawn(size, together))
 
 
 def spawn(size, folder):
     command = [sys.executable, "-X", "faulthandler", "-m", "tests.test_guard_sharded"]
+    store = folder / f"store_{size}"
     ranks = [
         subprocess.Popen(
-            [*command, str(folder / "store"), str(rank), str(size)],
+            [*command, str(store), str(rank), str(size)],
             cwd=ROOT,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=(folder / f"errors_{rank}").open("w"),
+            stderr=(folder / f"errors_{size}_{rank}").open("w"),
             text=True,
         )
         for rank in range(size)
@@ -648,7 +734,7 @@ def spawn(size, folder):
             rank.kill()
             rank.communicate()
     for i, line in enumerate(lines):
-        assert line, f"rank {i} ended:\n{(folder / f'errors_{i}').read_text()}"
+        assert line, f"rank {i} ended:\n{(folder / f'errors_{size}_{i}').read_text()}"
     return [json.loads(line) for line in lines]
 
 
@@ -661,6 +747,7 @@ def spawn(size, folder):
     ],
 )
 def test_on_ranks(size, case, answers):
+    answers(2)  # saves what the others load
     failed = {rank: found["failed"] for rank, found in enumerate(answers(size))}
     here = {rank: text for rank, text in failed.items() if text and text[0] == case}
     assert not here, "\n".join(f"rank {rank}:\n{text[1]}" for rank, text in here.items())
@@ -669,6 +756,8 @@ def test_on_ranks(size, case, answers):
 
 
 def main(store, rank, size):
+    global shared
+    shared = Path(store).parent
     torch.set_num_threads(1)
     store = distributed.FileStore(store, int(size))
     distributed.init_process_group(

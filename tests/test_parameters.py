@@ -313,3 +313,13 @@ def test_a_state_fits_however_the_model_is_wrapped(wrap):
     plain = GradGuard(model, threshold=AdaGC())
     plain.load_state_dict(state)
     assert plain.state_dict() == state
+
+
+def test_a_state_of_adagc_whose_norms_were_lost_is_refused():
+    """torch.distributed.checkpoint loads only what the fresh guard has names for."""
+    model = small_model()
+    guard, optimizer = GradGuard(model, threshold=AdaGC()), fastguard.AdamW(model.parameters())
+    state = learnt(guard, optimizer, model)
+    with pytest.raises(ValueError, match=r"norms by parameter are gone.*json.dumps"):
+        GradGuard(model, threshold=AdaGC()).load_state_dict(state | {"ema_norms": {}})
+    GradGuard(model).load_state_dict(state | {"ema_norms": {}, "threshold": "fixed"})
