@@ -11,7 +11,9 @@ class GuardHooks:
     """Makes the ``step()`` of the Trainer's optimizers the guarded step.
 
     It serves automatic and manual optimization, ``accumulate_grad_batches`` and every precision of
-    Lightning. With several optimizers each has a guard of its own parameters.
+    Lightning. With several optimizers each has a guard of its own parameters, and each guard
+    protects the buffers of the whole LightningModule: a bad loss of one network may pass through
+    the other.
 
     A skipped step does not advance a learning rate scheduler with ``interval="step"`` and
     ``frequency=1``; Lightning steps all others as without a guard. ``trainer.global_step`` counts a
@@ -49,8 +51,8 @@ class GuardHooks:
 
     def on_fit_start(self, trainer, pl_module):
         self.guards = [
-            GradGuard(watched, **self.settings)
-            for watched in _watched(pl_module, trainer.optimizers)
+            GradGuard(watched, **more, **self.settings)
+            for watched, more in _watched(pl_module, trainer.optimizers)
         ]
         for guard, optimizer in zip(self.guards, trainer.optimizers, strict=True):
             guard.attach(optimizer)
@@ -86,7 +88,7 @@ def _name(optimizer: int, name: str) -> str:
 def _watched(module: nn.Module, optimizers: list):
     """What the guard of each optimizer is given."""
     if len(optimizers) == 1:
-        return [module]
+        return [(module, {})]
     held = [{id(p) for group in o.param_groups for p in group["params"]} for o in optimizers]
     named = list(module.named_parameters())
-    return [[(n, p) for n, p in named if id(p) in ids] for ids in held]
+    return [([(n, p) for n, p in named if id(p) in ids], {"buffers": module}) for ids in held]

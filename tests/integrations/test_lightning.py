@@ -3,6 +3,7 @@
 import csv
 import math
 
+import lightning
 import pytest
 import pytorch_lightning
 import torch
@@ -113,6 +114,37 @@ def test_a_scheduler_of_epochs_steps_after_an_epoch_that_ends_with_a_skip():
     trainer, _ = fit(batches(3, {2: "NaN gradient"}), Epochs(ADAMW), max_epochs=2)
     (scheduler,) = trainer.lr_scheduler_configs
     assert scheduler.scheduler.last_epoch == 2
+
+
+class Adversaries(lightning.LightningModule):
+    """Two networks with an optimizer each; the second one's loss passes through the first."""
+
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+        self.one, self.other = Net(), Net()
+
+    def training_step(self, batch, batch_idx):
+        one, other = self.optimizers()
+        for optimizer, x in ((one, batch[0]), (other, batch[1])):
+            optimizer.zero_grad()
+            loss = self.one(x)["loss"] + (self.other(x)["loss"] if optimizer is other else 0.0)
+            self.manual_backward(loss)
+            optimizer.step()
+
+    def configure_optimizers(self):
+        return [ADAMW(self.one.parameters()), ADAMW(self.other.parameters())]
+
+
+def test_each_of_two_optimizers_has_a_guard_and_no_net_keeps_a_nan(tmp_path, caplog):
+    pairs = list(zip(batches(6), batches(6, {3: "NaN input"}), strict=True))
+    logger = CSVLogger(tmp_path, name="", version="")
+    trainer, _ = fit(pairs, Adversaries(), logger=logger, log_every_n_steps=1)
+    # The bad input is the other's: its optimizer skips once, the first one's never.
+    assert len([r for r in caplog.records if "skipping batch" in r.message]) == 1
+    assert all(t.isfinite().all() for t in trainer.lightning_module.state_dict().values())
+    heads = csv.DictReader((tmp_path / "metrics.csv").open()).fieldnames
+    assert {"guard/verdict", "guard/1/verdict"} <= set(heads)
 
 
 class OldNet(pytorch_lightning.LightningModule):
