@@ -21,20 +21,24 @@ from . import Mutant, cpp, python
 ROOT = Path(__file__).resolve().parents[2]
 #: The tests that have to see a mutant of each file; the quickest first.
 TESTS = {
-    "fastguard/guard.py": "guard attached apply rollback accumulate buffers step_report",
-    "fastguard/apply.py": "apply attached grad_scaler guard peers",
-    "fastguard/optim.py": "optimizer_checks optim_torch optim apply",
-    "fastguard/optimizer_checks.py": "optimizer_checks",
+    "fastguard/guard.py": "guard attached outliers rollback accumulate step_warnings parameters",
+    "fastguard/apply.py": "apply attached peers",
+    "fastguard/attached.py": "attached",
+    "fastguard/grad_scaler.py": "grad_scaler attached scale_search",
+    "fastguard/optim.py": "optimizer_checks optim_torch optim",
+    "fastguard/optimizer_checks.py": "optimizer_checks apply",
     "fastguard/accumulate.py": "accumulate",
-    "fastguard/buffers.py": "buffers rollback accumulate",
+    "fastguard/buffers.py": "buffers",
     "fastguard/rollback.py": "rollback",
     "fastguard/sharded.py": "guard_sharded",
-    "fastguard/parameters.py": "parameters guard",
-    "fastguard/clip.py": "clip clip_distributed",
-    "fastguard/step_report.py": "step_report guard",
-    "fastguard/thresholds.py": "guard_ops guard",
-    "fastguard/decision.py": "guard accumulate guard_ops",
-    "csrc/decide.h": "guard_ops guard",
+    "fastguard/parameters.py": "parameters guard apply",
+    "fastguard/clip.py": "clip",
+    "fastguard/budget.py": "budget guard",
+    "fastguard/step_report.py": "step_report scale_search guard",
+    "fastguard/step_warnings.py": "step_warnings",
+    "fastguard/thresholds.py": "guard outliers guard_ops",
+    "fastguard/decision.py": "outliers guard scale_search step_warnings accumulate",
+    "csrc/decide.h": "outliers guard guard_ops",
 }
 _DEVICES = ("cuda kernel", "warps one by one", "at random")  # the executor's, of tests/simt
 
