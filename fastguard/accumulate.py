@@ -42,6 +42,8 @@ class Window:
         self.buffers = buffers
         #: Micro-batches seen, the good ones, and the weight of the good ones.
         self._counts = torch.zeros(3, dtype=torch.float64, device=device)
+        #: How many overflowed under the scaler, by :func:`fastguard.scale_search.overflowed`.
+        self._overflowed = torch.zeros((), dtype=torch.float64, device=device)
         self._sums: dict[Tensor, tuple[str, Tensor]] = {}
         #: The gradients that were left in place, and their versions when they were set to zero.
         self._cleared: dict[Tensor, tuple[Tensor, int]] = {}
@@ -51,6 +53,11 @@ class Window:
     @property
     def weight(self) -> Tensor:
         return self._counts[2]
+
+    @property
+    def all_overflowed(self) -> Tensor | None:
+        """Whether all micro-batches did so under the scaler, bool, shape (); None without one."""
+        return self._overflowed == self._counts[0] if self._scaled else None
 
     def check(self, scaler: torch.amp.GradScaler | None) -> None:
         """ValueError if this is not the window's scaler, or it has unscaled gradients."""
@@ -77,10 +84,17 @@ class Window:
         decision: ops.GuardDecision,
         weight: float,
         report: PendingReport,
+        overflowed: Tensor | None = None,
     ) -> None:
-        """Add the parameters' gradients to the sums, if the verdict is good, and clear them."""
+        """Add the parameters' gradients to the sums, if the verdict is good, and clear them.
+
+        Args:
+            overflowed: whether this micro-batch did so under the scaler; None without one.
+        """
         verdict = decision.verdict
         self.found_inf = self.found_inf | ~decision.record[2].isfinite()
+        if overflowed is not None:
+            self._overflowed += overflowed
         for name, p in zip(names, parameters, strict=True):
             if p not in self._sums:
                 self._sums[p] = name, _zeros_for(p.grad, p.grad.dtype)
@@ -119,10 +133,11 @@ class Window:
         ]
         present = [p in self._sums for p in watched.parameters]
         told = torch.tensor(present, dtype=torch.float64).to(self._counts.device, non_blocking=True)
-        told = ranks.sum_of(torch.cat([self._counts, self.found_inf.double()[None], told]))
+        found = torch.stack([self.found_inf.double(), self._overflowed])
+        told = ranks.sum_of(torch.cat([self._counts, found, told]))
         ranks.add_up_(sums)
-        self._counts, self.found_inf = told[:3], told[3] > 0
-        elsewhere = present if all(present) else [n > 0 for n in told[4:].tolist()]
+        self._counts, self.found_inf, self._overflowed = told[:3], told[3] > 0, told[4]
+        elsewhere = present if all(present) else [n > 0 for n in told[5:].tolist()]
         rows = zip(watched.parameters, watched.names, sums, elsewhere, strict=True)
         self._sums = {p: (name, total) for p, name, total, there in rows if there}
 

@@ -38,6 +38,7 @@ from .on_skip import OnSkip
 from .optimizer_checks import poisoned
 from .parameters import Watched, measurable
 from .rollback import RateFactor, Rollback, Snapshots
+from .scale_search import overflowed
 from .sharded import Ranks, check_whole, lay_out_, ranks_of
 from .step_report import (
     BadStepFiles,
@@ -368,7 +369,9 @@ class GradGuard:
         micro_batches = () if window is None else window.reports
         report = PendingReport(
             self._steps, batch_id, decision.record, measured, unscale, names, loss, micro_batches,
-            self._watched.attention_stats(), scaled, None, self._ranks is not None,
+            self._watched.attention_stats(), scaled,
+            loss_counts=loss is not None or self._ranks is not None,
+            all_overflowed=None if window is None else window.all_overflowed,
         )  # fmt: skip
         self._steps += 1
         self._pending.append(report)
@@ -464,13 +467,15 @@ class GradGuard:
             *judged, unscale, loss, micro_batch=True, alone=self._replicated
         )
         self._window = window
-        number = len(window.reports)
+        together = self._ranks is not None and not self._replicated
+        number, loss_counts = len(window.reports), loss is not None or together
         batch_id = f"micro-batch {number}" if batch_id is None else batch_id
         report = PendingReport(
             self._steps, batch_id, decision.record, measured, unscale, judged[0], loss,
-            scaled=scaled, micro_batch=number, several_ranks=self._ranks is not None,
+            scaled=scaled, micro_batch=number, loss_counts=loss_counts,
         )  # fmt: skip
-        self._window.add(names, parameters, decision, weight, report)
+        found = overflowed(decision, measured, loss_counts) if scaled.used else None
+        self._window.add(names, parameters, decision, weight, report, found)
         return report
 
     def poll(self, wait: bool = False) -> list[StepReport]:

@@ -10,7 +10,9 @@ import operator
 from collections import deque
 from collections.abc import Iterable
 
-from .ops import Verdict
+from torch import Tensor
+
+from .ops import GradNorm, GuardDecision, Verdict
 
 #: From 2^40 down to 1 are 40 halvings.
 _FREE = 40
@@ -41,6 +43,18 @@ def is_search(
     if verdict is not Verdict.SKIP_NONFINITE or not scaled or not infinite or loss_is_bad:
         return False
     return loss_scale is None or loss_scale > 1
+
+
+def overflowed(decision: GuardDecision, measured: GradNorm, loss_counts: bool) -> Tensor:
+    """Whether a micro-batch has an Inf and no bad loss, on the device, bool, shape ().
+
+    A window in which all did so, on all ranks, is a search; no rank may come to another answer.
+
+    Args:
+        loss_counts: whether the record has a loss.
+    """
+    found = (decision.verdict == int(Verdict.SKIP_NONFINITE)) & measured.nonfinite[:, 1].any()
+    return found & decision.record[4].isfinite() if loss_counts else found
 
 
 class Searches:

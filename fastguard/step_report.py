@@ -80,7 +80,8 @@ class StepReport:
     #: was stepped after ``unscale_``.
     loss_scale: float | None = None
     #: Whether it was skipped because a GradScaler searches for its scale, by
-    #: :func:`fastguard.scale_search.is_search`; of a window, because it did for all micro-batches.
+    #: :func:`fastguard.scale_search.is_search`; of a window, because it did for all its
+    #: micro-batches, on all ranks.
     scale_search: bool = False
     #: A finite norm above this was an outlier: the larger of ``skip_norm`` and 4 times the median
     #: of the last norms seen; inf while fewer than 16 were.
@@ -142,6 +143,11 @@ class PendingReport:
 
     It has the attributes of a StepReport; the first look at one of them (other than ``step`` and
     ``batch_id``) waits for the device. ``ready`` tells whether it would have to wait.
+
+    Args:
+        loss_counts: whether a NaN or Inf loss in the record is one: by default where ``loss`` was
+            given; among ranks that decide together it may be another rank's.
+        all_overflowed: of a window, as :attr:`fastguard.accumulate.Window.all_overflowed`.
     """
 
     def __init__(
@@ -157,16 +163,19 @@ class PendingReport:
         attention_stats: Mapping[str, AttentionStats] | None = None,
         scaled: LossScale = NOT_SCALED,
         micro_batch: int | None = None,
-        several_ranks: bool = False,
+        loss_counts: bool | None = None,
+        all_overflowed: Tensor | None = None,
     ):
         self.step = step
         self.batch_id = batch_id
         self._scaled = scaled.used
-        self._record = Transfer(record, *(() if scaled.of_loss is None else (scaled.of_loss,)))
+        more = {"loss_scale": scaled.of_loss, "all_overflowed": all_overflowed}
+        self._more = [name for name, value in more.items() if value is not None]
+        self._record = Transfer(record, *(more[name] for name in self._more))
         self._measured = measured
         self._unscale = unscale
         self._loss_given = loss is not None
-        self._several_ranks = several_ranks
+        self._loss_counts = self._loss_given if loss_counts is None else loss_counts
         self._micro_batch = micro_batch
         self._names = names
         self._micro_batches = tuple(micro_batches)
@@ -179,7 +188,8 @@ class PendingReport:
 
     def result(self) -> StepReport:
         if self._result is None:
-            record, *loss_scale = self._record.wait()
+            record, *more = self._record.wait()
+            more = dict(zip(self._more, more, strict=True))
             verdict, clip_coef, total_norm, max_norm, loss, outlier_above = record
             micro_batches = [report.result() for report in self._micro_batches]
             report = StepReport(
@@ -194,12 +204,16 @@ class PendingReport:
                 quarantined=tuple(report for report in micro_batches if report.skipped),
                 micro_batches=len(micro_batches),
                 micro_batch=self._micro_batch,
-                loss_scale=loss_scale[0] if loss_scale else None,
+                loss_scale=more.get("loss_scale"),
                 outlier_above=outlier_above,
             )
-            # Among several ranks the loss is a number, and a bad one is that of any of them.
-            known = self._loss_given or self._several_ranks
-            searches = self._searches(report, known and not math.isfinite(loss))
+            searches = is_search(
+                report.verdict,
+                self._scaled,
+                report.loss_scale,
+                more.get("all_overflowed") or any(each.infs for each in report.offenders),
+                self._loss_counts and not math.isfinite(loss),
+            )
             self._result = dataclasses.replace(report, scale_search=searches)
         return self._result
 
@@ -218,12 +232,6 @@ class PendingReport:
             name: {key: values.tolist() for key, values in stats._asdict().items()}
             for name, stats in self._attention_stats.items()
         }
-
-    def _searches(self, report: StepReport, loss_is_bad: bool) -> bool:
-        if report.all_quarantined:
-            return all(micro_batch.scale_search for micro_batch in report.quarantined)
-        infinite = any(offender.infs for offender in report.offenders)
-        return is_search(report.verdict, self._scaled, report.loss_scale, infinite, loss_is_bad)
 
     def _offenders(self) -> tuple[tuple[Offender, ...], tuple[Stretch, ...]]:
         rows = list(zip(self._names, self._measured.nonfinite.tolist(), strict=True))

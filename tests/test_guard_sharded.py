@@ -557,6 +557,38 @@ def a_window_without_a_group_is_refused_under_no_sync():
     assert not guard.accumulate().skipped
 
 
+def a_search_for_a_loss_scale_is_one_on_all_ranks():
+    """No rank may run out of patience before the others."""
+    inf, nan, rank = math.inf, math.nan, distributed.get_rank()
+    weight = nn.Parameter(torch.zeros(2))
+    optimizer, scaler = fastguard.AdamW([weight]), torch.amp.GradScaler("cpu", 2.0**20)
+    guard = GradGuard([weight], process_group=distributed.group.WORLD)
+    windows = [  # of each rank gradients and losses; whether all overflowed
+        (([inf, inf], [None, 1.0]), ([inf, inf], [None, None]), True),
+        (([inf, inf], [None, None]), ([inf, nan], [None, None]), False),
+        (([inf, inf], [None, None]), ([inf, inf], [None, inf]), False),
+        (([inf, inf], [None, None]), ([inf, 4.0], [None, None]), False),
+        (([inf], [None]), ([1.0], [None]), True),  # without a window
+        (([inf], [None]), ([1.0], [1.0]), True),
+        (([inf], [None]), ([1.0], [inf]), False),
+    ]
+    found = []
+    for *of_ranks, search in windows:
+        values, losses = of_ranks[rank]
+        for value, loss in zip(values, losses, strict=True):
+            scaler.scale(torch.ones(()))
+            weight.grad = torch.full((2,), value * scaler.get_scale())
+            if len(values) > 1:
+                micro_batch = guard.accumulate(scaler=scaler, loss=loss)
+                assert micro_batch.scale_search == (value == inf and loss in (None, 1.0))
+        loss = None if len(values) > 1 else loss
+        report = guard.step(optimizer, scaler=scaler, loss=loss)
+        assert report.scale_search == search
+        found.append((report.skipped, report.scale_search, report.loss_scale))
+    assert [skipped for skipped, *_ in found] == [True, True, True, False, True, True, True]
+    return found
+
+
 # --- four ranks -----------------------------------------------------------------------------------
 
 
@@ -693,6 +725,7 @@ CASES = {
         a_bad_micro_batch_of_one_rank_is_left_out_there_alone,
         a_window_that_is_bad_everywhere_is_skipped_everywhere,
         a_window_without_a_group_is_refused_under_no_sync,
+        a_search_for_a_loss_scale_is_one_on_all_ranks,
     ],
     1: [guards_and_moments_are_loaded],
     4: [

@@ -328,7 +328,7 @@ def test_among_ranks_that_decide_together_the_loss_of_another_counts(loss):
     measured = GradNorm(one * math.inf, one[None] * math.inf, torch.tensor([[0, 1, 0]]))
     arguments = 0, None, record.double(), measured, one / 8, ["weight"], None
     scaled = LossScale(one * 8, None, one * 8)
-    report = PendingReport(*arguments, scaled=scaled, several_ranks=True)
+    report = PendingReport(*arguments, scaled=scaled, loss_counts=True)
     assert report.loss is None
     assert report.scale_search == math.isfinite(loss)
     assert PendingReport(*arguments, scaled=scaled).scale_search  # here nobody gave one
