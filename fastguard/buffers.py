@@ -102,7 +102,7 @@ class Buffers:
         settled = []
         for place in places:
             buffer, saved = current.get(place), self._saved.get(place)
-            if place[0] in on_host or buffer is None or not _writable(buffer):
+            if place[0] in on_host or buffer is None or saved.copy is None:
                 continue
             if buffer is not saved.buffer or buffer.is_inference():
                 # In its place comes a tensor of ours: this one may be the user's, as a batch.
@@ -127,9 +127,11 @@ class Buffers:
         buffer, saved = current.get(place), self._saved.get(place)
         if place not in current or saved is None or (buffer is None) != (saved.buffer is None):
             return True
-        if buffer is None or (buffer is saved.buffer and not _writable(buffer)):
+        if buffer is None:
             return False
-        return saved.copy is None or not _alike(buffer, saved.copy) or not _writable(buffer)
+        if saved.copy is None:  # what could not be copied may have become a lazy layer's buffer
+            return buffer is not saved.buffer or (_writable(buffer) and not buffer.is_meta)
+        return not (_alike(buffer, saved.copy) and _writable(buffer))
 
     def _owners_of(self, places: list[Place], device: torch.device) -> tuple[Tensor, list[str]]:
         """For each place the number of its owner, int64, shape (N,), and its name."""

@@ -10,6 +10,7 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#include <cstring>
 #include <vector>
 
 namespace fastguard {
@@ -52,6 +53,22 @@ bool lost_something(const Tensor& buffer, const Tensor& saved) {
   }
 }
 
+// A dispatched copy takes longer than it takes to copy what most buffers hold. Of complex numbers
+// the memory may be that of a lazy conj().
+constexpr int64_t small_bytes = 1 << 16;
+
+void copy(Tensor to, const Tensor& from) {
+  const int64_t bytes = to.numel() * static_cast<int64_t>(to.element_size());
+  const bool plain = numbers_in(to.scalar_type()) < 2 && to.is_contiguous() && from.is_contiguous();
+  if (bytes <= small_bytes && plain) {
+    if (bytes > 0) {
+      std::memcpy(to.mutable_data_ptr(), from.const_data_ptr(), bytes);
+    }
+  } else {
+    torch::stable::copy_(to, from);
+  }
+}
+
 Tensor settle_cpu(
     const std::vector<Tensor>& buffers,
     const std::vector<Tensor>& saved,
@@ -73,8 +90,7 @@ Tensor settle_cpu(
   }
   for (size_t i = 0; i < n; ++i) {
     const bool restore = skip || of_owner[owner[i]] != 0;
-    Tensor to = restore ? buffers[i] : saved[i];
-    torch::stable::copy_(to, restore ? saved[i] : buffers[i]);
+    restore ? copy(buffers[i], saved[i]) : copy(saved[i], buffers[i]);
   }
   return result;
 }
