@@ -164,6 +164,20 @@ def test_it_runs_without_extras(helped, command):
         assert said
 
 
+@pytest.mark.parametrize(
+    "trainer", ["lightning", "pytorch_lightning", "transformers", "accelerate"]
+)
+def test_an_integration_names_its_extra(plain, trainer):
+    done = run(plain, "-c", f"import fastguard.integrations.{trainer}")
+    assert done.returncode == 1
+    last = done.stderr.splitlines()[-1]
+    assert re.fullmatch(
+        r"fastguard\._extras\.MissingExtra: the package \w+ is not installed: "
+        r"pip install 'torch-fastguard\[integrations\]'",
+        last,
+    )
+
+
 @pytest.mark.slow
 def test_a_model_from_training_to_its_report_without_extras(plain, tmp_path):
     """The trainer's commands really run; what an extra brings is refused in one line."""

@@ -16,7 +16,7 @@ from .test_clip import assert_same_bits
 from .test_guard import everything
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
-SECTION = README[README.index("## The guard") : README.index("## What it costs")]
+SECTION = README[README.index("## The guard\n") : README.index("## The guard in other loops")]
 BLOCKS = re.findall(r"```python\n(.*?)```", SECTION, re.DOTALL)
 THREE_LINES, EQUIVALENT, ACCUMULATION, DIAGNOSIS = BLOCKS
 
