@@ -981,6 +981,112 @@ def test_packs_that_need_not_change_stay():
     )
 
 
+def in_two_groups(params):
+    return [{"params": params[:3]}, {"params": params[3:], "lr": 0.01}]
+
+
+def wakes_one_of_two(optimizer, params):
+    """Both were idle until now."""
+    give_grads(params[:1], 7)
+
+
+def sleeps_in_the_second_group(optimizer, params):
+    params[4].grad = None
+
+
+def replaces_in_the_second_group(optimizer, params):
+    for p in params[4:]:
+        state = optimizer.state[p]
+        state["exp_avg"] = state["exp_avg"] * 0.5
+
+
+def joins_the_second_group(optimizer, params):
+    params.append(nn.Parameter(torch.ones(3)))
+    give_grads(params[-1:], 7)
+    optimizer.param_groups[1]["params"].append(params[-1])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [wakes_one_of_two, sleeps_in_the_second_group, replaces_in_the_second_group,
+     joins_the_second_group],
+)  # fmt: skip
+def test_a_change_in_one_of_two_groups_is_seen(change):
+    here, there = parameters(), parameters()
+    mine = fastguard.AdamW(in_two_groups(here))
+    other = torch.optim.AdamW(in_two_groups(there))
+    for params, optimizer in ((here, mine), (there, other)):
+        run(optimizer, params)
+        params[0].grad = params[1].grad = None
+        optimizer.step()
+        change(optimizer, params)
+        optimizer.step()
+        give_grads(params, 8)
+        optimizer.step()
+    assert_close(here, there)
+    for p, q in zip(here, there, strict=True):
+        assert mine.state[p]["step"] == other.state[q]["step"]
+
+
+@pytest.mark.parametrize("each", [False, True])
+def test_default_device_and_dtype_change_nothing(each):
+    here, there = parameters(), parameters()
+    mine, other = fastguard.AdamW(here, amsgrad=True), fastguard.AdamW(there, amsgrad=True)
+    coefs = torch.tensor([0.5, 0.25, 1.0, 0.5, 0.75, 0.3], dtype=F64)
+
+    def step(optimizer, params, seed):
+        give_grads(params, seed)
+        if each:
+            optimizer.decision = ops.Decision(coefs, verdict_(1))
+            rows = [2, 0, 1, 3, 5, 4]
+            optimizer.decision_index = {id(p.grad): rows[i] for i, p in enumerate(params)}
+        return optimizer.step
+
+    for seed in range(2):
+        step(other, there, seed)()
+        call = step(mine, here, seed)
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(F64)
+        try:
+            with torch.device("meta"):
+                call()
+        finally:
+            torch.set_default_dtype(before)
+    assert_same_bits(bits(here), bits(there))
+    assert_same_bits(state_bits(mine), state_bits(other))
+
+
+def test_a_state_of_some_parameters_with_steps_of_other_shapes_loads():
+    here, there = parameters(), parameters()
+    mine, other = fastguard.AdamW(here), torch.optim.AdamW(there)
+    there[0].grad = None
+    give_grads(there[1:], 0)
+    other.step()
+    saved = copy.deepcopy(other.state_dict())
+    saved["state"][1]["step"] = torch.tensor([1.0], dtype=F64)  # default dtype float64, old torch
+    mine.load_state_dict(saved)
+    assert mine._loading is None and not mine._optimizer_load_state_dict_pre_hooks
+    for p, q in zip(here, there, strict=True):
+        p.data = q.data.clone()
+    run(mine, here, [1])
+    run(other, there, [1])
+    assert_close(here, there)
+    saved["state"][2]["step"] = math.nan
+    with pytest.raises(ValueError, match="parameter 2: its step is NaN"):
+        mine.load_state_dict(saved)
+    assert mine._loading is None and not mine._optimizer_load_state_dict_pre_hooks
+
+
+def test_an_error_names_the_group_by_its_number_now():
+    params = parameters()
+    mine = fastguard.AdamW(in_two_groups(params))
+    run(mine, params)
+    mine.param_groups.pop(0)
+    mine.param_groups[0]["lr"] = math.nan
+    with pytest.raises(ValueError, match="lr of param group 0 is nan"):
+        mine.step()
+
+
 def test_a_change_of_memory_alone_moves_no_state():
     params = parameters()
     optimizer = fastguard.AdamW(params)

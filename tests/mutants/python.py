@@ -14,8 +14,8 @@ _OPERATORS = {
     **{ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult},
     **{ast.BitAnd: ast.BitOr, ast.BitOr: ast.BitAnd},
 }
-_NAMES = {"min": "max", "any": "all", "minimum": "maximum", "amin": "amax", "append": "appendleft"}
-_NAMES |= {there: here for here, there in _NAMES.items() if here != "append"}
+_NAMES = {"min": "max", "any": "all", "minimum": "maximum", "amin": "amax"}
+_NAMES |= {there: here for here, there in _NAMES.items()}
 _COPIES = {"clone", "copy", "deepcopy", "detach"}
 
 
@@ -53,8 +53,15 @@ def _walked(node: ast.AST) -> Iterator[ast.AST]:
         if name in ("annotation", "returns", "decorator_list"):
             continue
         for child in value if isinstance(value, list) else [value]:
-            if isinstance(child, ast.AST) and not isinstance(child, (ast.JoinedStr, ast.Import)):
+            if isinstance(child, ast.AST) and not _passed_over(child):
                 yield from _walked(child)
+
+
+def _passed_over(node: ast.AST) -> bool:
+    # zip(strict=True) is a check of the code's own lists, which no input can make unequal.
+    return isinstance(node, (ast.JoinedStr, ast.Import)) or (
+        isinstance(node, ast.keyword) and node.arg == "strict"
+    )
 
 
 def _changes_of(node: ast.AST) -> Iterator[Change]:
@@ -90,7 +97,7 @@ def _changes_of(node: ast.AST) -> Iterator[Change]:
 
 
 def _changes_of_call(node: ast.Call) -> Iterator[Change]:
-    for i in range(len(node.keywords)):
+    for i in [i for i, keyword in enumerate(node.keywords) if not _passed_over(keyword)]:
         yield node, lambda i=i: node.keywords.pop(i)
     function = node.func
     name = {ast.Name: "id", ast.Attribute: "attr"}.get(type(function))
