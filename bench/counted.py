@@ -13,7 +13,9 @@ import torch
 from fastguard import ops
 from fastguard._extras import MissingExtra
 from fastguard._timing import table
+from fastguard.decision import fresh_statistics
 from fastguard.speech.models import build_model
+from fastguard.tensor_norms import unseen
 from fastguard.thresholds import Fixed
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -92,9 +94,10 @@ def device(blocks=16):
 
 def norm_and_verdict(*numels):
     gpu = device()
-    known = ops.Statistics(*(torch.zeros(n, dtype=torch.float64) for n in (4, 128, 128, 0)))
+    cpu = torch.device("cpu")
+    known = fresh_statistics(cpu)._replace(per_tensor=unseen(len(numels), cpu))
     grads = [aligned(numel) for numel in numels]
-    gpu.grad_norm_decide_(grads, None, None, known, Fixed(), 1.0, 10.0)
+    gpu.grad_norm_decide_(grads, None, None, known, 0, Fixed(), 1.0, 10.0)
     return gpu.report
 
 

@@ -100,7 +100,7 @@ inline void check_guard_decide(
     const torch::stable::Tensor& statistics,
     const torch::stable::Tensor& seen_norms,
     const torch::stable::Tensor& accepted_norms,
-    const torch::stable::Tensor& ema_norms,
+    const torch::stable::Tensor& per_tensor,
     int64_t threshold,
     const std::vector<double>& options) {
   using torch::headeronly::ScalarType;
@@ -114,7 +114,7 @@ inline void check_guard_decide(
   check_tensor(statistics, op, "statistics", ScalarType::Double, 1);
   check_tensor(seen_norms, op, "seen_norms", ScalarType::Double, 1);
   check_tensor(accepted_norms, op, "accepted_norms", ScalarType::Double, 1);
-  check_tensor(ema_norms, op, "ema_norms", ScalarType::Double, 1);
+  check_tensor(per_tensor, op, "per_tensor", ScalarType::Double, 2);
   STD_TORCH_CHECK(
       statistics.numel() == 4 && options.size() == 3,
       op,
@@ -137,12 +137,16 @@ inline void check_guard_decide(
       ", the numbers in fastguard/thresholds.py; got ",
       threshold);
   STD_TORCH_CHECK(
-      threshold != adagc || ema_norms.numel() == tensors,
+      per_tensor.size(0) == 4 &&
+          (per_tensor.size(1) == tensors || (per_tensor.size(1) == 0 && threshold != adagc)),
       op,
-      ": AdaGC needs one ema_norm for each of the ",
+      ": per_tensor must have 4 rows and a column for each of the ",
       tensors,
-      " gradients; got ",
-      ema_norms.numel());
+      " gradients, or none without AdaGC; got ",
+      per_tensor.size(0),
+      " rows and ",
+      per_tensor.size(1),
+      " columns");
 }
 
 // A GradScaler's scale and growth tracker, both or neither, and growth factor, backoff factor and

@@ -121,7 +121,7 @@ struct Quantiles {
 };
 
 FASTGUARD_HOST_DEVICE inline bool needs_seen(const Policy& policy) {
-  return policy.skip_norm < INFINITY;
+  return policy.skip_norm < INFINITY || policy.threshold == Threshold::zclip;
 }
 
 FASTGUARD_HOST_DEVICE inline bool needs_accepted(const Policy& policy) {
@@ -148,19 +148,42 @@ FASTGUARD_HOST_DEVICE inline double outlier_above(
   return usual > policy.skip_norm ? usual : policy.skip_norm;
 }
 
+FASTGUARD_HOST_DEVICE inline bool is_warm(const Policy& policy, const Statistics& statistics) {
+  return statistics.accepted >= policy.warmup && statistics.accepted >= 1.0;
+}
+
+// ZClip takes in clipped norms, so after norms have risen for good it would clip for ever. Where this
+// norm and the median of the last ones are both spikes, they are the new level: the median becomes
+// the mean, and the distance that this moves it becomes the deviation. Not in the paper. Returns
+// the deviation.
+FASTGUARD_HOST_DEVICE inline double find_new_level(
+    const Policy& policy, Statistics& statistics, double seen_median, double norm) {
+  if (policy.threshold != Threshold::zclip || !is_warm(policy, statistics)) {
+    return 0.0;  // nobody asks
+  }
+  const double deviation = std::sqrt(statistics.variance);
+  const double spike = statistics.mean + policy.a * deviation;
+  if (!(statistics.seen >= outlier_after && norm > spike && seen_median > spike)) {
+    return deviation;
+  }
+  const double moved = seen_median - statistics.mean;
+  statistics.mean = seen_median;
+  statistics.variance = moved * moved;
+  return moved;
+}
+
 // What the threshold lets through unclipped, before max_norm caps it.
 FASTGUARD_HOST_DEVICE inline double adaptive_limit(
-    const Policy& policy, const Statistics& statistics, double accepted_quantile,
-    double total_norm) {
-  if (policy.threshold == Threshold::fixed || !(statistics.accepted >= policy.warmup) ||
-      !(statistics.accepted >= 1.0)) {
+    const Policy& policy, const Statistics& statistics, double deviation,
+    double accepted_quantile, double total_norm) {
+  if (policy.threshold == Threshold::fixed || !is_warm(policy, statistics)) {
     return INFINITY;
   }
   switch (policy.threshold) {
     case Threshold::zclip: {
       const double above = total_norm - statistics.mean;
       // z > a, without dividing by a deviation that may be 0; a^2 sigma / z above the mean.
-      return above > policy.a * std::sqrt(statistics.variance)
+      return above > policy.a * deviation
           ? statistics.mean + policy.a * policy.a * statistics.variance / above
           : INFINITY;
     }
@@ -192,28 +215,80 @@ FASTGUARD_HOST_DEVICE inline void absorb(
   statistics.variance = policy.b * statistics.variance + (1.0 - policy.b) * deviation * deviation;
 }
 
-// AdaGC's coefficient for one tensor; `ema` is updated if `accept`. An `ema` of inf was never set,
-// and a norm of 0 never sets it: nothing of this tensor would be let through ever after. What has
-// its first gradient after the warm-up is clipped to max_norm by itself.
+// What is remembered of the norm of one tensor: a column of the operators' (4, N), in this order.
+struct TensorStatistics {
+  double ema;  // AdaGC's moving average of the clipped norm; inf where there is none yet
+  double clipped_since;  // the step since which AdaGC has clipped it to less than half; -1: it has not
+  double usual;  // a moving average of the norm, whatever the threshold; inf where there is none yet
+  double risen_since;  // the step since which the norm is above 4 times `usual`; -1: it is not
+};
+
+constexpr double usual_beta = 0.98;
+constexpr double risen_factor = 4.0;
+
+// AdaGC takes in clipped norms, so its average rises by 0.1 % a step at most. A tensor that has been
+// clipped to less than half for so many steps has a new level: the average restarts at the usual
+// norm. Not in the paper.
+constexpr double adagc_restart_after = 128.0;
+
+FASTGUARD_HOST_DEVICE inline bool adagc_restarts(const TensorStatistics& known, double step) {
+  return known.clipped_since >= 0.0 && step - known.clipped_since >= adagc_restart_after &&
+      known.usual < INFINITY && known.usual > known.ema;
+}
+
+// AdaGC's coefficient for one tensor. What has its first gradient after the warm-up is clipped to
+// max_norm by itself.
 FASTGUARD_HOST_DEVICE inline double adagc_coef(
-    const Policy& policy, bool warm, double norm, double global_coef, double& ema, bool accept) {
+    const Policy& policy, bool warm, double norm, double global_coef, double step,
+    const TensorStatistics& known) {
   if (norm == 0.0) {
     return 1.0;
   }
-  const bool known = warm && ema < INFINITY;
-  const double ratio = policy.a * ema / norm;
-  const double otherwise = warm ? clip_coef_of(norm, policy.max_norm) : global_coef;
-  const double coef = known ? (ratio < 1.0 ? ratio : 1.0) : otherwise;
-  if (accept) {
-    const double clipped = coef * norm;
-    ema = known ? policy.b * ema + (1.0 - policy.b) * clipped : (clipped < ema ? clipped : ema);
+  if (!warm || !(known.ema < INFINITY)) {
+    return warm ? clip_coef_of(norm, policy.max_norm) : global_coef;
   }
-  return coef;
+  const double average = adagc_restarts(known, step) ? known.usual : known.ema;
+  const double ratio = policy.a * average / norm;
+  return ratio < 1.0 ? ratio : 1.0;
+}
+
+// Takes a tensor's norm, of a step that was taken with this coefficient, into AdaGC's average. A norm
+// of 0 never gets in: nothing of this tensor would be let through ever after.
+FASTGUARD_HOST_DEVICE inline void adagc_absorb(
+    const Policy& policy, bool warm, double norm, double coef, double step, TensorStatistics& known) {
+  if (norm == 0.0) {
+    return;
+  }
+  const double clipped = coef * norm;
+  if (!warm || !(known.ema < INFINITY)) {
+    known.ema = clipped < known.ema ? clipped : known.ema;
+    return;
+  }
+  const bool restarts = adagc_restarts(known, step);
+  const double average = restarts ? known.usual : known.ema;
+  known.ema = policy.b * average + (1.0 - policy.b) * clipped;
+  const bool goes_on = known.clipped_since >= 0.0 && !restarts;
+  known.clipped_since = coef < 0.5 ? (goes_on ? known.clipped_since : step) : -1.0;
+}
+
+// Takes a tensor's norm into its usual norm. At most 4 times the present value gets in, so one spike
+// raises it by 6 %.
+FASTGUARD_HOST_DEVICE inline void see(double norm, double step, TensorStatistics& known) {
+  if (norm == 0.0) {
+    return;  // says nothing of the size of this gradient
+  }
+  if (!(known.usual < INFINITY)) {
+    known.usual = norm;
+    return;
+  }
+  const double most = risen_factor * known.usual;
+  known.risen_since = norm > most ? (known.risen_since >= 0.0 ? known.risen_since : step) : -1.0;
+  known.usual = usual_beta * known.usual + (1.0 - usual_beta) * (norm < most ? norm : most);
 }
 
 // What one decision rests on and comes to. A device fills it in this order: judge; for AdaGC
-// adagc_coef of each tensor and weigh; veto. Then it learns: the window of seen norms, and if nothing
-// speaks against the step, adagc_coef again, the window of accepted norms and absorb.
+// adagc_coef of each tensor and weigh; veto. Then it learns: `remember` for each tensor, the window of
+// seen norms, and if nothing speaks against the step, the window of accepted norms and absorb.
 struct Judgement {
   double factor;  // undoes the scale of what was measured
   double norm;
@@ -237,13 +312,17 @@ struct Judgement {
   }
 };
 
+// `statistics` are changed where norms have found a new level.
 FASTGUARD_HOST_DEVICE inline Judgement judge(
-    const Policy& policy, const Statistics& statistics, const Quantiles& quantiles,
-    double total_norm, double unscale, bool loss_is_finite) {
+    const Policy& policy, Statistics& statistics, const Quantiles& quantiles, double total_norm,
+    double unscale, bool loss_is_finite) {
   Judgement judged{};
   judged.factor = unscale;
   judged.norm = total_norm * unscale;
-  judged.adaptive = adaptive_limit(policy, statistics, quantiles.accepted, judged.norm);
+  const double deviation =
+      find_new_level(policy, statistics, quantiles.seen_median, judged.norm);
+  judged.adaptive =
+      adaptive_limit(policy, statistics, deviation, quantiles.accepted, judged.norm);
   judged.warm = statistics.accepted >= policy.warmup;
   const double capped = judged.adaptive < policy.max_norm ? judged.adaptive : policy.max_norm;
   judged.limit = policy.threshold == Threshold::adagc && judged.warm ? INFINITY : capped;
@@ -265,6 +344,18 @@ FASTGUARD_HOST_DEVICE inline void weigh(Judgement& judged, double smallest, doub
 FASTGUARD_HOST_DEVICE inline void veto(Judgement& judged) {
   if (judged.applied > largest_applied && !judged.skipped()) {
     judged.decision = {1.0, Verdict::skip_outlier};
+  }
+}
+
+// All that is learnt of one tensor, whose norm is given and, for AdaGC, its coefficient.
+FASTGUARD_HOST_DEVICE inline void remember(
+    const Policy& policy, const Judgement& judged, double norm, double coef, double step,
+    TensorStatistics& known) {
+  if (policy.threshold == Threshold::adagc && !judged.skipped()) {
+    adagc_absorb(policy, judged.warm, norm, coef, step, known);
+  }
+  if (judged.says) {
+    see(norm, step, known);
   }
 }
 

@@ -11,19 +11,20 @@ STABLE_TORCH_LIBRARY(fastguard, m) {
   m.def("decide(Tensor total_norm, float max_norm, float skip_norm) -> (Tensor, Tensor)");
 
   // The same with what is remembered of earlier norms, which it updates: statistics f64 (4,) as struct
-  // Statistics, windows of W norms -> grad_coef f64 () or (N,), verdict i64 (), record f64 (6,)
+  // Statistics, windows of W norms, per_tensor f64 (4, N) as struct TensorStatistics, or (4, 0)
+  // -> grad_coef f64 () or (N,), verdict i64 (), record f64 (6,)
   m.def(
       "guard_decide_(Tensor total_norm, Tensor norms, Tensor? unscale, Tensor? loss, "
       "Tensor(a!) statistics, Tensor(b!) seen_norms, Tensor(c!) accepted_norms, "
-      "Tensor(d!) ema_norms, int threshold, float max_norm, float skip_norm, float[] options) -> "
-      "(Tensor, Tensor, Tensor)");
+      "Tensor(d!) per_tensor, int step, int threshold, float max_norm, float skip_norm, "
+      "float[] options) -> (Tensor, Tensor, Tensor)");
 
   // Both in one, in one launch on CUDA, and the GradScaler's update (growth: growth factor, backoff
   // factor, growth interval) -> the results of both
   m.def(
       "grad_norm_decide_(Tensor[] grads, Tensor? unscale, Tensor? loss, Tensor(a!) statistics, "
-      "Tensor(b!) seen_norms, Tensor(c!) accepted_norms, Tensor(d!) ema_norms, int threshold, "
-      "float max_norm, float skip_norm, float[] options, Tensor(e!)? scale, "
+      "Tensor(b!) seen_norms, Tensor(c!) accepted_norms, Tensor(d!) per_tensor, int step, "
+      "int threshold, float max_norm, float skip_norm, float[] options, Tensor(e!)? scale, "
       "Tensor(f!)? growth_tracker, float[] growth) -> "
       "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
 

@@ -14,7 +14,7 @@ WINDOW = 128  # norms whose median says what is usual; llm.c's and OLMo-core's w
 
 def fresh_statistics(device: torch.device) -> ops.Statistics:
     zeros = lambda n: torch.zeros(n, dtype=torch.float64, device=device)  # noqa: E731
-    return ops.Statistics(zeros(4), zeros(WINDOW), zeros(WINDOW), zeros(0))
+    return ops.Statistics(zeros(4), zeros(WINDOW), zeros(WINDOW), zeros(0).view(4, 0))
 
 
 def as_plain(known: ops.Statistics) -> dict:

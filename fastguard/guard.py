@@ -48,6 +48,7 @@ from .step_report import (
     log_skip,
 )
 from .step_warnings import StepWarnings
+from .tensor_norms import TensorNorms
 from .thresholds import Fixed, Kind, Threshold
 
 _VERSION = 2  # of the state dict; 1, which had none, knew the accepted norms only
@@ -182,7 +183,7 @@ class GradGuard:
         device = self._watched.parameters[0].device
         self._statistics = fresh_statistics(device)
         self._micro_statistics = fresh_statistics(device)  # of what accumulate judges
-        self._ema_norms: dict[str, Tensor] = {}  # of the parameters that had a gradient yet
+        self._tensor_norms = TensorNorms()  # whose the columns of statistics.per_tensor are
         self._window: Window | None = None
         self._pending: deque[PendingReport] = deque()
         self._reports: deque[StepReport] = deque(maxlen=1000)  # for poll to return
@@ -339,7 +340,8 @@ class GradGuard:
         in_one = self._in_one_call and window is None and scaled.found_inf is None
         in_one = in_one and update_scaler and grads and not self._batches_to_skip
         scaling = scaling_of(scaler, device, optimizers) if in_one else None
-        before = self._statistics.copy(), self._ema_norms, copy_of(scaling)
+        self._statistics = self._statistics_of(names, device)
+        before, scaling_before = self._statistics.copy(), copy_of(scaling)
         measured, decision = self._judge(names, grads, scaled.reject(unscale), loss, scaling)
 
         try:
@@ -349,8 +351,8 @@ class GradGuard:
                     given = decision if window is None else window.hand_over(each, grads, decision)
                     step_optimizer(each, grads, given, own_step)
         except BaseException:
-            self._statistics, self._ema_norms = before[:2]
-            restore(scaling, before[2])
+            self._statistics = before
+            restore(scaling, scaling_before)
             intact = all(map(reads_decision, optimizers)) and not self._replicated
             self._window = window if intact else None
             raise
@@ -372,6 +374,7 @@ class GradGuard:
             self._watched.attention_stats(), scaled,
             loss_counts=loss is not None or self._ranks is not None,
             all_overflowed=None if window is None else window.all_overflowed,
+            per_tensor=before.per_tensor,
         )  # fmt: skip
         self._steps += 1
         self._pending.append(report)
@@ -628,24 +631,16 @@ class GradGuard:
             bad = scalar(math.nan, (grads or self._watched.parameters)[0].device)
             measured, *_ = self._measured(names, grads, unscale, bad)
             return measured, discarded(measured, unscale, loss)
-        threshold = Fixed() if micro_batch else self.threshold
-        known = self._micro_statistics if micro_batch else self._statistics
-        known = self._known(known, names, threshold, grads[0].device if grads else None)
-        rules = (known, threshold, self.max_norm, self.skip_norm)
+        threshold, known = self.threshold, self._statistics
+        if micro_batch:
+            threshold, known = Fixed(), _on(self._micro_statistics, grads[0].device)
+            self._micro_statistics = known
+        rules = (known, self._steps, threshold, self.max_norm, self.skip_norm)
         if self._in_one_call or alone:
             given = (unscale, loss, *rules, scaling)
-            judged = _of_any_kind(ops.grad_norm_decide_, names, grads, *given)
-        else:
-            measured, *given = self._measured(names, grads, unscale, loss)
-            judged = measured, ops.guard_decide_(measured, *given, *rules)
-        if micro_batch:
-            self._micro_statistics = known
-        else:
-            self._statistics = known
-        if threshold.kind is Kind.ADAGC:
-            learnt = dict(zip(names, known.ema_norms.unbind(), strict=True))
-            self._ema_norms = self._ema_norms | learnt
-        return judged
+            return _of_any_kind(ops.grad_norm_decide_, names, grads, *given)
+        measured, *given = self._measured(names, grads, unscale, loss)
+        return measured, ops.guard_decide_(measured, *given, *rules)
 
     def _measured(self, names: list[str], grads: list[Tensor], unscale, loss):
         """The norms; and ``unscale`` and ``loss``, where ranks train together those of all."""
@@ -655,18 +650,12 @@ class GradGuard:
         measured = _of_any_kind(measure, names, local_parts(grads))
         return self._ranks.agree(measured, unscale, loss)
 
-    def _known(self, known, names, threshold: Threshold, device: torch.device | None):
-        """The statistics of these gradients, on their device."""
-        device = known.numbers.device if device is None else device
-        if known.numbers.is_meta and device.type != "meta":  # the guard came before to_empty
-            known = fresh_statistics(device)
-        elif known.numbers.device != device:
-            known = ops.Statistics(*(t.to(device) for t in known))
-        if threshold.kind is Kind.ADAGC:
-            unseen = torch.full((), math.inf, dtype=torch.float64, device=device)
-            ema_norms = [self._ema_norms.get(name, unseen).to(device) for name in names]
-            known = known._replace(ema_norms=torch.stack(ema_norms) if names else unseen[None][:0])
-        return known
+    def _statistics_of(self, names: list[str], device: torch.device) -> ops.Statistics:
+        """The statistics with the columns of these gradients, on their device."""
+        if self._statistics.numbers.is_meta and device.type != "meta":
+            self._tensor_norms = TensorNorms()
+        known = _on(self._statistics, device)
+        return known._replace(per_tensor=self._tensor_norms.select(known.per_tensor, names))
 
     # --- what the host learns ---------------------------------------------------------------------
 
@@ -732,7 +721,7 @@ class GradGuard:
         own = {
             "statistics": self._statistics.copy(),
             "micro_statistics": self._micro_statistics.copy(),
-            "ema_norms": {name: norm.clone() for name, norm in self._ema_norms.items()},
+            "tensor_norms": self._tensor_norms.copy(),
             "buffers": self._buffers.copy(),
         }
         self._snapshots.take(self._steps, self._watched.parameters, *self._stepped, own)
@@ -746,7 +735,7 @@ class GradGuard:
         own = self._snapshots.restore(self._steps, self.lr_factor)
         self._statistics = own["statistics"]
         self._micro_statistics = own["micro_statistics"]
-        self._ema_norms = own["ema_norms"]
+        self._tensor_norms = own["tensor_norms"]
         self._buffers = own["buffers"]
         self._buffers.restore()
         self._window = None
@@ -773,16 +762,12 @@ class GradGuard:
             "threshold": self.threshold.kind.name.lower(),
             "statistics": as_plain(self._statistics),
             "micro_statistics": as_plain(self._micro_statistics),
-            "ema_norms": self._seen_norms(),
+            **self._tensor_norms.as_plain(self._statistics.per_tensor),
             "budget": self._budget.state_dict(),
             "batches_to_skip": self._batches_to_skip,
             "lr_backoffs": self._rate.backoffs,
             "lr_growth_tracker": self._rate.tracker,
         }
-
-    def _seen_norms(self) -> dict[str, float]:
-        norms = {name: norm.item() for name, norm in self._ema_norms.items()}
-        return {name: norm for name, norm in norms.items() if norm < math.inf}
 
     def load_state_dict(self, state: dict) -> None:
         """Go on as the guard did whose :meth:`state_dict` this is.
@@ -799,8 +784,13 @@ class GradGuard:
             other = Kind[state["threshold"].upper()] is not self.threshold.kind
             known = from_plain(state["statistics"], device, other)  # only ZClip keeps moments
             micro = from_plain(state["micro_statistics"], device, False)
-            ema_norms = {name: float(norm) for name, norm in state["ema_norms"].items()}
-            if state["threshold"] == "adagc" and not ema_norms and any(known.accepted_norms):
+            renamed = self._watched.by_current_names
+            tensor_norms = TensorNorms.from_plain(state, device, renamed)
+            if (
+                state["threshold"] == "adagc"
+                and not state["ema_norms"]
+                and any(known.accepted_norms)
+            ):
                 raise ValueError(
                     "AdaGC accepted steps, but the norms by parameter are gone, as where torch."
                     "distributed.checkpoint loads into a fresh guard: save "
@@ -812,16 +802,14 @@ class GradGuard:
                 int(state.get("lr_backoffs", 0)),
                 int(state.get("lr_growth_tracker", 0)),
             )
-            numbers = (*ema_norms.values(), steps, to_skip, rate.backoffs, rate.tracker)
-            if not all(0 <= number < math.inf for number in numbers):
-                raise ValueError("a number is negative or not finite")
+            if min(steps, to_skip, rate.backoffs, rate.tracker) < 0:
+                raise ValueError("a number of steps is negative or not finite")
             budget = Budget(self.patience)
             budget.load_state_dict(state["budget"])
         except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
             raise ValueError(f"this is no state of a GradGuard: {error!r}") from error
         self._statistics, self._micro_statistics, self._budget = known, micro, budget
-        ema_norms = self._watched.by_current_names(ema_norms)
-        self._ema_norms = {name: known.numbers.new_tensor(norm) for name, norm in ema_norms.items()}
+        self._tensor_norms = tensor_norms
         self._steps, self._batches_to_skip, self._window = steps, to_skip, None
         self._rate = rate
         self._pending.clear()
@@ -911,6 +899,14 @@ class GradGuard:
             if part not in self._listening:
                 self._listening.add(part)
                 part.register_load_state_dict_post_hook(OnLoad(self._on_load))
+
+
+def _on(known: ops.Statistics, device: torch.device) -> ops.Statistics:
+    if known.numbers.is_meta and device.type != "meta":  # the guard came before to_empty
+        return fresh_statistics(device)
+    if known.numbers.device == device:
+        return known
+    return ops.Statistics(*(tensor.to(device) for tensor in known))
 
 
 def _of_any_kind(measure, names: list[str], grads: list[Tensor], *args):

@@ -24,6 +24,14 @@ OUTLIER_AFTER = 16
 #: An outlier is above ``skip_norm`` and above this many times the median of the last norms seen.
 OUTLIER_FACTOR = 4.0
 
+#: Of the norm of each tensor: the factor of its moving average, and above what multiple of that it
+#: has risen.
+USUAL_BETA = 0.98
+RISEN_FACTOR = 4.0
+
+#: Steps in a row clipped to less than half, after which AdaGC's average of a tensor restarts.
+ADAGC_RESTART_AFTER = 128
+
 #: The largest norm that is let through, after clipping: beyond, fp32 second moments overflow.
 LARGEST_APPLIED = 1e18
 
@@ -233,9 +241,32 @@ class Statistics(NamedTuple):
     seen_norms: Tensor
     #: The last W norms accepted, likewise. RunningMedian and AutoClip learn from them.
     accepted_norms: Tensor
-    #: Moving average of the norm of each of N gradients (AdaGC), float64, shape (N,); inf where
-    #: none was seen. Empty for the other thresholds.
-    ema_norms: Tensor
+    #: Of each of N gradients the four numbers below, float64, shape (4, N); or (4, 0), where
+    #: nothing of that kind is to be remembered.
+    per_tensor: Tensor
+
+    @property
+    def ema_norms(self) -> Tensor:
+        """AdaGC's moving average of each norm, as clipped; inf where there is none yet."""
+        return self.per_tensor[0]
+
+    @property
+    def clipped_since(self) -> Tensor:
+        """The step since which AdaGC has clipped it to less than half; -1 where it has not."""
+        return self.per_tensor[1]
+
+    @property
+    def usual_norms(self) -> Tensor:
+        """A moving average (factor 0.98) of each norm, skipped steps included; inf where unseen.
+
+        At most 4 times the present value gets in, so one spike raises it by 6 %.
+        """
+        return self.per_tensor[2]
+
+    @property
+    def risen_since(self) -> Tensor:
+        """The step since which the norm is above 4 times its usual one; -1 where it is not."""
+        return self.per_tensor[3]
 
     @property
     def seen(self) -> Tensor:
@@ -254,8 +285,9 @@ class Statistics(NamedTuple):
         return self.numbers[3]
 
     def copy(self) -> "Statistics":
-        sizes = [len(tensor) for tensor in self]
-        return Statistics(*torch.cat(self).split(sizes))  # one launch
+        flat = [*self[:-1], self.per_tensor.view(-1)]
+        *copies, per_tensor = torch.cat(flat).split([len(tensor) for tensor in flat])  # one launch
+        return Statistics(*copies, per_tensor.view_as(self.per_tensor))
 
 
 class GuardDecision(NamedTuple):
@@ -278,6 +310,7 @@ def guard_decide_(
     unscale: Tensor | None,
     loss: Tensor | None,
     statistics: Statistics,
+    step: int,
     threshold: Threshold,
     max_norm: float,
     skip_norm: float,
@@ -291,13 +324,16 @@ def guard_decide_(
         unscale: factor that turns the measured norms and gradients into the true ones, float64,
             shape (); None for 1.
         loss: float64, shape (); a NaN or Inf is a verdict by itself. None if not known.
-        statistics: updated in place; by a finite norm whose step is skipped the seen norms only.
+        statistics: updated in place; by a finite norm whose step is skipped only the seen norms
+            and the usual ones.
+        step: the number of this step, for ``clipped_since`` and ``risen_since``.
 
     Raises:
-        RuntimeError: a tensor of another dtype or shape, or an AdaGC without N ``ema_norms``.
+        RuntimeError: a tensor of another dtype or shape, or an AdaGC with a ``per_tensor`` that has
+            no columns.
     """
-    args = (measured.total_norm, measured.norms, unscale, loss, *statistics, int(threshold.kind))
-    args += (max_norm, skip_norm, threshold.options)
+    args = (measured.total_norm, measured.norms, unscale, loss, *statistics, step)
+    args += (int(threshold.kind), max_norm, skip_norm, threshold.options)
     if _has_kernel(measured.total_norm):
         found = torch.ops.fastguard.guard_decide_.default(*args)
         torch.autograd.graph.increment_version(statistics)
@@ -313,7 +349,8 @@ def guard_decide_ref_(
     numbers: Tensor,
     seen_norms: Tensor,
     accepted_norms: Tensor,
-    ema_norms: Tensor,
+    per_tensor: Tensor,
+    step: int,
     threshold: int,
     max_norm: float,
     skip_norm: float,
@@ -321,21 +358,24 @@ def guard_decide_ref_(
 ) -> GuardDecision:
     """The operator behind :func:`guard_decide_` in plain torch: branches become ``where``."""
     kind = Kind(threshold)
-    if kind is Kind.ADAGC and len(ema_norms) != len(norms):
+    columns = [len(norms)] if kind is Kind.ADAGC else [len(norms), 0]
+    if len(per_tensor) != 4 or per_tensor.shape[1] not in columns:
         raise RuntimeError(
-            f"guard_decide_: AdaGC needs one ema_norm for each of the {len(norms)} gradients; got "
-            f"{len(ema_norms)}"
+            f"guard_decide_: per_tensor must have 4 rows and a column for each of the {len(norms)} "
+            f"gradients, or none without AdaGC; got shape {tuple(per_tensor.shape)}"
         )
     a, b, warmup = options
-    known = Statistics(numbers.clone(), seen_norms, accepted_norms, ema_norms)
+    known = Statistics(numbers.clone(), seen_norms, accepted_norms, per_tensor)
     factor = torch.ones_like(total_norm) if unscale is None else unscale
-    norm = total_norm * factor
+    norm, each = total_norm * factor, norms * factor
     warm = known.accepted >= warmup
+    if kind is Kind.ZCLIP:
+        deviation = _find_new_level(known, norm, a, warm)
 
     adaptive = torch.full_like(norm, math.inf)
     if kind is Kind.ZCLIP:
         above = norm - known.mean
-        spike = above > a * known.variance.sqrt()
+        spike = above > a * deviation
         adaptive = torch.where(spike, known.mean + a * a * known.variance / above, adaptive)
     elif kind is Kind.RUNNING_MEDIAN:
         adaptive = a * _quantile(accepted_norms, known.accepted, 0.5)
@@ -357,11 +397,12 @@ def guard_decide_ref_(
     skip = verdict >= int(Verdict.SKIP_NONFINITE)
     coefs, applied = coef, norm * coef
     if kind is Kind.ADAGC:
-        each = norms * factor
-        seen = warm & ema_norms.isfinite()
+        restarts = _adagc_restarts(known, step)
+        average = torch.where(restarts, known.usual_norms, known.ema_norms)
+        has_average = warm & (known.ema_norms < math.inf)
         alone = torch.where(warm, (max_norm / (each + 1e-6)).clamp(max=1), coef)
-        ratio = a * ema_norms / each
-        coefs = torch.where(seen, torch.where(ratio < 1, ratio, 1.0), alone)
+        ratio = a * average / each
+        coefs = torch.where(has_average, torch.where(ratio < 1, ratio, 1.0), alone)
         coefs = torch.where(skip | (each == 0), 1.0, coefs)
         if len(norms):
             coef, applied = coefs.amin(), (coefs * each).amax()
@@ -372,10 +413,20 @@ def guard_decide_ref_(
     coef = torch.where(skip, 1.0, coef)
     if kind is Kind.ADAGC:
         clipped = coefs * each
-        ema = torch.where(seen, b * ema_norms + (1 - b) * clipped, ema_norms.minimum(clipped))
-        ema_norms.copy_(torch.where(~skip & (each > 0), ema, ema_norms))
+        smallest = torch.where(clipped < known.ema_norms, clipped, known.ema_norms)
+        ema = torch.where(has_average, b * average + (1 - b) * clipped, smallest)
+        goes_on = (known.clipped_since >= 0) & ~restarts
+        since = torch.where(goes_on, known.clipped_since, float(step))
+        since = torch.where(coefs < 0.5, since, -1.0)
+        learns = ~skip & (each != 0)
+        known.ema_norms.copy_(torch.where(learns, ema, known.ema_norms))
+        known.clipped_since.copy_(
+            torch.where(learns & has_average, since, known.clipped_since)
+        )
     sees = finite & (norm > 0)
     accepts = sees & ~skip
+    if per_tensor.numel():
+        _see_each(known, each, step, sees)
     if kind is Kind.ZCLIP:
         updated = _zclip_moments(known, norm.minimum(adaptive), norm, b, warmup)
         numbers[2:].copy_(torch.where(accepts, updated, numbers[2:]))
@@ -386,6 +437,40 @@ def guard_decide_ref_(
     loss = torch.full_like(norm, math.nan) if loss is None else loss
     record = [verdict.double(), coef, norm, limit, loss, skip_above]
     return GuardDecision(grad_coef, verdict, torch.stack(record))
+
+
+def _find_new_level(known: Statistics, norm: Tensor, z: float, warm: Tensor) -> Tensor:
+    """Restart ZClip's moments where this norm and the median of the last are both spikes.
+
+    Returns the deviation.
+    """
+    median = _quantile(known.seen_norms, known.seen, 0.5)
+    deviation = known.variance.sqrt()
+    spike = known.mean + z * deviation
+    found = warm & (known.accepted >= 1) & (known.seen >= OUTLIER_AFTER)
+    found = found & (norm > spike) & (median > spike)
+    moved = median - known.mean
+    moments = torch.stack([median, moved.square()])
+    known.numbers[2:].copy_(torch.where(found, moments, known.numbers[2:]))
+    return torch.where(found, moved, deviation)
+
+
+def _adagc_restarts(known: Statistics, step: int) -> Tensor:
+    """Where AdaGC has clipped to less than half for so long that its average is out of date."""
+    long = (known.clipped_since >= 0) & (step - known.clipped_since >= ADAGC_RESTART_AFTER)
+    return long & (known.usual_norms < math.inf) & (known.usual_norms > known.ema_norms)
+
+
+def _see_each(known: Statistics, norms: Tensor, step: int, sees: Tensor) -> None:
+    """Take the norm of each tensor into its usual norm."""
+    usual, most = known.usual_norms, RISEN_FACTOR * known.usual_norms
+    since = torch.where(known.risen_since >= 0, known.risen_since, float(step))
+    since = torch.where(norms > most, since, -1.0)
+    average = USUAL_BETA * usual + (1 - USUAL_BETA) * torch.where(norms < most, norms, most)
+    sees = sees & (norms != 0)
+    first = ~(usual < math.inf)
+    known.risen_since.copy_(torch.where(sees & ~first, since, known.risen_since))
+    usual.copy_(torch.where(sees, torch.where(first, norms, average), usual))
 
 
 def outlier_above(statistics: Statistics, skip_norm: float) -> Tensor:
@@ -439,7 +524,7 @@ def _zclip_moments(known: Statistics, clipped: Tensor, norm: Tensor, alpha: floa
 
 
 def _fake_guard_decide_(
-    total_norm, norms, unscale, loss, numbers, seen_norms, accepted_norms, ema_norms, threshold, *_
+    total_norm, norms, unscale, loss, numbers, seen, accepted, per_tensor, step, threshold, *_
 ):
     shape = norms.shape if threshold == Kind.ADAGC else ()
     return (
@@ -470,6 +555,7 @@ def grad_norm_decide_(
     unscale: Tensor | None,
     loss: Tensor | None,
     statistics: Statistics,
+    step: int,
     threshold: Threshold,
     max_norm: float,
     skip_norm: float,
@@ -481,7 +567,7 @@ def grad_norm_decide_(
         scaling: updated in place as by ``GradScaler.update``: a norm that is not finite, as it was
             measured, multiplies the scale by ``backoff_factor``; ``growth_interval`` finite ones in
             a row by ``growth_factor``.
-        grads, unscale, loss, statistics, threshold, max_norm, skip_norm: as for those two.
+        grads, unscale, loss, statistics, step, threshold, max_norm, skip_norm: as for those two.
 
     Raises:
         RuntimeError: what those two raise; nothing is written then.
@@ -490,7 +576,7 @@ def grad_norm_decide_(
     state, growth = (None, None), (0.0, 0.0, 0.0)
     if scaling is not None:
         state, growth = scaling[:2], scaling[2:]
-    args = (unscale, loss, *statistics, int(threshold.kind), max_norm, skip_norm)
+    args = (unscale, loss, *statistics, step, int(threshold.kind), max_norm, skip_norm)
     args += (threshold.options, *state, growth)
     if grads and _has_kernel(grads[0]):
         found = torch.ops.fastguard.grad_norm_decide_.default(grads, *args)
@@ -508,7 +594,8 @@ def grad_norm_decide_ref_(
     numbers: Tensor,
     seen_norms: Tensor,
     accepted_norms: Tensor,
-    ema_norms: Tensor,
+    per_tensor: Tensor,
+    step: int,
     threshold: int,
     max_norm: float,
     skip_norm: float,
@@ -520,9 +607,9 @@ def grad_norm_decide_ref_(
     """The operator behind :func:`grad_norm_decide_` in plain torch."""
     measured = grad_norm_ref(grads, numbers.device)
     total_norm, norms, _ = measured
-    known = (numbers, seen_norms, accepted_norms, ema_norms)
+    known = (numbers, seen_norms, accepted_norms, per_tensor)
     decided = guard_decide_ref_(
-        *(total_norm, norms, unscale, loss, *known, threshold, max_norm, skip_norm, options)
+        *(total_norm, norms, unscale, loss, *known, step, threshold, max_norm, skip_norm, options)
     )
     if scale is not None:
         growth_factor, backoff_factor, interval = growth

@@ -13,10 +13,12 @@ from torch import Tensor
 
 from .attention import AttentionStats
 from .grad_scaler import NOT_SCALED, LossScale
-from .ops import LARGEST_APPLIED, GradNorm, Verdict
+from .ops import LARGEST_APPLIED, RISEN_FACTOR, GradNorm, Verdict
 from .scale_search import is_search
 
 logger = logging.getLogger(__name__)
+
+MOST_RISEN = 5  # parameters that a report names
 
 _MAX_FILES = 100  # of one guard: a run that skips every other batch must not fill the disk
 
@@ -40,6 +42,22 @@ class Offender:
         if self.first_index < 0:
             return f"{self.name}, on another rank"
         return f"{self.name}[{self.first_index}]"
+
+
+class Risen(NamedTuple):
+    """A parameter whose gradient is far larger than it usually is."""
+
+    name: str
+    #: L2 norm before clipping, after unscaling.
+    norm: float
+    #: What it was on average in the steps before.
+    usual_norm: float
+    #: The first step of those in a row, up to the present one, that had such norms.
+    since_step: int
+
+    @property
+    def ratio(self) -> float:
+        return self.norm / self.usual_norm
 
 
 class Stretch(NamedTuple):
@@ -165,6 +183,7 @@ class PendingReport:
         micro_batch: int | None = None,
         loss_counts: bool | None = None,
         all_overflowed: Tensor | None = None,
+        per_tensor: Tensor | None = None,
     ):
         self.step = step
         self.batch_id = batch_id
@@ -176,6 +195,7 @@ class PendingReport:
         self._unscale = unscale
         self._loss_given = loss is not None
         self._loss_counts = self._loss_given if loss_counts is None else loss_counts
+        self._per_tensor = per_tensor  # the statistics' before this step
         self._micro_batch = micro_batch
         self._names = names
         self._micro_batches = tuple(micro_batches)
@@ -222,6 +242,23 @@ class PendingReport:
         norms = self._measured.norms
         norms = norms if self._unscale is None else norms * self._unscale
         return dict(zip(self._names, norms.tolist(), strict=True))
+
+    def risen(self) -> list[Risen]:
+        """The parameters whose norm rose most above their own usual one, at most 5.
+
+        These are above 4 times their usual norm: the average over earlier steps, with factor 0.98,
+        of which a single spike is 6 % at most. Empty of a micro-batch, and of a step with a NaN or
+        Inf only the finite norms count. Waits for the device.
+        """
+        if self._per_tensor is None:
+            return []
+        _, _, usual, since = self._per_tensor.tolist()
+        risen = [
+            Risen(name, norm, usual, self.step if since < 0 else int(since))
+            for (name, norm), usual, since in zip(self.norms().items(), usual, since, strict=True)
+            if math.isfinite(norm) and norm > RISEN_FACTOR * usual
+        ]
+        return sorted(risen, key=lambda each: each.ratio, reverse=True)[:MOST_RISEN]
 
     def attention(self) -> dict[str, dict[str, list[float]]]:
         """What `ClampedMultiheadAttention(record_stats=True)` saw in this step's last forward.

@@ -2,7 +2,9 @@
 
 ``max_norm`` always caps the learnt threshold, and holds alone until ``warmup`` norms were accepted.
 Each threshold learns from accepted steps only: one NaN in the statistics would end ZClip's and
-AutoClip's clipping for the rest of a run. The arithmetic is in csrc/decide.h, for every device.
+AutoClip's clipping for the rest of a run. ZClip and AdaGC learn from norms as they clipped them; so
+that they find a level to which norms have risen for good, each restarts, which their papers do not
+have. The arithmetic is in csrc/decide.h, for every device.
 """
 
 import dataclasses
@@ -60,6 +62,12 @@ class ZClip(Threshold):
     Down to ``mean + z * deviation * (z / z_of_the_norm)``: the larger the spike, the nearer to the
     mean. Mean and variance are those of the first ``warmup`` norms, from there exponential moving
     averages with factor ``alpha``, of norms as clipped by this threshold.
+
+    As published, it never finds a level that is well above the old one: after norms rise from 0.1
+    to 1.0, it clips to 6 % for ever, since the mean takes in the clipped norms. Here the moments
+    restart where the present norm and the median of the last 128 norms seen both lie above ``z``
+    deviations: the mean becomes the median, and the deviation the distance between the two. With a
+    full window that is after 65 steps at the new level; a shorter row of spikes changes nothing.
 
     Source: Kumar, Owen, Chowdhury, Güra, "ZClip: Adaptive Spike Mitigation for LLM Pre-Training",
     arXiv 2504.02507.
@@ -136,6 +144,11 @@ class AdaGC(Threshold):
     The average has factor ``beta`` and takes in norms as clipped. During the ``warmup`` the global
     norm is clipped to ``max_norm`` and the average is the smallest norm so far; after it
     ``max_norm`` plays no part.
+
+    As published, the average of a norm that has risen for good follows by 0.1 % a step, so a factor
+    of 10 takes 2300 steps. Here it restarts at the parameter's usual norm (an average of its
+    unclipped norms, in which a single one counts no more than 4 times the average) once its
+    gradient was clipped to less than half in 128 steps in a row.
 
     Source: Wang et al., "AdaGC: Improving Training Stability for Large Language Model
     Pretraining", arXiv 2502.11034.

@@ -1,6 +1,7 @@
 """The operators of GradGuard: the decision with its statistics, buffers and micro-batches."""
 
 import math
+import random
 import statistics
 
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 
 from fastguard import ops
 from fastguard.ops import Verdict
+from fastguard.tensor_norms import unseen
 from fastguard.thresholds import AdaGC, AutoClip, Fixed, RunningMedian, ZClip
 
 from .drawn import DTYPES, gradients
@@ -32,7 +34,7 @@ def double(value):
 
 def fresh(window=128, n=3):
     zeros = [torch.zeros(size, dtype=torch.float64) for size in (4, window, window)]
-    return ops.Statistics(*zeros, torch.full((n,), math.inf, dtype=torch.float64))
+    return ops.Statistics(*zeros, unseen(n, "cpu"))
 
 
 def measured(*norms):
@@ -47,15 +49,18 @@ def decide(
     max_norm=1.0,
     skip_norm=math.inf,
     function=ops.guard_decide_,
+    step=0,
     **scalars,
 ):
     unscale, loss = (double(scalars.get(name)) for name in ("unscale", "loss"))
-    return function(found, unscale, loss, known, threshold, max_norm, skip_norm)
+    return function(found, unscale, loss, known, step, threshold, max_norm, skip_norm)
 
 
-def decide_by_reference(found, known, threshold, max_norm=1.0, skip_norm=math.inf, **scalars):
+def decide_by_reference(
+    found, known, threshold, max_norm=1.0, skip_norm=math.inf, step=0, **scalars
+):
     unscale, loss = (double(scalars.get(name)) for name in ("unscale", "loss"))
-    rest = (threshold.kind, max_norm, skip_norm, threshold.options)
+    rest = (step, threshold.kind, max_norm, skip_norm, threshold.options)
     return ops.guard_decide_ref_(*found[:2], unscale, loss, *known, *rest)
 
 
@@ -86,15 +91,16 @@ def test_the_native_decision_is_that_of_the_reference(threshold, function, befor
     for known in (ours, reference):  # so that some steps are judged by a median
         for norm in before:
             decide_by_reference(measured(norm, 0.1, 0.0), known, threshold, 1.5, 8.0)
-    for *norms, unscale, loss in steps:
-        found, scalars = measured(*norms), {"unscale": unscale, "loss": loss}
+    for number, (*norms, unscale, loss) in enumerate(steps):
+        found = measured(*norms)
+        scalars = {"unscale": unscale, "loss": loss, "step": 40 * number}
         here = decide(found, ours, threshold, 1.5, 8.0, function, **scalars)
         same(
             (*here, *ours),
             (*decide_by_reference(found, reference, threshold, 1.5, 8.0, **scalars), *reference),
         )
         assert all(t.isfinite().all() for t in ours[:3])
-        assert not ours.ema_norms.isnan().any()
+        assert not ours.per_tensor.isnan().any()
 
 
 any_number = st.one_of(st.floats(), st.sampled_from([-1.0, 0.5, 15.5, 16.0, 1e300, math.nan]))
@@ -104,13 +110,14 @@ any_number = st.one_of(st.floats(), st.sampled_from([-1.0, 0.5, 15.5, 16.0, 1e30
 @given(
     st.lists(any_number, min_size=4, max_size=4),
     st.lists(any_number, min_size=14, max_size=14),
+    st.lists(any_number, min_size=4, max_size=4),
     st.lists(any_number, min_size=2, max_size=2),
     st.floats(0, 100),
 )
 @pytest.mark.parametrize("function", FUNCTIONS)
 @pytest.mark.parametrize("threshold", THRESHOLDS, ids=lambda t: type(t).__name__)
 def test_whatever_the_statistics_hold_nothing_is_read_or_written_beside_them(
-    threshold, function, numbers, norms, options, value
+    threshold, function, numbers, norms, columns, options, value
 ):
     """A count of -5 or 1e300, a quantile of 1e9: an index made of them must lie in the window.
 
@@ -122,13 +129,15 @@ def test_whatever_the_statistics_hold_nothing_is_read_or_written_beside_them(
         kind = threshold.kind
 
     Odd.options = [*options, 3.0]
-    block, there = (torch.full((40,), 77.0, dtype=torch.float64) for _ in range(2))
-    views = [ops.Statistics(b[4:8], b[12:19], b[24:31], b[34:35]) for b in (block, there)]
+    block, there = (torch.full((42,), 77.0, dtype=torch.float64) for _ in range(2))
+    views = [
+        ops.Statistics(b[4:8], b[12:19], b[24:31], b[34:38].view(4, 1)) for b in (block, there)
+    ]
     for known in views:
         known.numbers.copy_(double(numbers))
         known.seen_norms.copy_(double(norms[:7]))
         known.accepted_norms.copy_(double(norms[7:]))
-        known.ema_norms.fill_(0.5)
+        known.per_tensor.copy_(double(columns)[:, None])
     found = measured(value)
     here = decide(found, views[0], Odd, 1.5, 8.0, function)
     same((*here, block), (*decide_by_reference(found, views[1], Odd, 1.5, 8.0), there))
@@ -214,10 +223,96 @@ def test_no_threshold_learns_from_what_was_skipped(threshold):
             assert skipped.verdict == Verdict.SKIP_NONFINITE
         here, there = (decide(normal, known, threshold, skip_norm=5.0) for known in (clean, hit))
         assert_same_bits(bits(here[:2]), bits(there[:2]))
-    assert_same_bits(bits(clean[2:]), bits(hit[2:]))
+    assert_same_bits(bits([clean.accepted_norms]), bits([hit.accepted_norms]))
+    assert_same_bits(bits(clean.per_tensor[:2]), bits(hit.per_tensor[:2]))
     assert_same_bits(bits([clean.numbers[1:]]), bits([hit.numbers[1:]]))
     assert hit.seen == clean.seen + outliers == 60 + 13
     assert (hit.seen_norms == 1e30).sum() == outliers
+
+
+def coefficients(threshold, norms, max_norm=math.inf):
+    """What AdaGC lets through of the only tensor, at each of these norms."""
+    known = fresh(n=1)
+    decided = [
+        decide(measured(norm), known, threshold, max_norm, step=step)
+        for step, norm in enumerate(norms)
+    ]
+    return [decision.record[1].item() for decision in decided]
+
+
+@pytest.mark.parametrize("rise", [3.0, 10.0, 1000.0])
+def test_zclip_finds_a_level_to_which_norms_have_risen_for_good(rise):
+    """As published it clips to 6 % of a norm that is ten times the old ones, for ever."""
+    generator = torch.Generator().manual_seed(0)
+    noise = (0.1 * torch.randn(600, generator=generator)).exp().tolist()
+    level = [0.1] * 200 + [0.1 * rise] * 400
+    norms = [x * y for x, y in zip(noise, level, strict=True)]
+    found = limits(ZClip(), norms)
+    clipped = [norm > limit for norm, limit in zip(norms, found, strict=True)]
+    assert all(clipped[200:240])
+    assert sum(clipped[266:]) < 20  # the noise of the new level
+    # And the limit tightens around the new level.
+    assert limits(ZClip(), [*norms, 100 * rise])[-1] < 0.2 * rise
+
+
+@pytest.mark.parametrize("spikes", [1, 10])
+@pytest.mark.parametrize("threshold", [ZClip(), AdaGC()], ids=lambda t: type(t).__name__)
+def test_a_few_spikes_are_no_new_level(threshold, spikes):
+    norms = [0.1 + 0.001 * (i % 7) for i in range(300)]
+    spiked = [*norms[:200], *[50.0] * spikes, *norms[200:]]
+    if isinstance(threshold, ZClip):
+        after = limits(threshold, [*spiked, 50.0])[-1]
+    else:
+        after = 50.0 * coefficients(threshold, [*spiked, 50.0])[-1]
+    assert after < 0.2
+
+
+@pytest.mark.parametrize("rise", [3.0, 10.0, 100.0])
+def test_adagc_finds_a_level_to_which_a_norm_has_risen_for_good(rise):
+    found = coefficients(AdaGC(), [0.1] * 200 + [0.1 * rise] * 400)
+    assert found[199] == 1.0
+    assert found[200] == pytest.approx(1.05 / rise, rel=1e-3)
+    assert found[327] < 0.5  # as published: 0.1 % more with each step
+    assert min(found[329:]) > 0.85
+
+
+def test_adagc_restarts_only_after_steps_in_a_row():
+    """A tensor that is clipped in nine steps of ten keeps its average."""
+    norms = [0.1] * 200 + [0.1 if i % 10 == 0 else 1.0 for i in range(400)]
+    assert coefficients(AdaGC(), norms)[-1] < 0.2
+
+
+@pytest.mark.parametrize("threshold", THRESHOLDS, ids=lambda t: type(t).__name__)
+def test_the_usual_norm_of_each_tensor(threshold):
+    """Against Python: all thresholds keep it, and skipped steps count."""
+    known, usual, since = fresh(), [math.inf] * 3, [-1] * 3
+    rng = random.Random(0)
+    for step in range(200):
+        norms = [rng.lognormvariate(0, 0.3), 0.0 if step % 3 else 2.0, 0.01 * 1.2 ** (step % 60)]
+        if step in (50, 51, 52, 120):
+            norms[0] *= 1e4
+        loss = math.nan if step in (30, 51) else 1.0
+        decide(measured(*norms), known, threshold, 1.0, 5.0, loss=loss, step=step)
+        for i, norm in enumerate(norms):
+            if loss != 1.0 or norm == 0:
+                continue
+            if usual[i] == math.inf:
+                usual[i] = norm
+                continue
+            above = norm > 4 * usual[i]
+            since[i] = (step if since[i] < 0 else since[i]) if above else -1
+            usual[i] = 0.98 * usual[i] + 0.02 * min(norm, 4 * usual[i])
+        assert known.usual_norms.tolist() == pytest.approx(usual)
+        assert known.risen_since.tolist() == since
+        if step == 52:
+            assert since[0] == 50  # a step with a bad loss says nothing
+
+
+def test_tensors_are_not_remembered_where_there_are_no_columns():
+    known = fresh(n=0)
+    assert decide(measured(3.0, 4.0), known, Fixed()).verdict == Verdict.CLIP
+    assert known.per_tensor.shape == (4, 0)
+    assert known.seen == 1
 
 
 def test_the_coefficient_unscales_too():
@@ -236,7 +331,9 @@ def test_the_coefficient_unscales_too():
         {"known": fresh()._replace(numbers=torch.zeros(3, dtype=torch.float64))},
         {"known": fresh()._replace(seen_norms=torch.zeros(4, dtype=torch.float64))},
         {"known": fresh(window=0)},
-        {"known": fresh(n=2), "threshold": AdaGC()},
+        {"known": fresh(n=2)},
+        {"known": fresh(n=0), "threshold": AdaGC()},
+        {"known": fresh()._replace(per_tensor=torch.zeros(3, 3, dtype=torch.float64))},
     ],
 )
 @needs_kernel
@@ -407,14 +504,14 @@ SCALING = (torch.tensor([8.0]), torch.tensor([1], dtype=torch.int32), 2.0, 0.5, 
 def in_one(function, known, threshold, grads, **kwargs):
     scaling = ops.Scaling(*(t.clone() if isinstance(t, torch.Tensor) else t for t in SCALING))
     measured, decision = function(
-        grads, double(0.5), double(1.0), known, threshold, 1.0, 9.0, scaling=scaling, **kwargs
+        grads, double(0.5), double(1.0), known, 3, threshold, 1.0, 9.0, scaling=scaling, **kwargs
     )
     return (*measured, *decision, *known, *scaling[:2])
 
 
-def grad_norm_decide_ref_(grads, unscale, loss, known, threshold, *rest, scaling):
+def grad_norm_decide_ref_(grads, unscale, loss, known, step, threshold, *rest, scaling):
     found = ops.grad_norm_decide_ref_(
-        *(grads, unscale, loss, *known, int(threshold.kind), *rest, threshold.options),
+        *(grads, unscale, loss, *known, step, int(threshold.kind), *rest, threshold.options),
         *(*scaling[:2], scaling[2:]),
     )
     return found[:3], found[3:]
@@ -450,7 +547,7 @@ def test_the_scale_grows_and_shrinks_as_a_grad_scalers(function, scale):
     known = fresh(n=1)
     for bad in (0, 0, 0, 1, 0, 0, 1, 1, 0):
         grad = torch.tensor([math.inf if bad else 1.0])
-        function([grad], None, None, known, THRESHOLDS[0], 1.0, 9.0, scaling=ours)
+        function([grad], None, None, known, 0, THRESHOLDS[0], 1.0, 9.0, scaling=ours)
         found = {grad.device: torch.tensor(float(bad))}
         scaler._per_optimizer_states[0]["found_inf_per_device"] = found
         scaler.update()
@@ -462,7 +559,7 @@ def test_the_scale_grows_and_shrinks_as_a_grad_scalers(function, scale):
 def test_what_a_decision_writes_has_another_version_then(function):
     """scaler.scale(loss) keeps the scale for backward, and must not get another one silently."""
     known, scaling = fresh(n=1), ops.Scaling(torch.ones(1), SCALING[1].clone(), 2.0, 0.5, 1)
-    rest = (None, None, known, THRESHOLDS[0], 1.0, 9.0)
+    rest = (None, None, known, 0, THRESHOLDS[0], 1.0, 9.0)
     if function is ops.guard_decide_:
         function(measured(1.0), *rest)
     else:
@@ -474,15 +571,15 @@ def test_what_a_decision_writes_has_another_version_then(function):
 def test_no_gradients_are_decided_about_where_the_statistics_are():
     known = ops.Statistics(*(t.to("meta") for t in fresh(n=0)))
     scalars = (torch.zeros((), dtype=torch.float64, device="meta"), None)
-    found = ops.grad_norm_decide_([], *scalars, known, THRESHOLDS[0], 1.0, 9.0)
+    found = ops.grad_norm_decide_([], *scalars, known, 0, THRESHOLDS[0], 1.0, 9.0)
     assert {t.device.type for part in found for t in part} == {"meta"}
 
 
 @needs_kernel
 def test_measured_and_decided_in_one_refuses_before_it_writes():
-    known, grads = fresh(n=2), [torch.ones(2), torch.ones(2).int()]
+    known, grads = fresh(n=0), [torch.ones(2), torch.ones(2).int()]
     before = [t.clone() for t in known]
-    args = (None, None, known, THRESHOLDS[0], 1.0, 9.0)
+    args = (None, None, known, 0, THRESHOLDS[0], 1.0, 9.0)
     with pytest.raises(RuntimeError, match="tensor 1 has dtype"):
         ops.grad_norm_decide_(grads, *args)
     for scaling, message in (
@@ -496,7 +593,7 @@ def test_measured_and_decided_in_one_refuses_before_it_writes():
 
 @needs_kernel
 def test_opcheck_grad_norm_decide():
-    args = (double(0.5), double(1.0), *fresh(), int(THRESHOLDS[0].kind), 1.0, 5.0)
+    args = (double(0.5), double(1.0), *fresh(n=1), 0, int(THRESHOLDS[0].kind), 1.0, 5.0)
     torch.library.opcheck(
         torch.ops.fastguard.grad_norm_decide_.default,
         ([torch.ones(3)], *args, THRESHOLDS[0].options, *SCALING[:2], SCALING[2:]),
@@ -511,7 +608,7 @@ def test_opcheck_guard_decide(threshold):
         torch.library.opcheck(
             torch.ops.fastguard.guard_decide_.default,
             (
-                *(found.total_norm, found.norms, *scalars, *fresh(), int(threshold.kind)),
+                *(found.total_norm, found.norms, *scalars, *fresh(), 0, int(threshold.kind)),
                 *(1.0, 5.0, threshold.options),
             ),
         )

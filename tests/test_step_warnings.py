@@ -225,7 +225,7 @@ def test_a_learnt_threshold_that_is_stuck_below_a_new_level_says_so(threshold, w
     run(guard, parameters, [0.01] * 200)
     run(guard, parameters, [10.0] * 200, coefs)
     stuck = sum(coef < 0.01 for coef in coefs) > 64
-    assert stuck == (threshold.kind.name in ("ZCLIP", "ADAGC", "AUTOCLIP"))
+    assert stuck == (threshold.kind.name in ("ADAGC", "AUTOCLIP"))
     assert len(warnings()) == stuck
     if stuck:
         assert repr(threshold) in warnings()[0]

@@ -56,22 +56,42 @@ Quantiles quantiles_of(const Policy& policy, const Statistics& known, const Wind
 }
 
 void learn(
-    const Policy& policy, const Judgement& judged, const Windows& windows, double* statistics) {
+    const Policy& policy,
+    const Judgement& judged,
+    const Windows& windows,
+    Statistics known,
+    double* statistics) {
   if (!judged.says) {
     return;
   }
-  Statistics known = {statistics[0], statistics[1], statistics[2], statistics[3]};
   windows.seen[next_place(known.seen, windows.size)] = judged.norm;
-  known.seen += 1.0;
-  if (!judged.skipped()) {
-    windows.accepted[next_place(known.accepted, windows.size)] = judged.norm;
-    absorb(policy, known, judged.norm, judged.adaptive);
+  statistics[0] = known.seen + 1.0;
+  if (judged.skipped()) {
+    return;
   }
-  statistics[0] = known.seen;
+  windows.accepted[next_place(known.accepted, windows.size)] = judged.norm;
+  absorb(policy, known, judged.norm, judged.adaptive);
   statistics[1] = known.accepted;
   statistics[2] = known.mean;
   statistics[3] = known.variance;
 }
+
+// The columns of the tensor that remembers each tensor's norms; none where it has no columns.
+struct Columns {
+  double* data;
+  int64_t n;
+
+  TensorStatistics at(int64_t i) const {
+    return n == 0 ? TensorStatistics{INFINITY, -1.0, INFINITY, -1.0}
+                  : TensorStatistics{data[i], data[n + i], data[2 * n + i], data[3 * n + i]};
+  }
+  void set(int64_t i, const TensorStatistics& known) const {
+    data[i] = known.ema;
+    data[n + i] = known.clipped_since;
+    data[2 * n + i] = known.usual;
+    data[3 * n + i] = known.risen_since;
+  }
+};
 
 std::tuple<Tensor, Tensor, Tensor> guard_decide_cpu(
     const Tensor& total_norm,
@@ -81,7 +101,8 @@ std::tuple<Tensor, Tensor, Tensor> guard_decide_cpu(
     Tensor statistics,
     Tensor seen_norms,
     Tensor accepted_norms,
-    Tensor ema_norms,
+    Tensor per_tensor,
+    int64_t step,
     int64_t threshold,
     double max_norm,
     double skip_norm,
@@ -95,12 +116,12 @@ std::tuple<Tensor, Tensor, Tensor> guard_decide_cpu(
       statistics,
       seen_norms,
       accepted_norms,
-      ema_norms,
+      per_tensor,
       threshold,
       options);
   const Policy policy = policy_of(threshold, max_norm, skip_norm, options);
   double* const numbers = statistics.mutable_data_ptr<double>();
-  const Statistics known = {numbers[0], numbers[1], numbers[2], numbers[3]};
+  Statistics known = {numbers[0], numbers[1], numbers[2], numbers[3]};
   const Windows windows = {
       seen_norms.mutable_data_ptr<double>(),
       accepted_norms.mutable_data_ptr<double>(),
@@ -113,29 +134,30 @@ std::tuple<Tensor, Tensor, Tensor> guard_decide_cpu(
       *total_norm.const_data_ptr<double>(),
       value_or(unscale, 1.0),
       std::isfinite(known_loss));
-  const bool per_tensor = policy.threshold == Threshold::adagc;
+  const bool adagc = policy.threshold == Threshold::adagc;
+  const double now = static_cast<double>(step);
   Tensor grad_coef = torch::stable::empty(
-      per_tensor ? std::vector<int64_t>{norms.numel()} : std::vector<int64_t>{}, ScalarType::Double);
+      adagc ? std::vector<int64_t>{norms.numel()} : std::vector<int64_t>{}, ScalarType::Double);
   double* const coefs = grad_coef.mutable_data_ptr<double>();
   std::fill_n(coefs, grad_coef.numel(), judged.global_coef);
   const double* const each = norms.const_data_ptr<double>();
-  double* const ema = ema_norms.mutable_data_ptr<double>();
-  const auto adagc = [&](int64_t i, bool learn) {
-    return adagc_coef(policy, judged.warm, each[i] * judged.factor, judged.global_coef, ema[i], learn);
-  };
-  if (per_tensor && !judged.skipped()) {
+  const Columns columns = {per_tensor.mutable_data_ptr<double>(), per_tensor.size(1)};
+  if (adagc && !judged.skipped()) {
     double applied = 0.0;
     for (int64_t i = 0; i < norms.numel(); ++i) {
-      coefs[i] = adagc(i, false);
-      applied = std::max(applied, each[i] * judged.factor * coefs[i]);
+      const double norm = each[i] * judged.factor;
+      coefs[i] = adagc_coef(policy, judged.warm, norm, judged.global_coef, now, columns.at(i));
+      applied = std::max(applied, norm * coefs[i]);
     }
     weigh(judged, smallest(coefs, norms.numel()), applied);
   }
   veto(judged);
-  for (int64_t i = 0; per_tensor && !judged.skipped() && i < norms.numel(); ++i) {
-    adagc(i, true);
+  for (int64_t i = 0; i < columns.n; ++i) {
+    TensorStatistics of_tensor = columns.at(i);
+    remember(policy, judged, each[i] * judged.factor, coefs[adagc ? i : 0], now, of_tensor);
+    columns.set(i, of_tensor);
   }
-  learn(policy, judged, windows, numbers);
+  learn(policy, judged, windows, known, numbers);
   std::for_each(coefs, coefs + grad_coef.numel(), [&](double& coef) { coef = judged.grad_coef(coef); });
   Tensor verdict = torch::stable::empty({}, ScalarType::Long);
   *verdict.mutable_data_ptr<int64_t>() = static_cast<int64_t>(judged.decision.verdict);
@@ -157,7 +179,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> grad_norm_decide_cpu(
     Tensor statistics,
     Tensor seen_norms,
     Tensor accepted_norms,
-    Tensor ema_norms,
+    Tensor per_tensor,
+    int64_t step,
     int64_t threshold,
     double max_norm,
     double skip_norm,
@@ -168,7 +191,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> grad_norm_decide_cpu(
   constexpr const char* op = "grad_norm_decide_";
   const int64_t n = static_cast<int64_t>(grads.size());
   check_guard_decide(
-      op, n, unscale, loss, statistics, seen_norms, accepted_norms, ema_norms, threshold, options);
+      op, n, unscale, loss, statistics, seen_norms, accepted_norms, per_tensor, threshold, options);
   check_growth(op, scale, growth_tracker, growth);
   const auto [total_norm, norms, nonfinite] = grad_norm_cpu(grads);
   const auto [grad_coef, verdict, record] = guard_decide_cpu(
@@ -179,7 +202,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> grad_norm_decide_cpu(
       statistics,
       seen_norms,
       accepted_norms,
-      ema_norms,
+      per_tensor,
+      step,
       threshold,
       max_norm,
       skip_norm,

@@ -36,7 +36,8 @@ std::tuple<Tensor, Tensor, Tensor> guard_decide_cuda(
     const Tensor& statistics,
     const Tensor& seen_norms,
     const Tensor& accepted_norms,
-    const Tensor& ema_norms,
+    const Tensor& per_tensor,
+    int64_t step,
     int64_t threshold,
     double max_norm,
     double skip_norm,
@@ -51,7 +52,7 @@ std::tuple<Tensor, Tensor, Tensor> guard_decide_cuda(
       statistics,
       seen_norms,
       accepted_norms,
-      ema_norms,
+      per_tensor,
       threshold,
       options);
   const Stream on(total_norm);
@@ -65,7 +66,8 @@ std::tuple<Tensor, Tensor, Tensor> guard_decide_cuda(
       statistics,
       seen_norms,
       accepted_norms,
-      ema_norms,
+      per_tensor,
+      step,
       policy_of(threshold, max_norm, skip_norm, options),
       std::nullopt,
       std::nullopt,

@@ -5,7 +5,8 @@
 
 namespace fastguard {
 
-__global__ __launch_bounds__(threads) void guard_decide_kernel(
+// One block alone: it may have all the registers that it wants.
+__global__ __launch_bounds__(threads, 1) void guard_decide_kernel(
     Deciding deciding, const double* total_norm, const double* norms, int32_t n) {
   decide_in_block(deciding, load(total_norm), norms, n);
 }

@@ -35,7 +35,8 @@ inline Deciding deciding_of(
     const torch::stable::Tensor& statistics,
     const torch::stable::Tensor& seen_norms,
     const torch::stable::Tensor& accepted_norms,
-    const torch::stable::Tensor& ema_norms,
+    const torch::stable::Tensor& per_tensor,
+    int64_t step,
     const Policy& policy,
     const std::optional<torch::stable::Tensor>& scale,
     const std::optional<torch::stable::Tensor>& growth_tracker,
@@ -46,7 +47,7 @@ inline Deciding deciding_of(
   check_on(on, statistics, op, "statistics");
   check_on(on, seen_norms, op, "seen_norms");
   check_on(on, accepted_norms, op, "accepted_norms");
-  check_on(on, ema_norms, op, "ema_norms");
+  check_on(on, per_tensor, op, "per_tensor");
   check_on(on, scale, op, "scale");
   check_on(on, growth_tracker, op, "growth_tracker");
   return {
@@ -57,7 +58,9 @@ inline Deciding deciding_of(
       seen_norms.mutable_data_ptr<double>(),
       accepted_norms.mutable_data_ptr<double>(),
       seen_norms.numel(),
-      ema_norms.mutable_data_ptr<double>(),
+      per_tensor.mutable_data_ptr<double>(),
+      per_tensor.size(1),
+      static_cast<double>(step),
       data_or_null<float>(scale),
       data_or_null<int32_t>(growth_tracker),
       growth,

@@ -55,7 +55,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> grad_norm_decide_cuda
     const Tensor& statistics,
     const Tensor& seen_norms,
     const Tensor& accepted_norms,
-    const Tensor& ema_norms,
+    const Tensor& per_tensor,
+    int64_t step,
     int64_t threshold,
     double max_norm,
     double skip_norm,
@@ -66,7 +67,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> grad_norm_decide_cuda
   constexpr const char* op = "grad_norm_decide_";
   const int64_t n = static_cast<int64_t>(grads.size());
   check_guard_decide(
-      op, n, unscale, loss, statistics, seen_norms, accepted_norms, ema_norms, threshold, options);
+      op, n, unscale, loss, statistics, seen_norms, accepted_norms, per_tensor, threshold, options);
   check_growth(op, scale, growth_tracker, growth);
   const Stream on(statistics);
   const Decided decided(on, threshold, n);
@@ -78,7 +79,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> grad_norm_decide_cuda
       statistics,
       seen_norms,
       accepted_norms,
-      ema_norms,
+      per_tensor,
+      step,
       policy_of(threshold, max_norm, skip_norm, options),
       scale,
       growth_tracker,

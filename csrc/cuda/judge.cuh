@@ -15,7 +15,9 @@ struct Deciding {
   double* seen_norms;  // (window,)
   double* accepted_norms;  // (window,)
   int64_t window;
-  double* ema_norms;  // (n,), AdaGC's
+  double* per_tensor;  // (4, columns), as struct TensorStatistics
+  int64_t columns;  // n or 0
+  double step;
   // A GradScaler's, null where there is none.
   float* scale;
   int32_t* growth_tracker;
@@ -67,14 +69,23 @@ __device__ inline Quantiles quantiles_in_block(const Deciding& given, const Stat
       accepted == 0 ? 0.0 : chosen.between(found[2], found[3])};
 }
 
+__device__ inline TensorStatistics column(const Deciding& given, int64_t i) {
+  const double* const first = given.per_tensor + i;
+  return {
+      load(first),
+      load(first + given.columns),
+      load(first + 2 * given.columns),
+      load(first + 3 * given.columns)};
+}
+
 // AdaGC's coefficients, one for each of n tensors.
 __device__ inline void weigh_in_block(
     const Deciding& given, Judgement& judged, const double* norms, int n) {
   double smallest = 1.0, applied = 0.0;
   for (int i = threadIdx.x; within(i, n); i += threads) {
-    double ema = load(given.ema_norms + i);
     const double norm = load(norms + i) * judged.factor;
-    const double coef = adagc_coef(given.policy, judged.warm, norm, judged.global_coef, ema, false);
+    const double coef = adagc_coef(
+        given.policy, judged.warm, norm, judged.global_coef, given.step, column(given, i));
     smallest = coef < smallest ? coef : smallest;
     applied = norm * coef > applied ? norm * coef : applied;
   }
@@ -85,16 +96,25 @@ __device__ inline void weigh_in_block(
   weigh(judged, smallest, applied);
 }
 
-__device__ inline void write_coefs_in_block(
-    const Deciding& given, const Judgement& judged, const double* norms, int n) {
-  for (int i = threadIdx.x; within(i, n); i += threads) {
-    double ema = load(given.ema_norms + i);
+// What is learnt of each tensor, and AdaGC's coefficients. Each thread has its own columns.
+__device__ inline void remember_in_block(
+    const Deciding& given, const Judgement& judged, const double* norms) {
+  const bool adagc = given.policy.threshold == Threshold::adagc;
+  for (int64_t i = threadIdx.x; within(i, given.columns); i += threads) {
     const double norm = load(norms + i) * judged.factor;
-    const double coef = adagc_coef(given.policy, judged.warm, norm, judged.global_coef, ema, true);
-    store(given.grad_coef + i, judged.grad_coef(coef));
-    if (!judged.skipped()) {
-      store(given.ema_norms + i, ema);
+    double coef = 1.0;
+    if (adagc) {
+      coef = adagc_coef(
+          given.policy, judged.warm, norm, judged.global_coef, given.step, column(given, i));
+      store(given.grad_coef + i, judged.grad_coef(coef));
     }
+    TensorStatistics known = column(given, i);  // again: registers are few around a division
+    remember(given.policy, judged, norm, coef, given.step, known);
+    double* const first = given.per_tensor + i;
+    store(first, known.ema);
+    store(first + given.columns, known.clipped_since);
+    store(first + 2 * given.columns, known.usual);
+    store(first + 3 * given.columns, known.risen_since);
   }
 }
 
@@ -103,12 +123,12 @@ __device__ inline void learn(const Deciding& given, const Judgement& judged, Sta
     return;
   }
   store(given.seen_norms + next_place(known.seen, given.window), judged.norm);
-  known.seen += 1.0;
-  if (!judged.skipped()) {
-    store(given.accepted_norms + next_place(known.accepted, given.window), judged.norm);
-    absorb(given.policy, known, judged.norm, judged.adaptive);
+  store(given.statistics, known.seen + 1.0);
+  if (judged.skipped()) {
+    return;
   }
-  store(given.statistics, known.seen);
+  store(given.accepted_norms + next_place(known.accepted, given.window), judged.norm);
+  absorb(given.policy, known, judged.norm, judged.adaptive);
   store(given.statistics + 1, known.accepted);
   store(given.statistics + 2, known.mean);
   store(given.statistics + 3, known.variance);
@@ -141,19 +161,16 @@ __device__ inline void write_decision(
   }
 }
 
-// All threads of one block. AdaGC has work for each of them, the others for one.
+// All threads of one block.
 __device__ inline void decide_in_block(
     const Deciding& given, double total_norm, const double* norms, int n) {
-  const bool per_tensor = given.policy.threshold == Threshold::adagc;
-  const Statistics known = {
+  const bool adagc = given.policy.threshold == Threshold::adagc;
+  Statistics known = {
       load(given.statistics),
       load(given.statistics + 1),
       load(given.statistics + 2),
       load(given.statistics + 3)};
   const Quantiles quantiles = quantiles_in_block(given, known);
-  if (!per_tensor && threadIdx.x != 0) {
-    return;
-  }
   Judgement judged = judge(
       given.policy,
       known,
@@ -161,16 +178,14 @@ __device__ inline void decide_in_block(
       total_norm,
       load_or(given.unscale, 1.0),
       std::isfinite(load_or(given.loss, 0.0)));
-  if (per_tensor && !judged.skipped()) {
+  if (adagc && !judged.skipped()) {
     weigh_in_block(given, judged, norms, n);
   }
   veto(judged);
-  if (per_tensor) {
-    write_coefs_in_block(given, judged, norms, n);
-  }
   if (threadIdx.x == 0) {
     write_decision(given, judged, known, total_norm);
   }
+  remember_in_block(given, judged, norms);
 }
 
 }  // namespace fastguard

@@ -10,6 +10,7 @@ from torch import Tensor
 from .. import ops
 from ..decision import WINDOW
 from ..ops import Verdict
+from ..tensor_norms import unseen
 from ..thresholds import AdaGC, AutoClip, Fixed, RunningMedian, ZClip
 from . import adamw, attention
 from .cases import Grid, Spec, lists, on_cpu, placed
@@ -107,9 +108,10 @@ def _guard_decide_(threshold, window, n, device):
             total.to(device), norms.to(device), torch.zeros(n, 3, dtype=torch.int64, device=device)
         )
         on_device = [None if s is None else s.to(device) for s in scalars]
-        found = ops.guard_decide_(measured, *on_device, here, threshold, 1.5, 8.0)
+        found = ops.guard_decide_(measured, *on_device, here, step, threshold, 1.5, 8.0)
         right = ops.guard_decide_ref_(
-            *(total, norms, *scalars, *there, threshold.kind, 1.5, 8.0, threshold.options)
+            *(total, norms, *scalars, *there, step),
+            *(threshold.kind, 1.5, 8.0, threshold.options),
         )
         yield Compared(f"verdict of step {step}", found.verdict, right.verdict)
         names = ("grad_coef", "record", *ops.Statistics._fields)
@@ -120,7 +122,7 @@ def _guard_decide_(threshold, window, n, device):
 
 def _fresh(window, n, device):
     zeros = [torch.zeros(size, device=device).double() for size in (4, window, window)]
-    return ops.Statistics(*zeros, torch.full((n,), math.inf, device=device).double())
+    return ops.Statistics(*zeros, unseen(n, device))
 
 
 def _drawn_step(n, generator):
@@ -153,12 +155,12 @@ def _grad_norm_decide_(threshold, specs, device):
     grads = [part.tensor for part in parts]
     here, there = (_fresh(7, len(grads), where) for where in (device, torch.device("cpu")))
     scaling, right_scaling = (_scaling(where) for where in (device, "cpu"))
-    args = (threshold, *LIMITS)
+    args = (3, threshold, *LIMITS)
     measured, found = ops.grad_norm_decide_(
         *(grads, float64(0.5, device), None, here, *args), scaling=scaling
     )
     right = ops.grad_norm_decide_ref_(
-        *(on_cpu(grads), float64(0.5), None, *there, int(threshold.kind), *LIMITS),
+        *(on_cpu(grads), float64(0.5), None, *there, 3, int(threshold.kind), *LIMITS),
         *(threshold.options, *right_scaling[:2], right_scaling[2:]),
     )
     yield Compared("nonfinite (NaNs, Infs, first)", measured.nonfinite, right[2])

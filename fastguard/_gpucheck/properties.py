@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .. import ops
 from ..decision import fresh_statistics
+from ..tensor_norms import unseen
 from ..thresholds import AdaGC, Fixed, Threshold
 from .cases import Grid, Spec, draw
 from .checks import Case, Check, Compared, same_bits
@@ -33,9 +34,8 @@ class Chain:
         packed = ops.packed_offsets(sizes)[-1]
         self.state = [torch.zeros(n, device=device) for n in (packed, packed, 0, len(sizes))]
         float64 = {"dtype": torch.float64, "device": device}
-        self.statistics = fresh_statistics(device)._replace(
-            ema_norms=torch.full((len(sizes),), math.inf, **float64)
-        )
+        columns = unseen(len(sizes), device)
+        self.statistics = fresh_statistics(device)._replace(per_tensor=columns)
         self.window = torch.zeros(3, **float64)
         self.owners = torch.arange(len(sizes), device=device)
         self.outputs: list[Tensor] = []
@@ -43,7 +43,7 @@ class Chain:
 
     def step(self) -> None:
         """As a guard's."""
-        rule = (None, None, self.statistics, self._threshold, 1.0, math.inf)
+        rule = (None, None, self.statistics, 7, self._threshold, 1.0, math.inf)
         measured, decided = ops.grad_norm_decide_(self.grads, *rule)
         ops.adamw_(self.params, self.grads, *self.state, *decided[:2], *_OPTIONS)
         self.outputs = [*measured, *decided]
@@ -54,7 +54,7 @@ class Chain:
         ops.accumulate_(self.sums, self.grads, verdict, self.window, 1.0)
         ops.scale_(self.grads, coef)
         measured = ops.grad_norm(self.grads)
-        rule = (None, None, self.statistics, self._threshold, 0.5, math.inf)
+        rule = (None, None, self.statistics, 7, self._threshold, 0.5, math.inf)
         decided = ops.guard_decide_(measured, *rule)
         ops.clip_(self.grads, 0.5, math.inf)
         lost = ops.settle_(self.saved, self.grads, decided.verdict, self.owners)

@@ -50,7 +50,8 @@ def finite(dtypes=(torch.float32, torch.bfloat16, torch.float16, F64)):
 def statistics(n):
     numbers = torch.tensor([120.0, 100.0, 2.0, 0.5], dtype=F64)
     windows = [torch.arange(40, dtype=F64)[torch.randperm(40)] / 10 + 1 for _ in range(2)]
-    return ops.Statistics(numbers, *windows, torch.full((n,), 0.5, dtype=F64))
+    columns = torch.tensor([[0.5], [-1.0], [0.7], [3.0]], dtype=F64).repeat(1, n)
+    return ops.Statistics(numbers, *windows, columns)
 
 
 def scalar(value):
@@ -87,7 +88,7 @@ def decided(device, threshold, grads):
     known = statistics(len(grads))
     scaling = ops.Scaling(torch.tensor([8.0]), torch.tensor([0], dtype=torch.int32), 2.0, 0.5, 2)
     found = device.grad_norm_decide_(
-        grads, scalar(0.01), scalar(1.0), known, threshold, 1.0, 1e3, scaling=scaling
+        grads, scalar(0.01), scalar(1.0), known, 5, threshold, 1.0, 1e3, scaling=scaling
     )
     return found, known, scaling[:2]
 
@@ -104,7 +105,7 @@ def run_guard_decide(device):
     torch.manual_seed(2)
     known, norms = statistics(300), torch.rand(300, dtype=F64)
     measured = ops.GradNorm(norms.square().sum().sqrt(), norms, None)
-    return device.guard_decide_(measured, None, None, known, AdaGC(), 1.0, 1e3), known
+    return device.guard_decide_(measured, None, None, known, 5, AdaGC(), 1.0, 1e3), known
 
 
 def run_decide(device):

@@ -56,10 +56,10 @@ class Device:
         return ops.Decision(**out)
 
     def guard_decide_(
-        self, measured, unscale, loss, statistics, threshold, max_norm, skip_norm
+        self, measured, unscale, loss, statistics, step, threshold, max_norm, skip_norm
     ):
         decided, given = deciding(
-            len(measured.norms), unscale, loss, statistics, threshold, max_norm, skip_norm
+            *(len(measured.norms), unscale, loss, statistics, step, threshold, max_norm, skip_norm)
         )
         self.run_one_block(
             "guard_decide", measured.total_norm.numpy(), measured.norms.numpy(), given
@@ -72,6 +72,7 @@ class Device:
         unscale,
         loss,
         statistics,
+        step,
         threshold,
         max_norm,
         skip_norm,
@@ -79,7 +80,7 @@ class Device:
     ):
         found = empty_norms(len(grads))
         decided, given = deciding(
-            *(len(grads), unscale, loss, statistics, threshold, max_norm, skip_norm),
+            *(len(grads), unscale, loss, statistics, step, threshold, max_norm, skip_norm),
             scaling,
         )
         _keep, tensors = described(grads)
@@ -186,6 +187,7 @@ def deciding(
     unscale,
     loss,
     statistics,
+    step,
     threshold,
     max_norm,
     skip_norm,
@@ -200,12 +202,14 @@ def deciding(
         "statistics": statistics.numbers,
         "seen_norms": statistics.seen_norms,
         "accepted_norms": statistics.accepted_norms,
-        "ema_norms": statistics.ema_norms if adagc else None,
+        "per_tensor": statistics.per_tensor,
         "scale": scale,
         "growth_tracker": growth_tracker,
         **decided._asdict(),
     }
     return decided, arrays(given) | {
+        "columns": statistics.per_tensor.shape[1],
+        "step": float(step),
         "threshold": int(threshold.kind),
         "max_norm": max_norm,
         "skip_norm": skip_norm,

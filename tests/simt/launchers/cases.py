@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from fastguard import attention_ops, ops
+from fastguard.tensor_norms import unseen
 from fastguard.thresholds import AdaGC, Fixed
 from tests.simt.launchers import SCHEDULES, gpu
 
@@ -226,7 +227,7 @@ def test_empty_lists():
     for threshold in (Fixed(), AdaGC()):
         known = statistics(0)
         found = op.grad_norm_decide_(
-            *([], None, None, *known, int(threshold.kind), 1.0, 1e9, threshold.options),
+            *([], None, None, *known, 0, int(threshold.kind), 1.0, 1e9, threshold.options),
             *(None, None, (0.0, 0.0, 0.0)),
         )
         assert found[0] == 0 and found[4] == ops.Verdict.APPLY
@@ -238,7 +239,7 @@ def test_empty_lists():
 
 def statistics(n):
     zeros = [torch.zeros(4, dtype=F64) for _ in range(3)]
-    return ops.Statistics(*zeros, torch.full((n,), torch.inf, dtype=F64))
+    return ops.Statistics(*zeros, unseen(n, "cpu"))
 
 
 def test_a_plan_is_reused_while_nothing_moves():
@@ -249,7 +250,7 @@ def test_a_plan_is_reused_while_nothing_moves():
     assert gpu().kernels() == ["grad_norm_kernel"]
     ops.scale_(grads, scalar(0.5))  # the same tensors: the same plan
     ops.clip_(grads, 1.0, 1e9)
-    ops.grad_norm_decide_(grads, None, None, statistics(5), Fixed(), 1.0, 1e9)
+    ops.grad_norm_decide_(grads, None, None, statistics(5), 0, Fixed(), 1.0, 1e9)
     assert gpu().kernels() == ["scale_kernel", "clip_kernel", "grad_norm_kernel"]
 
 
@@ -504,7 +505,7 @@ def test_launches_go_to_the_device_of_the_tensors():
     assert measured.total_norm == pytest.approx(15**0.5)
 
 
-STATISTICS = ["statistics", "seen_norms", "accepted_norms", "ema_norms"]
+STATISTICS = ["statistics", "seen_norms", "accepted_norms", "per_tensor"]
 OTHERS = ["unscale", "loss", *STATISTICS, "scale", "growth_tracker"]
 
 
@@ -518,7 +519,7 @@ def test_tensors_of_several_devices_are_refused(device):
     decided = {
         "unscale": scalar(1.0), "loss": scalar(1.0), "statistics": torch.zeros(4, dtype=F64),
         "seen_norms": torch.zeros(4, dtype=F64), "accepted_norms": torch.zeros(4, dtype=F64),
-        "ema_norms": torch.ones(3, dtype=F64),
+        "per_tensor": torch.ones(4, 3, dtype=F64),
         "scale": torch.ones(1), "growth_tracker": torch.zeros(1, dtype=torch.int32),
     }  # fmt: skip
 
@@ -528,13 +529,13 @@ def test_tensors_of_several_devices_are_refused(device):
     def decide():
         known = ops.Statistics(*(decided[name] for name in STATISTICS))
         scaling = ops.Scaling(decided["scale"], decided["growth_tracker"], 2.0, 0.5, 1)
-        rest = (decided["unscale"], decided["loss"], known, AdaGC(), 1.0, 1e9, scaling)
+        rest = (decided["unscale"], decided["loss"], known, 0, AdaGC(), 1.0, 1e9, scaling)
         ops.grad_norm_decide_(here, *rest)
 
     def decide_alone():
         known = ops.Statistics(*(decided[name] for name in STATISTICS))
         measured = ops.GradNorm(one, norms, None)
-        rest = (decided["unscale"], decided["loss"], known, AdaGC(), 1.0, 1e9)
+        rest = (decided["unscale"], decided["loss"], known, 0, AdaGC(), 1.0, 1e9)
         ops.guard_decide_(measured, *rest)
 
     runs = [
