@@ -652,7 +652,8 @@ def settle_(
         own NaN or Inf, in the second half for each owner of one. All zero on a skip.
 
     Raises:
-        RuntimeError: the lists differ in length, shapes or dtypes.
+        RuntimeError: the lists differ in length, shapes or dtypes; on the CPU, an owner that is not
+            there. On a device such a buffer counts as its own owner.
     """
     if _has_kernel(verdict) and _can_settle(buffers, saved, verdict.device):
         return torch.ops.fastguard.settle_.default(buffers, saved, verdict, owners)

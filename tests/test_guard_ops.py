@@ -431,9 +431,27 @@ def test_settle_refuses_lists_that_do_not_match():
         ops.settle_(before, saved[:1], SKIP, numbered(before))
     with pytest.raises(RuntimeError, match="2 saved copies and 1 owners"):
         ops.settle_(before, before, SKIP, torch.arange(1))
-    with pytest.raises(RuntimeError, match=r"owners must be numbers from 0 to 1, .* got 2"):
-        ops.settle_(before, [torch.ones(2), torch.ones(2)], SKIP, torch.tensor([0, 2]))
     assert torch.stack(before).eq(0).all()
+
+
+@needs_kernel
+@pytest.mark.parametrize("wrong", [-1, 2, 2**40])
+def test_settle_on_the_cpu_refuses_owners_that_are_not_there(wrong):
+    before, saved = [torch.zeros(2), torch.zeros(2)], [torch.ones(2), torch.ones(2)]
+    with pytest.raises(RuntimeError, match=rf"owners must be numbers from 0 to 1, .* got {wrong}"):
+        ops.settle_(before, saved, SKIP, torch.tensor([0, wrong]))
+    assert torch.stack(before).eq(0).all()
+
+
+@pytest.mark.parametrize("wrong", [-1, 2, 2**40])
+@pytest.mark.parametrize("function", on_devices("settle_"))
+def test_settle_on_a_device_reads_no_owner_that_is_not_there(function, wrong):
+    """The host cannot look at the numbers: such a buffer is alone."""
+    current, saved = [torch.ones(2), torch.tensor([math.nan, 1.0])], [torch.zeros(2)] * 2
+    saved = [s.clone() for s in saved]
+    lost = function(current, saved, APPLY, torch.tensor([0, wrong]))
+    assert lost.tolist() == [0, 1, 0, 1]
+    assert current[0].tolist() == [1, 1] and current[1].tolist() == [0, 0]
 
 
 ACCUMULATE = [ops.accumulate_, ops.accumulate_ref_, *on_devices("accumulate_")]

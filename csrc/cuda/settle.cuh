@@ -35,6 +35,13 @@ __device__ inline int any_lost(const Chunk& chunk) {
   }
 }
 
+// The number of a buffer's owner. The host cannot check them without waiting: a buffer whose number
+// there is no owner for is its own.
+__device__ inline int64_t owner_of(const Plan& plan, const int64_t* owners, int buffer) {
+  const int64_t owner = load(owners + buffer);
+  return 0 <= owner && owner < plan.tensors ? owner : buffer;
+}
+
 // lost: for each buffer, and then for each owner, in how many chunks; 0 on a skip.
 __global__ __launch_bounds__(threads) void find_lost_kernel(
     Plan plan, const int64_t* verdict, const int64_t* owners, unsigned* lost) {
@@ -44,7 +51,7 @@ __global__ __launch_bounds__(threads) void find_lost_kernel(
     const int any = block_reduce(any_lost(chunk), [](int a, int b) { return a | b; });
     if (threadIdx.x == 0 && any != 0) {
       atomicAdd(lost + chunk.tensor, 1u);
-      atomicAdd(lost + plan.tensors + load(owners + chunk.tensor), 1u);
+      atomicAdd(lost + plan.tensors + owner_of(plan, owners, chunk.tensor), 1u);
     }
   }
 }
@@ -63,7 +70,7 @@ __global__ __launch_bounds__(threads) void settle_kernel(
   for (int c = blockIdx.x; c < plan.n_chunks; c += gridDim.x) {
     const Chunk chunk = load_chunk(plan.chunks + c);
     const bool restore =
-        skip || load(lost + plan.tensors + load(owners + chunk.tensor)) != 0;
+        skip || load(lost + plan.tensors + owner_of(plan, owners, chunk.tensor)) != 0;
     const uint64_t to = restore ? chunk.data : chunk.other;
     const uint64_t from = restore ? chunk.other : chunk.data;
     const int bytes = chunk.size() * bytes_of(chunk.type());
