@@ -394,11 +394,11 @@ def test_a_rate_that_the_step_sets_itself_stays():
     class Sets(torch.optim.SGD):
         def step(self, closure=None):
             super().step()
-            self.param_groups[0]["lr"] = 0.75
+            self.param_groups[0]["lr"] = self.next
 
     parameters = [nn.Parameter(torch.zeros(4))]
     optimizer, guard = Sets(parameters, lr=1.0), guarded(parameters)
-    for norm in (1.0, math.nan, math.nan, 1.0):
+    for norm, optimizer.next in ((1.0, 0.5), (math.nan, 0.0), (math.nan, 0.0), (1.0, 0.75)):
         set_gradient_norms(parameters, norm)
         guard.step(optimizer)
     assert optimizer.param_groups[0]["lr"] == 0.75
