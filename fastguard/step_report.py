@@ -59,6 +59,12 @@ class Risen(NamedTuple):
     def ratio(self) -> float:
         return self.norm / self.usual_norm
 
+    def __str__(self) -> str:
+        return (
+            f"{self.name} {self.norm:.3g} ({self.ratio:.3g} times its usual {self.usual_norm:.3g}, "
+            f"since step {self.since_step})"
+        )
+
 
 class Stretch(NamedTuple):
     """Parameters that follow each other in the model, whose gradients are all finite or all not."""
@@ -104,6 +110,8 @@ class StepReport:
     #: A finite norm above this was an outlier: the larger of ``skip_norm`` and 4 times the median
     #: of the last norms seen; inf while fewer than 16 were.
     outlier_above: float = math.inf
+    #: Of a skipped outlier the parameters that rose most, as :meth:`PendingReport.risen` has them.
+    most_risen: tuple[Risen, ...] = ()
 
     @property
     def skipped(self) -> bool:
@@ -141,6 +149,7 @@ class StepReport:
         values["bracket"] = [stretch._asdict() for stretch in self.bracket]
         values["batch_id"] = None if self.batch_id is None else str(self.batch_id)
         values["quarantined"] = [report.to_dict() for report in self.quarantined]
+        values["most_risen"] = [risen._asdict() for risen in self.most_risen]
         return values
 
     @classmethod
@@ -152,6 +161,7 @@ class StepReport:
                 "offenders": tuple(Offender(**offender) for offender in values["offenders"]),
                 "bracket": tuple(Stretch(**stretch) for stretch in values["bracket"]),
                 "quarantined": tuple(map(cls.from_dict, values["quarantined"])),
+                "most_risen": tuple(Risen(**risen) for risen in values.get("most_risen", ())),
             }
         )
 
@@ -234,7 +244,8 @@ class PendingReport:
                 more.get("all_overflowed") or any(each.infs for each in report.offenders),
                 self._loss_counts and not math.isfinite(loss),
             )
-            self._result = dataclasses.replace(report, scale_search=searches)
+            risen = tuple(self.risen()) if report.verdict is Verdict.SKIP_OUTLIER else ()
+            self._result = dataclasses.replace(report, scale_search=searches, most_risen=risen)
         return self._result
 
     def norms(self) -> dict[str, float]:
@@ -381,11 +392,14 @@ class GradientExplosionError(RuntimeError):
             seen.append(f"{len(large)} had a norm above {limit} ({norms})")
             cures.append(f"{cure}; lower the learning rate")
         first = [r for r in evidence if r.offenders]
+        # Of the first of these: the usual norms of later ones are those of the outliers, too.
+        risen = next((r.most_risen for r in large if r.most_risen), ())
+        rose = f"  parameters that rose most: {_shorten(risen)}\n" if risen else ""
         super().__init__(
             f"{what}: {'; '.join(seen)}.\n"
             f"  batches: {_shorten(r.batch for r in evidence)}\n"
             f"  parameters that were non-finite first: "
-            f"{_shorten(first[0].nonfinite) if first else 'none'}\n"
+            f"{_shorten(first[0].nonfinite) if first else 'none'}\n{rose}"
             f"  what to try: {'; '.join(cures)}."
         )
 
@@ -432,10 +446,11 @@ def log_skip(report: StepReport, skip_norm: float) -> None:
     """A warning in the words of the trainer's logs."""
     if report.verdict is Verdict.SKIP_OUTLIER:
         logger.warning(
-            "Large gradient norm: %.4g at batch %s, skipping (%s)",
+            "Large gradient norm: %.4g at batch %s, skipping (%s)%s",
             report.total_norm,
             report.batch,
             _limit_of(report, skip_norm)[0],
+            f"; risen most: {_shorten(report.most_risen, 3)}" if report.most_risen else "",
         )
     elif report.scale_search:
         logger.warning(

@@ -284,7 +284,8 @@ def test_warnings_use_the_words_of_the_logs(caplog):
             set_gradient_norms(parameters, norm)
             guard.step(optimizer)
     assert [r.getMessage() for r in caplog.records] == [
-        "Large gradient norm: 50 at batch 16, skipping (skip_norm=10)",
+        "Large gradient norm: 50 at batch 16, skipping (skip_norm=10); risen most: parameter 0 50 "
+        "(50 times its usual 1, since step 16)",
         "Infinite gradient, skipping batch 17 (norm inf, first at parameter 0[0])",
     ]
 

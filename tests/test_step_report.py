@@ -182,3 +182,74 @@ def test_a_norm_that_moments_can_not_hold_is_called_that(caplog):
         GradientExplosionError, match=r"above 1e\+18.*\n(.*\n)*.*set a finite max_norm"
     ):
         guard.step(fastguard.AdamW([weight]))
+
+
+def spiky(tmp_path=None, **options):
+    """A guard of three layers whose norms have been 0.8, 2 and 1 for 40 steps, and its step."""
+    layers = [(f"layer{i}.weight", nn.Parameter(torch.zeros(4))) for i in range(3)]
+    guard = GradGuard(layers, skip_norm=10.0, report_dir=tmp_path, **options)
+    optimizer = fastguard.AdamW([p for _, p in layers])
+
+    def step(*norms, batch_id=None):
+        for (_, p), norm in zip(layers, norms, strict=True):
+            p.grad = torch.full((4,), norm / 2)
+        return guard.step(optimizer, batch_id=batch_id)
+
+    for _ in range(40):
+        assert step(0.8, 2.0, 1.0).most_risen == ()
+    return guard, step
+
+
+def test_a_finite_spike_names_what_rose_and_since_when(tmp_path, caplog):
+    _, step = spiky(tmp_path, patience=3)
+    report = step(120.0, 2.0, 50.0, batch_id="b7")
+    assert [(r.name, r.since_step) for r in report.most_risen] == [
+        ("layer0.weight", 40),
+        ("layer2.weight", 40),
+    ]
+    assert report.most_risen[0].norm == pytest.approx(120.0, rel=1e-5)
+    assert report.most_risen[0].usual_norm == pytest.approx(0.8, rel=1e-5)
+    assert caplog.messages[-1] == (
+        "Large gradient norm: 130 at batch b7, skipping (skip_norm=10); risen most: layer0.weight "
+        "120 (150 times its usual 0.8, since step 40), layer2.weight 50 (50 times its usual 1, "
+        "since step 40)"
+    )
+    found = json.loads((tmp_path / "bad_step_000040.json").read_text())
+    assert [r["name"] for r in found["most_risen"]] == ["layer0.weight", "layer2.weight"]
+    assert found["most_risen"][0]["since_step"] == 40
+    step(120.0, 2.0, 1.0)
+    assert caplog.messages[-1].endswith("since step 40)")
+    with pytest.raises(GradientExplosionError) as caught:
+        step(120.0, 2.0, 1.0)
+    for error in (caught.value, pickle.loads(pickle.dumps(caught.value))):
+        assert (
+            "  parameters that rose most: layer0.weight 120 (150 times its usual 0.8, since step "
+            "40), layer2.weight 50 (50 times its usual 1, since step 40)\n" in str(error)
+        )
+
+
+def test_a_rise_that_was_clipped_before_it_was_an_outlier_began_then():
+    _, step = spiky(patience=3)
+    assert step(5.0, 2.0, 1.0).most_risen == ()  # clipped
+    (risen,) = step(500.0, 2.0, 1.0).most_risen
+    assert risen.since_step == 40
+
+
+def test_where_nothing_rose_by_itself_nothing_is_named(caplog):
+    """A first step has no usual norms."""
+    weight = nn.Parameter(torch.zeros(2))
+    guard = GradGuard([weight], max_norm=math.inf, patience=1)
+    weight.grad = torch.full((2,), 1e19)
+    with pytest.raises(GradientExplosionError) as caught:
+        guard.step(fastguard.AdamW([weight]))
+    assert "rose" not in str(caught.value)
+    assert "risen" not in caplog.text
+
+
+def test_risen_parameters_as_plain_values_and_back():
+    _, step = spiky()
+    report = step(120.0, 2.0, 50.0).result()
+    values = json.loads(json.dumps(report.to_dict()))
+    assert StepReport.from_dict(values).most_risen == report.most_risen
+    del values["most_risen"], values["outlier_above"]
+    assert StepReport.from_dict(values).most_risen == ()
