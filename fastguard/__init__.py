@@ -1,6 +1,7 @@
 """fastguard: make a PyTorch training step survive a gradient explosion at almost no cost."""
 
 from .attention import clamped_attention
+from .bad_steps import GradientExplosionError
 from .clip import clip_grad_norm_, clip_grads_with_norm_, get_total_norm
 from .diagnose import Diagnosis, diagnose
 from .guard import GradGuard
@@ -9,7 +10,7 @@ from .multihead import ClampedMultiheadAttention, replace_attention_
 from .ops import Verdict
 from .optim import Adam, AdamW
 from .rollback import Rollback
-from .step_report import GradientExplosionError, StepReport
+from .step_report import StepReport
 
 __all__ = [
     "Adam",

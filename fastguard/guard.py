@@ -1,7 +1,8 @@
 """The guard: measure the gradients, decide, apply. Three lines in any PyTorch loop.
 
 The way of a step is :meth:`GradGuard.step`; each of its words has a module: parameters, measure,
-decision, thresholds, apply, buffers, accumulate, step_report, budget, rollback, sharded.
+decision, thresholds, apply, buffers, accumulate, step_report, bad_steps, budget, on_skip,
+step_warnings, rollback, sharded.
 """
 
 import copy
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from . import attached, ops
 from .accumulate import Window, check_alone, check_summable
 from .apply import check_steppable, reads_decision, step_optimizer, unwrapped
+from .bad_steps import BadStepFiles, GradientExplosionError, log_skip
 from .budget import Budget, Spent
 from .buffers import Buffers, OnLoad
 from .clip import check_threshold, local_parts
@@ -40,13 +42,7 @@ from .parameters import Watched, measurable
 from .rollback import RateFactor, Rollback, Snapshots
 from .scale_search import overflowed
 from .sharded import Ranks, check_whole, lay_out_, ranks_of
-from .step_report import (
-    BadStepFiles,
-    GradientExplosionError,
-    PendingReport,
-    StepReport,
-    log_skip,
-)
+from .step_report import PendingReport, StepReport
 from .step_warnings import StepWarnings
 from .tensor_norms import TensorNorms
 from .thresholds import Fixed, Kind, Threshold
@@ -621,9 +617,7 @@ class GradGuard:
         if self._ranks is not None and self._ranks.sharded:
             lay_out_(self._watched.parameters)
 
-    def _judge(
-        self, names, grads, unscale, loss, scaling=None, micro_batch=False, alone=False
-    ):
+    def _judge(self, names, grads, unscale, loss, scaling=None, micro_batch=False, alone=False):
         """Measure and decide; ``alone``: about what this rank has, whatever others have."""
         if not micro_batch and self.skip_batch():
             self._discarded = self._steps

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from .step_report import StepReport
+from .step_report import StepReport, shorten
 from .thresholds import Kind, Threshold
 
 logger = logging.getLogger(__name__)
@@ -78,7 +78,7 @@ class StepWarnings:
                 "part of the norm, are not applied, and grow where nothing clears them. Pass all "
                 "optimizers in one call, guard.step([one, two]); or give GradGuard only the "
                 "parameters that its optimizer holds; or call requires_grad_(False) on the others",
-                _listed(unheld),
+                shorten(unheld),
                 len(unheld),
             )
 
@@ -125,7 +125,3 @@ def _cure(threshold: Threshold) -> str:
         "max_norm; if the norms have grown for good, begin with a new GradGuard, or with "
         "thresholds.RunningMedian, whose level is that of the last 128 accepted steps"
     )
-
-
-def _listed(names: Sequence[str], at_most: int = 8) -> str:
-    return ", ".join(names[:at_most]) + (", ..." if len(names) > at_most else "")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from .bad_steps import GradientExplosionError
 from .config import Config
 from .env import processor, version
 from .metrics import log_to
@@ -15,7 +16,6 @@ from .options import parse
 from .parallel import Parallel, leave
 from .run_folder import RunError, RunFolder
 from .speech.readers import CorpusError
-from .step_report import GradientExplosionError
 from .trainer import Trainer
 
 logger = logging.getLogger("fastguard.train")  # run with -m, __name__ is "__main__"

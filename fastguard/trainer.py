@@ -18,6 +18,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from . import checkpoint
+from .bad_steps import GradientExplosionError
 from .config import Config
 from .data import Data
 from .evaluation import Evaluation, evaluate
@@ -33,7 +34,7 @@ from .speech.batching import Batch
 from .speech.distillation import consistency_loss, distillation_loss
 from .speech.loss import ctc_loss
 from .speech.tokenizer import Tokenizer, tokenizer_from_dict
-from .step_report import GradientExplosionError, PendingReport, StepReport
+from .step_report import PendingReport, StepReport
 from .stepper import build_optimizer, build_stepper, set_options
 from .teacher import load_teacher
 from .tracking import Curves

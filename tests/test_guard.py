@@ -279,7 +279,7 @@ def test_warnings_use_the_words_of_the_logs(caplog):
     parameters = parameters_with([torch.ones(3)])
     optimizer = torch.optim.SGD(parameters, lr=0.1)
     guard = GradGuard(parameters, skip_norm=10.0)
-    with caplog.at_level(logging.WARNING, "fastguard.step_report"):
+    with caplog.at_level(logging.WARNING, "fastguard.bad_steps"):
         for norm in [*[1.0] * 16, 50.0, math.inf]:
             set_gradient_norms(parameters, norm)
             guard.step(optimizer)

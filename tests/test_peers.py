@@ -218,7 +218,7 @@ def test_a_bf16_skip_flips_no_sign_and_is_said(bad, caplog):
     weight, bias = parameters_with([torch.tensor([1.0, bad]).bfloat16(), torch.ones(2).bfloat16()])
     before = bits([weight.grad, bias.grad])
     guard = GradGuard([("weight", weight), ("bias", bias)])
-    with caplog.at_level(logging.WARNING, "fastguard.step_report"):
+    with caplog.at_level(logging.WARNING, "fastguard.bad_steps"):
         report = guard.step(torch.optim.SGD([weight, bias], lr=1.0))
     assert (report.verdict, report.clip_coef) == (Verdict.SKIP_NONFINITE, 1.0)
     assert not weight.any() and not bias.any()

@@ -65,7 +65,7 @@ class Loop:
 
 @pytest.fixture
 def warnings(caplog):
-    caplog.set_level(logging.WARNING, "fastguard.step_report")
+    caplog.set_level(logging.WARNING, "fastguard.bad_steps")
     return lambda: [record.getMessage() for record in caplog.records]
 
 

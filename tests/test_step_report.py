@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import fastguard
-from fastguard import GradGuard, GradientExplosionError, StepReport, Verdict, step_report
+from fastguard import GradGuard, GradientExplosionError, StepReport, Verdict, bad_steps, step_report
 from fastguard.step_report import Offender
 
 from .test_guard import small_model, train_step
@@ -113,7 +113,7 @@ def test_a_folder_that_can_not_be_written_costs_a_warning(tmp_path, caplog):
 
 
 def test_the_files_have_an_end(tmp_path, caplog, monkeypatch):
-    monkeypatch.setattr(step_report, "_MAX_FILES", 3)
+    monkeypatch.setattr(bad_steps, "_MAX_FILES", 3)
     weight = nn.Parameter(torch.zeros(2))
     guard = GradGuard([weight], report_dir=tmp_path)
     for _ in range(5):

@@ -44,7 +44,7 @@ def test_a_bad_batch_leaves_no_trace(trainer, optimizer, precision, fault, caplo
     scaler = grad_scaler() if precision == "fp16" else None
     data = batches(count, {bad: fault})
     run = TRAINERS[trainer](OPTIMIZERS[optimizer], precision, data, scaler)
-    skips = [r for r in caplog.records if r.name == "fastguard.step_report"]
+    skips = [r for r in caplog.records if r.name == "fastguard.bad_steps"]
     assert len(skips) == 1, skips
     expected = without_the_bad_batch(trainer, optimizer, precision, count, bad)
     assert differences(run.everything(), expected) == []

@@ -35,6 +35,7 @@ TESTS = {
     "fastguard/clip.py": "clip",
     "fastguard/budget.py": "budget guard",
     "fastguard/step_report.py": "step_report scale_search guard",
+    "fastguard/bad_steps.py": "step_report scale_search guard outliers",
     "fastguard/step_warnings.py": "step_warnings",
     "fastguard/thresholds.py": "guard outliers guard_ops",
     "fastguard/decision.py": "outliers guard scale_search step_warnings accumulate",
