@@ -37,6 +37,8 @@ TESTS = {
     "fastguard/step_report.py": "step_report scale_search guard",
     "fastguard/bad_steps.py": "step_report scale_search guard outliers",
     "fastguard/step_warnings.py": "step_warnings",
+    "fastguard/scale_search.py": "scale_search",
+    "fastguard/on_skip.py": "on_skip",
     "fastguard/thresholds.py": "guard outliers guard_ops",
     "fastguard/decision.py": "outliers guard scale_search step_warnings accumulate",
     "csrc/decide.h": "outliers guard guard_ops",
