@@ -70,6 +70,12 @@ def test_batches_passed_over_after_a_rollback_are_as_if_they_had_not_been():
     assert spent_after(3, [BAD, BAD, GOOD, OVER] * 20)[1] == 25  # the 19th of those that count
 
 
+def test_account_says_whether_the_step_counts():
+    budget = Budget(3)
+    counted = [budget.account(report(0, verdict)) for verdict in (GOOD, BAD, OVER)]
+    assert counted == [True, True, False]
+
+
 @pytest.mark.parametrize("patience", [1, 2, 5, 25])
 def test_a_random_series_against_the_definition(patience):
     rng = random.Random(patience)

@@ -11,7 +11,12 @@ from torch import nn
 
 import fastguard
 from fastguard import optim
-from fastguard.optimizer_checks import check_options, nonfinite_state, state_problem
+from fastguard.optimizer_checks import (
+    check_options,
+    check_state,
+    nonfinite_state,
+    state_problem,
+)
 
 from .test_optim import assert_same_bits, bits, give_grads, parameters, run, state_bits
 
@@ -160,6 +165,22 @@ def test_nonfinite_state_of_any_optimizer_with_names_of_its_own():
     sgd.state[model.bias]["momentum_buffer"][1] = math.nan
     sgd.state["hook"] = math.nan
     assert nonfinite_state(sgd) == [("bias", "momentum_buffer")]
+
+
+@pytest.mark.parametrize("count, more", [(1, ""), (3, ""), (4, " and 1 more")])
+def test_a_refused_state_lists_the_first_entries(count, more):
+    params = parameters()
+    adam = torch.optim.Adam(params)
+    run(adam, params, [0])
+    for p in params[3:4] + params[:1] + params[4:]:
+        if count:
+            adam.state[p]["exp_avg"].fill_(math.nan)
+            count -= 1
+    with pytest.raises(
+        ValueError, match=rf"the state of Adam is NaN or infinite: .*{more}\. A step"
+    ) as e:
+        check_state(adam, {id(params[0]): "first"})
+    assert (" more. A step" in str(e.value)) == bool(more)
 
 
 def test_a_capture_needs_capturable_and_lr_on_the_host(monkeypatch):
