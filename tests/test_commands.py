@@ -40,7 +40,12 @@ def commands_of_the_checkout():
     return found
 
 
-COMMANDS = sorted(commands_of_the_checkout())
+#: Of those of tests/, which are for developers, the ones that README has its readers run.
+COMMANDS = sorted(
+    command
+    for command in commands_of_the_checkout()
+    if not command.startswith("-m tests.") or command in readme_commands()
+)
 
 #: Runs each command with --help in one process, which imports torch once.
 HELP = """
