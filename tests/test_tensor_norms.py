@@ -41,6 +41,8 @@ def test_the_usual_norm_is_kept_by_name_while_parameters_come_and_go():
     named.step(a=1.0, b=2.0)
     named.step(c=3.0)
     assert named.usual() == {"a": 1.0, "b": 2.0, "c": 3.0}
+    named.step(b=2.0)  # as many, and others
+    assert named.usual() == {"a": 1.0, "b": 2.0, "c": 3.0}
     named.step(c=3.0, b=2.5, a=0.5)
     named.step(b=2.0)
     named.step()
