@@ -23,12 +23,17 @@ _WRAPPERS = ("accelerate", "lightning", "lightning_fabric", "pytorch_lightning")
 
 def unwrapped(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     """The optimizer inside the wrappers of accelerate, Lightning and Fabric, or itself."""
-    while any(cls.__module__.partition(".")[0] in _WRAPPERS for cls in type(optimizer).__mro__):
+    while _is_wrapper(type(optimizer)):
         inner = getattr(optimizer, "optimizer", None)
         if not isinstance(inner, torch.optim.Optimizer) or inner is optimizer:
             break
         optimizer = inner
     return optimizer
+
+
+@functools.lru_cache(64)
+def _is_wrapper(cls: type) -> bool:
+    return any(base.__module__.partition(".")[0] in _WRAPPERS for base in cls.__mro__)
 
 
 def check_steppable(optimizer: torch.optim.Optimizer) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
-from .apply import plain_class
+from .apply import plain_class, reads_decision
 from .attention import AttentionStats
 from .clip import readable
 from .multihead import ClampedMultiheadAttention
@@ -127,7 +127,8 @@ class Watched:
             check_state(optimizer, names)
             self._listen(optimizer)
             self._checked[optimizer] = [list(group) for group in groups], strangers
-        check_options(optimizer.param_groups)
+        if not reads_decision(optimizer):  # which looks at them itself
+            check_options(optimizer.param_groups)
         for p in strangers:
             if p.grad is not None:
                 raise ValueError(

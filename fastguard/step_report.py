@@ -214,31 +214,35 @@ class PendingReport:
             record, *more = self._record.wait()
             more = dict(zip(self._more, more, strict=True))
             verdict, clip_coef, total_norm, max_norm, loss, outlier_above = record
+            verdict = Verdict(int(verdict))
             micro_batches = [report.result() for report in self._micro_batches]
-            report = StepReport(
+            offenders, bracket = ((), ()) if math.isfinite(total_norm) else self._offenders()
+            loss_scale = more.get("loss_scale")
+            searches = is_search(
+                verdict,
+                self._scaled,
+                loss_scale,
+                more.get("all_overflowed") or any(each.infs for each in offenders),
+                self._loss_counts and not math.isfinite(loss),
+            )
+            self._result = StepReport(
                 self.step,
                 self.batch_id,
-                Verdict(int(verdict)),
+                verdict,
                 total_norm,
                 clip_coef,
                 max_norm,
                 loss if self._loss_given else None,
-                *(() if math.isfinite(total_norm) else self._offenders()),
+                offenders,
+                bracket,
                 quarantined=tuple(report for report in micro_batches if report.skipped),
                 micro_batches=len(micro_batches),
                 micro_batch=self._micro_batch,
-                loss_scale=more.get("loss_scale"),
+                loss_scale=loss_scale,
+                scale_search=searches,
                 outlier_above=outlier_above,
+                most_risen=tuple(self.risen()) if verdict is Verdict.SKIP_OUTLIER else (),
             )
-            searches = is_search(
-                report.verdict,
-                self._scaled,
-                report.loss_scale,
-                more.get("all_overflowed") or any(each.infs for each in report.offenders),
-                self._loss_counts and not math.isfinite(loss),
-            )
-            risen = tuple(self.risen()) if report.verdict is Verdict.SKIP_OUTLIER else ()
-            self._result = dataclasses.replace(report, scale_search=searches, most_risen=risen)
         return self._result
 
     def norms(self) -> dict[str, float]:
