@@ -9,6 +9,7 @@ have. The arithmetic is in csrc/decide.h, for every device.
 
 import dataclasses
 import enum
+import functools
 import math
 from typing import ClassVar
 
@@ -29,7 +30,7 @@ class Threshold:
     kind: ClassVar[Kind]
     warmup: int
 
-    @property
+    @functools.cached_property
     def options(self) -> list[float]:
         """Two parameters, then the warm-up."""
         a, b = (*self._parameters(), 0.0, 0.0)[:2]

@@ -32,17 +32,21 @@ TESTS = {
     "fastguard/rollback.py": "rollback",
     "fastguard/sharded.py": "guard_sharded",
     "fastguard/parameters.py": "parameters guard apply",
-    "fastguard/clip.py": "clip",
+    "fastguard/clip.py": "clip clip_distributed",
     "fastguard/budget.py": "budget guard",
     "fastguard/step_report.py": "step_report scale_search guard",
     "fastguard/bad_steps.py": "step_report scale_search guard outliers",
     "fastguard/step_warnings.py": "step_warnings",
     "fastguard/scale_search.py": "scale_search",
     "fastguard/on_skip.py": "on_skip",
+    "fastguard/tensor_norms.py": "tensor_norms outliers guard",
+    "fastguard/lr_scheduler.py": "attached",
+    "fastguard/wrappers.py": "wrappers",
     "fastguard/thresholds.py": "guard outliers guard_ops",
     "fastguard/decision.py": "outliers guard scale_search step_warnings accumulate",
     "csrc/decide.h": "outliers guard guard_ops",
 }
+_FAILED = 70  # the status of a child that never came to run the tests
 _DEVICES = ("cuda kernel", "warps one by one", "at random")  # the executor's, of tests/simt
 
 
@@ -103,6 +107,8 @@ def run_file(tree: Path, file: str, drawn: list[Mutant]) -> tuple[int, list[Muta
         if library is not None and not library.build():
             continue  # no mutant: a compiler sees it
         status = in_a_child(tree, tests, limit)
+        if status == _FAILED:
+            raise SystemExit(f"the tests of {file}:{mutant.line} could not be run: {mutant.what}")
         print(f"{'survived' if status == 0 else 'caught'}: {file}:{mutant.line}: {mutant.what}")
         sys.stdout.flush()
         caught += status != 0
@@ -117,7 +123,7 @@ def in_a_child(tree: Path, tests: list[str], limit: float) -> int | str:
     """pytest's status in a fork of this process, which has loaded torch; "late" after the limit."""
     child = os.fork()
     if child == 0:
-        status = 70
+        status = _FAILED
         with contextlib.suppress(BaseException):
             status = int(_pytest(tree, tests))
         os._exit(status)
