@@ -85,6 +85,7 @@ PROMISES = {
     "adamw_kernel<true>": adamw(2, moments=3),
     "accumulate_kernel": Promise(4, moves=frozenset(ADDING | COPYING), in_flight=2, copies=True),
     "settle_kernel": Promise(moves=frozenset(COPYING), copies=True, bytes=True),
+    "find_lost_kernel": Promise(bytes=True),
     "decide_kernel": Promise(),
     "guard_decide_kernel": Promise(),
     "expand_plan_kernel": Promise(),
