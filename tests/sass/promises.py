@@ -75,7 +75,11 @@ def attention():
 
 MEASURING = frozenset(every_type("1 x 128", "-"))
 SCALING = frozenset(every_type("1 x 128", "1 x 128"))
-ADDING = every_type("2 x 128", "1 x 128")
+# The sums of 16-bit gradients have 32.
+ADDING = frozenset(
+    (elements, "2 x 128" if bits > 16 else "1 x 64, 1 x 128", "1 x 128")
+    for elements, bits in BITS.items()
+)
 COPYING = {("float32", "1 x 128", "1 x 128")}  # words, whatever they are
 PROMISES = {
     "grad_norm_kernel": Promise(4, moves=MEASURING, in_flight=4),
@@ -83,7 +87,7 @@ PROMISES = {
     "scale_kernel": Promise(4, moves=SCALING, in_flight=4),
     "adamw_kernel<false>": adamw(3, moments=2),
     "adamw_kernel<true>": adamw(2, moments=3),
-    "accumulate_kernel": Promise(4, moves=frozenset(ADDING | COPYING), in_flight=2, copies=True),
+    "accumulate_kernel": Promise(4, moves=ADDING, in_flight=2),
     "settle_kernel": Promise(moves=frozenset(COPYING), copies=True, bytes=True),
     "find_lost_kernel": Promise(bytes=True),
     "decide_kernel": Promise(),
