@@ -180,7 +180,7 @@ grads = [(torch.randn(n, dtype=torch.float64) * s).to(dtype)
 grads[2][4000] = math.nan
 found = ops.grad_norm(grads)
 ops.scale_(grads, torch.tensor(0.7, dtype=torch.float64))
-sums = [torch.randn(g.shape, dtype=torch.float64).to(g.dtype) for g in grads]
+sums = [torch.randn(g.shape, dtype=torch.promote_types(g.dtype, torch.float32)) for g in grads]
 window = torch.ones(3, dtype=torch.float64)
 ops.accumulate_(sums, grads, torch.tensor(0), window, 1.0)
 tensors = [*found, *grads, *sums]
