@@ -96,18 +96,24 @@ FASTGUARD_HOST_DEVICE inline bool less(double a, double b) {
   return a < b || (std::isnan(b) && !std::isnan(a));
 }
 
-// Where a quantile lies among `size` norms in ascending order: linear between neighbours, as
-// numpy.percentile and statistics.median.
-struct Quantile {
+// Where something lies among `size` > 0 norms in ascending order: linear between neighbours.
+struct Place {
   int64_t below;
   int64_t above;
   double fraction;
 
-  FASTGUARD_HOST_DEVICE Quantile(double q, int64_t size) {
-    const double place = q * static_cast<double>(size - 1);
-    below = static_cast<int64_t>(place);
-    above = below + 1 < size ? below + 1 : below;
-    fraction = place - static_cast<double>(below);
+  FASTGUARD_HOST_DEVICE Place(double place, int64_t size)
+      : below(static_cast<int64_t>(place)),
+        above(below + 1 < size ? below + 1 : below),
+        fraction(place - static_cast<double>(below)) {}
+
+  // As numpy.percentile.
+  FASTGUARD_HOST_DEVICE static Place of_quantile(double q, int64_t size) {
+    return {q * static_cast<double>(size - 1), size};
+  }
+  // Of the median of these norms and one more that is above them all.
+  FASTGUARD_HOST_DEVICE static Place of_median_with_a_larger(int64_t size) {
+    return {0.5 * static_cast<double>(size), size};
   }
   FASTGUARD_HOST_DEVICE double between(double low, double high) const {
     return low + (high - low) * fraction;
@@ -116,7 +122,7 @@ struct Quantile {
 
 // Of the norms in the two windows; 0 where there is none, or where no decision rests on it.
 struct Quantiles {
-  double seen_median;
+  double seen_median;  // of these and one that is larger
   double accepted;  // the one that the threshold asks for
 };
 
@@ -138,7 +144,10 @@ constexpr double outlier_after = 16.0;  // norms; a median of fewer says little
 constexpr double outlier_factor = 4.0;
 
 // A finite norm above it is an outlier: above skip_norm and above 4 times the median of the last
-// norms. Skipped norms count for the median, so that a level that persists becomes ordinary.
+// norms and itself. Skipped norms count for the median, so that a level that persists becomes
+// ordinary; the norm itself counts, so that of two levels that alternate neither is an outlier,
+// whichever came first. Where it is below the larger of the norms in the middle, it is no outlier
+// whatever the others are; so the median may take it for larger than all.
 FASTGUARD_HOST_DEVICE inline double outlier_above(
     const Policy& policy, const Statistics& statistics, double seen_median) {
   if (!(statistics.seen >= outlier_after)) {

@@ -62,10 +62,10 @@ class GradGuard:
 
     A step is skipped when the norm of all gradients (or the loss, if it is given) is NaN or Inf. A
     finite norm is an outlier, and its step is skipped, if it is above ``skip_norm`` *and* above 4
-    times the median of the last 128 norms *seen*, of at least 16. Seen are all finite norms of
-    finite losses, also those of skipped steps, but neither norms of 0 nor the batches that are
-    passed over after a rollback. Other norms are clipped. So a sudden jump is skipped, and a slow
-    growth is clipped. A jump that stays spends the ``patience``; where that is above 64, the new
+    times the median of itself and the last 128 norms *seen*, of at least 16. Seen are all finite
+    norms of finite losses, also those of skipped steps, but neither norms of 0 nor the batches that
+    are passed over after a rollback. Other norms are clipped. So a sudden jump is skipped, and a
+    slow growth and two levels that alternate are clipped. A jump that stays spends the ``patience``; where that is above 64, the new
     level is ordinary after 64 steps and is clipped from there on. A rule "skip whatever is above
     10" would skip for ever where 10 is an ordinary norm. A norm that is above 1e18 after clipping
     (with ``max_norm=inf``) is always skipped: fp32 second moments could not hold its square.
@@ -498,8 +498,8 @@ class GradGuard:
     def outlier_above(self) -> float:
         """The finite norm above which the next step is skipped; waits for the device.
 
-        The larger of ``skip_norm`` and 4 times the median of the last norms seen; inf while fewer
-        than 16 were.
+        The larger of ``skip_norm`` and 4 times the median of the last norms seen and one more that
+        is above them all; inf while fewer than 16 were seen.
         """
         return ops.outlier_above(self._statistics, self.skip_norm).item()
 

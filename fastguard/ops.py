@@ -9,7 +9,7 @@ import enum
 import functools
 import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -440,11 +440,11 @@ def guard_decide_ref_(
 
 
 def _find_new_level(known: Statistics, norm: Tensor, z: float, warm: Tensor) -> Tensor:
-    """Restart ZClip's moments where this norm and the median of the last are both spikes.
+    """Restart ZClip's moments where this norm and the median are both spikes.
 
     Returns the deviation.
     """
-    median = _quantile(known.seen_norms, known.seen, 0.5)
+    median = _median_with_a_larger(known.seen_norms, known.seen)
     deviation = known.variance.sqrt()
     spike = known.mean + z * deviation
     found = warm & (known.accepted >= 1) & (known.seen >= OUTLIER_AFTER)
@@ -476,10 +476,12 @@ def _see_each(known: Statistics, norms: Tensor, step: int, sees: Tensor) -> None
 def outlier_above(statistics: Statistics, skip_norm: float) -> Tensor:
     """The norm above which a finite norm is an outlier, float64, shape ().
 
-    The larger of ``skip_norm`` and 4 times the median of the last norms seen; inf while fewer than
-    16 were.
+    The larger of ``skip_norm`` and 4 times the median of the last norms seen and one more that is
+    above them all; inf while fewer than 16 were seen. The rule asks for the median of the last norms
+    and the norm in question. Both say the same: a norm below the larger of those in the middle is no
+    outlier by either.
     """
-    usual = OUTLIER_FACTOR * _quantile(statistics.seen_norms, statistics.seen, 0.5)
+    usual = OUTLIER_FACTOR * _median_with_a_larger(statistics.seen_norms, statistics.seen)
     larger = torch.where(usual > skip_norm, usual, skip_norm)
     return torch.where(statistics.seen >= OUTLIER_AFTER, larger, math.inf)
 
@@ -496,14 +498,27 @@ def _remember(norms: Tensor, count: Tensor, norm: Tensor, wanted: Tensor) -> Non
 
 
 def _quantile(norms: Tensor, count: Tensor, q: float) -> Tensor:
-    """Linear between neighbours, of the norms that ``count`` have left in the window.
+    """As numpy.percentile, of the norms that ``count`` have left in the window.
 
     Where it has none, the result is anything.
     """
+    return _at(norms, count, lambda held: q * (held - 1).clamp(min=0))
+
+
+def _median_with_a_larger(norms: Tensor, count: Tensor) -> Tensor:
+    """The median of the norms in the window and of one more that is above them all.
+
+    Where it has none, the result is anything.
+    """
+    return _at(norms, count, lambda held: 0.5 * held)
+
+
+def _at(norms: Tensor, count: Tensor, place_among: Callable[[Tensor], Tensor]) -> Tensor:
+    """Linear between neighbours, at a place in the ascending order of what the window holds."""
     held = torch.arange(len(norms), device=norms.device) < _whole(count)
     ascending = norms.where(held, math.nan).sort()[0]  # NaN comes last
     last = (held.sum() - 1).clamp(min=0)
-    place = q * last.double()
+    place = place_among(held.sum().double())
     below = place.long()
     above = torch.minimum(below + 1, last)
     # Not by indexing: an index of shape () is read by the host.

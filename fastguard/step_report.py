@@ -101,7 +101,7 @@ class StepReport:
     #: micro-batches, on all ranks.
     scale_search: bool = False
     #: A finite norm above this was an outlier: the larger of ``skip_norm`` and 4 times the median
-    #: of the last norms seen; inf while fewer than 16 were.
+    #: of the last norms seen and itself; inf while fewer than 16 were seen.
     outlier_above: float = math.inf
     #: Of a skipped outlier the parameters that rose most, as :meth:`PendingReport.risen` has them.
     most_risen: tuple[Risen, ...] = ()

@@ -30,14 +30,13 @@ double smallest(const double* values, int64_t n) {
 }
 
 // 0 where there are none.
-double quantile_of(const double* norms, int64_t size, double q) {
+double norm_at(const double* norms, int64_t size, const Place& place) {
   std::vector<double> ascending(norms, norms + size);
   if (size == 0) {
     return 0.0;
   }
   std::sort(ascending.begin(), ascending.end(), less);
-  const Quantile quantile(q, size);
-  return quantile.between(ascending[quantile.below], ascending[quantile.above]);
+  return place.between(ascending[place.below], ascending[place.above]);
 }
 
 // The last norms, as in the tensors that hold them.
@@ -51,8 +50,9 @@ Quantiles quantiles_of(const Policy& policy, const Statistics& known, const Wind
   const int64_t seen = needs_seen(policy) ? held(known.seen, windows.size) : 0;
   const int64_t accepted = needs_accepted(policy) ? held(known.accepted, windows.size) : 0;
   return {
-      quantile_of(windows.seen, seen, 0.5),
-      quantile_of(windows.accepted, accepted, accepted_quantile(policy))};
+      norm_at(windows.seen, seen, Place::of_median_with_a_larger(seen)),
+      norm_at(
+          windows.accepted, accepted, Place::of_quantile(accepted_quantile(policy), accepted))};
 }
 
 void learn(

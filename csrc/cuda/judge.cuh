@@ -34,11 +34,11 @@ __device__ inline double load_or(const double* scalar, double otherwise) {
   return scalar == nullptr ? otherwise : load(scalar);
 }
 
-// The two of the first `size` norms between which a quantile lies, found by the rank of each, into
-// found[place] and the next.
+// The two of the first `size` norms between which a place lies, found by the rank of each, into
+// found[first] and the next.
 template <class Found>
 __device__ inline void find_by_rank(
-    const double* norms, int64_t size, const Quantile& quantile, Found& found, int place) {
+    const double* norms, int64_t size, const Place& place, Found& found, int first) {
   for (int64_t i = threadIdx.x; within(i, size); i += threads) {
     const double norm = load(norms + i);
     int64_t rank = 0;
@@ -46,11 +46,11 @@ __device__ inline void find_by_rank(
       const double other = load(norms + j);
       rank += less(other, norm) || (!less(norm, other) && j < i);
     }
-    if (rank == quantile.below) {
-      found[place] = norm;
+    if (rank == place.below) {
+      found[first] = norm;
     }
-    if (rank == quantile.above) {
-      found[place + 1] = norm;
+    if (rank == place.above) {
+      found[first + 1] = norm;
     }
   }
 }
@@ -60,7 +60,8 @@ __device__ inline Quantiles quantiles_in_block(const Deciding& given, const Stat
   FASTGUARD_SHARED(double, found, 4);
   const int64_t seen = needs_seen(given.policy) ? held(known.seen, given.window) : 0;
   const int64_t accepted = needs_accepted(given.policy) ? held(known.accepted, given.window) : 0;
-  const Quantile median(0.5, seen), chosen(accepted_quantile(given.policy), accepted);
+  const Place median = Place::of_median_with_a_larger(seen);
+  const Place chosen = Place::of_quantile(accepted_quantile(given.policy), accepted);
   find_by_rank(given.seen_norms, seen, median, found, 0);
   find_by_rank(given.accepted_norms, accepted, chosen, found, 2);
   __syncthreads();
