@@ -65,10 +65,11 @@ class GradGuard:
     times the median of itself and the last 128 norms *seen*, of at least 16. Seen are all finite
     norms of finite losses, also those of skipped steps, but neither norms of 0 nor the batches that
     are passed over after a rollback. Other norms are clipped. So a sudden jump is skipped, and a
-    slow growth and two levels that alternate are clipped. A jump that stays spends the ``patience``; where that is above 64, the new
-    level is ordinary after 64 steps and is clipped from there on. A rule "skip whatever is above
-    10" would skip for ever where 10 is an ordinary norm. A norm that is above 1e18 after clipping
-    (with ``max_norm=inf``) is always skipped: fp32 second moments could not hold its square.
+    slow growth and two levels that alternate are clipped. A jump that stays spends the
+    ``patience``; where that is above 64, the new level is ordinary after 64 steps and is clipped
+    from there on. A rule "skip whatever is above 10" would skip for ever where 10 is an ordinary
+    norm. A norm that is above 1e18 after clipping (with ``max_norm=inf``) is always skipped: fp32
+    second moments could not hold its square.
     Micro-batches (:meth:`accumulate`) are judged by the norms of micro-batches in the same way.
 
     A skipped step leaves parameters and optimizer state as they are, bit for bit, and, where the
