@@ -223,10 +223,41 @@ def test_what_an_optimizer_raises_leaves_no_decision_behind():
     assert optimizer.decision is None
 
 
+class Fails(torch.optim.SGD):
+    def step(self, closure=None):
+        raise MemoryError("no room for the moments")
+
+
+def test_what_an_optimizer_raises_leaves_the_scale_and_the_statistics():
+    model = small_model()
+    optimizer, guard = Fails(model.parameters()), GradGuard(model)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=1)
+    for _ in range(2):
+        scaler.scale(model(seeded(0)).square().mean()).backward()
+        with pytest.raises(MemoryError, match="no room"):
+            guard.step(optimizer, scaler=scaler)
+        assert scaler.get_scale() == 1024.0
+        assert guard.state_dict()["statistics"]["seen"] == 0
+
+
 def two_optimizers(kind):
     torch.manual_seed(0)
     one, two = nn.Parameter(torch.randn(4)), nn.Parameter(torch.randn(3, 2))
     return [one, two], [kind([one]), kind([two])]
+
+
+def test_adagc_gives_each_optimizer_the_coefficients_of_its_own_parameters(make):
+    def stepped(shares):
+        parameters = [nn.Parameter(torch.ones(4)) for _ in range(3)]
+        optimizers = [make([parameters[i] for i in share]) for share in shares]
+        guard = GradGuard(parameters, max_norm=math.inf, threshold=AdaGC(warmup=2, relative=1.0))
+        for scale in (1.0, 1.0, 50.0):
+            for p, factor in zip(parameters, (1.0, scale, 2.0), strict=True):
+                p.grad = torch.full((4,), 0.5 * factor)
+            assert guard.step(optimizers).verdict is (Verdict.APPLY, Verdict.CLIP)[scale > 1]
+        return bits(p.detach() for p in parameters)
+
+    assert_same_bits(stepped([[1], [2, 0]]), stepped([[0, 1, 2]]))
 
 
 @pytest.mark.parametrize("scaled", [False, True])

@@ -546,6 +546,20 @@ def test_a_guard_built_on_the_meta_device(make, first):
     assert_same_buffers(model, kept)
 
 
+def test_a_buffer_that_moves_to_the_meta_device():
+    """There are no values in it then: nothing to look at, and nothing to put back."""
+    model = small_model()
+    model.register_buffer("cache", torch.ones(2))
+    optimizer, guard = fastguard.AdamW(model.parameters()), GradGuard(model)
+    assert not train_step(model, optimizer, guard, GOOD).skipped
+    model.cache = model.cache.to("meta")
+    kept = buffers_of(model)
+    assert train_step(model, optimizer, guard, BAD).skipped
+    assert model.cache.is_meta
+    del kept["cache"]
+    assert all(torch.equal(model.get_buffer(name), value) for name, value in kept.items())
+
+
 def test_a_deep_copy_with_a_guard_of_its_own():
     model = small_model()
     guard = GradGuard(model)

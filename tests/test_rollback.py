@@ -224,9 +224,11 @@ def test_a_batch_that_is_passed_over_still_tells_the_scaler():
     for value in (1.0, math.nan, math.nan, math.inf, 1.0):
         optimizer.zero_grad()
         scaler.scale(model(torch.full((6, 4), value)).square().mean()).backward()
-        verdict = guard.step(optimizer, scaler=scaler).verdict
+        report = guard.step(optimizer, scaler=scaler)
         scales.append(scaler.get_scale())
-    assert verdict is Verdict.SKIP_ROLLBACK
+    assert report.verdict is Verdict.SKIP_ROLLBACK
+    scaled = torch.cat([p.grad.flatten() for p in model.parameters()])
+    assert report.total_norm == pytest.approx(scaled.double().norm().item() / 512.0)
     assert scales == [1024.0, 512.0, 1024.0, 512.0, 512.0]
 
 
