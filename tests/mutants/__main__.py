@@ -21,13 +21,14 @@ from . import Mutant, cpp, python
 ROOT = Path(__file__).resolve().parents[2]
 #: The tests that have to see a mutant of each file; the quickest first.
 TESTS = {
-    "fastguard/guard.py": "guard attached outliers rollback accumulate step_warnings parameters buffers",
+    "fastguard/guard.py": "guard attached outliers rollback accumulate step_warnings parameters "
+    "buffers guard_sharded",
     "fastguard/apply.py": "apply attached peers",
     "fastguard/attached.py": "attached",
     "fastguard/grad_scaler.py": "grad_scaler attached scale_search accumulate apply",
     "fastguard/optim.py": "optimizer_checks optim_torch optim",
     "fastguard/optimizer_checks.py": "optimizer_checks apply",
-    "fastguard/accumulate.py": "accumulate",
+    "fastguard/accumulate.py": "accumulate guard_sharded",
     "fastguard/buffers.py": "buffers rollback",
     "fastguard/rollback.py": "rollback",
     "fastguard/sharded.py": "guard_sharded",
