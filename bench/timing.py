@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from fastguard import files
 from fastguard._timing import in_turns, synchronize, table
 from fastguard.env import processor
 
@@ -70,5 +71,5 @@ def machine(device: torch.device) -> dict[str, str | int]:
 def write_json(path: Path | None, result: dict) -> None:
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(result, indent=1) + "\n")
+        files.write_where_told(path, json.dumps(result, indent=1) + "\n")
         print(f"written to {path}")

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
+from .files import write_text
 from .ops import LARGEST_APPLIED, Verdict
 from .step_report import PendingReport, StepReport, shorten, strict_json
 
@@ -123,7 +124,7 @@ class BadStepFiles:
         path = self._folder / f"bad_step_{report.step:06d}.json"
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(strict_json(content), indent=1) + "\n")
+            write_text(path, json.dumps(strict_json(content), indent=1) + "\n")
         except (OSError, TypeError, ValueError) as error:
             logger.warning("No report on step %d: %s", report.step, error)
         if self._left == 0:

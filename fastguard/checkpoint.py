@@ -1,13 +1,17 @@
 """Checkpoints: written whole or not at all, read without running anything that is in them."""
 
-import contextlib
-import os
 import pickle
-import shutil
-from collections.abc import Iterator
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from torch import Tensor
+
+from . import files, torch_archive
+from .plain import shown
+
+LARGEST = 4 << 30
+"""Bytes of a checkpoint that is read; the teacher's states take 0.6 billion."""
 
 
 class CheckpointError(RuntimeError):
@@ -31,72 +35,65 @@ def save(path: Path, state: dict) -> None:
         raise CheckpointError(
             f"{path} not written: {len(bad)} tensors of the model are not finite, first {bad[0]}"
         )
-    with replacing(path) as temporary, open(temporary, "wb") as file:
+    with files.replacing(path) as temporary, open(temporary, "wb") as file:
         try:
             torch.save(state, file)
         except RuntimeError as error:  # torch's writer of archives says so of a full disk
             raise OSError(f"{path} could not be written: {error}") from error
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a small file whole or not at all. Raises OSError."""
-    with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary file that becomes ``path``, whole and on the disk, if all goes well; and
-    otherwise nothing: what was there stays."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        yield temporary
-        with open(temporary, "rb+") as file:  # Windows syncs what it may write
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        _sync_folder(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _sync_folder(folder: Path) -> None:
-    """The new name is on the disk, too. Not every system opens folders."""
-    with contextlib.suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-def copy(source: Path, target: Path) -> None:
-    """A second name for a checkpoint, atomically; :func:`save` never writes into an old file."""
-    temporary = target.with_name(target.name + ".tmp")
-    temporary.unlink(missing_ok=True)
-    try:
-        os.link(source, temporary)
-    except OSError:  # a file system without hard links
-        shutil.copyfile(source, temporary)
-    os.replace(temporary, target)
-
-
 def load(path: Path, map_location: torch.device | str = "cpu") -> dict:
     """Read what :func:`save` wrote; only tensors, numbers, strings and containers are accepted.
 
     Raises:
-        CheckpointError: the file is missing, truncated, or not a checkpoint of fastguard.
+        CheckpointError: the file is missing, no regular file, damaged, a bomb, or no checkpoint of
+            fastguard.
     """
     try:
-        state = torch.load(path, map_location=map_location, weights_only=True)
+        with files.open_regular(path, LARGEST) as file:
+            torch_archive.check(file)
+            file.seek(0)
+            state = torch.load(file, map_location=map_location, weights_only=True)
+        _check(state)
     except Exception as error:  # on garbage, torch's unpickler raises whatever it trips over
         reason = next(iter(str(error).splitlines()), "") or type(error).__name__
         if isinstance(error, pickle.UnpicklingError):  # whose text advises to trust the file
             reason = "it is damaged, or holds other things than tensors and plain values"
         raise CheckpointError(f"{path} can not be read as a checkpoint: {reason}") from error
-    missing = {"model", "config", "tokenizer"} - set(state if isinstance(state, dict) else ())
-    if missing:
-        raise CheckpointError(f"{path} is no checkpoint of fastguard: it lacks {sorted(missing)}")
     return state
+
+
+def _check(state: object) -> None:
+    """Raise ValueError unless recognition finds what it looks for, of the right types."""
+    if not isinstance(state, dict):
+        raise ValueError(f"it holds {shown(state)} and no dict")
+    if missing := {"model", "config", "tokenizer"} - state.keys():
+        raise ValueError(f"it lacks {sorted(missing)}, as no checkpoint of fastguard does")
+    for key in ("model", "config", "tokenizer"):
+        if not isinstance(state[key], dict):
+            raise ValueError(f"its {key} is {shown(state[key])} and no dict")
+    for name, value in state["model"].items():
+        if not isinstance(name, str) or not isinstance(value, Tensor):
+            raise ValueError(f"of its weights {shown(name)} is {shown(value)} and no tensor")
+    if not isinstance(wer := state.get("wer", 0.0), float):
+        raise ValueError(f"its wer is {shown(wer)} and no number")
+
+
+def check_fit(weights: object, wanted: Mapping[str, Tensor]) -> None:
+    """Raise ValueError unless these are tensors of the names, shapes and dtypes of ``wanted``."""
+    if not isinstance(weights, dict):
+        raise ValueError(f"{shown(weights)} in place of weights")
+    if other := sorted(map(shown, weights.keys() ^ wanted.keys())):
+        raise ValueError(f"{len(other)} weights are missing or unknown, as {other[0]}")
+    for name, tensor in wanted.items():
+        found = weights[name]
+        if not isinstance(found, Tensor):
+            raise ValueError(f"{name} is {shown(found)} and no tensor")
+        if (found.shape, found.dtype) != (tensor.shape, tensor.dtype):
+            raise ValueError(
+                f"{name} must be {tensor.dtype} of shape {tuple(tensor.shape)}, got "
+                f"{found.dtype} of shape {tuple(found.shape)}"
+            )
 
 
 def average(states: list[dict]) -> dict:

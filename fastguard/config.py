@@ -1,14 +1,13 @@
 """Settings of a training run: dataclasses, and what makes a set of them impossible."""
 
-import dataclasses
 import math
-import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
 
 import yaml
 
+from .plain import from_plain, to_plain
 from .speech.audio import SAMPLE_RATES
 
 ModelName = Literal["teacher", "baseline"]
@@ -239,42 +238,20 @@ class Config:
 
     def to_dict(self) -> dict:
         """Plain dicts, lists, strings and numbers, for YAML and for checkpoints."""
-        return _plain(dataclasses.asdict(self))
+        return to_plain(self)
 
     @classmethod
     def from_dict(cls, values: dict) -> "Config":
         """What :meth:`to_dict` gave; what is missing, as in files of earlier versions, by default.
 
         Raises:
-            TypeError: a key that is none of the settings.
-            ValueError: a value that a setting can not have.
+            ValueError: a key that is none of the settings, or a value that a setting can not have.
         """
-        return _from_plain(cls, values)
+        return from_plain(cls, values)
 
     def to_yaml(self) -> str:
         """What ``--config`` reads back."""
         return yaml.safe_dump(self.to_dict(), sort_keys=False)
-
-
-def _plain(value):
-    if isinstance(value, dict):
-        return {key: _plain(v) for key, v in value.items()}
-    if isinstance(value, tuple):
-        return list(value)
-    return str(value) if isinstance(value, Path) else value
-
-
-def _from_plain(kind: type, values: dict):
-    types = typing.get_type_hints(kind)
-    given = {}
-    for key, value in values.items():
-        if dataclasses.is_dataclass(types.get(key)):
-            value = _from_plain(types[key], value)
-        elif isinstance(value, list):
-            value = tuple(value)
-        is_path = types.get(key) == Path | None and value is not None
-        given[key] = Path(value) if is_path else value
-    return kind(**given)
 
 
 def _look_up(config: Config, name: str):

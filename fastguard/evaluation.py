@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from .files import replacing, write_text
 from .speech.batching import Batch
 from .speech.decoding import Decode, greedy_decode
 from .speech.tokenizer import Tokenizer
@@ -200,13 +201,14 @@ def _finite(log_probs: Tensor, lengths: Tensor) -> Tensor:
 
 
 def write(folder: Path, found: Evaluation) -> None:
-    """hypotheses.jsonl, alignments.txt and rates.json, utterances with most errors first."""
+    """hypotheses.jsonl, alignments.txt and rates.json, utterances with most errors first; each
+    whole or not at all. Raises OSError."""
     rows = found.worst()
-    with (folder / "hypotheses.jsonl").open("w", encoding="utf-8") as file:
+    with replacing(folder / "hypotheses.jsonl") as path, path.open("w", encoding="utf-8") as file:
         for row in rows:
             values = {**dataclasses.asdict(row), "wer": row.wer, "cer": row.cer}
             print(json.dumps(values, ensure_ascii=False), file=file)
-    with (folder / "alignments.txt").open("w", encoding="utf-8") as file:
+    with replacing(folder / "alignments.txt") as path, path.open("w", encoding="utf-8") as file:
         for row in tqdm(rows, "aligning", leave=False, delay=1, disable=not sys.stderr.isatty()):
             file.write(f"{row.id}: {row.errors} errors in {row.words} words\n{alignment(row)}\n")
     summary = {
@@ -221,7 +223,7 @@ def write(folder: Path, found: Evaluation) -> None:
         },
         "nonfinite": [row.id for row in rows if not row.finite],
     }
-    (folder / "rates.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    write_text(folder / "rates.json", json.dumps(summary, indent=2) + "\n")
 
 
 def alignment(row: Scored) -> str:

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from tqdm import tqdm
 
-from . import checkpoint, weights
+from . import checkpoint, files, weights
 from ._command import exit_status
 from ._extras import MissingExtra
 from .recognizer import Recognizer
@@ -248,7 +248,7 @@ def export(recognizer: Recognizer, folder: Path, formats: list[str]) -> Iterator
     program = None
     for name in formats:
         path = folder / f"model{SUFFIXES[name]}"
-        with checkpoint.replacing(path) as temporary:
+        with files.replacing(path) as temporary:
             if name == "safetensors":
                 result = _write_weights(temporary, recognizer)
             else:
@@ -259,7 +259,7 @@ def export(recognizer: Recognizer, folder: Path, formats: list[str]) -> Iterator
     path = folder / "model.json"
     description = describe(recognizer, [f"model{SUFFIXES[name]}" for name in formats])
     description["tokenizer"] = _write_tokenizer(folder, recognizer.tokenizer.to_dict())
-    with checkpoint.replacing(path) as temporary:
+    with files.replacing(path) as temporary:
         temporary.write_text(json.dumps(description, indent=2, ensure_ascii=False), "utf-8")
     yield f"{path}: symbols, features, shapes"
 
@@ -299,7 +299,7 @@ def _write_tokenizer(folder: Path, state: dict) -> dict:
     described = dict(state)
     for key, value in state.items():
         if isinstance(value, Tensor):
-            with checkpoint.replacing(folder / "tokenizer.model") as temporary:
+            with files.replacing(folder / "tokenizer.model") as temporary:
                 temporary.write_bytes(bytes(value.tolist()))
             described[key] = "tokenizer.model"
     return described

@@ -6,14 +6,16 @@ import logging
 import math
 import statistics
 import sys
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy
 
-from .checkpoint import write_text
+from . import files
 from .evaluation import Evaluation, pooled
+
+LARGEST_METRICS = 4 << 30
+"""Bytes of metrics.jsonl; a step takes about 300."""
 
 logger = logging.getLogger(__name__)
 
@@ -153,9 +155,8 @@ class MetricsFile:
     def __init__(self, path: Path, step: int = 0, epochs: int = 0):
         self._complained = False
         if path.exists():
-            kept = (line for line in _lines(path) if _is_behind(line, step, epochs))
-            write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
-        self._file = path.open("a", encoding="utf-8")
+            _drop_after(path, step, epochs)
+        self._file = files.open_appending(path)
 
     def write(self, metrics: StepMetrics | EpochMetrics) -> None:
         kind = "step" if isinstance(metrics, StepMetrics) else "epoch"
@@ -177,15 +178,28 @@ class MetricsFile:
             self._file.close()
 
 
-def _lines(path: Path) -> Iterator[dict]:
-    """The lines that are whole: a crash may have cut the last one."""
-    for line in path.read_bytes().splitlines():
-        with contextlib.suppress(ValueError):
-            yield json.loads(line)
+def _drop_after(path: Path, step: int, epochs: int) -> None:
+    """Keep the lines up to there, in order. Lines that are none are named in a warning, but for a
+    last one without an end, which a crash cut off."""
+    bad = []
+    with files.replacing(path) as temporary, temporary.open("w", encoding="utf-8") as kept:
+        for number, line, ended in files.json_lines(path, LARGEST_METRICS):
+            if line is None or not _is_numbered(line):
+                bad += [number] if ended else []
+            elif line["epoch"] <= epochs if line["kind"] == "epoch" else line["step"] <= step:
+                kept.write(json.dumps(line) + "\n")
+    if bad:
+        logger.warning(
+            "%s: %d lines are no metrics and were dropped, the first is line %d",
+            path,
+            len(bad),
+            bad[0],
+        )
 
 
-def _is_behind(line: dict, step: int, epochs: int) -> bool:
-    return line["epoch"] <= epochs if line["kind"] == "epoch" else line["step"] <= step
+def _is_numbered(line: dict) -> bool:
+    kind = line.get("kind")
+    return kind in ("step", "epoch") and type(line.get(kind)) is int
 
 
 def _json_number(value):
@@ -211,7 +225,13 @@ class _Formatter(logging.Formatter):
 
 
 class _File(logging.FileHandler):
-    """A log file; a full disk costs lines, not a traceback for each of them."""
+    """A log file; a full disk costs lines, not a traceback for each of them.
+
+    It follows no symbolic link.
+    """
+
+    def _open(self):
+        return files.open_appending(Path(self.baseFilename))
 
     def handleError(self, record):
         if isinstance(sys.exc_info()[1], OSError):

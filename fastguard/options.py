@@ -8,30 +8,16 @@ import typing
 from pathlib import Path
 
 import jsonargparse
-import yaml
 
 from .config import MODELS, Config
+from .yaml_file import read_yaml
 
 OVERLAYS = {
     "stable": "overlay configs/stable.yaml: tiny steps that survive explosions",
     "guarded": "overlay configs/guarded.yaml: a full learning rate under the adaptive guard",
 }
 
-_LONGEST_FILE = 1 << 16  # bytes; all settings with their comments take a few thousand
 _NUMBERS = {"inf": ".inf", "nan": ".nan"}  # as Python writes them and as YAML does
-
-
-class _Loader(yaml.SafeLoader):
-    """Refuses a key that comes twice, of which YAML takes the last in silence."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        for index, key in enumerate(keys):
-            if key in keys[:index]:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key} comes twice", node.start_mark
-                )
-        return super().construct_mapping(node, deep)
 
 
 def parse(argv: list[str] | None = None) -> Config:
@@ -119,16 +105,12 @@ def _check_options(parser: jsonargparse.ArgumentParser, words: list[str]) -> Non
 
 def _read(parser: jsonargparse.ArgumentParser, file: Path) -> dict:
     """The settings in a YAML file, whose keys exist."""
-    if not file.is_file():
+    if not file.exists():
         parser.error(f"--config {file}: there is no such file")
     try:
-        if file.stat().st_size > _LONGEST_FILE:
-            parser.error(f"--config {file}: over {_LONGEST_FILE} bytes; it holds no settings")
-        settings = yaml.load(file.read_text(encoding="utf-8"), _Loader)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        settings = read_yaml(file)
+    except (OSError, ValueError) as error:
         parser.error(f"--config {file}: {error}")
-    except RecursionError:
-        parser.error(f"--config {file}: brackets nested too deep; settings have two levels")
     if not isinstance(settings, dict):
         parser.error(f"--config {file}: holds no settings; write lines such as epochs: 10")
     known = _names(Config)

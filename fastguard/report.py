@@ -4,6 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from . import files
 from ._command import exit_status
 from .html_report import render
 from .run_history import RunFolderError, read
@@ -39,9 +40,10 @@ def main(argv: list[str] | None = None) -> int:
 def _write(args: argparse.Namespace) -> None:
     path = args.output or args.runs[0] / "report.html"
     page = render([read(run) for run in args.runs])
+    write = files.write_where_told if args.output else files.write_text
     try:
         # A lone surrogate, which JSON can hold and UTF-8 can not, becomes a question mark.
-        path.write_text(page, encoding="utf-8", errors="replace")
+        write(path, page, errors="replace")
     except OSError as error:
         raise OSError(f"can not write the report: {error}; choose --output") from error
     print(path)

@@ -9,21 +9,39 @@ checkpoints/ step_*.pt, the last states, and best_*.pt, the best weights
 
 import logging
 import math
+import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-import yaml
 from filelock import FileLock, Timeout
+from torch import Tensor
 
-from . import checkpoint
+from . import checkpoint, files
 from .checkpoint import CheckpointError
 from .config import Config
 from .evaluation import Evaluation, write
+from .plain import shown
+from .yaml_file import read_yaml
 
 logger = logging.getLogger(__name__)
 
 # Settings that a run may change when it goes on: they say how long and where, not what.
 _MAY_CHANGE = ("run_dir", "resume", "epochs", "max_steps", "num_workers", "parallel", "checkpoint")
 
+# What a run writes into its folder, beside its reports on bad steps.
+_FILES = (
+    "config.yaml", "train.log", "metrics.jsonl", "left_out.jsonl", "changed_labels.jsonl",
+    "hypotheses.jsonl", "alignments.txt", "rates.json", "last.pt", "best.pt", "averaged.pt",
+)  # fmt: skip
+_LOCK = "checkpoints/lock"
+_FOLDERS = ("checkpoints", "tensorboard")
+_BAD_STEP = re.compile(r"bad_step_\d{6,}\.json")
+_STATE = re.compile(r"step_(\d{9,18})\.pt")
+_BEST = re.compile(r"best_(\d{1,9}\.\d{6}|nan|inf)_(\d{9,18})\.pt")
+# Before files.replacing had names of its own, that of a state was followed by this.
+_HALF_WRITTEN = re.compile(rf"({_STATE.pattern}|{_BEST.pattern})\.tmp")
+
+_MOST_STEPS = 10**18
 _WAIT = 10.0  # seconds for a folder: a killed run's loader processes live on for some
 
 
@@ -43,37 +61,80 @@ class RunFolder:
     def begin(self) -> None:
         """Make the folder, keep others out till :meth:`close`, and write the settings into it.
 
-        The state that --resume names is taken over first: from then on the folder needs no other.
+        The state that --resume names is taken over: from then on the folder needs no other. Besides
+        it a new run finds no state, since its folder holds none of what runs write; and a run that
+        goes on finds those in its own folder.
 
         Raises:
-            RunError: there is a run in it that must not, or can not, go on; another process trains
-                in it; or --resume names something that holds no state.
+            RunError: there is a run in it that must not, or can not, go on; there is something else
+                in it that would be overwritten, or a link that leads out of it; another process
+                trains in it; or --resume names something that holds no state.
             OSError: it can not be written.
         """
-        new = not self._has_begun()
-        source = self._source() if new else None
-        if not new:
+        self._check_place()
+        source = None if self._has_begun() else self._source()
+        self._states.mkdir(parents=True, exist_ok=True)
+        self._keep_others_out()
+        begun = self._has_begun()
+        if begun:
+            self._check_place()  # of a run that began while this one waited
+        if (self.path / "config.yaml").exists():
+            self._remove_left_overs()
+        files.write_text(self.path / "config.yaml", self.config.to_yaml())
+        if source is not None and not begun:
+            path, state = source
+            files.copy(path, self._state_path(state))
+
+    def _check_place(self) -> None:
+        """Raise RunError unless a run with these settings may write into the folder."""
+        present = self._present()
+        if self._has_begun():
             self._check_continues()
-        elif (self.path / "metrics.jsonl").exists():
+        elif "metrics.jsonl" in present and "config.yaml" not in present:
             raise RunError(
                 f"{self.path} holds a run without a config.yaml, which can not be continued: "
                 "choose another --run-dir, or move it away"
             )
-        self._states.mkdir(parents=True, exist_ok=True)
-        self._keep_others_out()
-        for left_over in (*self.path.glob("*.tmp"), *self._states.glob("*.tmp")):
-            left_over.unlink()
-        if source is not None:
-            path, state = source
-            checkpoint.copy(path, self._state_path(state))
-        checkpoint.write_text(self.path / "config.yaml", self.config.to_yaml())
+        elif present and not self._has_settings():
+            raise RunError(
+                f"{self.path} is not the folder of a run, and holds what a run would overwrite "
+                f"({', '.join(present[:3])}): choose another --run-dir, or move it away"
+            )
+
+    def _present(self) -> list[str]:
+        """Names of what is there of all that a run writes. Raises RunError for what is a link out
+        of the folder, or of another kind than what a run writes there."""
+        names = [*_FILES, *(path.name for path in _ours(self.path, "bad_step_*", _BAD_STEP))]
+        try:
+            for name in _FOLDERS:
+                files.check_own_folder(self.path / name)
+            for name in (*names, _LOCK):
+                files.check_own(self.path / name)
+        except files.UnusableFile as error:
+            raise RunError(f"{error}, or choose another --run-dir") from error
+        full = [name for name in _FOLDERS if any(_but_the_lock(self.path / name))]
+        return [*full, *(name for name in names if (self.path / name).exists())]
 
     def _has_begun(self) -> bool:
         """A run that failed before its first step leaves its settings, and is none."""
-        traces = ("metrics.jsonl", "checkpoints/step_*.pt")
-        return (self.path / "config.yaml").exists() and any(
-            list(self.path.glob(trace)) for trace in traces
-        )
+        traces = (self.path / "metrics.jsonl").exists() or self._saved_states(self.path)
+        return bool(traces and (self.path / "config.yaml").exists())
+
+    def _has_settings(self) -> bool:
+        """Whether config.yaml is as a run writes it, without anybody's comments."""
+        path = self.path / "config.yaml"
+        try:
+            return Config.from_dict(read_yaml(path)).to_yaml().encode() == path.read_bytes()
+        except (OSError, TypeError, ValueError):
+            return False
+
+    def _remove_left_overs(self) -> None:
+        """Of files that a killed run was writing."""
+        for folder in (self.path, self._states):
+            for path in files.left_overs(folder):
+                path.unlink()
+        for path in _ours(self._states, "*.tmp", _HALF_WRITTEN):
+            path.unlink()
 
     def close(self) -> None:
         """Let others into the folder."""
@@ -81,7 +142,7 @@ class RunFolder:
             self._lock.release()
 
     def _keep_others_out(self) -> None:
-        lock = FileLock(self._states / "lock")
+        lock = FileLock(self.path / _LOCK)
         try:
             lock.acquire(timeout=_WAIT)
         except Timeout as error:
@@ -94,9 +155,8 @@ class RunFolder:
 
     def _check_continues(self) -> None:
         try:
-            saved = yaml.safe_load((self.path / "config.yaml").read_text(encoding="utf-8"))
-            saved = Config.from_dict(saved).to_dict()
-        except (AttributeError, TypeError, ValueError, yaml.YAMLError) as error:
+            saved = Config.from_dict(read_yaml(self.path / "config.yaml")).to_dict()
+        except (OSError, TypeError, ValueError) as error:
             raise RunError(
                 f"{self.path}/config.yaml is not what fastguard wrote: {error}; choose another "
                 "--run-dir"
@@ -117,11 +177,14 @@ class RunFolder:
     # --- states to go on from ---------------------------------------------------------------------
 
     def find_state(self) -> dict | None:
-        """The newest state that can be read, or None for a new run."""
+        """The newest state of this folder that can be read, or None for a new run."""
         found = self._newest(self.path)
-        if found is None and (self.path / "metrics.jsonl").exists():
+        if found is not None:
+            logger.info("state: %s", found[0])
+            return found[1]
+        if (self.path / "metrics.jsonl").exists():
             logger.warning("%s holds no state yet: the run begins anew", self.path)
-        return None if found is None else found[1]
+        return None
 
     def _source(self) -> tuple[Path, dict] | None:
         """What --resume names, and its state."""
@@ -137,12 +200,16 @@ class RunFolder:
         return found
 
     def _newest(self, folder: Path) -> tuple[Path, dict] | None:
-        for path in sorted(folder.glob("checkpoints/step_*.pt"), reverse=True):
+        for path in reversed(self._saved_states(folder)):
             try:
                 return path, _load(path)
             except CheckpointError as error:
                 logger.warning("%s; taking the one before it", error)
         return None
+
+    def _saved_states(self, folder: Path) -> list[Path]:
+        """States that a run wrote, the oldest first."""
+        return sorted(_ours(folder / "checkpoints", "step_*.pt", _STATE), key=_step_of)
 
     def _state_path(self, state: dict) -> Path:
         return self._states / f"step_{state['step']:09d}.pt"
@@ -155,8 +222,8 @@ class RunFolder:
         path = self._state_path(state)
         try:
             checkpoint.save(path, state)
-            checkpoint.copy(path, self.path / "last.pt")
-            states = sorted(self._states.glob("step_*.pt"))
+            files.link(path, self.path / "last.pt")
+            states = self._saved_states(self.path)
             end = states.index(path) + 1
             for old in (*states[: max(0, end - self.config.checkpoint.keep_last)], *states[end:]):
                 old.unlink()
@@ -175,9 +242,9 @@ class RunFolder:
             return
         try:
             checkpoint.save(path, weights)
-            for again in self._states.glob(f"best_*_{step:09d}.pt"):
-                if again != path:  # of the same epoch, which a kill made the run repeat
-                    again.unlink()
+            for again in self.best():
+                if again != path and _step_of(again) == step:
+                    again.unlink()  # of the same epoch, which a kill made the run repeat
             if self.best()[0] == path:
                 self._promote(path, found)
             for worse in self.best()[self.config.checkpoint.keep_best :]:
@@ -187,16 +254,20 @@ class RunFolder:
 
     def best(self) -> list[Path]:
         """Files of the best weights, those of the lowest WER first, of equals the oldest."""
-        return sorted(self._states.glob("best_*.pt"), key=_rank)
+        return sorted(_ours(self._states, "best_*.pt", _BEST), key=_rank)
 
-    def best_weights(self) -> list[dict]:
-        """What is in these files, of those that can be read."""
+    def best_weights(self, wanted: Mapping[str, Tensor]) -> list[dict]:
+        """What is in these files, of those that can be read and are of the model whose weights are
+        ``wanted``."""
         weights = []
         for path in self.best():
             try:
-                weights.append(checkpoint.load(path))
+                found = checkpoint.load(path)
+                _check_fit(path, found, wanted)
             except CheckpointError as error:
                 logger.warning("%s; the mean of the best is without it", error)
+            else:
+                weights.append(found)
         return weights
 
     def save_averaged(self, weights: dict, found: Evaluation) -> None:
@@ -217,21 +288,48 @@ class RunFolder:
         except CheckpointError:
             present = math.inf
         if not present < found.rates.wer:
-            checkpoint.copy(path, best)
+            files.link(path, best)
             write(self.path, found)
 
 
 def _load(path: Path) -> dict:
     state = checkpoint.load(path)
-    if missing := {"optimizer", "guard", "loader", "random"} - set(state):
+    if missing := {"optimizer", "guard", "loader", "random", "step"} - set(state):
         raise CheckpointError(
             f"{path} holds weights, and nothing to go on with: it lacks {sorted(missing)}"
         )
+    if type(step := state["step"]) is not int or not 0 <= step < _MOST_STEPS:
+        raise CheckpointError(f"{path} is of step {shown(step)}, which is no number of steps")
     return state
 
 
+def _check_fit(path: Path, weights: dict, wanted: Mapping[str, Tensor]) -> None:
+    try:
+        checkpoint.check_fit(weights["model"], wanted)
+    except ValueError as error:
+        raise CheckpointError(f"{path} does not fit the model: {error}") from error
+
+
+def _but_the_lock(folder: Path) -> Iterator[Path]:
+    """What is in a folder, but for an empty lock, which a run leaves that was killed at once."""
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if path.name != "lock" or path.stat().st_size:
+            yield path
+
+
+def _ours(folder: Path, pattern: str, name: re.Pattern) -> Iterator[Path]:
+    """Files whose names are such as a run gives; links are not: a run makes none."""
+    for path in folder.glob(pattern):
+        if name.fullmatch(path.name) and path.is_file() and not path.is_symlink():
+            yield path
+
+
 def _wer_of(best: Path) -> float:
-    return float(best.name.split("_")[1])
+    return float(_BEST.fullmatch(best.name)[1])
+
+
+def _step_of(path: Path) -> int:
+    return int(path.stem.rpartition("_")[2])
 
 
 def _rank(best: Path) -> tuple[bool, float, str]:

@@ -1,7 +1,6 @@
 """The folder of a run, read for people: whatever of it is there, and whole."""
 
 import itertools
-import json
 import math
 import re
 from bisect import bisect_left
@@ -9,9 +8,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
-import yaml
-
-from .metrics import EpochMetrics
+from . import files
+from .metrics import LARGEST_METRICS, EpochMetrics
+from .yaml_file import read_yaml
 
 _LOG_TAIL = 200_000  # bytes; the lines that tell how a run ended are its last
 _LOG_LINES = 40
@@ -159,14 +158,13 @@ def number(value: object) -> float:
 
 
 def _settings(run: Run) -> dict[str, object]:
-    path = run.path / "config.yaml"
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = read_yaml(run.path / "config.yaml")
     except FileNotFoundError:
         run.notes.append("there is no config.yaml")
         return {}
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        run.notes.append(f"config.yaml can not be read: {str(error).splitlines()[0]}")
+    except (OSError, ValueError) as error:
+        run.notes.append(f"config.yaml can not be read: {error}")
         return {}
     return dict(_dotted(values)) if isinstance(values, dict) else {}
 
@@ -181,27 +179,21 @@ def _dotted(values: dict, prefix: str = "") -> Iterator[tuple[str, object]]:
 
 def _rows(run: Run, name: str) -> Iterator[dict]:
     """The objects of a JSON Lines file. A writer may be at its last line, or have died there."""
-    bad, line = 0, ""
+    bad, cut = 0, False
     try:
-        with (run.path / name).open(encoding="utf-8", errors="replace") as file:
-            for line in file:
-                try:
-                    row = json.loads(line)
-                except (ValueError, RecursionError):
-                    row = None
-                if isinstance(row, dict):
-                    yield row
-                elif line.strip():
-                    bad += 1
+        for _, row, ended in files.json_lines(run.path / name, LARGEST_METRICS):
+            if row is None:
+                bad, cut = bad + ended, not ended
+            else:
+                yield row
     except FileNotFoundError:
         run.notes.append(f"there is no {name}")
     except OSError as error:
-        run.notes.append(f"{name} can not be read: {error.strerror}")
-    cut = bool(bad and not line.endswith("\n"))
+        run.notes.append(f"{name} can not be read: {error.strerror or error}")
     if cut:
         run.notes.append(f"the last line of {name} is cut off")
-    if bad - cut:
-        run.notes.append(f"{bad - cut} lines of {name} can not be read and were left out")
+    if bad:
+        run.notes.append(f"{bad} lines of {name} can not be read and were left out")
 
 
 def _read_metrics(run: Run) -> None:
@@ -262,9 +254,9 @@ def _read_bad_steps(run: Run) -> None:
     bad = 0
     for path in sorted(run.path.glob("bad_step_*.json")):
         try:
-            details = json.loads(path.read_text(encoding="utf-8"))
+            details = files.read_json(path)
             step = int(details["step"]) + 1
-        except (OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError):
+        except (OSError, ValueError, TypeError, KeyError, OverflowError):
             bad += 1
             continue
         if step in run.bad_steps:
@@ -300,12 +292,15 @@ _PARAMETERS = re.compile(r"^\w+: ([\d.]+ M) parameters", re.MULTILINE)
 
 def _read_log(run: Run) -> None:
     try:
-        with (run.path / "train.log").open("rb") as file:
+        with files.open_regular(run.path / "train.log", LARGEST_METRICS) as file:
             head = file.read(_LOG_TAIL)
             file.seek(max(0, file.seek(0, 2) - _LOG_TAIL))
             tail = file.read()
-    except OSError:
+    except FileNotFoundError:
         run.notes.append("there is no train.log")
+        return
+    except OSError as error:
+        run.notes.append(f"train.log can not be read: {error.strerror or error}")
         return
     if found := _PARAMETERS.search(head.decode("utf-8", "replace")):
         run.parameters = found[1]

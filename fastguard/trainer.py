@@ -517,7 +517,8 @@ class Trainer:
 
     def _average_best(self) -> None:
         """Evaluate the mean of the best weights, and keep it."""
-        best = self.folder.best_weights() if self.parallel.main else []
+        wanted = self.model.state_dict()
+        best = self.folder.best_weights(wanted) if self.parallel.main else []
         mean = self.parallel.from_main(checkpoint.average(best) if len(best) > 1 else None)
         if mean is None:
             return

@@ -7,7 +7,7 @@ import re
 import pytest
 import torch
 
-from fastguard import checkpoint
+from fastguard import checkpoint, files
 
 
 def state(value=1.0):
@@ -54,7 +54,7 @@ def test_a_copy_keeps_its_content_when_the_original_is_replaced(tmp_path):
     last, best = tmp_path / "last.pt", tmp_path / "best.pt"
     for value in (1.0, 2.0):
         checkpoint.save(last, state(value))
-        checkpoint.copy(last, best)
+        files.link(last, best)
     checkpoint.save(last, state(3.0))
     assert checkpoint.load(best)["model"]["w"][0] == 2
     assert checkpoint.load(last)["model"]["w"][0] == 3

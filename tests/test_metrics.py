@@ -6,6 +6,7 @@ import math
 
 import pytest
 
+from fastguard import files
 from fastguard.evaluation import Evaluation, score
 from fastguard.metrics import (
     EpochMetrics,
@@ -137,6 +138,33 @@ def test_what_lies_after_the_state_is_dropped_with_a_line_that_was_cut(tmp_path)
     assert [(line["step"], line["loss"]) for line in lines] == [(1, 1.0), (2, 1.0), (3, 7.0)]
 
 
+@pytest.mark.parametrize(
+    "line",
+    ["5", "null", "[1]", "{}", '{"kind": "step"}', '{"kind": [], "step": 1}', "[" * 100_000,
+     '{"kind": "step", "step": "1"}', '{"kind": "step", "step": true}', '{"kind": "epoch"}',
+     '{"kind": "step", "step": ' + "1" * 100_000 + "}", "x" * (files.LARGEST_LINE + 1)],
+)  # fmt: skip
+def test_a_line_that_is_none_is_counted_named_and_dropped(tmp_path, caplog, line):
+    good = '{"kind": "step", "step": 1}\n'
+    (tmp_path / "metrics.jsonl").write_text(good + line + "\n" + good.replace("1", "2"))
+    MetricsFile(tmp_path / "metrics.jsonl", 2, 0).close()
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2]
+    assert "1 lines are no metrics and were dropped, the first is line 2" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "train.log"])
+def test_what_is_appended_follows_no_link(tmp_path, name):
+    (tmp_path / "mine").write_text("precious")
+    (tmp_path / name).symlink_to(tmp_path / "mine")
+    with pytest.raises(OSError, match=f"{name} is a symbolic link"):
+        log_to(tmp_path / name)
+    log_to(None)
+    (tmp_path / "mine").unlink()
+    with pytest.raises(OSError, match=f"{name} is a symbolic link"):
+        MetricsFile(tmp_path / name)
+
+
 def test_a_full_disk_costs_lines_and_one_warning(tmp_path, caplog):
     file = MetricsFile(tmp_path / "metrics.jsonl")
     file._file.close()
@@ -147,8 +175,9 @@ def test_a_full_disk_costs_lines_and_one_warning(tmp_path, caplog):
 
 
 def test_a_full_disk_ends_the_log_file_and_not_the_run(tmp_path, capsys):
-    (tmp_path / "train.log").symlink_to("/dev/full")
     log_to(tmp_path / "train.log")
+    (handler,) = (h for h in logging.getLogger("fastguard").handlers if hasattr(h, "baseFilename"))
+    handler.setStream(open("/dev/full", "a")).close()  # noqa: SIM115
     logger = logging.getLogger("fastguard.trainer")
     logger.info("one")
     logger.info("two")

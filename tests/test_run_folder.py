@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import os
 import shutil
 
 import pytest
@@ -113,7 +114,7 @@ def test_a_full_disk_is_said_and_keeps_the_last_good_state(tmp_path, caplog, mon
     def full(descriptor):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint.os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", full)
     folder.save(state(2))
     folder.save_best(state(2), of_wer(0.5))
     folder.save_averaged(state(2), of_wer(0.1))
@@ -168,7 +169,8 @@ def test_a_damaged_one_of_the_best_is_left_out_of_their_mean(tmp_path, caplog):
         folder.save_best(state(step), of_wer(step / 10))
     damaged = folder.best()[1]
     damaged.write_bytes(damaged.read_bytes()[:300])
-    assert [weights["step"] for weights in folder.best_weights()] == [1, 3]
+    found = folder.best_weights(state(1)["model"])
+    assert [weights["step"] for weights in found] == [1, 3]
     assert f"{damaged} can not be read" in caplog.text
 
 
@@ -177,7 +179,7 @@ def test_the_mean_of_the_best(tmp_path):
     for step, value in ((1, 1.0), (2, 4.0)):
         weights = {"w": torch.full((2,), value), "n": torch.tensor(step)}
         folder.save_best({**state(step), "model": weights}, of_wer(step / 10))
-    mean = checkpoint.average(folder.best_weights())
+    mean = checkpoint.average(folder.best_weights(weights))
     assert mean["model"]["w"].tolist() == [2.5, 2.5]
     assert mean["model"]["n"] == 1
     folder.save_averaged(mean, of_wer(0.1))
@@ -220,6 +222,165 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path):
         RunFolder(tmp_path, Config()).begin()
     assert (tmp_path / "metrics.jsonl").read_text() == "precious"
     assert not (tmp_path / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("resume", ["auto", "never", "X"])
+@pytest.mark.parametrize("with_log", [False, True])
+def test_a_state_that_lies_in_a_new_folder_is_not_taken(tmp_path, resume, with_log):
+    begun(tmp_path / "other").save(state(9))
+    shutil.copytree(tmp_path / "other" / "checkpoints", tmp_path / "new" / "checkpoints")
+    if with_log:
+        (tmp_path / "new" / "train.log").touch()
+    begun(tmp_path / "X").save(state(7))
+    resume = str(tmp_path / "X") if resume == "X" else resume
+    with pytest.raises(RunError, match=r"not the folder of a run, and holds what .*checkpoints"):
+        begun(tmp_path / "new", resume=resume)
+    assert not (tmp_path / "new" / "config.yaml").exists()
+
+
+def test_that_state_is_taken_and_no_other(tmp_path, caplog):
+    """The newest one of the folder, where --resume names an older one."""
+    old = begun(tmp_path / "old")
+    for step in (7, 9):
+        old.save(state(step))
+    older = tmp_path / "old" / "checkpoints" / "step_000000007.pt"
+    folder = begun(tmp_path / "new", resume=str(older))
+    assert names(folder) == ["step_000000007.pt"]
+    assert folder.find_state()["step"] == 7
+    assert not (tmp_path / "new" / "checkpoints" / "step_000000007.pt").samefile(older)
+
+
+def test_auto_says_which_state_it_goes_on_from(tmp_path, caplog):
+    begun(tmp_path).save(state(3))
+    folder = begun(tmp_path)
+    caplog.set_level("INFO", "fastguard")
+    assert folder.find_state()["step"] == 3
+    assert f"state: {tmp_path / 'checkpoints' / 'step_000000003.pt'}" in caplog.messages
+
+
+def test_a_run_killed_between_its_settings_and_the_state_of_another_takes_that_again(tmp_path):
+    begun(tmp_path / "old").save(state(7))
+    folder = begun(tmp_path / "new", resume=str(tmp_path / "old"))
+    (tmp_path / "new" / "checkpoints" / "step_000000007.pt").unlink()
+    folder.close()
+    assert begun(tmp_path / "new", resume=str(tmp_path / "old")).find_state()["step"] == 7
+
+
+def test_only_files_that_a_run_wrote_are_deleted(tmp_path):
+    folder = begun(tmp_path, checkpoint=CheckpointConfig(keep_last=1, keep_best=1))
+    folder.save(state(1))
+    folder.close()
+    mine = ["a.tmp", "notes.tmp", "config.yaml.tmp", "checkpoints/a.tmp", "checkpoints/step_x.pt",
+            "checkpoints/step_final.pt", "checkpoints/best_one.pt", "checkpoints/best_0.1_3.pt",
+            "checkpoints/step_1.pt.tmp", "fastguard-x.tmp"]  # fmt: skip
+    for name in mine:
+        (tmp_path / name).write_text("precious")
+    (tmp_path / "checkpoints" / "step_000000999.pt").symlink_to(tmp_path / "a.tmp")
+    (tmp_path / "checkpoints" / "fastguard-0123456789abcdef.tmp").write_text("half")
+    folder = begun(tmp_path, checkpoint=CheckpointConfig(keep_last=1, keep_best=1))
+    for step in (2, 3):
+        folder.save(state(step))
+        folder.save_best(state(step), of_wer(0.5))
+    assert all((tmp_path / name).read_text() == "precious" for name in mine)
+    assert (tmp_path / "checkpoints" / "step_000000999.pt").is_symlink()
+    assert not (tmp_path / "checkpoints" / "fastguard-0123456789abcdef.tmp").exists()
+    assert folder.find_state()["step"] == 3
+
+
+def test_a_folder_that_is_no_run_keeps_its_temporary_files(tmp_path):
+    (tmp_path / "fastguard-0123456789abcdef.tmp").write_text("precious")
+    (tmp_path / "notes.tmp").write_text("precious")
+    begun(tmp_path)
+    assert len(list(tmp_path.glob("*.tmp"))) == 2
+
+
+@pytest.mark.parametrize("there", ["train.log", "best.pt", "rates.json", "bad_step_000001.json",
+                                   "left_out.jsonl", "checkpoints/mine.txt", "tensorboard/events",
+                                   "config.yaml"])  # fmt: skip
+def test_what_no_run_wrote_is_not_overwritten(tmp_path, there):
+    (tmp_path / there).parent.mkdir(exist_ok=True)
+    (tmp_path / there).write_text("epochs: 3  # a comment of mine\n")
+    with pytest.raises(RunError, match=f"holds what a run would overwrite .{there.split('/')[0]}"):
+        begun(tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == [there.split("/")[0]]
+    assert (tmp_path / there).read_text() == "epochs: 3  # a comment of mine\n"
+
+
+def test_a_folder_with_files_of_other_names_takes_a_run(tmp_path):
+    (tmp_path / "notes.txt").write_text("precious")
+    begun(tmp_path)
+    assert (tmp_path / "notes.txt").read_text() == "precious"
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["checkpoints", "tensorboard", "train.log", "metrics.jsonl", "best.pt", "config.yaml",
+     "rates.json", "checkpoints/lock"],
+)  # fmt: skip
+def test_links_out_of_the_folder_are_refused(tmp_path, name):
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "step_000000001.pt").write_text("precious")
+    (tmp_path / "run" / name).parent.mkdir(parents=True)
+    (tmp_path / "run" / name).symlink_to(outside if "." not in name else outside / "new")
+    with pytest.raises(RunError, match=f"{name} is a symbolic link.* choose another --run-dir"):
+        begun(tmp_path / "run")
+    assert [p.name for p in outside.iterdir()] == ["step_000000001.pt"]
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "metrics.jsonl", "last.pt", "checkpoints"])
+def test_what_is_no_file_is_refused_and_not_waited_for(tmp_path, name):
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(RunError, match=f"{name} is a FIFO"):
+        begun(tmp_path)
+
+
+def test_a_folder_that_is_a_link_itself_takes_a_run(tmp_path):
+    """Of a larger disk: that is where the user wants it."""
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "run").symlink_to("disk")
+    begun(tmp_path / "run").save(state(1))
+    assert (tmp_path / "disk" / "last.pt").exists()
+
+
+def test_links_in_the_place_of_results_are_replaced(tmp_path):
+    (tmp_path / "mine").write_text("precious")
+    folder = begun(tmp_path / "run")
+    for name in ("hypotheses.jsonl", "alignments.txt", "rates.json", "best.pt"):
+        (tmp_path / "run" / name).symlink_to(tmp_path / "mine")
+    folder.save_best(state(1), of_wer(0.5))
+    assert (tmp_path / "mine").read_text() == "precious"
+    assert not any(p.is_symlink() for p in (tmp_path / "run").iterdir())
+
+
+@pytest.mark.parametrize(
+    "settings",
+    ["a: &a [1]\nb: *a", "epochs: [1]", "epochs: 1.5", "[]", "a", "optim: 3",
+     "seed: " + "9" * 100_000, "optim: {lr: 'x'}"],
+)  # fmt: skip
+def test_settings_that_no_run_wrote_are_named(tmp_path, settings):
+    begun(tmp_path).save(state(1))
+    (tmp_path / "config.yaml").write_text(settings)
+    with pytest.raises(RunError, match="not what fastguard wrote: ") as caught:
+        begun(tmp_path)
+    assert len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize("step", [-1, "1", 1.0, True, None, 10**18])
+def test_a_state_of_a_step_that_is_none_is_refused(tmp_path, step):
+    checkpoint.save(tmp_path / "a.pt", {**state(1), "step": step})
+    with pytest.raises(RunError, match="no number of steps"):
+        begun(tmp_path / "new", resume=str(tmp_path / "a.pt"))
+
+
+def test_weights_of_another_model_are_left_out_of_the_mean(tmp_path, caplog):
+    folder = begun(tmp_path)
+    folder.save_best(state(1), of_wer(0.5))
+    for step, model in ((2, {"v": torch.ones(4)}), (3, {"w": torch.ones(5)}),
+                        (4, {"w": torch.ones(4, dtype=torch.float64)})):  # fmt: skip
+        folder.save_best({**state(step), "model": model}, of_wer(0.5))
+    assert [weights["step"] for weights in folder.best_weights(state(1)["model"])] == [1]
+    assert caplog.text.count("does not fit the model") == 3
 
 
 def test_another_runs_state_goes_on_in_a_new_folder(tmp_path):

@@ -13,7 +13,7 @@ import soundfile
 import torch
 from tqdm import tqdm
 
-from fastguard import checkpoint
+from fastguard import checkpoint, files
 from fastguard._command import exit_status
 from fastguard.diagnosis import Diagnosis, Finding, diagnose
 from fastguard.precision import AUTOCAST, autocast
@@ -50,7 +50,8 @@ def main(argv: list[str] | None = None) -> int:
 def _report(options: argparse.Namespace) -> None:
     results = _run(options)
     if options.json is not None:
-        options.json.write_text(json.dumps([_plain(r) for r in results], indent=1) + "\n")
+        text = json.dumps([_plain(r) for r in results], indent=1) + "\n"
+        files.write_where_told(options.json, text)
     print(_text(results))
 
 
@@ -131,7 +132,7 @@ def utterances_of(report: Path, known: Container[str]) -> list[str]:
     between two.
     """
     try:
-        content = json.loads(report.read_text())
+        content = files.read_json(report)
         parts = content["quarantined"] or [content]
         texts = [str(part["batch_id"]) for part in parts]
     except (ValueError, KeyError, TypeError) as error:

@@ -1,0 +1,100 @@
+"""Dataclasses as plain dicts, lists and numbers, and back; on the way back types are checked."""
+
+import dataclasses
+import types
+import typing
+from pathlib import Path
+from typing import Any, Literal
+
+_LONGEST = 60  # characters of a value in a message
+
+
+def to_plain(instance: Any) -> dict:
+    """A dataclass for YAML, JSON or a checkpoint."""
+    return _plain(dataclasses.asdict(instance))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(v) for key, v in value.items()}
+    if isinstance(value, tuple):
+        return list(value)
+    return str(value) if isinstance(value, Path) else value
+
+
+def from_plain(kind: type, values: object, prefix: str = "") -> Any:
+    """The dataclass ``kind`` of what :func:`to_plain` gave; what is missing has its default.
+
+    Integers serve as floats; nothing else is converted. ``prefix`` comes before names in messages.
+
+    Raises:
+        TypeError: a name that is no field.
+        ValueError: a value that is not of its field's type, a field that is missing and has no
+            default; and what ``kind`` itself raises of a value.
+    """
+    if not isinstance(values, dict):
+        raise ValueError(
+            f"{prefix.rstrip('.') or kind.__name__} must be a dict, got {shown(values)}"
+        )
+    known = typing.get_type_hints(kind)
+    given = {}
+    for name, value in values.items():
+        if not isinstance(name, str) or name not in known:
+            name = name if isinstance(name, str) else shown(name)
+            raise TypeError(f"there is no {prefix}{name[:200]}")
+        given[name] = _checked(known[name], value, prefix + name)
+    for field in dataclasses.fields(kind):
+        optional = (field.default, field.default_factory) != (dataclasses.MISSING,) * 2
+        if field.name not in given and not optional:
+            raise ValueError(f"{prefix}{field.name} is missing")
+    return kind(**given)
+
+
+def shown(value: object) -> str:
+    """A value for a message: of any type, and short, whatever it holds."""
+    if isinstance(value, str):
+        return repr(value[:_LONGEST]) + ("..." if len(value) > _LONGEST else "")
+    if isinstance(value, bool | float | type(None)):
+        return repr(value)
+    if isinstance(value, int):
+        bits = value.bit_length()
+        return repr(value) if bits <= 3 * _LONGEST else f"an integer of {bits} bits"
+    return f"a {type(value).__name__}"
+
+
+def _checked(kind: Any, value: object, name: str) -> Any:
+    """``value`` as the annotation ``kind`` wants it."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if dataclasses.is_dataclass(kind):
+        return from_plain(kind, value, f"{name}.")
+    if origin in (typing.Union, types.UnionType):
+        (inner,) = (argument for argument in arguments if argument is not types.NoneType)
+        return None if value is None else _checked(inner, value, name)
+    if origin is Literal:
+        if isinstance(value, str) and value in arguments:
+            return value
+        raise ValueError(f"{name} must be one of {', '.join(arguments)}, got {shown(value)}")
+    if origin in (list, tuple):
+        return origin(_sequence(origin, arguments, value, name))
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        try:
+            return float(value)
+        except OverflowError:
+            raise ValueError(f"{name} is too large: {shown(value)}") from None
+    if kind is Path and isinstance(value, str) and "\0" not in value:
+        return Path(value)
+    if isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
+        return value
+    raise ValueError(f"{name} must be of type {kind.__name__}, got {shown(value)}")
+
+
+def _sequence(origin: type, kinds: tuple, value: object, name: str) -> list:
+    """The elements; a tuple without ... has as many as its annotation."""
+    if not isinstance(value, list | tuple):
+        raise ValueError(f"{name} must be a list, got {shown(value)}")
+    if origin is list or kinds[-1] is Ellipsis:
+        kinds = kinds[:1] * len(value)
+    if len(value) != len(kinds):
+        raise ValueError(f"{name} must hold {len(kinds)} values, got {len(value)}")
+    pairs = zip(kinds, value, strict=True)
+    return [_checked(kind, each, f"{name}[{i}]") for i, (kind, each) in enumerate(pairs)]
