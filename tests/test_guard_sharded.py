@@ -505,6 +505,10 @@ def a_window_of_replicas_is_the_mean_over_all_ranks():
             assert report.total_norm == pytest.approx(math.sqrt(2 * 2**2 + 3 * 1.5**2))
             found.append(report.total_norm.hex())
     assert found == found[:1] * 6
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=1)
+    report = windows_of_replicas(given, ones, (), scaler=scaler)[-1]
+    assert report.total_norm.hex() == found[0]
+    assert scaler.get_scale() == 2.0**12  # no rank heard of an Inf where there was none
     return found
 
 

@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 #: The tests that have to see a mutant of each file; the quickest first.
 TESTS = {
     "fastguard/guard.py": "guard attached outliers rollback accumulate step_warnings parameters "
-    "buffers guard_sharded",
+    "buffers scale_search guard_sharded",
     "fastguard/apply.py": "apply attached peers",
     "fastguard/attached.py": "attached",
     "fastguard/grad_scaler.py": "grad_scaler attached scale_search accumulate apply",
