@@ -2,20 +2,21 @@
 
 import argparse
 import json
+import os
 import sys
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-import soundfile
 from tqdm import tqdm
 
 from . import _command
 from .checkpoint import CheckpointError, best_of
 from .recognizer import Recognizer
+from .speech.containers import SUFFIXES
 from .transcription import Transcript, TranscriptionError, transcribe
 
-_FORMATS = {*soundfile.available_formats(), "AIF", "OGA", "OPUS", "SPH"} - {"RAW"}
-_SUFFIXES = {f".{name.lower()}" for name in _FORMATS}
+_NAMED = 3  # files that are passed over, of each kind
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -80,7 +81,10 @@ def _newest_run() -> Path:
 
 
 def _transcribe_all(args: argparse.Namespace, recognizer: Recognizer, decode) -> int:
-    files, failed = list(recordings(args.files)), False
+    passed_over: list[Path] = []
+    files, failed = list(recordings(args.files, passed_over)), False
+    for line in passed_over_lines(passed_over):
+        print(line, file=sys.stderr)
     alone = len(files) == 1 and not args.files[0].is_dir()
     hidden = not sys.stderr.isatty() or alone
     for file in tqdm(files, "transcribing", leave=False, disable=hidden, unit="file"):
@@ -96,13 +100,38 @@ def _transcribe_all(args: argparse.Namespace, recognizer: Recognizer, decode) ->
     return int(failed or not files)
 
 
-def recordings(paths: Iterable[Path]) -> Iterator[Path]:
-    """The files as they are; in place of a folder the recordings in it, by name."""
+def recordings(paths: Iterable[Path], passed_over: list[Path]) -> Iterator[Path]:
+    """The files as they are; in place of a folder the recordings in it, by name. What else is in
+    there, and what can not be listed, comes into ``passed_over``. Links to folders are not
+    followed."""
     for path in paths:
-        if path.is_dir():
-            yield from sorted(p for p in path.rglob("*") if p.suffix.lower() in _SUFFIXES)
-        else:
+        if not path.is_dir():
             yield path
+            continue
+        found = []
+        failed = lambda error: passed_over.append(Path(error.filename))  # noqa: E731
+        for folder, _, names in os.walk(path, onerror=failed):
+            found += [Path(folder, name) for name in names]
+        for file in sorted(found):
+            if file.suffix.lower() in SUFFIXES:
+                yield file
+            else:
+                passed_over.append(file)
+
+
+def passed_over_lines(files: list[Path]) -> Iterator[str]:
+    """A line for each extension, the most frequent first."""
+    kinds = defaultdict(list)
+    for file in files:
+        kinds[file.suffix.lower()].append(file)
+    for suffix, found in sorted(kinds.items(), key=lambda item: (-len(item[1]), item[0])):
+        names = ", ".join(_shown(file) for file in found[:_NAMED])
+        more = ", ..." if len(found) > _NAMED else ""
+        kind = _shown(Path(suffix)) if suffix else "files without an extension"
+        yield (
+            f"passed over: {len(found)} {kind} ({names}{more}); if these are recordings: "
+            "ffmpeg -i FILE FILE.wav"
+        )
 
 
 def _line(file: Path, found: Transcript, as_json: bool, alone: bool) -> str:

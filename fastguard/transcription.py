@@ -7,18 +7,16 @@ training are, so that loudness and channel may change on the way; in return a wi
 speaks has its noise raised to the level of speech.
 """
 
-import os
-import stat
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import soundfile
 import torch
 from torch import Tensor
 
 from .recognizer import Recognizer
 from .speech.alignment import Word, word_times, words_of
+from .speech.audio import AudioError, open_recording
 from .speech.decoding import Decode, greedy_decode
 from .speech.features import one_thread
 from .speech.models.layers import Subsampling
@@ -48,18 +46,18 @@ def transcribe(
     decode: Decode = greedy_decode,
     window_seconds: float = 20.0,
 ) -> Transcript:
-    """What is said in a recording that soundfile can read.
+    """What is said in a recording of a format that fastguard.speech.containers knows.
 
     ``window_seconds`` is about the longest that the model gets to hear at once, context included.
 
-    Raises TranscriptionError for a file that is missing, broken or empty, and for samples or model
-    outputs that are not finite.
+    Raises TranscriptionError for a file that is missing, broken, torn or empty, and for samples or
+    model outputs that are not finite.
     """
     hop = recognizer.log_mel.hop * Subsampling.FACTOR
     seconds_per_frame = hop / recognizer.log_mel.sample_rate
     words: list[Word] = []
     try:
-        with _open(path) as file:
+        with open_recording(path) as file:
             windows = Windows(file, recognizer.log_mel.sample_rate, hop, window_seconds)
             scored = (_log_probs(recognizer, window) for window in windows)
             limit = max(1, int(window_seconds / seconds_per_frame))
@@ -72,24 +70,12 @@ def transcribe(
                     seconds_per_frame,
                     start * seconds_per_frame,
                 )
-    except (soundfile.SoundFileError, OSError) as error:
-        raise TranscriptionError(f"can not be read: {error}") from error
+    except AudioError as error:
+        raise TranscriptionError(str(error)) from error
     if (duration := windows.seconds_read) == 0:
         raise TranscriptionError("holds no samples: record it again")
     # The last frame may go on after the last sample.
     return Transcript(duration, [replace(w, end=min(w.end, duration)) for w in words])
-
-
-def _open(path: Path | str) -> soundfile.SoundFile:
-    # Of a missing file libsndfile says "System error", and it waits for a FIFO's writer.
-    if not stat.S_ISREG(os.stat(path).st_mode):
-        raise TranscriptionError("is no regular file: give a recording")
-    # soundfile refuses a name that is no UTF-8, but takes its bytes.
-    name = path if os.name == "nt" else os.fsencode(path)
-    try:
-        return soundfile.SoundFile(name)
-    except TypeError as error:  # a .raw file, which has no header
-        raise TranscriptionError(f"can not be read: {error}; convert it to wav or flac") from error
 
 
 def _log_probs(recognizer: Recognizer, window: Window) -> Tensor:

@@ -57,3 +57,10 @@ def prompts_by_heart(folder: Path) -> Path:
         --augment.freq_masks 0 --augment.time_masks 0"""
     assert main(["--data", data, "--run-dir", str(run_dir), *options.split()]) == 0
     return run_dir
+
+
+def without_xing(mp3: bytes) -> bytes:
+    """The MP3 less its first frame, in which the number of frames is."""
+    at = next(i for i in (mp3.find(b"Xing"), mp3.find(b"Info")) if i >= 0)
+    start = mp3.rfind(b"\xff", 0, at)
+    return mp3[start + mp3[start + 1 :].index(b"\xff" + mp3[start + 1 : start + 2]) + 1 :]

@@ -17,7 +17,9 @@ from fastguard.speech.features import LogMel, load_audio
 from fastguard.speech.models import build_model
 from fastguard.speech.tokenizer import BLANK, CharTokenizer
 from fastguard.transcribe import main
-from fastguard.transcription import segments, transcribe
+from fastguard.transcription import TranscriptionError, segments, transcribe
+
+from .recordings import without_xing
 
 
 @pytest.fixture
@@ -161,8 +163,8 @@ def test_broken_files_are_named_and_the_others_go_on(trained_run, prompts, tmp_p
     assert len(out.splitlines()) == 1
     for path in bad:
         assert f"error: {path}: " in error
-    assert "absent.wav: can not be read: [Errno 2] No such file" in error
-    assert "fifo.wav: is no regular file" in error
+    assert "'absent.wav' is not there" in error
+    assert "fifo.wav' is no regular file" in error
     assert "holds no samples" in error
     assert "NaN" in error
     assert "Traceback" not in error
@@ -176,20 +178,46 @@ def test_one_sample_and_silence(recognizer, tmp_path):
 
 
 def test_folders_hold_recordings_and_other_files(trained_run, prompts, tmp_path, capsys):
-    (tmp_path / "below").mkdir()
-    (tmp_path / "notes.txt").write_text("not speech")
+    """A folder may be named as a recording is; what is passed over is told."""
+    (tmp_path / "below.wav").mkdir()
     samples, rate = soundfile.read(prompts[0][0])
-    for name in ("b.WAV", "below/a.flac"):
+    for name in ("b.WAV", "below.wav/a.flac"):
         soundfile.write(tmp_path / name, samples, rate)
+    for name in ("1.m4a", "2.m4a", "3.M4A", "below.wav/4.m4a", "5.webm", "notes", "a\x1b[2J.gsm"):
+        (tmp_path / name).write_text("not speech")
     assert main(["--checkpoint", str(trained_run), str(tmp_path)]) == 0
-    out = capsys.readouterr().out
+    out, error = capsys.readouterr()
     assert [line.split("\t")[0] for line in out.splitlines()] == [
         str(tmp_path / "b.WAV"),
-        str(tmp_path / "below/a.flac"),
+        str(tmp_path / "below.wav/a.flac"),
     ]
+    lines = error.splitlines()
+    names = ", ".join(str(tmp_path / name) for name in ("1.m4a", "2.m4a", "3.M4A"))
+    assert lines[0].startswith(f"passed over: 4 .m4a ({names}, ...); if these are recordings: ")
+    assert [line.split()[2:4] for line in lines] == [
+        ["4", ".m4a"],
+        ["1", "files"],
+        ["1", ".gsm"],
+        ["1", ".webm"],
+    ]
+    assert "\x1b" not in error
+    assert main(["--checkpoint", str(trained_run), str(tmp_path / "below.wav")]) == 0
     (tmp_path / "nothing").mkdir()
     assert main(["--checkpoint", str(trained_run), str(tmp_path / "nothing")]) == 1
     assert "no recordings" in capsys.readouterr().err
+
+
+def test_an_mp3_without_its_length_is_transcribed_to_its_end(recognizer, prompts, tmp_path):
+    loud = np.random.default_rng(0).uniform(-0.5, 0.5, 8_000)
+    samples = np.concatenate([loud, *(soundfile.read(path)[0] for path, _ in prompts[:4])])
+    soundfile.write(tmp_path / "a.mp3", samples, 8_000, bitrate_mode="VARIABLE")
+    whole = (tmp_path / "a.mp3").read_bytes()
+    (tmp_path / "b.mp3").write_bytes(without_xing(whole))
+    found = transcribe(recognizer, tmp_path / "b.mp3")
+    assert found.duration == pytest.approx(len(samples) / 8_000, abs=0.2)
+    (tmp_path / "c.mp3").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(TranscriptionError, match="cut off"):
+        transcribe(recognizer, tmp_path / "c.mp3")
 
 
 def test_the_newest_run_is_taken_and_named(trained_run, prompts, tmp_path, monkeypatch, capsys):

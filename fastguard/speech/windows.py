@@ -5,10 +5,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import count
 
-import soundfile
 import torch
 from torch import Tensor
 
+from fastguard.speech.audio import Recording
 from fastguard.speech.features import RESAMPLING_WIDTH, resample, resampling_ratio
 
 
@@ -36,7 +36,7 @@ class Windows:
 
     def __init__(
         self,
-        file: soundfile.SoundFile,
+        file: Recording,
         sample_rate: int,
         samples_per_frame: int,
         seconds: float = 20.0,
@@ -75,9 +75,9 @@ class Windows:
             held, first = torch.cat([held[start - first :], more]), start
 
     def _read(self, frames: int) -> Tensor:
-        samples = self.file.read(frames, dtype="float32", always_2d=True)
+        samples = self.file.read(frames)
         self.samples_read += len(samples)
-        return torch.from_numpy(samples).mean(dim=1)
+        return torch.from_numpy(samples)
 
     def _window(self, held: Tensor, first: int, kept_from: int, last: bool) -> Window:
         """``held`` begins with sample ``first`` of the file."""

@@ -5,6 +5,7 @@ import pytest
 import soundfile
 import torch
 
+from fastguard.speech.audio import open_recording
 from fastguard.speech.features import load_audio
 from fastguard.speech.windows import Windows
 
@@ -18,7 +19,7 @@ def write(path, seconds, rate, channels=1):
 
 
 def windows_of(path, **options):
-    with soundfile.SoundFile(path) as file:
+    with open_recording(path) as file:
         windows = Windows(file, 16_000, HOP, **options)
         return list(windows), windows.seconds_read
 
