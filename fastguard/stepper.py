@@ -12,6 +12,7 @@ from .guard import GradGuard
 from .ops import Verdict
 from .optim import AdamW
 from .parallel import Parallel
+from .plain import shown
 from .step_report import StepReport
 
 logger = logging.getLogger(__name__)
@@ -120,4 +121,7 @@ class PlainClip:
         return {"steps": self.steps}
 
     def load_state_dict(self, state: dict) -> None:
-        self.steps = state["steps"]
+        steps = state["steps"]
+        if type(steps) is not int or steps < 0:
+            raise ValueError(f"the state of a run without a guard holds steps={shown(steps)}")
+        self.steps = steps

@@ -34,6 +34,7 @@ from .speech.batching import Batch
 from .speech.distillation import consistency_loss, distillation_loss
 from .speech.loss import ctc_loss
 from .speech.tokenizer import Tokenizer, tokenizer_from_dict
+from .state_schema import check_state
 from .step_report import PendingReport, StepReport
 from .stepper import build_optimizer, build_stepper, set_options
 from .teacher import load_teacher
@@ -102,7 +103,10 @@ class Trainer:
     def _known_tokenizer(self, state: dict | None) -> Tokenizer | None:
         """That of the state, or of the teacher, whose symbols the student's must be."""
         if state is not None:
-            return tokenizer_from_dict(state["tokenizer"])
+            try:
+                return tokenizer_from_dict(state["tokenizer"])
+            except (KeyError, TypeError, ValueError) as error:
+                raise RunError(f"the state has no tokenizer: {error}") from error
         return None if self.teacher is None else self.teacher.tokenizer
 
     def _build_model(self) -> nn.Module:
@@ -479,6 +483,15 @@ class Trainer:
 
     def _restore(self, state: dict) -> None:
         try:
+            check_state(
+                state,
+                self.model.state_dict(),
+                None if self.ema is None else self.ema.state_dict(),
+                self.optimizer,
+                self.scaler,
+                len(self.sampler),
+                self.parallel.world_size,
+            )
             self.parallel.load(self.model, self.optimizer, state["model"], state["optimizer"])
             set_options(self.optimizer, self.config)
             if self.ema is not None:

@@ -34,13 +34,16 @@ class CharTokenizer:
     def __init__(self, symbols: Iterable[str]) -> None:
         self.symbols = list(symbols)
         blank, characters = self.symbols[:1], self.symbols[1:]
-        odd = [s for s in characters if len(s) != 1 or characters.count(s) > 1]
+        self._tokens = {}
+        odd = []
+        for token, symbol in enumerate(characters, start=1):
+            if len(symbol) != 1 or self._tokens.setdefault(symbol, token) != token:
+                odd.append(symbol)
         if blank != [BLANK] or odd:
             raise ValueError(
-                f"symbols start with {blank} and hold {odd}: give {BLANK!r} and then single, "
-                "distinct characters"
+                f"symbols start with {blank!r:.60} and hold {odd!r:.60}: give {BLANK!r} and then "
+                "single, distinct characters"
             )
-        self._tokens = {symbol: token for token, symbol in enumerate(characters, start=1)}
 
     @classmethod
     def from_texts(cls, texts: Iterable[str]) -> "CharTokenizer":
@@ -72,7 +75,10 @@ class CharTokenizer:
 
     @classmethod
     def from_dict(cls, state: dict) -> "CharTokenizer":
-        return cls(state["symbols"])
+        symbols = state["symbols"]
+        if not isinstance(symbols, list) or not all(isinstance(s, str) for s in symbols):
+            raise ValueError("the symbols of a tokenizer are no list of strings")
+        return cls(symbols)
 
 
 class SentencePieceTokenizer:
@@ -167,7 +173,10 @@ class SentencePieceTokenizer:
 
     @classmethod
     def from_dict(cls, state: dict) -> "SentencePieceTokenizer":
-        return cls(state["model"].numpy().tobytes())
+        model = state["model"]
+        if not isinstance(model, torch.Tensor) or (model.dtype, model.dim()) != (torch.uint8, 1):
+            raise ValueError("the sentencepiece model of a tokenizer is no tensor of bytes")
+        return cls(model.numpy().tobytes())
 
 
 TokenizerKind = Literal["char", "unigram", "bpe"]
@@ -188,8 +197,8 @@ def tokenizer_from_dict(state: dict) -> Tokenizer:
     """
     kinds = {"char": CharTokenizer, "sentencepiece": SentencePieceTokenizer}
     kind = state.get("kind", "char")
-    if kind not in kinds:
-        raise ValueError(f"no tokenizer {kind!r}: this version knows {', '.join(kinds)}")
+    if not isinstance(kind, str) or kind not in kinds:
+        raise ValueError(f"no tokenizer {kind!r:.60}: this version knows {', '.join(kinds)}")
     return kinds[kind].from_dict(state)
 
 
