@@ -136,6 +136,8 @@ inline void check_scalars(const TensorView& grad_coef, const TensorView& verdict
       dtype_of(verdict),
       " of shape ",
       shape_of(verdict));
+  check_memory(grad_coef.handle(), "adamw_", [] { return "grad_coef"; });
+  check_memory(verdict.handle(), "adamw_", [] { return "verdict"; });
 }
 
 inline void check_packed(
@@ -157,6 +159,7 @@ inline void check_packed(
       " of shape ",
       shape_of(view),
       view.is_contiguous() ? "" : ", not contiguous");
+  check_memory(view.handle(), "adamw_", [&] { return name; });
 }
 
 inline void check_tensors(const TensorView& p, const TensorView& g, size_t index, bool wide) {
@@ -203,6 +206,8 @@ inline void check_tensors(const TensorView& p, const TensorView& g, size_t index
       dtype_of(p),
       "; it must be ",
       wide ? "float64" : "the parameter's or float32");
+  check_memory(p.handle(), "adamw_", "parameter", index);
+  check_memory(g.handle(), "adamw_", "gradient", index);
 }
 
 // Where a parameter and its gradient lie, each as one stretch of memory in one order: the parameter's
@@ -222,6 +227,7 @@ class StandIns {
     const Tensor given = p.tensor();
     const Dense dense = densify(given);
     if (dense.copied) {
+      check_copies_into(given);
       written_.emplace_back(given, dense.tensor);
     }
     char* const param = static_cast<char*>(dense.tensor.mutable_data_ptr());
@@ -254,8 +260,8 @@ inline bool is_wide(const Arguments& given) {
   return given.params.size() > 0 && given.params[0].scalar_type() == ScalarType::Double;
 }
 
-// `offsets` are the parameters' packed_offsets.
-inline void check(const Arguments& given, const std::vector<int64_t>& offsets) {
+// Returns the parameters' packed_offsets.
+inline std::vector<int64_t> check(const Arguments& given) {
   const size_t n = given.params.size();
   const bool wide = is_wide(given);
   STD_TORCH_CHECK(
@@ -270,6 +276,8 @@ inline void check(const Arguments& given, const std::vector<int64_t>& offsets) {
     check_tensors(given.params[i], given.grads[i], i, wide);
   }
   const ScalarType moment = wide ? ScalarType::Double : ScalarType::Float;
+  // Here each size is that of memory that there is: their sum is in range.
+  const std::vector<int64_t> offsets = packed_offsets(given.params);
   for (int role = exp_avg; role < roles; ++role) {
     const bool unused = role == max_exp_avg_sq && !given.amsgrad;
     check_packed(
@@ -285,6 +293,7 @@ inline void check(const Arguments& given, const std::vector<int64_t>& offsets) {
       ScalarType::Float,
       static_cast<int64_t>(n),
       "one step for each parameter");
+  return offsets;
 }
 
 }  // namespace fastguard::adamw

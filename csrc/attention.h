@@ -16,6 +16,8 @@
 namespace fastguard {
 
 constexpr int64_t most_head_dim = 256;
+// Dropout and CUDA's kernels count rows, keys and heads in 32 bits, up to a tile beyond.
+constexpr int64_t most_rows = INT32_MAX - 1024;
 
 struct AttentionSizes {
   int64_t batch, heads, kv_heads, queries, keys, head_dim, value_dim;
@@ -68,6 +70,20 @@ inline AttentionSizes check_attention_shapes(
       sizes.head_dim,
       ", Dv=",
       sizes.value_dim);
+  STD_TORCH_CHECK(
+      sizes.batch <= most_rows && sizes.heads <= most_rows && sizes.queries <= most_rows &&
+          sizes.keys <= most_rows,
+      op,
+      ": B, H, T and S must be at most ",
+      most_rows,
+      "; got ",
+      sizes.batch,
+      ", ",
+      sizes.heads,
+      ", ",
+      sizes.queries,
+      ", ",
+      sizes.keys);
   return sizes;
 }
 
@@ -107,6 +123,12 @@ inline void check_attention_masks(
       ", ",
       sizes.keys,
       ")");
+  if (key_padding_mask.has_value()) {
+    check_memory(key_padding_mask->get(), op, [] { return "key_padding_mask"; });
+  }
+  if (attn_mask.has_value()) {
+    check_memory(attn_mask->get(), op, [] { return "attn_mask"; });
+  }
 }
 
 inline void check_attention_options(
@@ -146,6 +168,9 @@ inline AttentionSizes check_attention(
       key.scalar_type() == query.scalar_type() && value.scalar_type() == query.scalar_type(),
       op,
       ": query, key and value differ in dtype");
+  check_memory(query.get(), op, [] { return "query"; });
+  check_memory(key.get(), op, [] { return "key"; });
+  check_memory(value.get(), op, [] { return "value"; });
   check_attention_masks(op, sizes, query.scalar_type(), key_padding_mask, attn_mask);
   check_attention_options(op, options, seed);
   return sizes;
@@ -169,6 +194,8 @@ inline void check_attention_saved(
   STD_TORCH_CHECK(
       fits(grad_output) && fits(output),
       "attention_backward: grad_output and output must be (B, H, T, Dv) of query's dtype");
+  check_memory(grad_output.get(), "attention_backward", [] { return "grad_output"; });
+  check_memory(output.get(), "attention_backward", [] { return "output"; });
   check_tensor(logsumexp, "attention_backward", "logsumexp", wide, 3);
   STD_TORCH_CHECK(
       logsumexp.size(0) == sizes.batch && logsumexp.size(1) == sizes.heads &&

@@ -1,9 +1,12 @@
 // Argument checks shared by the CPU and CUDA kernels.
 #pragma once
 
+#include "memory.h"
+
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <cstdint>
 #include <optional>
 #include <vector>
 
@@ -29,6 +32,7 @@ inline void check_tensor(
       " and ",
       tensor.dim(),
       " dimensions");
+  check_memory(tensor.get(), op, [&] { return name; });
 }
 
 inline void check_dtype(const torch::stable::Tensor& tensor, const char* op, size_t index) {
@@ -43,6 +47,7 @@ inline void check_dtype(const torch::stable::Tensor& tensor, const char* op, siz
       " has dtype number ",
       static_cast<int>(dtype),
       "; float32, float64, bfloat16 and float16 are supported");
+  check_memory(tensor.get(), op, "tensor", index);
 }
 
 inline void check_no_overlap(const torch::stable::Tensor& tensor, const char* op, size_t index) {
@@ -64,6 +69,7 @@ inline void check_total_norm(const torch::stable::Tensor& total_norm) {
       total_norm.dim(),
       " dimensions and dtype number ",
       static_cast<int>(total_norm.scalar_type()));
+  check_memory(total_norm.get(), "decide", [] { return "total_norm"; });
 }
 
 // A factor for all of n gradients, shape (), or one for each, shape (n,).
@@ -83,12 +89,15 @@ inline void check_coef(
       coef.numel(),
       " elements and dtype number ",
       static_cast<int>(coef.scalar_type()));
+  check_memory(coef.get(), op, [&] { return name; });
 }
 
 inline void check_measured(
     const char* op, const torch::stable::Tensor& total_norm, const torch::stable::Tensor& norms) {
   check_tensor(total_norm, op, "total_norm", torch::headeronly::ScalarType::Double, 0);
   check_tensor(norms, op, "norms", torch::headeronly::ScalarType::Double, 1);
+  STD_TORCH_CHECK(
+      norms.numel() <= INT32_MAX, op, ": norms of ", norms.numel(), " gradients are too many");
 }
 
 // `tensors`: how many there are in the list of gradients.
@@ -168,6 +177,8 @@ inline void check_growth(
             growth_tracker->numel() == 1 && growth_tracker->scalar_type() == ScalarType::Int,
         op,
         ": scale and growth_tracker must be one float32 and one int32");
+    check_memory(scale->get(), op, [] { return "scale"; });
+    check_memory(growth_tracker->get(), op, [] { return "growth_tracker"; });
   }
 }
 
@@ -269,6 +280,10 @@ inline void check_settle(
         "settle_: buffer ",
         i,
         " and its saved copy differ in shape or dtype");
+    check_no_overlap(buffers[i], "settle_", i);
+    check_no_overlap(saved[i], "settle_", i);
+    check_memory(buffers[i].get(), "settle_", "buffer", i);
+    check_memory(saved[i].get(), "settle_", "saved copy", i);
   }
 }
 

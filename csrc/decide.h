@@ -376,7 +376,7 @@ struct Growth {
 };
 
 inline Growth growth_of(const std::vector<double>& growth) {
-  return {growth[0], growth[1], static_cast<int64_t>(growth[2])};
+  return {growth[0], growth[1], whole(growth[2])};
 }
 
 FASTGUARD_HOST_DEVICE inline void grow(
@@ -384,7 +384,11 @@ FASTGUARD_HOST_DEVICE inline void grow(
   if (found_inf) {
     scale = static_cast<float>(scale * growth.backoff_factor);
     growth_tracker = 0;
-  } else if (++growth_tracker == growth.interval) {
+    return;
+  }
+  // Unsigned: the tracker that is given may be the largest number there is.
+  growth_tracker = static_cast<int32_t>(static_cast<uint32_t>(growth_tracker) + 1u);
+  if (growth_tracker == growth.interval) {
     const float grown = static_cast<float>(scale * growth.growth_factor);
     scale = std::isfinite(grown) ? grown : scale;
     growth_tracker = 0;

@@ -1,6 +1,8 @@
 // A tensor as one stretch of memory, whatever the order of its elements; for every device.
 #pragma once
 
+#include "memory.h"
+
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
@@ -67,13 +69,17 @@ inline Dense densify(const torch::stable::Tensor& tensor) {
   return {torch::stable::contiguous(tensor), {}, true};
 }
 
-// Tensors, each as one stretch of memory; where one has gaps a copy stands in.
+// Tensors, each as one stretch of memory; where one has gaps a copy stands in. `written`: whether
+// copy_back will be called. What it would raise is raised here, before anything is written.
 class DenseList {
  public:
-  explicit DenseList(const std::vector<torch::stable::Tensor>& tensors) : given_(tensors) {
+  DenseList(const std::vector<torch::stable::Tensor>& tensors, bool written) : given_(tensors) {
     dense_.reserve(tensors.size());
     for (const torch::stable::Tensor& tensor : tensors) {
       dense_.push_back(densify(tensor));
+      if (written && dense_.back().copied) {
+        check_copies_into(tensor);
+      }
     }
   }
 

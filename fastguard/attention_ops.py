@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 
 from . import _native
-from .ops import _has_kernel
+from .ops import DTYPES, _has_kernel, check_same_device, check_tensor
 
 #: The widest head that the operator takes, and the widest that CUDA's kernels do: theirs have the
 #: rows of what they make in registers.
@@ -205,6 +205,7 @@ def _attention_and_weights(
     clamp: float,
     return_stats: bool,
 ) -> tuple[Attention, Tensor]:
+    _check(query, key, value, key_padding_mask, attn_mask, seed, dropout_p, softcap, clamp)
     dtype = query.dtype
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     query, key, value = (x.to(wide) for x in (query, key, value))
@@ -237,6 +238,47 @@ def _attention_and_weights(
     output = (weights @ value).masked_fill(dead.unsqueeze(-1), 0.0).to(dtype)
     output = _bounded(output, clamp)
     return Attention(output, logsumexp, stats), weights.to(dtype)
+
+
+def _check(query, key, value, padding, attn_mask, seed, dropout_p, softcap, clamp) -> None:
+    """Twin: check_attention in csrc/attention.h, but for the sizes that only kernels limit."""
+    if torch.compiler.is_exporting():  # comparing its sizes would limit the program
+        return
+    shapes = [tuple(x.shape) for x in (query, key, value)]
+    fits = all(x.dim() == 4 for x in (query, key, value))
+    if fits:
+        (b, h, t, d), (_, g, s, _), _ = shapes
+        fits = shapes[1] == (b, g, s, d) and shapes[2][:3] == (b, g, s) and g > 0 and h % g == 0
+    if not fits:
+        raise RuntimeError(
+            "attention: query must be (B, H, T, D), key (B, G, S, D) and value (B, G, S, Dv), H a "
+            f"multiple of G; got {', '.join(map(str, shapes))}"
+        )
+    if query.dtype not in DTYPES or not query.dtype == key.dtype == value.dtype:
+        raise RuntimeError(
+            "attention: query, key and value must have one dtype of float32, float64, bfloat16 and "
+            f"float16; got {query.dtype}, {key.dtype} and {value.dtype}"
+        )
+    added = {torch.float32, torch.promote_types(query.dtype, torch.float32)}
+    for name, mask, shape, dtypes in (
+        ("key_padding_mask", padding, (b, s), (torch.bool,)),
+        ("attn_mask", attn_mask, (b, h, t, s), (torch.bool, *added)),
+    ):
+        if mask is not None and (mask.dtype not in dtypes or mask.shape != shape):
+            raise RuntimeError(
+                f"attention: {name} must be {' or '.join(map(str, dtypes))} of shape {shape}; got "
+                f"{mask.dtype} of shape {tuple(mask.shape)}"
+            )
+    if not (0 <= dropout_p < 1 and 0 <= softcap < torch.inf and clamp > 0):
+        raise RuntimeError(
+            "attention: dropout_p must be in [0, 1), softcap at least 0, clamp above 0; got "
+            f"{dropout_p}, {softcap}, {clamp}"
+        )
+    if seed is not None:
+        check_tensor("attention", "seed", seed, torch.int64, 2)
+    elif dropout_p > 0:
+        raise RuntimeError("attention: dropout needs a seed of two int64")
+    check_same_device("attention", (query, key, value, padding, attn_mask, seed))
 
 
 def _hidden(logits, key_padding_mask, attn_mask, is_causal):
@@ -311,6 +353,7 @@ def _empty_heads(like: Tensor, heads: int, rows: int, columns: int) -> Tensor:
 
 
 def _fake_attention(query, key, value, *options):
+    check_same_device("attention", (query, key, value, *options[:3]))
     batch, heads, rows, _ = query.shape
     wide = torch.float64 if query.dtype == torch.float64 else torch.float32
     stats = (2, batch, heads, rows) if options[-1] else (0,)
@@ -322,6 +365,8 @@ def _fake_attention(query, key, value, *options):
 
 
 def _fake_attention_backward(grad_output, query, key, value, *saved_and_options):
+    tensors = (grad_output, query, key, value, *saved_and_options[:5])
+    check_same_device("attention_backward", tensors)
     return tuple(_empty_heads(x, *x.shape[1:]) for x in (query, key, value))
 
 

@@ -424,7 +424,7 @@ def scale_(grads: list[Tensor], clip_coef: Tensor) -> None:
     for group in by_device(grads if plain else [_memory(g) for g in grads]):
         ops.scale_(group, clip_coef.to(group[0].device))
     if not plain:  # a DTensor's version does not count what is written to its shard
-        torch.autograd.graph.increment_version([g for g in grads if is_dtensor(g)])
+        ops.count_writes([g for g in grads if is_dtensor(g)])
 
 
 def _memory(grad: Tensor) -> Tensor:

@@ -117,6 +117,44 @@ def _check_no_overlap(op: str, tensors: Sequence[Tensor]) -> None:
             )
 
 
+def check_tensor(op: str, name: str, tensor: Tensor, dtype: torch.dtype, *shape) -> None:
+    """Raise unless the tensor has this dtype and shape, where None stands for any size."""
+    fits = tensor.dtype == dtype and tensor.dim() == len(shape) and tensor.is_contiguous()
+    if not fits or any(n not in (None, m) for n, m in zip(shape, tensor.shape, strict=True)):
+        wanted = str(tuple("N" if n is None else n for n in shape)).replace("'", "")
+        raise RuntimeError(
+            f"{op}: {name} must be a contiguous tensor of {dtype} and shape {wanted}; got "
+            f"{tensor.dtype} of shape {tuple(tensor.shape)}"
+        )
+
+
+def check_same_device(op: str, tensors: Iterable[Tensor | None]) -> None:
+    """Of fake tensors, too: the dispatcher has a fake kernel serve meta tensors beside others."""
+    devices = {tensor.device for tensor in tensors if tensor is not None}
+    if len(devices) > 1:
+        raise RuntimeError(f"{op}: tensors on several devices, {sorted(map(str, devices))}")
+
+
+def _check_writable(op: str, tensors: Sequence[Tensor]) -> None:
+    """Raise what torch would after some of the tensors are written already."""
+    if torch.is_inference_mode_enabled():
+        return
+    for i, tensor in enumerate(tensors):
+        if tensor.is_inference():
+            raise RuntimeError(
+                f"{op}: tensor {i} was made in inference mode and cannot be written outside it; "
+                "clone it"
+            )
+
+
+def count_writes(tensors: Sequence[Tensor]) -> None:
+    """Have autograd see that the kernels wrote; the dispatcher does not, for a list."""
+    try:
+        torch.autograd.graph.increment_version(tensors)
+    except RuntimeError:  # written they are; a tensor made in inference mode has no version
+        torch.autograd.graph.increment_version([t for t in tensors if not t.is_inference()])
+
+
 # --- grad_norm ----------------------------------------------------------------------------------
 
 
@@ -149,6 +187,7 @@ def grad_norm_ref(grads: Sequence[Tensor], device: torch.device | None = None) -
     ``device`` is where the results of no tensors are to be.
     """
     _check_dtypes("grad_norm", grads)
+    check_same_device("grad_norm", grads)
     device = grads[0].device if grads else device
     norms = torch.zeros(len(grads), dtype=torch.float64, device=device)
     nonfinite = torch.zeros(len(grads), 3, dtype=torch.int64, device=device)
@@ -163,11 +202,10 @@ def grad_norm_ref(grads: Sequence[Tensor], device: torch.device | None = None) -
     return GradNorm(norms.square().sum().sqrt(), norms, nonfinite)
 
 
-def _fake_grad_norm(grads):
+def _fake_grad_norm(grads, like=None):
     n = len(grads)
-    like = grads[0]
-    if len(devices := {grad.device for grad in grads}) > 1:  # the dispatcher takes CPU and meta
-        raise RuntimeError(f"grad_norm: tensors on several devices, {sorted(map(str, devices))}")
+    like = grads[0] if grads else like
+    check_same_device("grad_norm", grads)
     return (
         like.new_empty((), dtype=torch.float64),
         like.new_empty(n, dtype=torch.float64),
@@ -336,7 +374,7 @@ def guard_decide_(
     args += (int(threshold.kind), max_norm, skip_norm, threshold.options)
     if _has_kernel(measured.total_norm):
         found = torch.ops.fastguard.guard_decide_.default(*args)
-        torch.autograd.graph.increment_version(statistics)
+        count_writes(statistics)
         return GuardDecision(*found)
     return guard_decide_ref_(*args)
 
@@ -357,15 +395,15 @@ def guard_decide_ref_(
     options: Sequence[float],
 ) -> GuardDecision:
     """The operator behind :func:`guard_decide_` in plain torch: branches become ``where``."""
+    op, known = "guard_decide_", Statistics(numbers, seen_norms, accepted_norms, per_tensor)
+    check_tensor(op, "total_norm", total_norm, torch.float64)
+    check_tensor(op, "norms", norms, torch.float64, None)
+    _check_guard_decide(op, len(norms), unscale, loss, known, threshold, options)
+    check_same_device(op, (total_norm, norms, unscale, loss, *known))
+    _check_writable(op, known)
     kind = Kind(threshold)
-    columns = [len(norms)] if kind is Kind.ADAGC else [len(norms), 0]
-    if len(per_tensor) != 4 or per_tensor.shape[1] not in columns:
-        raise RuntimeError(
-            f"guard_decide_: per_tensor must have 4 rows and a column for each of the {len(norms)} "
-            f"gradients, or none without AdaGC; got shape {tuple(per_tensor.shape)}"
-        )
     a, b, warmup = options
-    known = Statistics(numbers.clone(), seen_norms, accepted_norms, per_tensor)
+    known = known._replace(numbers=numbers.clone())
     factor = torch.ones_like(total_norm) if unscale is None else unscale
     norm, each = total_norm * factor, norms * factor
     warm = known.accepted >= warmup
@@ -404,6 +442,7 @@ def guard_decide_ref_(
         ratio = a * average / each
         coefs = torch.where(has_average, torch.where(ratio < 1, ratio, 1.0), alone)
         coefs = torch.where(skip | (each == 0), 1.0, coefs)
+        coef, applied = torch.ones_like(coef), torch.zeros_like(applied)
         if len(norms):
             coef, applied = coefs.amin(), (coefs * each).amax()
         verdict = torch.where(skip, verdict, (coef < 1).long())
@@ -420,9 +459,7 @@ def guard_decide_ref_(
         since = torch.where(coefs < 0.5, since, -1.0)
         learns = ~skip & (each != 0)
         known.ema_norms.copy_(torch.where(learns, ema, known.ema_norms))
-        known.clipped_since.copy_(
-            torch.where(learns & has_average, since, known.clipped_since)
-        )
+        known.clipped_since.copy_(torch.where(learns & has_average, since, known.clipped_since))
     sees = finite & (norm > 0)
     accepts = sees & ~skip
     if per_tensor.numel():
@@ -437,6 +474,42 @@ def guard_decide_ref_(
     loss = torch.full_like(norm, math.nan) if loss is None else loss
     record = [verdict.double(), coef, norm, limit, loss, skip_above]
     return GuardDecision(grad_coef, verdict, torch.stack(record))
+
+
+def _check_guard_decide(
+    op: str,
+    n: int,
+    unscale: Tensor | None,
+    loss: Tensor | None,
+    known: Statistics,
+    threshold: int,
+    options: Sequence[float],
+) -> None:
+    """Twin: check_guard_decide in csrc/checks.h."""
+    for name, scalar in (("unscale", unscale), ("loss", loss)):
+        if scalar is not None:
+            check_tensor(op, name, scalar, torch.float64)
+    check_tensor(op, "statistics", known.numbers, torch.float64, 4)
+    check_tensor(op, "seen_norms", known.seen_norms, torch.float64, None)
+    check_tensor(op, "accepted_norms", known.accepted_norms, torch.float64, None)
+    check_tensor(op, "per_tensor", known.per_tensor, torch.float64, None, None)
+    seen, accepted = len(known.seen_norms), len(known.accepted_norms)
+    if not 1 <= seen == accepted:
+        raise RuntimeError(
+            f"{op}: seen_norms and accepted_norms must have one length, at least 1; got {seen} and "
+            f"{accepted}"
+        )
+    if not 0 <= threshold <= max(Kind) or len(options) != 3:
+        raise RuntimeError(
+            f"{op}: threshold must be 0 to {int(max(Kind))}, with 3 options; got {threshold} with "
+            f"{len(options)}"
+        )
+    columns = [n] if threshold == Kind.ADAGC else [n, 0]
+    if len(known.per_tensor) != 4 or known.per_tensor.shape[1] not in columns:
+        raise RuntimeError(
+            f"{op}: per_tensor must have 4 rows and a column for each of the {n} gradients, or "
+            f"none without AdaGC; got shape {tuple(known.per_tensor.shape)}"
+        )
 
 
 def _find_new_level(known: Statistics, norm: Tensor, z: float, warm: Tensor) -> Tensor:
@@ -541,6 +614,8 @@ def _zclip_moments(known: Statistics, clipped: Tensor, norm: Tensor, alpha: floa
 def _fake_guard_decide_(
     total_norm, norms, unscale, loss, numbers, seen, accepted, per_tensor, step, threshold, *_
 ):
+    known = (numbers, seen, accepted, per_tensor)
+    check_same_device("guard_decide_", (total_norm, norms, unscale, loss, *known))
     shape = norms.shape if threshold == Kind.ADAGC else ()
     return (
         total_norm.new_empty(shape),
@@ -596,7 +671,7 @@ def grad_norm_decide_(
     if grads and _has_kernel(grads[0]):
         found = torch.ops.fastguard.grad_norm_decide_.default(grads, *args)
         written = (*statistics, *(state if scaling is not None else ()))
-        torch.autograd.graph.increment_version(written)
+        count_writes(written)
     else:
         found = grad_norm_decide_ref_(grads, *args)
     return GradNorm(*found[:3]), GuardDecision(*found[3:])
@@ -620,6 +695,8 @@ def grad_norm_decide_ref_(
     growth: Sequence[float],
 ) -> tuple[Tensor, ...]:
     """The operator behind :func:`grad_norm_decide_` in plain torch."""
+    _check_growth("grad_norm_decide_", scale, growth_tracker, growth)
+    check_same_device("grad_norm_decide_", (*grads, numbers, scale, growth_tracker))
     measured = grad_norm_ref(grads, numbers.device)
     total_norm, norms, _ = measured
     known = (numbers, seen_norms, accepted_norms, per_tensor)
@@ -628,19 +705,36 @@ def grad_norm_decide_ref_(
     )
     if scale is not None:
         growth_factor, backoff_factor, interval = growth
+        interval = math.floor(min(interval, 2.0**53)) if interval >= 1 else 0
         good = total_norm.isfinite()
         steps = torch.where(good, growth_tracker + 1, 0)
         grown = (scale.double() * growth_factor).float()
-        full = (steps == interval) & grown.isfinite()
+        full = (steps.long() == interval) & grown.isfinite()
         kept = torch.where(full, grown, scale)
         scale.copy_(torch.where(good, kept, (scale.double() * backoff_factor).float()))
-        growth_tracker.copy_(torch.where(steps == interval, 0, steps))
+        growth_tracker.copy_(torch.where(steps.long() == interval, 0, steps))
     return *measured, *decided
 
 
-def _fake_grad_norm_decide_(grads, unscale, loss, *rest):
-    measured = _fake_grad_norm(grads)
-    return *measured, *_fake_guard_decide_(*measured[:2], unscale, loss, *rest)
+def _check_growth(op, scale, growth_tracker, growth) -> None:
+    """Twin: check_growth in csrc/checks.h."""
+    if (scale is None) != (growth_tracker is None) or len(growth) != 3:
+        raise RuntimeError(
+            f"{op}: scale and growth_tracker come together, and growth has 3 numbers; got "
+            f"{len(growth)}"
+        )
+    if scale is not None:
+        found = (scale.numel(), scale.dtype, growth_tracker.numel(), growth_tracker.dtype)
+        if found != (1, torch.float32, 1, torch.int32):
+            raise RuntimeError(f"{op}: scale and growth_tracker must be one float32 and one int32")
+        _check_writable(op, (scale, growth_tracker))
+
+
+def _fake_grad_norm_decide_(grads, unscale, loss, numbers, *rest):
+    scaling = [x for x in rest if isinstance(x, Tensor)]
+    check_same_device("grad_norm_decide_", (*grads, unscale, loss, numbers, *scaling))
+    measured = _fake_grad_norm(grads, numbers)
+    return *measured, *_fake_guard_decide_(*measured[:2], unscale, loss, numbers, *rest)
 
 
 # --- settle_ ------------------------------------------------------------------------------------
@@ -694,6 +788,10 @@ def settle_ref_(
     buffers: Sequence[Tensor], saved: Sequence[Tensor], verdict: Tensor, owners: Tensor
 ) -> Tensor:
     """:func:`settle_` in plain torch."""
+    _check_settle(buffers, saved, verdict, owners)
+    if owners.device.type != "cpu":  # the host cannot look at the numbers
+        known = (owners >= 0) & (owners < len(owners))
+        owners = torch.where(known, owners, torch.arange(len(owners), device=owners.device))
     skip = verdict >= int(Verdict.SKIP_NONFINITE)
     none = torch.zeros_like(owners, dtype=torch.int32)
     if not buffers:
@@ -708,6 +806,29 @@ def settle_ref_(
     return torch.cat([of_buffer, of_owner])
 
 
+def _check_settle(buffers, saved, verdict, owners) -> None:
+    """Twins: check_settle and check_owner in csrc/checks.h."""
+    check_tensor("settle_", "verdict", verdict, torch.int64)
+    check_tensor("settle_", "owners", owners, torch.int64, None)
+    n = len(buffers)
+    if not n == len(saved) == len(owners):
+        raise RuntimeError(
+            f"settle_: {n} buffers but {len(saved)} saved copies and {len(owners)} owners"
+        )
+    for i, (buffer, copy) in enumerate(zip(buffers, saved, strict=True)):
+        if buffer.shape != copy.shape or buffer.dtype != copy.dtype:
+            raise RuntimeError(f"settle_: buffer {i} and its saved copy differ in shape or dtype")
+    for owner in owners.tolist() if owners.device.type == "cpu" else ():
+        if not 0 <= owner < n:
+            raise RuntimeError(
+                f"settle_: owners must be numbers from 0 to {n - 1}, one for each buffer; got "
+                f"{owner}"
+            )
+    for tensors in (buffers, saved):
+        _check_no_overlap("settle_", tensors)
+        _check_writable("settle_", tensors)
+
+
 def _lost(buffer: Tensor, saved: Tensor) -> Tensor:
     """Whether an element was finite in the copy and is not in the buffer; False of integers."""
     if buffer.dtype not in FLOATING_DTYPES:
@@ -718,6 +839,7 @@ def _lost(buffer: Tensor, saved: Tensor) -> Tensor:
 
 
 def _fake_settle_(buffers, saved, verdict, owners):
+    check_same_device("settle_", (*buffers, *saved, verdict, owners))
     return torch.empty(2 * len(buffers), dtype=torch.int32, device=verdict.device)
 
 
@@ -747,7 +869,7 @@ def accumulate_(
     if _has_kernel(window):
         torch.ops.fastguard.accumulate_.default(sums, grads, verdict, window, weight)
         if sums:
-            torch.autograd.graph.increment_version(sums)
+            count_writes(sums)
     else:
         accumulate_ref_(sums, grads, verdict, window, weight)
 
@@ -761,14 +883,40 @@ def accumulate_ref_(
     weight: float,
 ) -> None:
     """:func:`accumulate_` in plain torch."""
+    _check_accumulate(sums, grads, verdict, window)
     good = verdict < int(Verdict.SKIP_NONFINITE)
     for total, grad in zip(sums, grads, strict=True):
         total.copy_(torch.where(good, total + grad, total))
-    window.add_(torch.stack([torch.ones_like(window[0]), good.double(), good * weight]))
+    added = torch.where(good, torch.full_like(window[0], weight), 0.0)  # 0 * inf is NaN
+    window.add_(torch.stack([torch.ones_like(window[0]), good.double(), added]))
+
+
+def _check_accumulate(sums, grads, verdict, window) -> None:
+    """Twin: check_accumulate in csrc/checks.h."""
+    op = "accumulate_"
+    check_tensor(op, "verdict", verdict, torch.int64)
+    check_tensor(op, "window", window, torch.float64, 3)
+    if len(sums) != len(grads):
+        raise RuntimeError(
+            f"{op}: as many gradients as sums are needed; got {len(sums)} sums and {len(grads)} "
+            "gradients"
+        )
+    for tensors in (sums, grads):
+        _check_dtypes(op, tensors)
+    for i, (total, grad) in enumerate(zip(sums, grads, strict=True)):
+        wide = torch.float64 if grad.dtype == torch.float64 else torch.float32
+        if total.shape != grad.shape or total.dtype != wide:
+            raise RuntimeError(
+                f"{op}: sum {i} must have its gradient's shape, and be float64 for a float64 "
+                "gradient, float32 for any other"
+            )
+    check_same_device(op, (*sums, *grads, verdict, window))
+    _check_no_overlap(op, sums)
+    _check_writable(op, (*sums, window))
 
 
 def _fake_accumulate_(sums, grads, verdict, window, weight):
-    return None
+    check_same_device("accumulate_", (*sums, *grads, verdict, window))
 
 
 # --- scale_ -------------------------------------------------------------------------------------
@@ -790,7 +938,7 @@ def scale_(grads: Sequence[Tensor], clip_coef: Tensor) -> None:
     grads = list(grads)
     if grads and _has_kernel(grads[0]):
         torch.ops.fastguard.scale_.default(grads, clip_coef)
-        torch.autograd.graph.increment_version(grads)  # the dispatcher does not, for a list
+        count_writes(grads)
     else:
         scale_ref_(grads, clip_coef)
 
@@ -800,7 +948,10 @@ def scale_ref_(grads: Sequence[Tensor], clip_coef: Tensor) -> None:
     """:func:`scale_` in plain torch; it writes a product with 1 too, lest the host wait."""
     _check_dtypes("scale_", grads)
     _check_no_overlap("scale_", grads)
-    if clip_coef.dtype != torch.float64 or clip_coef.shape not in ((), (len(grads),)):
+    check_same_device("scale_", (*grads, clip_coef))
+    _check_writable("scale_", grads)
+    fits = clip_coef.dtype == torch.float64 and clip_coef.is_contiguous()
+    if not fits or clip_coef.shape not in ((), (len(grads),)):
         raise RuntimeError(
             f"scale_: clip_coef must be a float64 tensor of shape () or ({len(grads)},), as decide "
             f"returns it; got {clip_coef.dtype} of shape {tuple(clip_coef.shape)}"
@@ -810,7 +961,7 @@ def scale_ref_(grads: Sequence[Tensor], clip_coef: Tensor) -> None:
 
 
 def _fake_scale_(grads, clip_coef):
-    return None
+    check_same_device("scale_", (*grads, clip_coef))
 
 
 # --- clip_ --------------------------------------------------------------------------------------
@@ -837,7 +988,7 @@ def clip_(
         found = torch.ops.fastguard.clip_.default(grads, max_norm, skip_norm, float32_norm)
         measured, decision = GradNorm(*found[:3]), Decision(*found[3:])
         if decision.clip_coef.device.type != "cpu" or decision.clip_coef != 1:
-            torch.autograd.graph.increment_version(grads)
+            count_writes(grads)
         return measured, decision
     found = clip_ref_(grads, max_norm, skip_norm, float32_norm)
     return GradNorm(*found[:3]), Decision(*found[3:])
@@ -966,8 +1117,8 @@ def adamw_(
     options = (lr, beta1, beta2, weight_decay, eps, decoupled_weight_decay, amsgrad, maximize)
     if params and _has_kernel(params[0]):
         torch.ops.fastguard.adamw_.default(params, grads, *state, grad_coef, verdict, *options)
-        torch.autograd.graph.increment_version(params)
-        torch.autograd.graph.increment_version(state)
+        count_writes(params)
+        count_writes(state)
     else:
         adamw_ref_(params, grads, *state, grad_coef, verdict, *options)
 
@@ -1086,6 +1237,9 @@ def _check_adamw(params, grads, moments, state_steps, grad_coef, verdict, amsgra
                 f"adamw_: grads[{i}] has dtype {grad.dtype}, its parameter {p.dtype}; it must be "
                 f"{' or '.join(sorted({str(p.dtype), str(moment)}))}"
             )
+    state = (*moments.values(), state_steps)
+    check_same_device("adamw_", (*params, *grads, *state, grad_coef, verdict))
+    _check_writable("adamw_", (*params, *state))
     size = packed_offsets(p.numel() for p in params)[-1]
     packed = [
         (name, tensor, moment, size, "the last of packed_offsets")
@@ -1104,8 +1258,9 @@ def _check_adamw(params, grads, moments, state_steps, grad_coef, verdict, amsgra
             )
 
 
-def _fake_adamw_(*args):
-    return None
+def _fake_adamw_(params, grads, *rest):
+    tensors = [tensor for tensor in rest if isinstance(tensor, Tensor)]
+    check_same_device("adamw_", (*params, *grads, *tensors))
 
 
 # --- what was built -----------------------------------------------------------------------------
@@ -1125,7 +1280,22 @@ def _parse(info: str) -> dict[str, str]:
     return dict(line.split("=", 1) for line in info.splitlines())
 
 
+def _refuse_lazy(*args):
+    """Torch would negate or conjugate a copy, have the operator write that, and then raise."""
+    raise RuntimeError(
+        "fastguard: a tensor to be written has a lazy negation or conjugation; materialize it with "
+        "resolve_neg() or resolve_conj()"
+    )
+
+
 if _native.cpu_problem is None:
+    _library = torch.library.Library("fastguard", "IMPL")  # its registrations live as long
+    for _name in (
+        *("guard_decide_", "grad_norm_decide_", "settle_", "accumulate_", "scale_", "clip_"),
+        "adamw_",
+    ):
+        for _key in ("Negative", "Conjugate"):
+            _library.impl(_name, _refuse_lazy, _key)
     torch.library.register_fake("fastguard::grad_norm", _fake_grad_norm)
     torch.library.register_fake("fastguard::decide", _fake_decide)
     torch.library.register_fake("fastguard::guard_decide_", _fake_guard_decide_)

@@ -374,7 +374,7 @@ class _Bucket:
             step = ops.check_adamw if only_check else ops.adamw_
             step(params, grads, *state, *decision, *options)
             if self.sharded:  # a DTensor's version does not count what is written to its shard
-                torch.autograd.graph.increment_version(self.params)
+                ops.count_writes(self.params)
         except RuntimeError:
             _check_dense(grads)
             raise

@@ -19,14 +19,12 @@ void accumulate_cpu(
     Tensor window,
     double weight) {
   check_accumulate(sums, grads, verdict, window);
+  const NoGrad no_grad;
   double* const micro_batches = window.mutable_data_ptr<double>();  // seen, good, weight of the good
-  micro_batches[0] += 1.0;
   if (skips(*verdict.const_data_ptr<int64_t>())) {
+    micro_batches[0] += 1.0;
     return;
   }
-  micro_batches[1] += 1.0;
-  micro_batches[2] += weight;
-
   Written written(sums);
   std::vector<Tensor> sources;
   std::vector<Span> from;
@@ -36,6 +34,10 @@ void accumulate_cpu(
   }
   const std::vector<Chunk> chunks = cut(written.spans);
   const GradientKernels& kernels = gradient_kernels();
+  // Nothing was written so far, and nothing throws from here on.
+  micro_batches[0] += 1.0;
+  micro_batches[1] += 1.0;
+  micro_batches[2] += weight;
   for_each_chunk(chunks, [&](int64_t c) {
     const Chunk& chunk = chunks[c];
     const Span& grad = from[chunk.span];

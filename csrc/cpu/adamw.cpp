@@ -80,8 +80,8 @@ void step(const Arguments& given) {
   const AdamwOptions& options = given.options;
   const TensorList& params = given.params;
   const size_t n = params.size();
-  const std::vector<int64_t> offsets = packed_offsets(params);
-  check(given, offsets);
+  const std::vector<int64_t> offsets = check(given);
+  const NoGrad no_grad;
   const int64_t decided = *given.verdict.const_data_ptr<int64_t>();
   if (decided != static_cast<int64_t>(Verdict::apply) &&
       decided != static_cast<int64_t>(Verdict::clip)) {

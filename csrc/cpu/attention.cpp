@@ -82,12 +82,13 @@ AttentionMask mask_of(const std::optional<Tensor>& mask) {
       mask->stride(1), mask->stride(2), mask->stride(3)};
 }
 
-std::vector<Panel> panels_of(int64_t keys, const bool* padded, int64_t step) {
+// Padding as bytes: a bool tensor that was made as a view of bytes may hold any.
+std::vector<Panel> panels_of(int64_t keys, const uint8_t* padded, int64_t step) {
   std::vector<Panel> panels;
   for (int64_t first = 0; first < keys; first += panel_keys) {
     Panel panel{first, 0, 0};
     for (int64_t j = 0; j < std::min(panel_keys, keys - first); ++j) {
-      if (padded == nullptr || !padded[(first + j) * step]) {
+      if (padded == nullptr || padded[(first + j) * step] == 0) {
         panel.keep |= uint64_t{1} << j;
         panel.columns = j + 1;
       }
@@ -107,10 +108,11 @@ struct Inputs {
       const std::optional<Tensor>& key_padding_mask)
       : query(with_rows(q)), key(with_rows(k)), value(with_rows(v)) {
     for (int64_t b = 0; b < key.size(0); ++b) {
-      const bool* padded = nullptr;
+      const uint8_t* padded = nullptr;
       int64_t step = 0;
       if (key_padding_mask.has_value()) {
-        padded = key_padding_mask->const_data_ptr<bool>() + b * key_padding_mask->stride(0);
+        padded = static_cast<const uint8_t*>(key_padding_mask->const_data_ptr()) +
+            b * key_padding_mask->stride(0);
         step = key_padding_mask->stride(1);
       }
       panels.push_back(panels_of(key.size(2), padded, step));
@@ -179,8 +181,9 @@ class Scratch {
 
 // Whether a parallel region costs less than it saves.
 bool is_much(const AttentionSizes& sizes) {
-  constexpr int64_t serial_products = 1 << 17;
-  return sizes.batch * sizes.heads * sizes.queries * sizes.keys * sizes.head_dim > serial_products;
+  constexpr double serial_products = 1 << 17;
+  return static_cast<double>(sizes.batch) * sizes.heads * sizes.queries * sizes.keys *
+      sizes.head_dim > serial_products;
 }
 
 // Rows of a task: whole heads if they are enough to keep all threads busy.

@@ -42,7 +42,7 @@ inline Span span_of(const torch::stable::Tensor& tensor) {
 // Tensors that a kernel writes.
 class Written : public DenseList {
  public:
-  explicit Written(const std::vector<torch::stable::Tensor>& tensors) : DenseList(tensors) {
+  explicit Written(const std::vector<torch::stable::Tensor>& tensors) : DenseList(tensors, true) {
     spans.reserve(tensors.size());
     for (size_t i = 0; i < tensors.size(); ++i) {
       const torch::stable::Tensor& tensor = (*this)[i].tensor;

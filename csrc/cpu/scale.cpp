@@ -28,6 +28,7 @@ void scale_cpu(const std::vector<Tensor>& grads, const Tensor& clip_coef) {
   if (std::all_of(factors, factors + clip_coef.numel(), [](double f) { return f == 1.0; })) {
     return;  // nothing to write
   }
+  const NoGrad no_grad;
   Written written(grads);
   const std::vector<Chunk> chunks = cut(written.spans);
   const GradientKernels& kernels = gradient_kernels();

@@ -57,12 +57,19 @@ bool lost_something(const Tensor& buffer, const Tensor& saved) {
 // the memory may be that of a lazy conj().
 constexpr int64_t small_bytes = 1 << 16;
 
+int64_t bytes_of(const Tensor& tensor) {
+  return tensor.numel() * static_cast<int64_t>(tensor.element_size());
+}
+
+bool copies_memory(const Tensor& to, const Tensor& from) {
+  return bytes_of(to) <= small_bytes && numbers_in(to.scalar_type()) < 2 && to.is_contiguous() &&
+      from.is_contiguous();
+}
+
 void copy(Tensor to, const Tensor& from) {
-  const int64_t bytes = to.numel() * static_cast<int64_t>(to.element_size());
-  const bool plain = numbers_in(to.scalar_type()) < 2 && to.is_contiguous() && from.is_contiguous();
-  if (bytes <= small_bytes && plain) {
-    if (bytes > 0) {
-      std::memcpy(to.mutable_data_ptr(), from.const_data_ptr(), bytes);
+  if (copies_memory(to, from)) {
+    if (bytes_of(to) > 0) {
+      std::memmove(to.mutable_data_ptr(), from.const_data_ptr(), bytes_of(to));  // they may overlap
     }
   } else {
     torch::stable::copy_(to, from);
@@ -75,6 +82,7 @@ Tensor settle_cpu(
     const Tensor& verdict,
     const Tensor& owners) {
   check_settle(buffers, saved, verdict, owners);
+  const NoGrad no_grad;
   const bool skip = skips(*verdict.const_data_ptr<int64_t>());
   const int64_t* const owner = owners.const_data_ptr<int64_t>();
   const size_t n = buffers.size();
@@ -88,9 +96,15 @@ Tensor settle_cpu(
       of_buffer[i] = of_owner[owner[i]] = 1;
     }
   }
+  const auto restores = [&](size_t i) { return skip || of_owner[owner[i]] != 0; };
   for (size_t i = 0; i < n; ++i) {
-    const bool restore = skip || of_owner[owner[i]] != 0;
-    restore ? copy(buffers[i], saved[i]) : copy(saved[i], buffers[i]);
+    if (!copies_memory(buffers[i], saved[i])) {
+      check_copies_into(restores(i) ? buffers[i] : saved[i]);
+    }
+  }
+  // Nothing was written so far, and nothing throws from here on.
+  for (size_t i = 0; i < n; ++i) {
+    restores(i) ? copy(buffers[i], saved[i]) : copy(saved[i], buffers[i]);
   }
   return result;
 }

@@ -18,6 +18,7 @@ void accumulate_cuda(
     double weight) {
   check_accumulate(sums, grads, verdict, window);
   const Stream on(window);
+  const NoGrad no_grad;
   check_on(on, verdict, "accumulate_", "verdict");
   PlanTensors dense(sums, on.device, "accumulate_", true);
   check_devices(grads, on.device, "accumulate_");

@@ -29,7 +29,8 @@ void* data_of(const Tensor& tensor) {
 }
 
 void step(const adamw::Arguments& given) {
-  adamw::check(given, packed_offsets(given.params));
+  adamw::check(given);
+  const NoGrad no_grad;
   if (given.params.size() == 0) {
     return;
   }

@@ -113,12 +113,6 @@ Attention attention_of(
       "attention: CUDA's kernels take float32, bfloat16 and float16 and head dims up to ",
       most_kernel_width,
       "; fastguard.attention_ops.attention takes the others");
-  constexpr int64_t most = INT32_MAX - 1024;  // rows are counted in 32 bits, up to a tile beyond
-  STD_TORCH_CHECK(
-      sizes.queries <= most && sizes.keys <= most && sizes.heads <= most && sizes.batch <= most,
-      "attention: more than ",
-      most,
-      " rows or heads");
   const bool drops = options.dropout_p > 0.0;
   return {
       static_cast<int>(sizes.heads),

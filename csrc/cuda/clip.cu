@@ -18,6 +18,7 @@ void scale_cuda(const std::vector<Tensor>& grads, const Tensor& clip_coef) {
     return;
   }
   const Stream on(grads[0]);
+  const NoGrad no_grad;
   check_on(on, clip_coef, "scale_", "clip_coef");
   PlanTensors dense(grads, on.device, "scale_", true);
   const DevicePlan prepared = plan_of(on, dense.given);
@@ -34,6 +35,7 @@ void scale_cuda(const std::vector<Tensor>& grads, const Tensor& clip_coef) {
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> clip_cuda(
     const std::vector<Tensor>& grads, double max_norm, double skip_norm, bool float32_norm) {
   const Stream on(grads.at(0));
+  const NoGrad no_grad;
   PlanTensors dense(grads, on.device, "clip_", true);
   const int64_t n = static_cast<int64_t>(grads.size());
   const Tensor total_norm = on.empty({}, ScalarType::Double), norms = on.empty({n}, ScalarType::Double);

@@ -40,7 +40,7 @@ class PlanTensors : public DenseList {
  public:
   PlanTensors(
       const std::vector<torch::stable::Tensor>& tensors, int device, const char* op, bool written)
-      : DenseList(checked(tensors, device, op, written)) {
+      : DenseList(checked(tensors, device, op, written), written) {
     given.reserve(tensors.size());
     for (size_t i = 0; i < tensors.size(); ++i) {
       const torch::stable::Tensor& values = (*this)[i].tensor;

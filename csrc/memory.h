@@ -1,0 +1,75 @@
+// What must hold of a tensor's memory before a kernel is given its address; for every device.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <cstdint>
+#include <string>
+
+namespace fastguard {
+
+// A tensor reaches beyond its storage after `untyped_storage().resize_`, as sharded training does to
+// free a parameter under the tensors that still name it.
+// name(): how an error calls the tensor.
+template <class Name>
+void check_memory(AtenTensorHandle tensor, const char* op, Name name) {
+  int64_t dim, storage, offset;
+  int64_t *sizes, *strides;
+  int32_t dtype;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dim(tensor, &dim));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(tensor, &sizes));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(tensor, &strides));
+  int64_t last = 0;
+  for (int64_t i = 0; i < dim; ++i) {
+    if (sizes[i] == 0) {
+      return;
+    }
+    last += (sizes[i] - 1) * strides[i];
+  }
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor, &dtype));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(tensor, &storage));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_offset(tensor, &offset));
+  const int64_t bytes =
+      (offset + last + 1) * static_cast<int64_t>(aoti_torch_dtype_element_size(dtype));
+  STD_TORCH_CHECK(
+      bytes <= storage,
+      op,
+      ": ",
+      name(),
+      " reaches ",
+      bytes,
+      " bytes into a storage of ",
+      storage,
+      ": its memory was freed or shrunk");
+}
+
+// Of a list, by its number there.
+inline void check_memory(AtenTensorHandle tensor, const char* op, const char* name, size_t index) {
+  check_memory(tensor, op, [&] { return std::string(name) + " " + std::to_string(index); });
+}
+
+// Operators write through torch's copy_ where a tensor has gaps; of a leaf that requires a gradient
+// autograd forbids that, whatever the kernels write into leaves without gaps.
+class NoGrad {
+ public:
+  NoGrad() : before_(aoti_torch_grad_mode_is_enabled()) { aoti_torch_grad_mode_set_enabled(false); }
+  ~NoGrad() { aoti_torch_grad_mode_set_enabled(before_); }
+  NoGrad(const NoGrad&) = delete;
+  NoGrad& operator=(const NoGrad&) = delete;
+
+ private:
+  bool before_;
+};
+
+// Raises what a later copy_ into the tensor would, before anything is written.
+inline void check_copies_into(const torch::stable::Tensor& tensor) {
+  torch::stable::Tensor given =
+      tensor.dim() == 0 ? torch::stable::unsqueeze(tensor, 0) : tensor;
+  torch::stable::Tensor none = torch::stable::narrow(given, 0, 0, 0);
+  torch::stable::copy_(none, torch::stable::empty_like(none));
+}
+
+}  // namespace fastguard
