@@ -1,6 +1,7 @@
 """What a run tells: log lines, ``metrics.jsonl``, and the table of its epochs."""
 
 import contextlib
+import copy
 import json
 import logging
 import math
@@ -217,9 +218,16 @@ def epoch_table(epochs: list[EpochMetrics]) -> str:
 
 
 class _Formatter(logging.Formatter):
-    """INFO as it is; everything else under its level."""
+    """INFO as it is; everything else under its level; tracebacks for a file alone."""
+
+    def __init__(self, tracebacks: bool):
+        super().__init__()
+        self._tracebacks = tracebacks
 
     def format(self, record):
+        if not self._tracebacks:
+            record = copy.copy(record)
+            record.exc_info = record.exc_text = None
         message = super().format(record)
         return message if record.levelno == logging.INFO else f"{record.levelname} - {message}"
 
@@ -256,4 +264,4 @@ def log_to(path: Path | None) -> None:
     if path is not None:
         root.handlers.append(_File(path, encoding="utf-8"))
     for handler in root.handlers:
-        handler.setFormatter(_Formatter())
+        handler.setFormatter(_Formatter(isinstance(handler, _File)))

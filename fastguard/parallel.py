@@ -19,7 +19,10 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
+
+_WORD = "fastguard/ended"  # of the store
 
 
 class Parallel:
@@ -27,12 +30,14 @@ class Parallel:
 
     Args:
         kind: "ddp", a whole model in each process, or "fsdp", a shard of one in each (FSDP2).
+        store: in which the processes leave word of what ends them.
     """
 
-    def __init__(self, kind: str = "ddp"):
+    def __init__(self, kind: str = "ddp", store: dist.Store | None = None):
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.world_size = dist.get_world_size() if dist.is_initialized() else 1
         self.sharded = kind == "fsdp" and dist.is_initialized()
+        self._store = store
         self.device = torch.device("cpu")
         if torch.cuda.is_available():
             self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
@@ -43,10 +48,13 @@ class Parallel:
     def start(cls, kind: str) -> Iterator["Parallel"]:
         """Join the processes that torchrun started, and leave them in the end."""
         torchrun = _under_torchrun()
+        store = None
         if torchrun:
-            dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+            store, rank, size = next(rendezvous("env://"))  # torchrun's own, which outlives them
+            backend = "nccl" if torch.cuda.is_available() else "gloo"
+            dist.init_process_group(backend, store=store, rank=rank, world_size=size)
         try:
-            yield cls(kind)
+            yield cls(kind, store)
         finally:
             if torchrun:
                 dist.destroy_process_group()
@@ -116,6 +124,29 @@ class Parallel:
         box = [value]
         dist.broadcast_object_list(box)
         return box[0]
+
+    # --- how they end -----------------------------------------------------------------------------
+
+    def leave_word(self, cause: str) -> None:
+        """Tell the others what ends this process; the first word counts."""
+        if self._store is not None:
+            with contextlib.suppress(dist.DistError, RuntimeError):  # torchrun may be gone, too
+                self._store.compare_set(_WORD, "", f"process {self.rank}: {cause}")
+
+    def word(self) -> str | None:
+        """What ended another process, if one left word."""
+        if self._store is not None:
+            with contextlib.suppress(dist.DistError, RuntimeError):
+                return self._store.get(_WORD).decode() if self._store.check([_WORD]) else None
+        return None
+
+    def lost_another(self, error: Exception) -> bool:
+        """Whether the error is that another process is gone."""
+        words = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer")
+        return self.world_size > 1 and (
+            isinstance(error, dist.DistError)
+            or (isinstance(error, RuntimeError) and any(word in str(error) for word in words))
+        )
 
     # --- whole states out of shards, and back -----------------------------------------------------
 

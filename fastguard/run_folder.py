@@ -57,6 +57,8 @@ class RunFolder:
         self.config = config
         self._states = path / "checkpoints"
         self._lock: FileLock | None = None
+        self.newest: int | None = None  # step of the newest state that was read or written
+        self.unsaved: dict[str, str] = {}  # what could not be written when it was last due, and why
 
     def begin(self) -> None:
         """Make the folder, keep others out till :meth:`close`, and write the settings into it.
@@ -181,6 +183,7 @@ class RunFolder:
         found = self._newest(self.path)
         if found is not None:
             logger.info("state: %s", found[0])
+            self.newest = found[1]["step"]
             return found[1]
         if (self.path / "metrics.jsonl").exists():
             logger.warning("%s holds no state yet: the run begins anew", self.path)
@@ -227,7 +230,10 @@ class RunFolder:
             end = states.index(path) + 1
             for old in (*states[: max(0, end - self.config.checkpoint.keep_last)], *states[end:]):
                 old.unlink()
+            self.newest = state["step"]
+            self.unsaved.pop("state", None)
         except (OSError, CheckpointError) as error:
+            self.unsaved["state"] = str(error)
             logger.warning("No checkpoint at step %d, training goes on: %s", state["step"], error)
 
     # --- the best weights -------------------------------------------------------------------------
@@ -249,7 +255,9 @@ class RunFolder:
                 self._promote(path, found)
             for worse in self.best()[self.config.checkpoint.keep_best :]:
                 worse.unlink()
+            self.unsaved.pop("best weights", None)
         except (OSError, CheckpointError) as error:
+            self.unsaved["best weights"] = str(error)
             logger.warning("No best checkpoint, training goes on: %s", error)
 
     def best(self) -> list[Path]:
@@ -278,7 +286,17 @@ class RunFolder:
             if found.rates.wer < _wer_of(self.best()[0]):
                 self._promote(path, found)
         except (OSError, CheckpointError) as error:
+            self.unsaved["averaged weights"] = str(error)
             logger.warning("No averaged checkpoint: %s", error)
+
+    def way_on(self) -> str:
+        """From where the run goes on."""
+        if self.newest is None:
+            return "no state was written: the same command begins anew"
+        return (
+            f"the same command with --run-dir {self.path} goes on from the state of step "
+            f"{self.newest}"
+        )
 
     def _promote(self, path: Path, found: Evaluation) -> None:
         """To best.pt, unless that is better: the mean of a run that went on for more epochs."""

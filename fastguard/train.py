@@ -11,10 +11,12 @@ import torch
 from .bad_steps import GradientExplosionError
 from .config import Config
 from .env import processor, version
+from .failures import in_a_line
 from .metrics import log_to
 from .options import parse
 from .parallel import Parallel, leave
 from .run_folder import RunError, RunFolder
+from .speech.batching import LoadError
 from .speech.readers import CorpusError
 from .trainer import Trainer
 
@@ -25,13 +27,19 @@ def main(argv: list[str] | None = None) -> int:
     """Exit status: 0 done, 1 the run or its corpus failed, 2 wrong usage, 130 stopped by Ctrl-C."""
     config = parse(argv)
     with Parallel.start(config.parallel) as parallel:
-        return run(config, parallel)
+        status = run(config, parallel)
+        if status and parallel.world_size > 1:
+            leave(status)  # the others may be inside of a collective: it would wait for them
+        return status
 
 
 def run(config: Config, parallel: Parallel) -> int:
     """Train in this process, one of those that train together; its exit status."""
     default = Path("runs") / f"{config.model}-{time.strftime('%Y%m%d-%H%M%S')}"
     folder = RunFolder(parallel.from_main(config.run_dir or default), config)
+    trainer = None
+    if not parallel.main:
+        log_to(None)
     try:
         if error := parallel.from_main(_begin(folder) if parallel.main else None):
             if parallel.main:
@@ -39,14 +47,38 @@ def run(config: Config, parallel: Parallel) -> int:
             return 2
         trainer = Trainer(config, folder, parallel)
         trainer.fit()
-    except (CorpusError, GradientExplosionError, RunError) as error:
-        logger.error("%s", error)
-        return 1
     except KeyboardInterrupt:
         return 130
+    except Exception as error:
+        _tell(error, folder.way_on() if trainer and parallel.main else None, parallel)
+        return 1
     finally:
         folder.close()
+    if folder.unsaved:
+        return 1
     return 130 if trainer.stopping else 0
+
+
+def _tell(error: Exception, way_on: str | None, parallel: Parallel) -> None:
+    """In one line what ends the run; of a program's error the log file has the traceback, too."""
+
+    def tell(cause: str, traceback: Exception | None = None) -> None:
+        between = "\n" if "\n" in cause else "; "  # the guard's advice takes some lines
+        logger.error("%s", between.join(filter(None, [cause, way_on])), exc_info=traceback)
+
+    if isinstance(error, (GradientExplosionError, LoadError)) and not parallel.main:
+        return  # all have it alike
+    if parallel.lost_another(error):
+        cause = parallel.word()
+        if cause is not None and not parallel.main:
+            return  # that process has told it, and the main one does, for the log
+        tell(cause or "another process of this run is gone, without a word: was it killed?")
+        return
+    known = isinstance(error, (CorpusError, GradientExplosionError, LoadError, RunError))
+    cause = str(error) if known else in_a_line(error)
+    if parallel.world_size > 1:
+        parallel.leave_word(cause)
+    tell(cause, None if known else error)
 
 
 def _begin(folder: RunFolder) -> str | None:

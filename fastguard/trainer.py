@@ -7,13 +7,12 @@ import random
 import signal
 import time
 from collections.abc import Callable, Iterator
-from itertools import islice, takewhile
+from itertools import islice
 
 import numpy
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from torchdata.stateful_dataloader import StatefulDataLoader
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
@@ -22,6 +21,7 @@ from .bad_steps import GradientExplosionError
 from .config import Config
 from .data import Data
 from .evaluation import Evaluation, evaluate
+from .failures import in_a_line
 from .init import stable_init_
 from .metrics import EpochMetrics, EpochTotals, MetricsFile, StepMetrics, epoch_table
 from .parallel import Parallel
@@ -30,7 +30,7 @@ from .random_state import random_state, set_random_state
 from .recognizer import network
 from .run_folder import RunError, RunFolder
 from .schedules import learning_rate, set_learning_rate
-from .speech.batching import Batch
+from .speech.batching import Batch, LoadError
 from .speech.distillation import consistency_loss, distillation_loss
 from .speech.loss import ctc_loss
 from .speech.tokenizer import Tokenizer, tokenizer_from_dict
@@ -89,8 +89,10 @@ class Trainer:
         self._durations = {u.id: u.duration for u in evaluated}
         self.step = 0
         self.epochs: list[EpochMetrics] = []
+        self.unfinished: EpochMetrics | None = None  # of the epoch in which max_steps ends the run
         self.totals = EpochTotals()  # of the epoch that is under way
         self.batches = 0  # of that epoch, behind us
+        self._torn = False  # the optimizer's step has begun, and not ended
         self.stopping = False  # in all processes alike; what a signal asks for, they agree on
         self._asked: float | None = None  # when a signal asked this process to stop
         self.sinks: list = []  # of metrics; open while fit runs
@@ -131,12 +133,16 @@ class Trainer:
     def fit(self) -> None:
         """Train for ``config.epochs`` or ``config.max_steps``, whichever ends first.
 
-        Every epoch ends with an evaluation on the dev split and a checkpoint. Ctrl-C ends the run
-        after the step it is in, or the batch of an evaluation, with a checkpoint; a second Ctrl-C
-        at once.
+        Every epoch ends with an evaluation on the dev split and a checkpoint; where ``max_steps``
+        ends the run inside an epoch, the checkpoint comes first, and goes on in that epoch. Ctrl-C
+        ends the run after the step it is in, or the batch of an evaluation, with a checkpoint; a
+        second Ctrl-C at once.
 
         Raises:
-            GradientExplosionError: the guard's patience is spent. The checkpoint is written first.
+            GradientExplosionError: the guard's patience is spent.
+            LoadError: a process, or one of its workers, could not load a batch.
+
+        Before these, and where it trains alone before any other error, a checkpoint is written.
         """
         with contextlib.ExitStack() as stack:
             stack.enter_context(self._stop_on_interrupt())
@@ -146,13 +152,16 @@ class Trainer:
             try:
                 while len(self.epochs) < self.config.epochs and not self._finished():
                     self._train_epoch(len(self.epochs) + 1)
-            except GradientExplosionError:
-                self._save()
+                if self.batches and not self.stopping:
+                    self._close_epoch(len(self.epochs) + 1)
+                if not self.stopping:
+                    self._average_best()
+            except Exception as error:
+                self._save_after(error)
                 raise
-            if not self.stopping:
-                self._average_best()
             self.parallel.wait()  # gloo may abort a process that another one leaves behind
-        logger.info("\n%s\n%s", epoch_table(self.epochs), self._closing_line())
+        logger.info("\n%s", epoch_table([*self.epochs, *filter(None, [self.unfinished])]))
+        self._tell_the_end()
 
     def _open_sinks(self, stack: contextlib.ExitStack) -> list:
         """Where metrics go: nowhere but in the process that writes."""
@@ -174,13 +183,21 @@ class Trainer:
         most = self.config.max_steps
         return self.stopping or (most is not None and self.step >= most)
 
-    def _closing_line(self) -> str:
-        if self.stopping:
-            return (
-                f"Stopped at step {self.step}; the same command with --run-dir "
-                f"{self.folder.path} goes on from there"
+    def _tell_the_end(self) -> None:
+        how = "Stopped" if self.stopping else "Finished"
+        if unsaved := self.folder.unsaved:
+            reasons = "; ".join(f"no {what}: {reason}" for what, reason in unsaved.items())
+            logger.error(
+                "%s at step %d, but not all could be written (%s); %s",
+                how,
+                self.step,
+                reasons,
+                self.folder.way_on(),
             )
-        return f"Finished at step {self.step}; results are in {self.folder.path}"
+        elif self.stopping:
+            logger.info("Stopped at step %d; %s", self.step, self.folder.way_on())
+        else:
+            logger.info("Finished at step %d; results are in %s", self.step, self.folder.path)
 
     def _train_epoch(self, epoch: int) -> None:
         self.model.train()
@@ -189,12 +206,13 @@ class Trainer:
         if self.batches < total:  # a state may be of the moment before the evaluation
             self._train_batches(epoch, total)
         self.stepper.poll(wait=True)
-        if not self.stopping:
+        if self.stopping or self.batches < total:
+            self._save()
+        else:
             self._close_epoch(epoch)
-        self._save()
 
     def _train_batches(self, epoch: int, total: int) -> None:
-        batches = iter(self.loader)
+        windows = self._agreed(iter(self.loader), self.config.grad_accumulation)
         self._restore_random()
         bar = tqdm(
             total=total,
@@ -205,14 +223,13 @@ class Trainer:
             unit="batch",
         )
         clock = time.perf_counter()
-        while window := list(islice(batches, self.config.grad_accumulation)):
+        for window in windows:
             number = self.batches
             self.batches += len(window)
             loss = self._train_step(window, epoch, number, clock)
             clock = time.perf_counter()
             bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
             bar.update(len(window))
-            self._agree_to_stop()
             if self._finished():
                 break
             if self.batches < total and self._save_is_due():
@@ -220,10 +237,12 @@ class Trainer:
         bar.close()
 
     def _close_epoch(self, epoch: int) -> None:
-        """Evaluate, and keep the weights if they are among the best."""
+        """Evaluate, keep the weights if they are among the best, and write the state, unless there
+        is more to come of the epoch: that state is written already, and goes on in it."""
         start = time.perf_counter()
         found = self.evaluate(self.evaluated)
         if self.stopping:
+            self._save()
             return
         ended = self.totals.close(epoch, self.step, found, time.perf_counter() - start)
         self._record(ended)
@@ -239,12 +258,18 @@ class Trainer:
             ended.seconds,
             ended.status,
         )
-        self.epochs.append(ended)
-        self.totals = EpochTotals()
-        self.batches = 0
-        weights = self._weights()
+        whole = self.batches >= len(self.sampler)
+        if whole:
+            self.epochs.append(ended)
+            self.totals = EpochTotals()
+            self.batches = 0
+        else:
+            self.unfinished = ended
+        weights = self._weights(ended.wer)
         if self.parallel.main:
             self.folder.save_best(weights, found)
+        if whole:
+            self._save()
 
     # --- a step -----------------------------------------------------------------------------------
 
@@ -255,10 +280,12 @@ class Trainer:
         ids = [id for batch in window for id in batch.ids]
         name = f"{number} [{', '.join(ids)}]"
         self._report_rejected(window)
-        loss = self._backward(window, number)
+        with self._undone_on_failure(number):
+            loss = self._backward(window, number)
         if loss is None:
             return float("nan")
         explosion = None
+        self._torn = True
         try:
             report = self.stepper.step(self.optimizer, scaler=self.scaler, loss=loss, batch_id=name)
         except GradientExplosionError as error:
@@ -266,11 +293,27 @@ class Trainer:
         self.step += 1
         if self.ema is not None and not report.skipped:
             self.ema.update_parameters(self.model)
+        self._torn = False
         loss = self.parallel.sum(loss.item()) / self.parallel.world_size
         self._record_step(epoch, number, loss, report, time.perf_counter() - clock, ids)
         if explosion is not None:
             raise explosion
         return loss
+
+    @contextlib.contextmanager
+    def _undone_on_failure(self, number: int):
+        """What fails before the optimizer's step, as for want of memory, leaves what there was
+        before it: a state to go on from. Of the model a forward pass changes the buffers alone."""
+        numbers = random_state(self.device)
+        buffers = [buffer.clone() for buffer in self.model.buffers()]
+        try:
+            yield
+        except Exception:
+            self.batches = number
+            set_random_state(numbers, self.device)
+            for buffer, before in zip(self.model.buffers(), buffers, strict=True):
+                buffer.copy_(before)
+            raise
 
     def _backward(self, window: list[Batch], number: int) -> Tensor | None:
         """Gradients of the loss per output frame of the whole window; None if it is empty."""
@@ -392,10 +435,32 @@ class Trainer:
             for number, handler in previous.items():
                 signal.signal(number, handler)
 
-    def _agree_to_stop(self) -> bool:
-        """Between steps: one process that went on alone would wait for the others for ever."""
-        self.stopping = self.parallel.any(self._asked is not None)
-        return self.stopping
+    def _agreed(self, batches: Iterator[Batch], size: int = 1) -> Iterator[list[Batch]]:
+        """The batches of a step each, to the end or till one process is asked to stop.
+
+        One that went on alone, or stopped alone, would leave the others waiting for ever.
+
+        Raises:
+            LoadError: in all processes alike, where one can not load its batches.
+        """
+        while True:
+            window, failure = [], None
+            try:
+                window = list(islice(batches, size))
+            except Exception as error:
+                failure = error
+            self._agree(failure)
+            if self.stopping or not window:
+                return
+            yield window
+
+    def _agree(self, failure: Exception | None = None) -> None:
+        failed = 1 << 20  # more than there are processes
+        votes = self.parallel.sum((self._asked is not None) + failed * (failure is not None))
+        if votes >= failed:
+            causes = self.parallel.gather(None if failure is None else in_a_line(failure))
+            raise LoadError(next(filter(None, causes))) from failure
+        self.stopping = votes > 0
 
     # --- evaluation -------------------------------------------------------------------------------
 
@@ -412,18 +477,17 @@ class Trainer:
                 return model(batch.features.to(self.device), batch.feature_lengths.to(self.device))
 
         @torch.no_grad()
-        def before(batch: Batch) -> bool:
-            if self._agree_to_stop():
-                return False
-            if not len(batch) and self.parallel.sharded:  # every process must gather the shards
-                with autocast(self.device, self.config.precision):
-                    model(*self._silence())
-            return True
+        def agreed() -> Iterator[Batch]:
+            for (batch,) in self._agreed(iter(loader)):
+                if not len(batch) and self.parallel.sharded:  # every process must gather the shards
+                    with autocast(self.device, self.config.precision):
+                        model(*self._silence())
+                yield batch
 
         loader = self.data.evaluation_loader(self.evaluation_split, self.parallel)
         found = evaluate(
             forward,
-            _While(loader, before),
+            _Sized(agreed, len(loader)),
             self.tokenizer,
             durations=self._durations,
             progress=f"evaluating {self.evaluation_split}",
@@ -447,7 +511,7 @@ class Trainer:
     def _save(self) -> None:
         """Write the state, from which the next step would be the same."""
         weights, moments = self.parallel.state_of(self.model, self.optimizer)
-        loaders = self.parallel.gather(self.loader.state_dict())
+        loaders = self.parallel.gather(self._place())
         numbers = self.parallel.gather(self._random or random_state(self.device))
         guard = self.stepper.state_dict()
         if self.parallel.main:
@@ -468,10 +532,26 @@ class Trainer:
             )
         self._saved_at = time.monotonic()
 
-    def _weights(self) -> dict:
+    def _save_after(self, error: Exception) -> None:
+        """Write the state of the last whole step, if this process has it and the others are here
+        to add theirs. Whatever comes of it, the run ends with the error that it has."""
+        together = isinstance(error, (GradientExplosionError, LoadError))
+        alone = self.parallel.world_size == 1
+        if self._torn or self.folder.newest == self.step or not (alone or together):
+            return
+        try:
+            self._save()
+        except Exception as another:
+            logger.warning("No checkpoint at step %d: %s", self.step, in_a_line(another))
+
+    def _place(self) -> dict:
+        """In the epoch: after the batches that were trained on, not those that were read."""
+        return {**self.sampler.state_dict(), "position": self.batches}
+
+    def _weights(self, wer: float) -> dict:
         """What is evaluated, for recognition."""
         weights = self.parallel.weights_of(self.evaluated)
-        return {**self._description(), "model": weights, "wer": self.epochs[-1].wer}
+        return {**self._description(), "model": weights, "wer": wer}
 
     def _description(self) -> dict:
         return {
@@ -552,14 +632,14 @@ class Trainer:
 
 
 @dataclasses.dataclass
-class _While:
-    """The batches of a loader, till ``before`` says that it should end."""
+class _Sized:
+    """Batches whose number is known, for a bar of progress."""
 
-    loader: StatefulDataLoader
-    before: Callable[[Batch], bool]
+    batches: Callable[[], Iterator[Batch]]
+    size: int
 
     def __len__(self) -> int:
-        return len(self.loader)
+        return self.size
 
     def __iter__(self) -> Iterator[Batch]:
-        return takewhile(self.before, self.loader)
+        return self.batches()

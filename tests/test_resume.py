@@ -25,7 +25,7 @@ OPTIONS = [
 ]  # fmt: skip
 
 
-class Killed(Exception):
+class Killed(BaseException):
     """In place of SIGKILL: nothing is written on the way out."""
 
 

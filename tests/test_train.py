@@ -181,10 +181,11 @@ def test_a_corrupt_batch_is_skipped_and_named_and_the_model_survives(tmp_path, m
 def test_without_the_guard_the_same_batch_destroys_the_model(tmp_path, monkeypatch):
     poison(monkeypatch, {"tone2.wav"})
     run_dir = tmp_path / "run"
-    assert train(run_dir, tones(tmp_path), "--precision", "fp32", "--epochs", "1") == 0
+    assert train(run_dir, tones(tmp_path), "--precision", "fp32", "--epochs", "1") == 1
     log = (run_dir / "train.log").read_text()
     assert "WARNING - Large gradient norm: nan at batch" in log
     assert "No checkpoint at step 2, training goes on" in log
+    assert "ERROR - Finished at step 2, but not all could be written" in log.splitlines()[-1]
     assert not (run_dir / "last.pt").exists()
 
 

@@ -1,0 +1,59 @@
+"""``python -m tests.faults FAULT ...``: fastguard.train with a fault in it.
+
+FAULT is WHAT:WHERE:RANK. WHERE is load (of tone2.wav), step (the third, after its forward pass),
+evaluation or save (of the second state); WHAT happens there is killed, memory or error. Under
+torchrun it happens in the process of that RANK alone. Of loading, where there are workers, it
+happens in one of them.
+"""
+
+import os
+import signal
+import sys
+
+from fastguard import checkpoint, train
+from fastguard.parallel import leave
+from fastguard.speech import batching
+from fastguard.trainer import Trainer
+
+WHERE = {
+    "load": (batching, "load_audio"),
+    "step": (Trainer, "_loss"),
+    "evaluation": (Trainer, "evaluate"),
+    "save": (checkpoint, "save"),
+}
+
+
+def happen(what: str) -> None:
+    if what == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    raise MemoryError if what == "memory" else ZeroDivisionError("a fault of the program")
+
+
+def put_in(patch, what: str, where: str) -> None:
+    """Have ``patch``, as pytest's setattr does, put a function with the fault in its place."""
+    place, name = WHERE[where]
+    whole = getattr(place, name)
+    calls = []
+
+    def faulty(*args, **options):
+        calls.append(args)
+        if where == "load":
+            if "tone2.wav" in str(args[0]):
+                happen(what)
+        elif where == "step":
+            loss = whole(*args, **options)  # it has changed BatchNorm's statistics
+            if args[0].step == 2:
+                happen(what)
+            return loss
+        elif where == "evaluation" or len(calls) == 2:
+            happen(what)
+        return whole(*args, **options)
+
+    patch(place, name, faulty)
+
+
+if __name__ == "__main__":
+    what, where, rank = sys.argv[1].split(":")
+    if os.environ.get("RANK", "0") == rank:
+        put_in(setattr, what, where)
+    leave(train.main(sys.argv[2:]))
