@@ -11,6 +11,7 @@ import torch
 
 from ._extras import MissingExtra
 from .speech.decoding import BeamSearch, Decode, greedy_decode
+from .speech.text import TextRules
 from .speech.tokenizer import Tokenizer
 
 LANGUAGE_MODEL_HELP = """\
@@ -110,14 +111,16 @@ def check_decoder_options(parser: argparse.ArgumentParser, args: argparse.Namesp
         parser.error(f"--beam-size must be at least 1, got {args.beam_size}")
 
 
-def decoder(args: argparse.Namespace, tokenizer: Tokenizer) -> Decode:
-    """Raises DecoderError for a file that can not be used, MissingExtra without flashlight-text."""
+def decoder(args: argparse.Namespace, tokenizer: Tokenizer, rules: TextRules) -> Decode:
+    """That of the options; words of a lexicon are spelled by the ``rules`` of the model.
+
+    Raises DecoderError for a file that can not be used, MissingExtra without flashlight-text."""
     if args.decoder == "greedy":
         return greedy_decode
     names = ("beam_size", "lm", "lexicon", "lm_weight", "word_score")
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     try:
-        return BeamSearch(tokenizer, **given)
+        return BeamSearch(tokenizer, rules=rules, **given)
     except ValueError as error:
         raise DecoderError(str(error)) from error
 

@@ -9,6 +9,7 @@ import yaml
 
 from .plain import from_plain, to_plain
 from .speech.audio import SAMPLE_RATES
+from .speech.text import TextRules
 
 ModelName = Literal["teacher", "baseline"]
 MODELS = get_args(ModelName)
@@ -191,6 +192,7 @@ class Config:
     features: FeaturesConfig = field(default_factory=FeaturesConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     consistency: ConsistencyConfig = field(default_factory=ConsistencyConfig)
+    text: TextRules = field(default_factory=TextRules)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     distill: DistillConfig = field(default_factory=DistillConfig)

@@ -5,21 +5,24 @@ import logging
 import sys
 from functools import partial
 from pathlib import Path
+from typing import TextIO
 
 import torch
 
 from . import _command
 from .checkpoint import CheckpointError, best_of
-from .data import evaluation_loader
+from .data import evaluation_loader, listing
 from .evaluation import LONG, Evaluation, evaluate, pooled, wer_interval, write
 from .precision import AUTOCAST, autocast
 from .recognizer import Recognizer
 from .speech.batching import Batch
-from .speech.corpora import SPECS, SPLITS, load_corpus
-from .speech.readers import CorpusError
-from .speech.utterances import Utterances
+from .speech.corpora import SPECS, SPLITS, Corpus, load_corpus
+from .speech.readers import CorpusError, Rejected
 
 _WORST = 10
+_NAMED = 3  # of what could not be used, for each reason
+# What a recording may last, in seconds; the longest bounds the memory that it takes.
+_SHORTEST, _LONGEST = 0.001, 3600.0
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -58,8 +61,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--output",
         type=Path,
         metavar="DIR",
-        help="folder for hypotheses.jsonl and alignments.txt, worst first, and rates.json; what is "
-        "there is replaced (default: evaluation-SPLIT-DECODER beside the checkpoint)",
+        help="folder for hypotheses.jsonl and alignments.txt, worst first, rates.json, "
+        "left_out.jsonl and changed_labels.jsonl; what is there is replaced (default: "
+        "evaluation-SPLIT-DECODER beside the checkpoint)",
     )
     _command.add_decoder_options(parser)
     args = parser.parse_args(argv)
@@ -80,44 +84,60 @@ def main(argv: list[str] | None = None) -> int:
 def _evaluate(args: argparse.Namespace) -> None:
     path = best_of(args.checkpoint)
     recognizer = Recognizer.load(path, args.device)
-    decode = _command.decoder(args, recognizer.tokenizer)
+    decode = _command.decoder(args, recognizer.tokenizer, recognizer.config.text)
     folder = args.output or path.parent / f"evaluation-{args.split}-{args.decoder}"
     data = args.data or recognizer.config.data
-    utterances = load_split(data, args.split, recognizer)
     folder.mkdir(parents=True, exist_ok=True)
+    with listing(folder, "changed_labels.jsonl") as changed:
+        corpus = load_split(data, args.split, recognizer, changed)
+    utterances = corpus.utterances if args.split == "all" else corpus.split(args.split)
+    # One longer than those of the training is a batch of its own.
+    usual = recognizer.config.max_duration
     found = evaluate(
         partial(_forward, recognizer, args.device, args.precision),
         evaluation_loader(
             utterances,
             recognizer.log_mel,
             batch_size=args.batch_size,
-            max_duration=recognizer.config.max_duration,
+            batch_duration=args.batch_size * usual if utterances.durations.max() > usual else None,
+            min_duration=_SHORTEST,
+            max_duration=_LONGEST,
         ),
         recognizer.tokenizer,
         decode,
         durations={u.id: u.duration for u in utterances},
         progress=f"evaluating {args.split}",
+        rejected=corpus.rejected,
     )
     write(folder, found)
+    with listing(folder, "left_out.jsonl") as left_out:
+        corpus.write_left_out(left_out)
     print(f"checkpoint  {path}\ndata        {data}, {args.split}")
     print(f"decoding    {_command.decoder_name(args)}, {args.precision}\n")
     print(table(found))
+    print(unused(corpus.rejected))
     print(f"\n{worst_table(found)}\n\nAll hypotheses and their alignments are in {folder}")
 
 
-def load_split(data: str, split: str, recognizer: Recognizer) -> Utterances:
-    """The utterances that a training with these settings would have in this split; or in "all".
+def load_split(
+    data: str, split: str, recognizer: Recognizer, changed: TextIO | None = None
+) -> Corpus:
+    """A corpus as a training with these settings would split it, with all that can be recognised:
+    neither durations nor texts without a word leave a row out. ``changed`` as in load_corpus.
 
-    Raises CorpusError if there are none.
+    Raises CorpusError if there is nothing in this split, or in "all".
     """
     config = recognizer.config
-    corpus = load_corpus(
+    return load_corpus(
         data,
-        max_duration=config.max_duration,
+        min_duration=_SHORTEST,
+        max_duration=_LONGEST,
         seed=config.seed,
         needed=SPLITS if split == "all" else (split,),
+        rules=config.text,
+        silent=True,
+        changed=changed,
     )
-    return corpus.utterances if split == "all" else corpus.split(split)
 
 
 def _forward(recognizer: Recognizer, device: torch.device, precision: str, batch: Batch):
@@ -126,6 +146,18 @@ def _forward(recognizer: Recognizer, device: torch.device, precision: str, batch
 
 
 # --- what is told -------------------------------------------------------------------------------
+
+
+def unused(rejected: list[Rejected]) -> str:
+    """What could not be used of the corpus, a line for each reason; "" if there is nothing."""
+    kinds: dict[str, list[Rejected]] = {}
+    for row in rejected:
+        kinds.setdefault(row.kind, []).append(row)
+    lines = [""] if rejected else []
+    for rows in sorted(kinds.values(), key=len, reverse=True):
+        names = ", ".join(row.id for row in rows[:_NAMED]) + (", ..." if len(rows) > _NAMED else "")
+        lines.append(f"not used: {len(rows)} of the corpus: {names} ({rows[0].reason})")
+    return "\n".join(lines)
 
 
 def table(found: Evaluation) -> str:

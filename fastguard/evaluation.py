@@ -18,6 +18,7 @@ from tqdm import tqdm
 from .files import replacing, write_text
 from .speech.batching import Batch
 from .speech.decoding import Decode, greedy_decode
+from .speech.readers import Rejected
 from .speech.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -50,19 +51,28 @@ class Scored:
 
     @property
     def wer(self) -> float:
-        return self.errors / self.words
+        """Errors per word of the reference; NaN where it has none."""
+        return _per(self.errors, self.words)
 
     @property
     def cer(self) -> float:
-        return self.character_errors / self.characters
+        return _per(self.character_errors, self.characters)
+
+
+def _per(errors: int, all: int) -> float:
+    return errors / all if all else float("nan")
 
 
 def score(
     id: str, reference: str, hypothesis: str, duration: float | None = None, finite: bool = True
 ) -> Scored:
-    """Raises ValueError for a reference without words."""
+    """The errors of a hypothesis; where nothing is spoken, each of its words is inserted."""
     if not reference.split():
-        raise ValueError(f"{id} has no words in its reference: leave it out")
+        inserted = " ".join(hypothesis.split())
+        counts = {"words": 0, "substitutions": 0, "deletions": 0}
+        counts |= {"insertions": len(inserted.split()), "characters": 0}
+        counts |= {"character_errors": len(inserted)}
+        return Scored(id, "", hypothesis, **counts, duration=duration, finite=finite)
     words = jiwer.process_words(reference, hypothesis)
     letters = jiwer.process_characters(reference, hypothesis)
     return Scored(
@@ -96,12 +106,12 @@ class ErrorRates:
 
 
 def pooled(rows: Sequence[Scored]) -> ErrorRates:
-    """The errors of all rows per word and character of all rows; NaN rates for no rows."""
+    """The errors of all rows per word and character of all rows; NaN rates for no words."""
     words = sum(row.words for row in rows)
     characters = sum(row.characters for row in rows)
     return ErrorRates(
-        wer=sum(row.errors for row in rows) / words if rows else float("nan"),
-        cer=sum(row.character_errors for row in rows) / characters if rows else float("nan"),
+        wer=_per(sum(row.errors for row in rows), words),
+        cer=_per(sum(row.character_errors for row in rows), characters),
         words=words,
         substitutions=sum(row.substitutions for row in rows),
         deletions=sum(row.deletions for row in rows),
@@ -138,8 +148,8 @@ def wer_interval(
     rows: Sequence[Scored], level: float = 0.95, samples: int = 1000, seed: int = 0
 ) -> tuple[float, float]:
     """Percentile bootstrap interval of the WER (Bisani and Ney 2004): what it might have been on
-    other utterances of the same kind, drawn from ``rows`` with replacement; NaN for no rows."""
-    if not rows:
+    other utterances of the same kind, drawn from ``rows`` with replacement; NaN for no words."""
+    if not any(row.words for row in rows):
         return float("nan"), float("nan")
     errors = np.array([row.errors for row in rows])
     words = np.array([row.words for row in rows])
@@ -147,7 +157,8 @@ def wer_interval(
     rates = []
     for _ in range(samples):
         drawn = draw.integers(len(rows), size=len(rows))
-        rates.append(errors[drawn].sum() / words[drawn].sum())
+        if spoken := words[drawn].sum():
+            rates.append(errors[drawn].sum() / spoken)
     low, high = np.quantile(rates, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 
@@ -161,18 +172,22 @@ def evaluate(
     *,
     durations: Mapping[str, float] | None = None,
     progress: str = "evaluating",
+    rejected: list[Rejected] | None = None,
 ) -> Evaluation:
     """Recognise ``batches`` and compare with their texts; their targets are not read.
 
     ``forward`` gives log_probs (B, T, V) and lengths (B,) of a batch, on any device; it sees to
     device, precision and evaluation mode.  Utterances whose log_probs hold NaN are named in a
-    warning and get an empty hypothesis.  ``durations``, in seconds, by id.
+    warning and get an empty hypothesis.  ``durations``, in seconds, by id.  Recordings that can not
+    be used after all come into ``rejected``; without it a warning names each.
     """
     durations = durations or {}
     rows: list[Scored] = []
     hidden = not sys.stderr.isatty()
     for batch in tqdm(batches, progress, leave=False, disable=hidden, unit="batch"):
-        for left_out in batch.rejected:
+        if rejected is not None:
+            rejected += batch.rejected
+        for left_out in batch.rejected if rejected is None else ():
             logger.warning("Left out of the evaluation: %s: %s", left_out.id, left_out.reason)
         if not len(batch):
             continue
@@ -206,7 +221,7 @@ def write(folder: Path, found: Evaluation) -> None:
     rows = found.worst()
     with replacing(folder / "hypotheses.jsonl") as path, path.open("w", encoding="utf-8") as file:
         for row in rows:
-            values = {**dataclasses.asdict(row), "wer": row.wer, "cer": row.cer}
+            values = _without_nan(dataclasses.asdict(row) | {"wer": row.wer, "cer": row.cer})
             print(json.dumps(values, ensure_ascii=False), file=file)
     with replacing(folder / "alignments.txt") as path, path.open("w", encoding="utf-8") as file:
         for row in tqdm(rows, "aligning", leave=False, delay=1, disable=not sys.stderr.isatty()):
@@ -223,11 +238,23 @@ def write(folder: Path, found: Evaluation) -> None:
         },
         "nonfinite": [row.id for row in rows if not row.finite],
     }
-    write_text(folder / "rates.json", json.dumps(summary, indent=2) + "\n")
+    write_text(folder / "rates.json", json.dumps(_without_nan(summary), indent=2) + "\n")
 
 
 def alignment(row: Scored) -> str:
     """Three lines: the reference, the hypothesis under it, and S, D or I under each error."""
+    if not row.words:
+        marks = " ".join("I".ljust(len(word)) for word in row.hypothesis.split())
+        return f"REF:\nHYP: {row.hypothesis}\n     {marks.rstrip()}\n"
     words = jiwer.process_words(row.reference, row.hypothesis)
     text = jiwer.visualize_alignment(words, show_measures=False, skip_correct=False)
     return text[text.index("REF:") :].rstrip("\n") + "\n"
+
+
+def _without_nan(value):
+    """JSON has no NaN: a rate of nothing is null."""
+    if isinstance(value, dict):
+        return {key: _without_nan(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(inner) for inner in value]
+    return None if value != value else value

@@ -29,6 +29,7 @@ from tqdm import tqdm
 from . import checkpoint, files, weights
 from ._command import exit_status
 from ._extras import MissingExtra
+from .plain import to_plain
 from .recognizer import Recognizer
 from .speech.features import LogMel
 
@@ -188,6 +189,7 @@ def describe(recognizer: Recognizer, files: list[str]) -> dict:
         "subsampling": 4,
         "blank_id": 0,
         "features": describe_features(recognizer.log_mel),
+        "text": to_plain(recognizer.config.text),
     }
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import jsonargparse
 
 from .config import MODELS, Config
+from .speech.corpora import absolute
 from .yaml_file import read_yaml
 
 OVERLAYS = {
@@ -52,7 +53,8 @@ def parse(argv: list[str] | None = None) -> Config:
     layers = [word for file in files for word in ("--config", str(file))]
     parsed = parser.instantiate(parser.parse_args([*layers, "--model", model, *rest]))
     try:
-        return Config(**{f.name: parsed[f.name] for f in dataclasses.fields(Config)})
+        settings = {f.name: parsed[f.name] for f in dataclasses.fields(Config)}
+        return Config(**settings | {"data": absolute(settings["data"])})
     except ValueError as error:
         parser.error(str(error))
 

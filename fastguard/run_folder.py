@@ -1,6 +1,7 @@
 """The folder of a run: what lies in it, whether a run may go on there, and from which state.
 
 config.yaml  train.log  metrics.jsonl  tensorboard/  bad_step_*.json
+left_out.jsonl  changed_labels.jsonl         of the corpus
 hypotheses.jsonl alignments.txt rates.json  of best.pt on the dev split
 last.pt      the newest state, for --resume: weights, optimizer, guard, random numbers, place
 best.pt      the weights of the lowest WER; averaged.pt those of the mean of the best

@@ -12,7 +12,7 @@ def load_teacher(config: Config, device: torch.device) -> Recognizer:
     """The model to learn from.
 
     Raises:
-        RunError: it can not be read, or has other features than the student.
+        RunError: it can not be read, or has other features or texts than the student.
     """
     try:
         teacher = Recognizer.load(checkpoint.best_of(config.teacher), device)
@@ -22,5 +22,10 @@ def load_teacher(config: Config, device: torch.device) -> Recognizer:
         raise RunError(
             f"--teacher {config.teacher} was trained on {teacher.config.features}, these settings "
             f"say {config.features}: give the same"
+        )
+    if teacher.config.text != config.text:
+        raise RunError(
+            f"--teacher {config.teacher} was trained on texts by {teacher.config.text}, these "
+            f"settings say {config.text}: give the same"
         )
     return teacher

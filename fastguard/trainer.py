@@ -69,7 +69,8 @@ class Trainer:
         state = folder.find_state()
 
         self.teacher = load_teacher(config, self.device) if config.teacher else None
-        self.data = Data(config, self._known_tokenizer(state))
+        lists = folder.path if parallel.main else None
+        self.data = Data(config, self._known_tokenizer(state), lists)
         self.tokenizer = self.data.tokenizer
         self.model = self._build_model().to(self.device)
         self.forward = parallel.wrap(self.model)

@@ -70,7 +70,8 @@ def _transcribe(args: argparse.Namespace) -> int:
     recognizer = Recognizer.load(path, args.device)
     if args.checkpoint is None:
         print(f"checkpoint: {path}", file=sys.stderr)
-    return _transcribe_all(args, recognizer, _command.decoder(args, recognizer.tokenizer))
+    decode = _command.decoder(args, recognizer.tokenizer, recognizer.config.text)
+    return _transcribe_all(args, recognizer, decode)
 
 
 def _newest_run() -> Path:

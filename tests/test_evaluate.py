@@ -4,7 +4,9 @@ import json
 import shutil
 
 import jiwer
+import numpy as np
 import pytest
+import soundfile
 
 from fastguard.evaluate import main
 
@@ -81,6 +83,44 @@ def test_all_splits_and_the_folder_that_it_chooses(trained_run, tmp_path, capsys
     assert main([str(checkpoint), *options]) == 0
     assert len(rows_of(tmp_path / "evaluation-all-greedy")) == 6
     assert "4 words and more" not in capsys.readouterr().out
+
+
+def test_what_is_evaluated_is_all_that_can_be(trained_run, tmp_path, capsys):
+    """Longer recordings than those of the training, and silent ones; what is not is told."""
+    prompt = rows_prompt(trained_run)
+    samples, rate = soundfile.read(prompt["audio_filepath"])
+    soundfile.write(tmp_path / "long.wav", np.tile(samples, round(21 * rate / len(samples))), rate)
+    soundfile.write(tmp_path / "short.wav", samples[:400], rate)
+    soundfile.write(tmp_path / "whole.wav", samples, rate)
+    whole = (tmp_path / "whole.wav").read_bytes()
+    (tmp_path / "torn.wav").write_bytes(whole[: len(whole) // 2])
+    rows = [
+        {"audio_filepath": name, "text": text, "split": "test"}
+        for name, text in (
+            ("long.wav", "Words! (noise)"),
+            ("short.wav", "a"),
+            ("whole.wav", ""),
+            ("torn.wav", "b"),
+            ("gone.wav", "c"),
+        )
+    ]
+    data = write_manifest(tmp_path / "all.jsonl", rows)
+    out = tmp_path / "out"
+    options = ["--data", data, "--split", "test", "--output", str(out)]
+    assert main([str(trained_run), *options]) == 0
+    found = {row["id"]: row for row in rows_of(out)}
+    assert sorted(found) == ["long.wav", "short.wav", "whole.wav"]
+    assert found["long.wav"]["duration"] > 20
+    assert found["long.wav"]["reference"] == "words"
+    silent = found["whole.wav"]
+    assert silent["insertions"] == len(silent["hypothesis"].split()) > 0
+    told = capsys.readouterr().out
+    assert "not used: 1 of the corpus: torn.wav (cut off: " in told
+    assert "not used: 1 of the corpus: gone.wav (no recording: " in told
+    left_out = (out / "left_out.jsonl").read_text().splitlines()
+    assert sorted(json.loads(line)["id"] for line in left_out) == ["gone.wav", "torn.wav"]
+    (changed,) = map(json.loads, (out / "changed_labels.jsonl").read_text().splitlines())
+    assert changed["written"] == "Words! (noise)"
 
 
 @pytest.mark.parametrize(

@@ -1,3 +1,4 @@
+import json
 import logging
 import math
 
@@ -5,8 +6,18 @@ import jiwer
 import pytest
 import torch
 
-from fastguard.evaluation import ErrorRates, evaluate, pooled, score, wer_interval
+from fastguard.evaluation import (
+    ErrorRates,
+    Evaluation,
+    alignment,
+    evaluate,
+    pooled,
+    score,
+    wer_interval,
+    write,
+)
 from fastguard.speech.batching import Batch
+from fastguard.speech.readers import Rejected
 from fastguard.speech.tokenizer import CharTokenizer
 
 TOKENIZER = CharTokenizer.from_texts([])
@@ -130,6 +141,35 @@ def test_no_rows():
     assert all(map(math.isnan, wer_interval([])))
 
 
-def test_a_reference_without_words_can_not_be_scored():
-    with pytest.raises(ValueError, match="a has no words"):
-        score("a", " ", "b")
+def test_of_silence_every_word_is_inserted():
+    row = score("a", " ", "oh  no")
+    assert (row.words, row.insertions, row.deletions, row.character_errors) == (0, 2, 0, 5)
+    assert math.isnan(row.wer)
+    assert score("a", "", "").errors == 0
+    both = pooled([row, score("b", "press one", "press one")])
+    assert (both.wer, both.insertions, both.words) == (2 / 2, 2, 2)
+    assert math.isnan(pooled([row]).wer)
+    assert all(map(math.isnan, wer_interval([row])))
+    assert wer_interval([row, score("b", "yes", "yes")])[1] >= 2
+    assert alignment(row) == "REF:\nHYP: oh  no\n     I  I\n"
+
+
+def test_files_about_silence_are_json(tmp_path):
+    write(tmp_path, Evaluation([score("a", "", "oh"), score("b", "", "")]))
+    refuse = {"parse_constant": lambda name: pytest.fail(f"{name} is no JSON")}
+    rates = json.loads((tmp_path / "rates.json").read_text(), **refuse)
+    assert (rates["wer"], rates["insertions"], rates["wer_interval"]) == (None, 1, [None, None])
+    lines = (tmp_path / "hypotheses.jsonl").read_text().splitlines()
+    assert [json.loads(line, **refuse)["insertions"] for line in lines] == [1, 0]
+
+
+def test_recordings_that_can_not_be_used_are_collected():
+    def torn():
+        for batch in batches(REFERENCES, HYPOTHESES):
+            batch.rejected.append(Rejected("torn.wav", "cut off: half of it"))
+            yield batch
+
+    rejected = []
+    found = evaluate(forward, torn(), TOKENIZER, rejected=rejected)
+    assert len(found.rows) == 3
+    assert [row.id for row in rejected] == ["torn.wav", "torn.wav"]

@@ -298,6 +298,15 @@ def test_a_teacher_of_other_features_is_refused(make, tmp_path):
     teacher.fit()
     with pytest.raises(RunError, match="n_mels=40"):
         make("--teacher", str(teacher.folder.path))
+    with pytest.raises(RunError, match=r"trained on texts by .*numbers='keep'.*numbers='reject'"):
+        make(
+            "--teacher",
+            str(teacher.folder.path),
+            "--features.n_mels",
+            "40",
+            "--text.numbers",
+            "reject",
+        )
     with pytest.raises(RunError, match=r"--teacher .*absent\.pt can not be read"):
         make("--teacher", str(tmp_path / "absent.pt"))
 

@@ -205,6 +205,8 @@ def _wave64(file: BinaryIO, size: int) -> Extent:
 
 
 def _au(head: bytes, size: int) -> Extent:
+    if len(head) < 12:
+        raise _cut_off(12, len(head), "bytes of header")
     start, claimed = struct.unpack((">" if head[:1] == b"." else "<") + "II", head[4:12])
     there = size - start
     if claimed != 0xFFFFFFFF and claimed > there + _slack(there):

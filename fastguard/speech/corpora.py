@@ -10,20 +10,22 @@ Whatever could break a training step later is found here, in a corpus of moderat
 recording is decoded once, and a row that can not be used is left out with its name and a reason.
 """
 
+import json
 import math
 import re
 import sys
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from hashlib import sha256
 from itertools import pairwise
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TextIO
 
 from tqdm import tqdm
 
+from fastguard._extras import MissingExtra
 from fastguard.speech.audio import check_duration, decoded_duration, header_duration
 from fastguard.speech.readers import (
     ASTERISK_SOUNDS,
@@ -37,24 +39,36 @@ from fastguard.speech.readers import (
     read_yesno,
 )
 from fastguard.speech.synthetic import build_synthetic
-from fastguard.speech.text import normalize_text
+from fastguard.speech.text import TextError, TextRules, normalized
 from fastguard.speech.utterances import SPLITS, Utterance, Utterances
 
 SPECS = "synthetic, asterisk[:DIR][@LANG], manifest:FILE.jsonl, librispeech:DIR, yesno:DIR"
 DECODED_ROWS = 2_000
 MAX_ID = 4_096  # Linux has no longer paths
-MAX_TEXT = 10_000  # ten minutes of speech; normalising takes the square of what is nested
+MAX_TEXT = 10_000  # ten minutes of speech
 _READERS = {"manifest": read_manifest, "librispeech": read_librispeech, "yesno": read_yesno}
 
 
 @dataclass
+class Change:
+    """What was done to ``count`` texts, and the first of them."""
+
+    count: int
+    id: str
+    written: str
+    text: str
+
+
+@dataclass
 class Corpus:
-    """``decoded`` tells whether every recording was, or its duration taken on trust."""
+    """``decoded`` tells whether every recording was, or its duration taken on trust; ``changes``
+    what normalising did to the texts, by the steps of fastguard.speech.text.normalized."""
 
     spec: str
     utterances: Utterances
     rejected: list[Rejected]
     decoded: bool = True
+    changes: dict[str, Change] = field(default_factory=dict)
 
     def split(self, name: str) -> Utterances:
         if name not in SPLITS:
@@ -99,7 +113,15 @@ class Corpus:
             others = ", ..." if count > 3 else ""
             names = ", ".join(row.id for row in rows[:3])
             lines.append(f"  left out {count}: {names}{others} ({rows[0].reason})")
+        for kind, change in sorted(self.changes.items(), key=lambda item: -item[1].count):
+            example = f"{_cut(change.written)} -> {_cut(change.text)}"
+            lines.append(f"  texts changed {change.count}, {kind}: {change.id} ({example})")
         return "\n".join(lines)
+
+    def write_left_out(self, file: TextIO) -> None:
+        """A line of JSON with the id and the reason of each row that was left out."""
+        for row in self.rejected:
+            print(_json_line(asdict(row)), file=file)
 
     def with_something_in(self, splits: Iterable[str]) -> "Corpus":
         """This corpus. Raises :class:`CorpusError` if all of these splits are empty."""
@@ -121,6 +143,9 @@ def load_corpus(
     cache_dir: Path | None = None,
     seed: int = 0,
     needed: Iterable[str] = ("train",),
+    rules: TextRules | None = None,
+    silent: bool = False,
+    changed: TextIO | None = None,
 ) -> Corpus:
     """Read the corpus that ``spec`` names (see the top of this file), less what is unusable.
 
@@ -137,10 +162,15 @@ def load_corpus(
     that models of different strides train and test on the same sentences.  ``cache_dir`` and
     ``seed`` are for the synthetic corpus.
 
+    Texts are normalised by ``rules``; ``changed`` gets a line of JSON for each that is not what was
+    written.  Rows of which nothing is spoken are left out, unless ``silent`` keeps those that have
+    a split.
+
     Raises :class:`CorpusError` for an unknown spec, a corpus that is not there, and one of whose
     ``needed`` splits nothing is left; the message lists what was left out.
     """
-    rows, rejected = read_rows(spec, cache_dir=cache_dir, seed=seed)
+    sorting = _Sorting(rules or TextRules(), silent, changed)
+    rows, rejected = _rows(spec, cache_dir, seed, sorting), sorting.rejected
     decoded = check == "decode" or (check == "auto" and len(rows) <= DECODED_ROWS)
     durations, kept = rows.durations, []
     bar = tqdm(rows, f"reading {spec}", leave=False, delay=1, disable=not sys.stderr.isatty())
@@ -155,14 +185,19 @@ def load_corpus(
             rejected.append(Rejected(row.id, str(reason)))
         else:
             kept.append(index)
-    corpus = Corpus(spec, rows.with_durations(durations).select(kept), rejected, decoded)
+    kept_rows = rows.with_durations(durations).select(kept)
+    corpus = Corpus(spec, kept_rows, rejected, decoded, sorting.changes)
     if max_output_length is None:
         return corpus.with_something_in(needed)
     return corpus.drop_infeasible(str, max_output_length, needed)
 
 
 def read_rows(
-    spec: str, *, cache_dir: Path | None = None, seed: int = 0
+    spec: str,
+    *,
+    cache_dir: Path | None = None,
+    seed: int = 0,
+    rules: TextRules | None = None,
 ) -> tuple[Utterances, list[Rejected]]:
     """The rows of a corpus, each with its normalised text and its split, and those left out.
 
@@ -171,8 +206,19 @@ def read_rows(
 
     Raises :class:`CorpusError` for an unknown spec and a corpus that is not there.
     """
-    rejected: list[Rejected] = []
-    return _with_splits(Utterances(_sort_out(_read(spec, cache_dir, seed), rejected))), rejected
+    sorting = _Sorting(rules or TextRules())
+    return _rows(spec, cache_dir, seed, sorting), sorting.rejected
+
+
+def absolute(spec: str) -> str:
+    """The spec with its path from the root, which names the same from another folder too."""
+    kind, colon, place = spec.partition(":")
+    if kind == "asterisk":
+        place, at, language = place.rpartition("@") if "@" in place else (place, "", "")
+        return f"{kind}:{Path(place).expanduser().absolute()}{at}{language}" if place else spec
+    if kind in _READERS and place:
+        return f"{kind}{colon}{Path(place).expanduser().absolute()}"
+    return spec
 
 
 def assign_splits(texts: Iterable[str]) -> dict[str, str]:
@@ -206,26 +252,75 @@ def _read(spec: str, cache_dir: Path | None, seed: int) -> Iterator[Row | Reject
     raise CorpusError(f"no corpus {spec!r}: choose one of {SPECS}")
 
 
-def _sort_out(found: Iterable[Row | Rejected], rejected: list[Rejected]) -> Iterator[Utterance]:
-    """The rows that are in order so far, with their texts normalised; ``rejected`` gets the others.
+def _rows(spec: str, cache_dir: Path | None, seed: int, sorting: "_Sorting") -> Utterances:
+    try:
+        sorting.rules.check()
+    except (TextError, MissingExtra) as error:
+        raise CorpusError(str(error)) from error
+    return _with_splits(Utterances(sorting.sort_out(_read(spec, cache_dir, seed))))
+
+
+class _Sorting:
+    """Which rows are in order so far, with their texts normalised; ``rejected`` has the others.
     Their recordings are yet to be judged."""
-    ids = set()
-    for row in found:
-        if isinstance(row, Rejected):
-            rejected.append(Rejected(_shown(row.id), row.reason))
-            continue
+
+    def __init__(
+        self, rules: TextRules, silent: bool = False, changed: TextIO | None = None
+    ) -> None:
+        self.rules = rules
+        self.silent = silent
+        self.changed = changed
+        self.changes: dict[str, Change] = {}
+        self.rejected: list[Rejected] = []
+
+    def sort_out(self, found: Iterable[Row | Rejected]) -> Iterator[Utterance]:
+        ids = set()
+        for row in found:
+            if isinstance(row, Rejected):
+                self.rejected.append(Rejected(_shown(row.id), row.reason))
+                continue
+            try:
+                text, kinds = self._checked_text(row, ids)
+            except Unusable as reason:
+                self.rejected.append(Rejected(_shown(row.id), str(reason)))
+            else:
+                ids.add(row.id)
+                self._note(row, text, kinds)
+                duration = math.nan if row.duration is None else row.duration
+                yield Utterance(row.id, row.audio, text, row.split, duration)
+
+    def _checked_text(self, row: Row, ids: set[str]) -> tuple[str, set[str]]:
+        """The normalised text of a row whose description is in order, and what was changed."""
+        _check_description(row, ids)
         try:
-            text = _checked_text(row, ids)
-        except Unusable as reason:
-            rejected.append(Rejected(_shown(row.id), str(reason)))
-        else:
-            ids.add(row.id)
-            duration = math.nan if row.duration is None else row.duration
-            yield Utterance(row.id, row.audio, text, row.split, duration)
+            text, kinds = normalized(row.text, self.rules)
+        except TextError as error:
+            raise Unusable(str(error)) from error
+        if row.written is not None and row.written != row.text:
+            kinds.add("corrected by the corpus's reader")
+        if text or (self.silent and row.split is not None):
+            return text, kinds
+        raise Unusable(
+            f"no words: nothing of {row.text!r:.60} is spoken; transcribe it"
+            + (", or give it a split" if self.silent else "")
+        )
+
+    def _note(self, row: Row, text: str, kinds: set[str]) -> None:
+        if not kinds:
+            return
+        written = row.text if row.written is None else row.written
+        for kind in kinds:
+            if kind in self.changes:
+                self.changes[kind].count += 1
+            else:
+                self.changes[kind] = Change(1, row.id, written, text)
+        if self.changed is not None:
+            line = {"id": row.id, "written": written, "text": text, "changed": sorted(kinds)}
+            print(_json_line(line), file=self.changed)
 
 
-def _checked_text(row: Row, ids: set[str]) -> str:
-    """The normalised text of a row whose description is in order."""
+def _check_description(row: Row, ids: set[str]) -> None:
+    """Raises Unusable for an id, a split or a text that can not be used."""
     if len(row.id) > MAX_ID:
         raise Unusable(f"id too long: {len(row.id)} characters, over {MAX_ID}; shorten the path")
     if row.id != (shown := _shown(row.id)):
@@ -236,9 +331,18 @@ def _checked_text(row: Row, ids: set[str]) -> str:
         raise Unusable(f"unknown split: {row.split!r:.60}; use one of {', '.join(SPLITS)}")
     if len(row.text) > MAX_TEXT:
         raise Unusable(f"text too long: {len(row.text)} characters, over {MAX_TEXT}; cut it")
-    if text := normalize_text(row.text):
-        return text
-    raise Unusable(f"no words: nothing of {row.text!r:.60} is spoken; transcribe it")
+
+
+def _json_line(values: dict[str, object]) -> str:
+    """JSON that can be read as text: what a terminal would obey is escaped, and other ends of
+    lines than its own."""
+    line = json.dumps(values, ensure_ascii=False)
+    return "".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in line)
+
+
+def _cut(text: str) -> str:
+    """The start of a text as a line of a log may hold it."""
+    return repr(text if len(text) <= 60 else text[:57] + "...")
 
 
 def _shown(id: str) -> str:

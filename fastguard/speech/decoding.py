@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastguard._extras import MissingExtra
-from fastguard.speech.text import normalize_text
+from fastguard.speech.text import TextError, TextRules, normalize_text
 from fastguard.speech.tokenizer import Tokenizer
 
 #: log_probs (B, T, V) and lengths (B,) to the tokens of each utterance.
@@ -63,7 +63,8 @@ class BeamSearch:
     - over tokens, written as in ``tokenizer.symbols`` with "|" for the space: any text can come
       out; or
     - with ``lexicon``, a file with a word at the start of each line, over words: only these come
-      out, spelled as :func:`normalize_text` writes them. This needs a tokenizer of characters.
+      out, spelled as :func:`normalize_text` writes them by ``rules``. This needs a tokenizer of
+      characters.
 
     Raises MissingExtra without flashlight-text, ValueError for files that can not be used.
     """
@@ -76,12 +77,13 @@ class BeamSearch:
         lexicon: Path | None = None,
         lm_weight: float = 1.0,
         word_score: float = 0.0,
+        rules: TextRules | None = None,
     ) -> None:
         if beam_size < 1:
             raise ValueError(f"beam_size is {beam_size}: give 1 or more")
         self.tokenizer = tokenizer
         self._names = [symbol.replace(" ", _SPACE) for symbol in tokenizer.symbols]
-        self._spoken = None if lexicon is None else _spellings(lexicon, tokenizer)
+        self._spoken = None if lexicon is None else _spellings(lexicon, tokenizer, rules)
         options = {"beam_size": beam_size, "lm_weight": lm_weight, "word_score": word_score}
         self._decoder = self._build(lm, **options)
         if lm is not None:
@@ -179,7 +181,7 @@ class BeamSearch:
         return self._decoder(emissions[None].contiguous(), torch.tensor([len(emissions)]))[0][0]
 
 
-def _spellings(lexicon: Path, tokenizer: Tokenizer) -> dict[str, str]:
+def _spellings(lexicon: Path, tokenizer: Tokenizer, rules: TextRules | None) -> dict[str, str]:
     """Each word of the file, and what is spoken of it; words without a spelling are left out."""
     if " " not in tokenizer.symbols:
         raise ValueError(
@@ -190,7 +192,7 @@ def _spellings(lexicon: Path, tokenizer: Tokenizer) -> dict[str, str]:
         lines = lexicon.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{lexicon} can not be read as a lexicon: {error}") from error
-    spoken = {word: normalize_text(word) for line in lines for word in line.split()[:1]}
+    spoken = {word: _spoken(word, rules) for line in lines for word in line.split()[:1]}
     letters = set(tokenizer.symbols)
     usable = {word: text for word, text in spoken.items() if text and letters.issuperset(text)}
     if not usable:
@@ -199,3 +201,11 @@ def _spellings(lexicon: Path, tokenizer: Tokenizer) -> dict[str, str]:
             "tokenizer; give a file with a word at the start of each line"
         )
     return usable
+
+
+def _spoken(word: str, rules: TextRules | None) -> str:
+    """The word by the rules; nothing where they refuse it."""
+    try:
+        return normalize_text(word, rules)
+    except TextError:
+        return ""

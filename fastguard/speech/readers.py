@@ -13,11 +13,11 @@ import math
 import re
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import BinaryIO
 
-from fastguard.speech.text import needs_english
+from fastguard.speech.text import needs_english, spell_keys
 
 LONGEST_LINE = 1 << 20
 _FOREIGN_MARKS = {  # the longer first: UTF-32's starts with UTF-16's
@@ -46,6 +46,20 @@ ASTERISK_TYPOS = {
 }
 
 
+_MOST_DIGITS = 400  # of an integer in a manifest; Python's own limit has another program's advice
+_SPLIT_NAMES = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("dev", "valid", "val", "validation", "development"), "dev"),
+    **dict.fromkeys(("test", "testing"), "test"),
+}
+_OTHER_KEYS = {
+    "audio_filepath": ("audio", "path", "file", "file_name", "filename", "wav", "audio_path",
+                       "wav_filename", "audio_file"),
+    "text": ("sentence", "transcript", "transcription", "transcript_text", "label", "target",
+             "normalized_text", "words", "txt"),
+}  # fmt: skip
+
+
 class CorpusError(ValueError):
     """A corpus that can not be used, and what to do about it."""
 
@@ -56,14 +70,15 @@ class Unusable(ValueError):
 
 @dataclass(frozen=True)
 class Row:
-    """A recording as its corpus describes it: ``text`` is raw; ``split`` and
-    ``duration``, in seconds, may be unknown."""
+    """A recording as its corpus describes it: ``text`` is raw; ``split`` and ``duration``, in
+    seconds, may be unknown. ``written`` is the transcript where the reader knows better."""
 
     id: str
     audio: Path
     text: str
     split: str | None = None
     duration: float | None = None
+    written: str | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)
@@ -81,27 +96,37 @@ class Rejected:
 def read_manifest(path: Path) -> Iterator[Row | Rejected]:
     """One JSON object a line: ``audio_filepath`` (relative to the manifest's folder, and the row's
     id), ``text``, and optionally ``split`` and ``duration`` in seconds.  Other keys are ignored.
-    ``offset`` is refused, since ignoring it would pair the text with a whole recording.
+    An ``offset`` other than 0 is refused, since ignoring it would pair the text with a whole
+    recording.
     """
     if not path.is_file():
         raise CorpusError(f"there is no manifest {path}: give manifest:FILE.jsonl")
     for number, line in _lines(path):
+        if number == 1:
+            _check_lines_of_json(path, line)
         yield _manifest_row(line, number, path.parent) if isinstance(line, str) else line
 
 
 def _manifest_row(line: str, number: int, folder: Path) -> Row | Rejected:
     try:
-        entry = json.loads(line, object_pairs_hook=_object, parse_constant=_no_constant)
+        entry = json.loads(
+            line, object_pairs_hook=_object, parse_constant=_no_constant, parse_int=_integer
+        )
+        if not isinstance(entry, dict):
+            raise TypeError(f"{entry!r:.60} is no object with keys")
+        _check_keys(entry)
         audio, text = entry["audio_filepath"], entry["text"]
         if not (isinstance(audio, str) and isinstance(text, str)):
             raise TypeError(f"audio_filepath is {audio!r:.60} and text is {text!r:.60}")
-        if "offset" in entry:
+        if _seconds(entry, "offset"):
             cure = "cut the segment into a file of its own"
             reason = f"offset not supported: offset is {entry['offset']!r:.60}; {cure}"
             return Rejected(audio, reason)
-        return Row(audio, folder / audio, text, entry.get("split"), _seconds(entry))
-    # RecursionError: a thousand brackets; OverflowError: an integer that is no float
-    except (ValueError, KeyError, TypeError, RecursionError, OverflowError) as error:
+        split = entry.get("split")
+        split = _SPLIT_NAMES.get(split.lower(), split) if isinstance(split, str) else split
+        return Row(audio, folder / audio, text, split, _seconds(entry, "duration"))
+    # RecursionError: a thousand brackets
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         cure = 'write {"audio_filepath": "a.wav", "text": "hello"}'
         return Rejected(
             f"line {number}", f"malformed line: {type(error).__name__}: {error!s:.200}; {cure}"
@@ -121,15 +146,50 @@ def _no_constant(name: str) -> float:
     raise ValueError(f"{name} is no JSON")
 
 
-def _seconds(entry: dict[str, object]) -> float | None:
-    duration = entry.get("duration")
-    if duration is None:
+def _integer(digits: str) -> int:
+    if len(digits) > _MOST_DIGITS:
+        raise ValueError(f"{digits[:20]}... is a number of {len(digits)} digits")
+    return int(digits)
+
+
+def _check_keys(entry: dict[str, object]) -> None:
+    """Raises KeyError that names the key to rename, where one has another toolkit's name."""
+    for key, others in _OTHER_KEYS.items():
+        if key not in entry:
+            there = [other for other in others if other in entry]
+            cure = f"rename {there[0]!r} to {key!r}" if there else f"add {key!r}"
+            raise KeyError(f"no key {key!r} among {', '.join(map(repr, entry))[:120]}: {cure}")
+
+
+def _check_lines_of_json(path: Path, line: str | Rejected) -> None:
+    """Raises CorpusError for a table or a list, of which every line would be malformed."""
+    start = line.lstrip() if isinstance(line, str) else "{"
+    if start.startswith("{"):
+        return
+    if path.suffix in (".csv", ".tsv") or (start[:1] not in '["' and re.search(r"[,\t|]", start)):
+        raise CorpusError(
+            f"{path}, line 1: {start[:60]!r} is a row of a table, and a manifest is JSON: write an "
+            'object a line, {"audio_filepath": "a.wav", "text": "hello"}'
+        )
+    if start.strip() == "[":
+        raise CorpusError(
+            f"{path}, line 1: a JSON list, and a manifest has an object a line: "
+            f"jq -c '.[]' {path} > NEW.jsonl"
+        )
+
+
+def _seconds(entry: dict[str, object], key: str) -> float | None:
+    """A number of the entry, as such or in quotes."""
+    value = entry.get(key)
+    if value is None:
         return None
-    if isinstance(duration, bool) or not isinstance(duration, int | float):
-        raise TypeError(f"duration is {duration!r:.60}")
-    if not 0 <= float(duration) < math.inf:
-        raise ValueError(f"duration is {duration!r:.60}")
-    return float(duration)
+    try:
+        seconds = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        seconds = math.nan
+    if not 0 <= seconds < math.inf:
+        raise ValueError(f"{key} is {value!r:.60}, which is no number of seconds")
+    return seconds
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str | Rejected]]:
@@ -248,9 +308,12 @@ def _asterisk_english(name: str, voice: Path, text: str) -> Row | Rejected:
     if name == "demo-instruct":
         numbers = "28.8, 500, 1234 and 8500 are not read digit by digit"
         return Rejected(name, f"ambiguous numbers: {numbers}; spell them as they are spoken")
+    spoken = text
     for wrong, right in ASTERISK_TYPOS.items():
-        text = text.replace(wrong, right)
-    return Row(name, voice / f"{name}.wav", text)
+        spoken = spoken.replace(wrong, right)
+    # The voice reads the keys of a menu one by one.
+    spoken = spell_keys(spoken) if needs_english(spoken) else spoken
+    return Row(name, voice / f"{name}.wav", spoken, written=text)
 
 
 def _asterisk_transcripts(root: Path, voice: Path, language: str) -> Iterator[tuple[str, str]]:

@@ -1,3 +1,4 @@
+import io
 import json
 import re
 from collections import Counter, defaultdict
@@ -10,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastguard.speech import corpora, synthetic
-from fastguard.speech.corpora import SPLITS, CorpusError, assign_splits, load_corpus
+from fastguard.speech.corpora import SPLITS, CorpusError, absolute, assign_splits, load_corpus
+from fastguard.speech.text import TextRules
 
 
 def plenty(seconds):
@@ -52,7 +54,7 @@ def test_a_good_row(manifest, tmp_path, record, name, rate, channels):
     corpus = load(manifest({"audio_filepath": name, "text": "Press 1!", "split": "dev"}))
     assert corpus.rejected == []
     (utterance,) = corpus.split("dev")
-    assert (utterance.id, utterance.audio, utterance.text) == (name, tmp_path / name, "press one")
+    assert (utterance.id, utterance.audio, utterance.text) == (name, tmp_path / name, "press 1")
     assert utterance.duration == pytest.approx(1.5, abs=0.1 if name == "a.mp3" else 1e-4)
     assert [utterance.id for utterance in corpus.split("train")] == ["good.wav"]
 
@@ -68,7 +70,7 @@ def test_a_good_row(manifest, tmp_path, record, name, rate, channels):
         ({"audio_filepath": "short.wav"}, r"too short: 0\.05 s, under 0\.1 s"),
         ({"audio_filepath": "long.wav"}, r"too long: 20\.50 s, over 20 s"),
         ({"text": "[beep]"}, r"no words: nothing of '\[beep\]' is spoken"),
-        ({"split": "valid"}, "unknown split: 'valid'; use one of train, dev, test"),
+        ({"split": "half"}, "unknown split: 'half'; use one of train, dev, test"),
         ({"split": ["dev"]}, r"unknown split: \['dev'\]"),
         ({"audio_filepath": "good.wav"}, "duplicate id: good.wav is an earlier row's"),
         ({"offset": 0.5}, "offset not supported: offset is 0.5"),
@@ -184,7 +186,7 @@ def test_summary_counts_and_names(manifest):
         "  dev   0 utterances, 0.0 min",
         "  test  0 utterances, 0.0 min",
     ]
-    first, second = corpus.summary().splitlines()[4:]
+    first, second = (line for line in corpus.summary().splitlines() if "left out" in line)
     assert first.startswith("  left out 5: gone0.wav, gone1.wav, gone2.wav, ... (no recording: ")
     assert second.startswith("  left out 1: c.wav (no words: nothing of '?' is spoken")
 
@@ -201,6 +203,72 @@ def test_only_three_splits_exist(manifest):
 def test_unknown_specs_are_told_the_known_ones(spec):
     with pytest.raises(CorpusError, match=r"no corpus '.*': choose one of synthetic, asterisk\["):
         load(spec)
+
+
+def test_changed_texts_are_counted_and_listed(manifest, tmp_path, record):
+    record(tmp_path / "a.wav")
+    record(tmp_path / "b.wav")
+    rows = [
+        {"audio_filepath": "a.wav", "text": "Hello (noise)", "split": "dev"},
+        {"audio_filepath": "b.wav", "text": "Good bye", "split": "dev"},
+        {"audio_filepath": "gone.wav", "text": "[beep]", "split": "dev"},
+    ]
+    changed, left_out = io.StringIO(), io.StringIO()
+    corpus = load(manifest(*rows), changed=changed)
+    assert corpus.summary().splitlines()[-2:] == [
+        "  texts changed 2, case: a.wav ('Hello (noise)' -> 'hello')",
+        "  texts changed 1, brackets: a.wav ('Hello (noise)' -> 'hello')",
+    ]
+    lines = [json.loads(line) for line in changed.getvalue().splitlines()]
+    assert lines[0] == {
+        "id": "a.wav",
+        "written": "Hello (noise)",
+        "text": "hello",
+        "changed": ["brackets", "case"],
+    }
+    assert [line["id"] for line in lines] == ["a.wav", "b.wav"]
+    corpus.write_left_out(left_out)
+    (line,) = map(json.loads, left_out.getvalue().splitlines())
+    assert line == {"id": "gone.wav", "reason": corpus.rejected[0].reason}
+
+
+def test_rules_of_texts_are_a_setting(manifest, tmp_path, record):
+    record(tmp_path / "a.wav")
+    spec = manifest({"audio_filepath": "a.wav", "text": "J'ai 3 chats", "split": "dev"})
+    french = TextRules(numbers="words", language="fr")
+    assert [u.text for u in load(spec, rules=french).split("dev")] == ["j'ai trois chats"]
+    corpus = load(spec, rules=TextRules(numbers="reject"))
+    assert reasons(corpus)["a.wav"].startswith("number in digits: ")
+    with pytest.raises(CorpusError, match="no words in 'xx'"):
+        load(spec, rules=TextRules(numbers="words", language="xx"))
+
+
+def test_silent_rows_are_kept_on_demand(manifest, tmp_path, record):
+    for name in ("a.wav", "b.wav"):
+        record(tmp_path / name)
+    rows = [
+        {"audio_filepath": "a.wav", "text": "[beep]", "split": "dev"},
+        {"audio_filepath": "b.wav", "text": ""},
+    ]
+    assert {row.kind for row in load(manifest(*rows)).rejected} == {"no words"}
+    corpus = load(manifest(*rows), silent=True)
+    assert [(u.id, u.text) for u in corpus.split("dev")] == [("a.wav", "")]
+    assert reasons(corpus)["b.wav"].endswith("or give it a split")
+
+
+def test_a_spec_is_made_to_hold_in_every_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert absolute("manifest:a/b.jsonl") == f"manifest:{tmp_path}/a/b.jsonl"
+    assert absolute("asterisk:sounds@fr") == f"asterisk:{tmp_path}/sounds@fr"
+    for spec in (
+        "synthetic",
+        "asterisk",
+        "asterisk@fr",
+        "librispeech:/data",
+        "manifest:",
+        "what:x",
+    ):
+        assert absolute(spec) == spec
 
 
 @pytest.mark.parametrize(

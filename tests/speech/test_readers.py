@@ -66,7 +66,15 @@ def test_manifest_paths_are_relative_to_its_folder(tmp_path):
         (b"{not json", "malformed line: JSONDecodeError"),
         (b'"\xff"', "malformed line: not UTF-8"),
         (b'["a.wav", "hello"]', "malformed line: TypeError"),
-        (b'{"audio_filepath": "a.wav"}', "malformed line: KeyError: 'text'"),
+        (
+            b'{"audio_filepath": "a.wav"}',
+            "malformed line: KeyError: \"no key 'text' among 'audio_filepath': add 'text'\"",
+        ),
+        (
+            b'{"path": "a.wav", "sentence": "hi"}',
+            "malformed line: KeyError: \"no key 'audio_filepath' among 'path', 'sentence': rename "
+            "'path' to 'audio_filepath'\"",
+        ),
         (
             b'{"audio_filepath": 3, "text": "hello"}',
             "malformed line: TypeError: audio_filepath is 3",
@@ -88,6 +96,36 @@ def test_manifest_refuses_segments(tmp_path):
         "a.wav", "offset not supported: offset is 2.5; cut the segment into a file of its own"
     )
     assert row.kind == "offset not supported"
+
+
+@pytest.mark.parametrize(
+    "extra, split, duration",
+    [
+        ({"offset": 0, "duration": "2.99"}, None, 2.99),
+        ({"offset": 0.0, "split": "validation"}, "dev", None),
+        ({"offset": None, "duration": None, "split": None}, None, None),
+        ({"offset": "0", "split": "Valid", "duration": 3}, "dev", 3.0),
+        ({"split": "training"}, "train", None),
+    ],
+)
+def test_a_manifest_of_other_toolkits_is_understood(tmp_path, extra, split, duration):
+    (row,) = manifest(tmp_path, {"audio_filepath": "a.wav", "text": "hi"} | extra)
+    assert row == Row("a.wav", tmp_path / "a.wav", "hi", split, duration)
+
+
+@pytest.mark.parametrize(
+    "name, line, cure",
+    [
+        ("a.csv", "wav_filename,wav_filesize,transcript", "is a row of a table"),
+        ("a.tsv", "path\tsentence", "is a row of a table"),
+        ("a.jsonl", "a.wav|hello there|Hello there.", "is a row of a table"),
+        ("a.json", "[", r"jq -c '\.\[\]' "),
+    ],
+)
+def test_a_manifest_that_is_no_lines_of_json(tmp_path, name, line, cure):
+    (tmp_path / name).write_text(f"{line}\nmore\n")
+    with pytest.raises(CorpusError, match=rf"{name}, line 1: .*{cure}"):
+        list(read_manifest(tmp_path / name))
 
 
 def test_librispeech_takes_the_split_from_the_subset(tmp_path):
@@ -122,7 +160,7 @@ def test_asterisk_pairs_transcripts_and_recordings(tmp_path):
     )
     assert rows[:3] == [
         Row("digits/1", voice / "digits" / "1.wav", "one"),
-        Row("vm-x", voice / "vm-x.wav", "Press 5: now"),
+        Row("vm-x", voice / "vm-x.wav", "Press  five : now"),
         Row("empty", voice / "empty.wav", ""),
     ]
     assert [(row.id, row.kind) for row in rows[3:]] == [("spare", "no transcript")]

@@ -66,6 +66,14 @@ def test_bad_symbols_are_refused(symbols):
         CharTokenizer(symbols)
 
 
+def test_as_many_symbols_as_there_are_take_a_moment():
+    symbols = [BLANK, *map(chr, range(0x10000, 0x60000))]  # 327,680; their square took an hour
+    assert CharTokenizer(symbols).vocab_size == len(symbols)
+    with pytest.raises(ValueError) as error:
+        CharTokenizer([*symbols, *symbols[1:]])
+    assert len(str(error.value)) < 200
+
+
 # --- pieces of words -----------------------------------------------------------------------------
 
 SENTENCES = [
