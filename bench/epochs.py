@@ -40,7 +40,7 @@ def section(run: Path) -> str:
             *(f"    {command}" for command in found("command", log)),
             "",
             *(f"- {line}" for line in said),
-            f"- seed {yaml.safe_load((run / 'config.yaml').read_text())['seed']}",
+            f"- seed {yaml.safe_load((run / 'config.yaml').read_text(encoding='utf-8'))['seed']}",
             f"- evaluated on {last['dev_utterances']} utterances, {last['dev_words']} words, "
             f"{last['dev_minutes']:.1f} min; {len(epochs)} epochs in {minutes:.0f} min",
             f"- best.pt: {rates(run)}",

@@ -79,7 +79,7 @@ def write(folder: Path, rows: int) -> Path:
         soundfile.write(voice / f"utterance-{i:02d}.flac", noise, 16_000)
     vocabulary = ["".join(draw.choices(ascii_lowercase, k=draw.randint(2, 8))) for _ in range(9999)]
     path = folder / f"{rows}.jsonl"
-    with path.open("w") as file:
+    with path.open("w", encoding="utf-8") as file:
         for row in range(rows):
             speaker, recording = divmod(row, RECORDINGS)
             if recording == 0:
@@ -131,13 +131,13 @@ def measure(manifest: Path) -> dict[str, float]:
 
 
 def memory(field: str, pid: int | str = "self") -> float:
-    status = Path(f"/proc/{pid}/status").read_text()
+    status = Path(f"/proc/{pid}/status").read_text(encoding="utf-8")
     return int(status.split(f"{field}:")[1].split()[0]) / 1024
 
 
 def alone(pid: int) -> float:
     """MB that no other process shares."""
-    lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    lines = Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="utf-8").splitlines()
     return sum(int(line.split()[1]) for line in lines if line.startswith("Private_")) / 1024
 
 

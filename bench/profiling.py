@@ -26,7 +26,7 @@ def peak_bytes(function: Callable[[], object], device: torch.device) -> int:
     with tempfile.TemporaryDirectory() as folder:
         trace = Path(folder) / "trace.json"
         profiler.export_chrome_trace(str(trace))
-        events = json.loads(trace.read_text())["traceEvents"]
+        events = json.loads(trace.read_text(encoding="utf-8"))["traceEvents"]
     kind = {"cpu": 0, "cuda": 1}[device.type]
     memory = [
         event

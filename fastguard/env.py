@@ -4,11 +4,12 @@ import importlib.metadata
 import os
 import platform
 import subprocess
+import sys
 from pathlib import Path
 
 import torch
 
-from . import _native, ops
+from . import _native, ops, terminal
 
 
 def describe() -> dict[str, str]:
@@ -40,7 +41,8 @@ def describe() -> dict[str, str]:
 def processor() -> str:
     """The CPU's name."""
     cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    said = cpuinfo.read_text(encoding="utf-8", errors="replace") if cpuinfo.exists() else ""
+    lines = said.splitlines()
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
 
@@ -59,6 +61,12 @@ def version() -> str:
     return f"{number} at {commit.strip()}"
 
 
-if __name__ == "__main__":
+@terminal.command
+def main() -> int:
     for key, value in describe().items():
         print(f"{key:26} {value}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

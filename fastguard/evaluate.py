@@ -9,7 +9,7 @@ from typing import TextIO
 
 import torch
 
-from . import _command
+from . import _command, terminal
 from .checkpoint import CheckpointError, best_of
 from .data import evaluation_loader, listing
 from .evaluation import LONG, Evaluation, evaluate, pooled, wer_interval, write
@@ -73,6 +73,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
+@terminal.command
 def main(argv: list[str] | None = None) -> int:
     """Exit status: 0 done, 1 failed, 2 wrong usage, 130 stopped by Ctrl-C."""
     args = parse(argv)

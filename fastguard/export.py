@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from tqdm import tqdm
 
-from . import checkpoint, files, weights
+from . import checkpoint, files, terminal, weights
 from ._command import exit_status
 from ._extras import MissingExtra
 from .plain import to_plain
@@ -336,6 +336,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+@terminal.command
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it tells of packages it misses

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 
+from . import terminal
 from ._gpucheck import machine, timing
 from ._gpucheck.cases import QUICK, Grid
 from ._gpucheck.checks import Check, DeviceLost, lost_device, run_check
@@ -74,6 +75,7 @@ def _device(text: str) -> torch.device:
     return device
 
 
+@terminal.command
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     if args.device.type == "cuda":

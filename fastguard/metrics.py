@@ -14,6 +14,7 @@ import numpy
 
 from . import files
 from .evaluation import Evaluation, pooled
+from .terminal import visible
 
 LARGEST_METRICS = 4 << 30
 """Bytes of metrics.jsonl; a step takes about 300."""
@@ -218,7 +219,7 @@ def epoch_table(epochs: list[EpochMetrics]) -> str:
 
 
 class _Formatter(logging.Formatter):
-    """INFO as it is; everything else under its level; tracebacks for a file alone."""
+    """INFO as it is, all else under its level; tracebacks in the file alone; nothing hidden."""
 
     def __init__(self, tracebacks: bool):
         super().__init__()
@@ -228,7 +229,7 @@ class _Formatter(logging.Formatter):
         if not self._tracebacks:
             record = copy.copy(record)
             record.exc_info = record.exc_text = None
-        message = super().format(record)
+        message = visible(super().format(record))
         return message if record.levelno == logging.INFO else f"{record.levelname} - {message}"
 
 

@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from . import files
+from . import files, terminal
 from ._command import exit_status
 from .html_report import render
 from .run_history import RunFolderError, read
@@ -31,6 +31,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+@terminal.command
 def main(argv: list[str] | None = None) -> int:
     """Print the page's path. Exit status: 0 done, 1 failed, 2 wrong usage, 130 Ctrl-C."""
     args = parse(argv)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from . import terminal
 from .bad_steps import GradientExplosionError
 from .config import Config
 from .env import processor, version
@@ -23,6 +24,7 @@ from .trainer import Trainer
 logger = logging.getLogger("fastguard.train")  # run with -m, __name__ is "__main__"
 
 
+@terminal.command
 def main(argv: list[str] | None = None) -> int:
     """Exit status: 0 done, 1 the run or its corpus failed, 2 wrong usage, 130 stopped by Ctrl-C."""
     config = parse(argv)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from . import _command
+from . import _command, terminal
 from .checkpoint import CheckpointError, best_of
 from .recognizer import Recognizer
 from .speech.containers import SUFFIXES
@@ -58,6 +58,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
+@terminal.command
 def main(argv: list[str] | None = None) -> int:
     """Exit status: 0 done, 1 something failed, 2 wrong usage, 130 stopped by Ctrl-C."""
     args = parse(argv)

@@ -13,7 +13,7 @@ from fastguard.train import main
 
 def write_manifest(path: Path, rows: list[dict]) -> str:
     """The spec of a manifest with these rows."""
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return f"manifest:{path}"
 
 

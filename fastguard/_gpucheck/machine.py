@@ -117,7 +117,7 @@ def build(log: Path) -> None:
         f"{find_nvcc()}\nbuilding it, some minutes: {' '.join(command)} in {CHECKOUT}",
         flush=True,
     )
-    with log.open("w") as file:
+    with log.open("w", encoding="utf-8") as file:
         subprocess.run(command, cwd=CHECKOUT, stdout=file, stderr=subprocess.STDOUT)
 
 
@@ -125,7 +125,7 @@ def say_built(report: Report, log: Path) -> None:
     if _native.cuda_problem is None:
         report.line("The CUDA library was missing; this command built it.\n")
     else:
-        said = tail(log.read_text(errors="replace"), 40)
+        said = tail(log.read_text(encoding="utf-8", errors="replace"), 40)
         report.line(f"Building the CUDA library was tried; the end of what was said:\n{said}\n")
 
 

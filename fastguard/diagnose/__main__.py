@@ -13,7 +13,7 @@ import soundfile
 import torch
 from tqdm import tqdm
 
-from fastguard import checkpoint, files
+from fastguard import checkpoint, files, terminal
 from fastguard._command import exit_status
 from fastguard.diagnosis import Diagnosis, Finding, diagnose
 from fastguard.precision import AUTOCAST, autocast
@@ -40,6 +40,7 @@ class _Diagnosed:
     diagnosis: Diagnosis
 
 
+@terminal.command
 def main(argv: list[str] | None = None) -> int:
     """Exit status: 0 diagnosed, 1 nothing could be diagnosed, 2 wrong usage, 130 Ctrl-C."""
     options = _parser().parse_args(argv)

@@ -72,7 +72,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
         tree = copy_of_the_repository(Path(folder) / "tree")
         for file in args.files or TESTS:
-            drawn = sample(file, (tree / file).read_text(), args.sample, args.seed)
+            drawn = sample(file, (tree / file).read_text(encoding="utf-8"), args.sample, args.seed)
             rows.append((file, *run_file(tree, file, drawn)))
     print(f"\n{'file':32} {'mutants':>7} {'caught':>7} {'survivors':>9}")
     for file, caught, survivors in rows:
@@ -96,7 +96,7 @@ def sample(file: str, source: str, count: int, seed: str) -> list[Mutant]:
 def run_file(tree: Path, file: str, drawn: list[Mutant]) -> tuple[int, list[Mutant]]:
     """How many mutants of the file its tests saw, and those that they did not."""
     place, tests = tree / file, [f"tests/test_{name}.py" for name in TESTS[file].split()]
-    original = place.read_text()
+    original = place.read_text(encoding="utf-8")
     library = cpp.CpuLibrary(tree, file) if file.endswith(".h") else None
     start = time.monotonic()
     if (status := in_a_child(tree, tests, limit=3600)) != 0:
@@ -104,7 +104,7 @@ def run_file(tree: Path, file: str, drawn: list[Mutant]) -> tuple[int, list[Muta
     limit = 60 + 3 * (time.monotonic() - start)
     caught, survivors = 0, []
     for mutant in drawn:
-        place.write_text(mutant.source)
+        place.write_text(mutant.source, encoding="utf-8")
         if library is not None and not library.build():
             continue  # no mutant: a compiler sees it
         status = in_a_child(tree, tests, limit)
@@ -114,7 +114,7 @@ def run_file(tree: Path, file: str, drawn: list[Mutant]) -> tuple[int, list[Muta
         sys.stdout.flush()
         caught += status != 0
         survivors += [mutant] if status == 0 else []
-    place.write_text(original)
+    place.write_text(original, encoding="utf-8")
     if library is not None:
         library.build()
     return caught, survivors

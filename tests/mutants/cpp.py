@@ -63,7 +63,7 @@ class CpuLibrary:
             command
             for command in commands
             if (source := re.search(r" -c (\S+\.cpp) ", command))
-            and f'"{name}"' in (tree / source[1]).read_text()
+            and f'"{name}"' in (tree / source[1]).read_text(encoding="utf-8")
         ]
         self.link = next(command for command in commands if " -shared " in command)
         assert self.compile, f"no source includes {name}"

@@ -59,12 +59,12 @@ def compiled(compiler, source, flags):
     """The object file of one source, compiled anew if it, a header or a flag has changed."""
     command = [compiler, *FLAGS, *flags, "-c", "-x", "c++", source]
     headers = [
-        path.read_text()
+        path.read_text(encoding="utf-8")
         for folder in ("csrc", "tests/simt")
         for path in sorted((ROOT / folder).rglob("*"))
         if path.suffix in (".h", ".cuh")
     ]
-    text = "\0".join([*command, (ROOT / source).read_text(), *headers])
+    text = "\0".join([*command, (ROOT / source).read_text(encoding="utf-8"), *headers])
     target_ = target(text, Path(source).stem, ".o")
     if not target_.exists():
         run(command, target_)
