@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from ._extras import MissingExtra
+from .failures import in_a_line, out_of_memory
 from .speech.decoding import BeamSearch, Decode, greedy_decode
 from .speech.text import TextRules
 from .speech.tokenizer import Tokenizer
@@ -30,7 +31,8 @@ class DecoderError(RuntimeError):
 
 def exit_status(command: Callable[[], int | None], *failures: type[Exception]) -> int:
     """Run a command: 0 or what it returns; 1 after one of the failures, named in a line on stderr,
-    and where nobody reads its output any more; 2 where an extra is missing; 130 after Ctrl-C."""
+    where memory is too little, and where nobody reads its output any more; 2 where an extra is
+    missing; 130 after Ctrl-C."""
     try:
         status = command()
         sys.stdout.flush()  # here a full disk is still an error that can be told
@@ -45,6 +47,11 @@ def exit_status(command: Callable[[], int | None], *failures: type[Exception]) -
         return 1
     except KeyboardInterrupt:
         return 130
+    except Exception as error:
+        if not out_of_memory(error):
+            raise
+        print(f"error: {in_a_line(error)}", file=sys.stderr)
+        return 1
     return status or 0
 
 

@@ -47,6 +47,8 @@ class StepMetrics:
     loss_scale: float | None = None
     #: Whether the step was skipped because that scaler searches for its scale.
     scale_search: bool = False
+    #: Ids of utterances of the batch, in any process, that could not be used after all.
+    left_out_utterances: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import logging
 import random
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 
 import numpy
@@ -33,6 +33,7 @@ from .schedules import learning_rate, set_learning_rate
 from .speech.batching import Batch, LoadError
 from .speech.distillation import consistency_loss, distillation_loss
 from .speech.loss import ctc_loss
+from .speech.readers import Rejected
 from .speech.tokenizer import Tokenizer, tokenizer_from_dict
 from .state_schema import check_state
 from .step_report import PendingReport, StepReport
@@ -93,6 +94,7 @@ class Trainer:
         self.unfinished: EpochMetrics | None = None  # of the epoch in which max_steps ends the run
         self.totals = EpochTotals()  # of the epoch that is under way
         self.batches = 0  # of that epoch, behind us
+        self._rejected: list[Rejected] = []  # of the step that is under way, in all processes
         self._torn = False  # the optimizer's step has begun, and not ended
         self.stopping = False  # in all processes alike; what a signal asks for, they agree on
         self._asked: float | None = None  # when a signal asked this process to stop
@@ -280,7 +282,8 @@ class Trainer:
         self.optimizer.zero_grad()
         ids = [id for batch in window for id in batch.ids]
         name = f"{number} [{', '.join(ids)}]"
-        self._report_rejected(window)
+        for row in self._rejected:
+            logger.warning("Left out %s: %s", row.id, row.reason)
         with self._undone_on_failure(number):
             loss = self._backward(window, number)
         if loss is None:
@@ -383,11 +386,6 @@ class Trainer:
             learning_rate(optim.schedule, optim.lr, optim.warmup, self.step, progress),
         )
 
-    def _report_rejected(self, window: list[Batch]) -> None:
-        for batch in window:
-            for row in batch.rejected:
-                logger.warning("Left out %s: %s", row.id, row.reason)
-
     def _record_step(
         self,
         epoch: int,
@@ -411,6 +409,7 @@ class Trainer:
             report.nonfinite,
             report.loss_scale,
             report.scale_search,
+            tuple(row.id for row in self._rejected),
         )
         self.totals.add(metrics)
         self._record(metrics)
@@ -450,18 +449,25 @@ class Trainer:
                 window = list(islice(batches, size))
             except Exception as error:
                 failure = error
-            self._agree(failure)
+            self._agree(window, failure)
             if self.stopping or not window:
                 return
             yield window
 
-    def _agree(self, failure: Exception | None = None) -> None:
-        failed = 1 << 20  # more than there are processes
-        votes = self.parallel.sum((self._asked is not None) + failed * (failure is not None))
-        if votes >= failed:
+    def _agree(self, window: Sequence[Batch] = (), failure: Exception | None = None) -> None:
+        """In one sum how many are asked to stop, failed, and left out rows; rarely more is said."""
+        failed, left_out = 1 << 16, 1 << 32  # each more than there are processes
+        rejected = [row for batch in window for row in batch.rejected]
+        asked = self._asked is not None
+        votes = self.parallel.sum(
+            asked + failed * (failure is not None) + left_out * bool(rejected)
+        )
+        if votes % left_out >= failed:
             causes = self.parallel.gather(None if failure is None else in_a_line(failure))
             raise LoadError(next(filter(None, causes))) from failure
-        self.stopping = votes > 0
+        everywhere = self.parallel.gather(rejected) if votes >= left_out else []
+        self._rejected = [row for rows in everywhere for row in rows]
+        self.stopping = votes % failed > 0
 
     # --- evaluation -------------------------------------------------------------------------------
 

@@ -5,7 +5,9 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
+from fastguard import failures
 from fastguard._command import exit_status
 
 
@@ -20,11 +22,15 @@ def fail(error):
         (lambda: 1, 1, ""),
         (lambda: fail(OSError("no space")), 1, "error: no space\n"),
         (lambda: fail(KeyboardInterrupt), 130, ""),
+        (lambda: fail(MemoryError), 1, f"error: {failures.in_a_line(MemoryError())}\n"),
+        (lambda: torch.empty(1 << 50), 1, None),
     ],
 )
 def test_exit_status(command, status, message, capsys):
     assert exit_status(command, OSError) == status
-    assert capsys.readouterr().err == message
+    error = capsys.readouterr().err
+    assert error == message if message is not None else error.startswith("error: out of memory (")
+    assert error.count("\n") <= 1
 
 
 def test_what_no_command_expects_is_not_hidden():

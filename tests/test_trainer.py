@@ -250,6 +250,11 @@ def test_a_recording_that_breaks_after_the_check_is_left_out_and_named(make, tmp
     assert "Left out tone0.wav" in caplog.text
     assert made.step == 3
     assert len(metrics(made.folder.path, "step")) == 3
+    made = make("--epochs", "1", "--batch-size", "4")
+    (tmp_path / "tone0.wav").unlink()
+    made.fit()
+    (step,) = metrics(made.folder.path, "step")
+    assert step["left_out_utterances"] == ["tone0.wav"]
 
 
 def test_the_student_learns_from_the_teacher_too(make, tmp_path):
