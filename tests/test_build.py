@@ -204,17 +204,24 @@ def test_native_code_under_sanitizers(tmp_path):
     shutil.copytree(ROOT / "tests", folder / "tests", ignore=shutil.ignore_patterns("__pycache__"))
     asan = run("g++", "-print-file-name=libasan.so").stdout.strip()
     ubsan = run("g++", "-print-file-name=libubsan.so").stdout.strip()
+    environment = {
+        **os.environ, "PYTHONPATH": str(folder), "LD_PRELOAD": f"{asan} {ubsan}",
+        "ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "halt_on_error=1",
+    }  # fmt: skip
     result = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider",
          # Without the CUDA kernels on the executor: it switches stacks, and is not sanitized.
          "-k", "not opcheck and not cuda and not lanes and not warps and not random and not 1e-06 "
          "and not instruction_set and not rows_times and not compiles",
          "tests/test_ops.py", "tests/test_guard_ops.py", "tests/test_clip.py",
-         "tests/test_optim.py", "tests/test_attention_ops.py"],
-        cwd=folder, capture_output=True, text=True,
-        env={**os.environ, "PYTHONPATH": str(folder), "LD_PRELOAD": f"{asan} {ubsan}",
-             "ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "halt_on_error=1"},
+         "tests/test_optim.py", "tests/test_attention_ops.py", "tests/test_fuzz_ops.py"],
+        cwd=folder, capture_output=True, text=True, env=environment,
     )  # fmt: skip
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     assert "AddressSanitizer" not in result.stderr
     assert "runtime error" not in result.stderr
+    drawn = subprocess.run(
+        [sys.executable, "-m", "tests.fuzz_ops", "--seconds", "30", "--seed", "2"],
+        cwd=folder, capture_output=True, text=True, env=environment,
+    )  # fmt: skip
+    assert drawn.returncode == 0, drawn.stdout[-3000:] + drawn.stderr[-3000:]
