@@ -97,7 +97,7 @@ class Soak:
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
         program = ["-m", "tests.soak", "--replay", replay, *OPTIONS, *options]
         self.starts += 1
-        with log.open("a") as file:
+        with log.open("a", encoding="utf-8") as file:
             return subprocess.Popen(
                 [sys.executable, *launcher, *program, "--data", self.data, "--run-dir", str(run)],
                 cwd=REPOSITORY,
@@ -246,7 +246,7 @@ def steps(run: Path) -> list[dict]:
 
 def children(pid: int) -> list[int]:
     try:
-        found = Path(f"/proc/{pid}/task/{pid}/children").read_text()
+        found = Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="utf-8")
     except OSError:
         return []
     return [int(child) for child in found.split()]
