@@ -25,6 +25,9 @@ and of words:
 """
 
 
+_MOST_DIGITS = 40
+
+
 class DecoderError(RuntimeError):
     """The decoder that was asked for can not be had; the message says why."""
 
@@ -53,6 +56,17 @@ def exit_status(command: Callable[[], int | None], *failures: type[Exception]) -
         print(f"error: {in_a_line(error)}", file=sys.stderr)
         return 1
     return status or 0
+
+
+def check_words(parser: argparse.ArgumentParser, argv: list[str] | None) -> None:
+    """End the program with a message where an argument is a number of more digits than any has;
+    messages about its value would repeat them all."""
+    for word in sys.argv[1:] if argv is None else argv:
+        digits = word.rpartition("=")[2].lstrip("+-")
+        if len(digits) > _MOST_DIGITS and digits.isdecimal():
+            parser.error(
+                f"{digits[:20]}... is a number of {len(digits)} digits: give a smaller one"
+            )
 
 
 def add_decoder_options(parser: argparse.ArgumentParser) -> None:

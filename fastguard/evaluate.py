@@ -66,6 +66,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "evaluation-SPLIT-DECODER beside the checkpoint)",
     )
     _command.add_decoder_options(parser)
+    _command.check_words(parser, argv)
     args = parser.parse_args(argv)
     _command.check_decoder_options(parser, args)
     if args.batch_size < 1:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import jsonargparse
 
+from ._command import check_words
 from .config import MODELS, Config
 from .speech.corpora import absolute
 from .yaml_file import read_yaml
@@ -30,6 +31,7 @@ def parse(argv: list[str] | None = None) -> Config:
     """
     argv = [_normalised(word) for word in (sys.argv[1:] if argv is None else argv)]
     parser = _parser()
+    check_words(parser, argv)
     first = argparse.ArgumentParser(parser.prog, parser.usage, add_help=False, allow_abbrev=False)
     for overlay in OVERLAYS:
         first.add_argument(f"--{overlay}", action="store_true")

@@ -16,7 +16,25 @@ from .recognizer import Recognizer
 from .speech.containers import SUFFIXES
 from .transcription import Transcript, TranscriptionError, transcribe
 
-_NAMED = 3  # files that are passed over, of each kind
+_NAMED, _KINDS = 3, 8  # files that are passed over, and extensions of them, that are named
+# What recorders and the web write, and libsndfile does not read or not to its end.
+_OTHER_RECORDINGS = (
+    *(".3gp", ".aac", ".ac3", ".amr", ".ape", ".avi", ".avr", ".dts", ".gsm", ".m4a", ".m4b"),
+    *(
+        ".mka",
+        ".mkv",
+        ".mov",
+        ".mp4",
+        ".ra",
+        ".raw",
+        ".voc",
+        ".vox",
+        ".weba",
+        ".webm",
+        ".wma",
+        ".wv",
+    ),
+)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -53,6 +71,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     _command.add_device_option(parser)
     _command.add_decoder_options(parser)
+    _command.check_words(parser, argv)
     args = parser.parse_args(argv)
     _command.check_decoder_options(parser, args)
     return args
@@ -122,18 +141,34 @@ def recordings(paths: Iterable[Path], passed_over: list[Path]) -> Iterator[Path]
 
 
 def passed_over_lines(files: list[Path]) -> Iterator[str]:
-    """A line for each extension, the most frequent first."""
+    """A line for each extension that recordings have, and one for all other files."""
     kinds = defaultdict(list)
     for file in files:
         kinds[file.suffix.lower()].append(file)
-    for suffix, found in sorted(kinds.items(), key=lambda item: (-len(item[1]), item[0])):
-        names = ", ".join(_shown(file) for file in found[:_NAMED])
-        more = ", ..." if len(found) > _NAMED else ""
-        kind = _shown(Path(suffix)) if suffix else "files without an extension"
-        yield (
-            f"passed over: {len(found)} {kind} ({names}{more}); if these are recordings: "
-            "ffmpeg -i FILE FILE.wav"
+    ordered = sorted(kinds.items(), key=lambda item: (-len(item[1]), item[0]))
+    others = [(suffix, found) for suffix, found in ordered if suffix not in _OTHER_RECORDINGS]
+    for suffix, found in ordered:
+        if suffix in _OTHER_RECORDINGS:
+            yield (
+                f"passed over: {len(found)} {suffix} ({_first_names(found)}), which can not be "
+                f"read: convert them, ffmpeg -i FILE{suffix} FILE.wav"
+            )
+    if others:
+        counts = ", ".join(
+            f"{len(found)} {_shown(Path(suffix)) if suffix else 'without an extension'}"
+            for suffix, found in others[:_KINDS]
         )
+        more = ", ..." if len(others) > _KINDS else ""
+        everything = [file for _, found in others for file in found]
+        yield (
+            f"passed over: {len(everything)} other files, by extension {counts}{more} "
+            f"({_first_names(everything)})"
+        )
+
+
+def _first_names(files: list[Path]) -> str:
+    names = ", ".join(_shown(file) for file in files[:_NAMED])
+    return names + (", ..." if len(files) > _NAMED else "")
 
 
 def _line(file: Path, found: Transcript, as_json: bool, alone: bool) -> str:

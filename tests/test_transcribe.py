@@ -183,7 +183,16 @@ def test_folders_hold_recordings_and_other_files(trained_run, prompts, tmp_path,
     samples, rate = soundfile.read(prompts[0][0])
     for name in ("b.WAV", "below.wav/a.flac"):
         soundfile.write(tmp_path / name, samples, rate)
-    for name in ("1.m4a", "2.m4a", "3.M4A", "below.wav/4.m4a", "5.webm", "notes", "a\x1b[2J.gsm"):
+    for name in (
+        "1.m4a",
+        "2.m4a",
+        "3.M4A",
+        "below.wav/4.m4a",
+        "5.webm",
+        "notes",
+        "6.txt",
+        "a\x1b[2J.gsm",
+    ):
         (tmp_path / name).write_text("not speech")
     assert main(["--checkpoint", str(trained_run), str(tmp_path)]) == 0
     out, error = capsys.readouterr()
@@ -193,13 +202,11 @@ def test_folders_hold_recordings_and_other_files(trained_run, prompts, tmp_path,
     ]
     lines = error.splitlines()
     names = ", ".join(str(tmp_path / name) for name in ("1.m4a", "2.m4a", "3.M4A"))
-    assert lines[0].startswith(f"passed over: 4 .m4a ({names}, ...); if these are recordings: ")
-    assert [line.split()[2:4] for line in lines] == [
-        ["4", ".m4a"],
-        ["1", "files"],
-        ["1", ".gsm"],
-        ["1", ".webm"],
-    ]
+    cure = "convert them, ffmpeg -i FILE.m4a FILE.wav"
+    assert lines[0] == f"passed over: 4 .m4a ({names}, ...), which can not be read: {cure}"
+    assert [line.split()[2:4] for line in lines[1:3]] == [["1", ".gsm"], ["1", ".webm"]]
+    assert lines[3].startswith("passed over: 2 other files, by extension 1 without an extension, ")
+    assert len(lines) == 4
     assert "\x1b" not in error
     assert main(["--checkpoint", str(trained_run), str(tmp_path / "below.wav")]) == 0
     (tmp_path / "nothing").mkdir()

@@ -101,9 +101,7 @@ def _run(options: argparse.Namespace) -> list[_Diagnosed]:
     recognizer = Recognizer.load(path, device)
     recognizer.model.train()
     config = recognizer.config
-    rows, rejected = read_rows(
-        options.data or config.data, seed=config.seed, rules=config.text
-    )
+    rows, rejected = read_rows(options.data or config.data, seed=config.seed, rules=config.text)
     known = {row.id: row for row in rows}
     ids = utterances_of(options.report, known) if options.report else options.utterances
     if ids is None:

@@ -390,7 +390,7 @@ def _mpeg(file: BinaryIO, start: int, size: int) -> Extent | None:
     tagged = tag[:4] in (b"Xing", b"Info")
     vbri = content[36:40] == b"VBRI"
     begin = start + first.size if tagged or vbri else start
-    count = _count(file, begin, first, size)
+    count = _count(file, begin, first, size, tells_length=tagged or vbri)
     # A tag is a frame too, in which no sound is.
     if (tagged and tag[7] & 1) or vbri:
         place = start + (36 + 14 if vbri else first.xing + 8)
@@ -432,13 +432,17 @@ def _first_frame(file: BinaryIO, start: int) -> int | None:
     return None
 
 
-def _count(file: BinaryIO, position: int, first: _Frame, size: int) -> int:
-    """Frames from there to the end.  Raises Incomplete where other bytes lie between them."""
+def _count(file: BinaryIO, position: int, first: _Frame, size: int, tells_length: bool) -> int:
+    """Frames from there to the end.  Raises Incomplete where other bytes lie between them, and for
+    a part of a frame at the end where no tag ``tells_length``: nothing else shows that it is torn.
+    """
     count = 0
     while position < size:
         frame = _frame(_at(file, position, 4))
         if frame is not None and not (frame.bits ^ first.bits) & _SAME:
             if position + frame.size > size:
+                if not tells_length:
+                    raise _cut_off(frame.size, size - position, "bytes in its last frame")
                 break  # the decoder needs a whole one
             count += 1
             position += frame.size

@@ -126,7 +126,7 @@ def _manifest_row(line: str, number: int, folder: Path) -> Row | Rejected:
         split = _SPLIT_NAMES.get(split.lower(), split) if isinstance(split, str) else split
         return Row(audio, folder / audio, text, split, _seconds(entry, "duration"))
     # RecursionError: a thousand brackets
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         cure = 'write {"audio_filepath": "a.wav", "text": "hello"}'
         return Rejected(
             f"line {number}", f"malformed line: {type(error).__name__}: {error!s:.200}; {cure}"
@@ -153,12 +153,12 @@ def _integer(digits: str) -> int:
 
 
 def _check_keys(entry: dict[str, object]) -> None:
-    """Raises KeyError that names the key to rename, where one has another toolkit's name."""
+    """Raises ValueError that names the key to rename, where one has another toolkit's name."""
     for key, others in _OTHER_KEYS.items():
         if key not in entry:
             there = [other for other in others if other in entry]
             cure = f"rename {there[0]!r} to {key!r}" if there else f"add {key!r}"
-            raise KeyError(f"no key {key!r} among {', '.join(map(repr, entry))[:120]}: {cure}")
+            raise ValueError(f"no key {key!r} among {', '.join(map(repr, entry))[:120]}: {cure}")
 
 
 def _check_lines_of_json(path: Path, line: str | Rejected) -> None:

@@ -91,6 +91,13 @@ def test_an_mp3_without_a_xing_header_is_read_in_full(whole, read, tag):
     assert read(bare + tag, "mp3") == pytest.approx((SECONDS, SECONDS), abs=0.15)
 
 
+def test_a_torn_mp3_without_a_xing_header_ends_in_a_part_of_a_frame(whole, read):
+    bare = without_xing(whole["mp3"])
+    for missing in (1, 20, 50):
+        with pytest.raises(AudioError, match=r"cut off: .* bytes in its last frame"):
+            read(bare[:-missing], "mp3")
+
+
 def test_an_mp3_without_a_xing_header_sounds_as_with_one(whole, tmp_path):
     (tmp_path / "a.mp3").write_bytes(whole["mp3"])
     (tmp_path / "b.mp3").write_bytes(without_xing(whole["mp3"]))

@@ -68,12 +68,12 @@ def test_manifest_paths_are_relative_to_its_folder(tmp_path):
         (b'["a.wav", "hello"]', "malformed line: TypeError"),
         (
             b'{"audio_filepath": "a.wav"}',
-            "malformed line: KeyError: \"no key 'text' among 'audio_filepath': add 'text'\"",
+            "malformed line: ValueError: no key 'text' among 'audio_filepath': add 'text'",
         ),
         (
             b'{"path": "a.wav", "sentence": "hi"}',
-            "malformed line: KeyError: \"no key 'audio_filepath' among 'path', 'sentence': rename "
-            "'path' to 'audio_filepath'\"",
+            "malformed line: ValueError: no key 'audio_filepath' among 'path', 'sentence': rename "
+            "'path' to 'audio_filepath'",
         ),
         (
             b'{"audio_filepath": 3, "text": "hello"}',
