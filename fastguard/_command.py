@@ -88,7 +88,15 @@ def add_decoder_options(parser: argparse.ArgumentParser) -> None:
         "--lm",
         type=Path,
         metavar="FILE",
-        help="n-gram language model over the tokens, or with --lexicon over words; see below",
+        help="n-gram language model, an ARPA file, over the tokens, or with --lexicon over words; "
+        "see below",
+    )
+    group.add_argument(
+        "--lm-binary",
+        action="store_true",
+        default=None,
+        help="FILE of --lm is a binary one of KenLM, which is not checked: a damaged or hostile "
+        "one crashes the program (default: it is an ARPA file)",
     )
     group.add_argument(
         "--lexicon",
@@ -124,6 +132,7 @@ def check_decoder_options(parser: argparse.ArgumentParser, args: argparse.Namesp
         ("lm", "--decoder beam", args.decoder == "beam"),
         ("lexicon", "--decoder beam", args.decoder == "beam"),
         ("lm_weight", "--lm FILE", args.lm is not None),
+        ("lm_binary", "--lm FILE", args.lm is not None),
         ("word_score", "--lexicon FILE", args.lexicon is not None),
     ):
         if getattr(args, name) is not None and not there:
@@ -138,7 +147,7 @@ def decoder(args: argparse.Namespace, tokenizer: Tokenizer, rules: TextRules) ->
     Raises DecoderError for a file that can not be used, MissingExtra without flashlight-text."""
     if args.decoder == "greedy":
         return greedy_decode
-    names = ("beam_size", "lm", "lexicon", "lm_weight", "word_score")
+    names = ("beam_size", "lm", "lm_binary", "lexicon", "lm_weight", "word_score")
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     try:
         return BeamSearch(tokenizer, rules=rules, **given)

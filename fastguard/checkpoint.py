@@ -54,7 +54,7 @@ def load(path: Path, map_location: torch.device | str = "cpu") -> dict:
             torch_archive.check(file)
             file.seek(0)
             state = torch.load(file, map_location=map_location, weights_only=True)
-        _check(state)
+        check(state)
     except Exception as error:  # on garbage, torch's unpickler raises whatever it trips over
         reason = next(iter(str(error).splitlines()), "") or type(error).__name__
         if isinstance(error, pickle.UnpicklingError):  # whose text advises to trust the file
@@ -63,7 +63,7 @@ def load(path: Path, map_location: torch.device | str = "cpu") -> dict:
     return state
 
 
-def _check(state: object) -> None:
+def check(state: object) -> None:
     """Raise ValueError unless recognition finds what it looks for, of the right types."""
     if not isinstance(state, dict):
         raise ValueError(f"it holds {shown(state)} and no dict")

@@ -34,9 +34,12 @@ class Recognizer:
         try:
             config = Config.from_dict(state["config"])
             tokenizer = tokenizer_from_dict(state["tokenizer"])
+            with torch.device("meta"):  # before the memory is taken that the settings ask for
+                wanted = network(config, tokenizer.vocab_size).state_dict()
+            checkpoint.check_fit(state["model"], wanted)
             model = network(config, tokenizer.vocab_size)
             model.load_state_dict(state["model"])
-        except (KeyError, RuntimeError, TypeError, ValueError) as error:
+        except (KeyError, OverflowError, RuntimeError, TypeError, ValueError) as error:
             raise checkpoint.CheckpointError(
                 f"{path} can not be used by this version of fastguard: {error}"
             ) from error

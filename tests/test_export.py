@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -303,6 +304,14 @@ def test_foreign_and_truncated_safetensors_are_named(tmp_path, monkeypatch):
     assert run(tmp_path, monkeypatch, "--format", "safetensors") == 0
     whole = (tmp_path / "out" / "model.safetensors").read_bytes()
     (tmp_path / "half.safetensors").write_bytes(whole[: len(whole) // 2])
+    flipped = bytearray(whole)
+    flipped[-1234] ^= 1
+    (tmp_path / "flipped.safetensors").write_bytes(flipped)
+    with pytest.raises(checkpoint.CheckpointError, match="do not have the checksum of its own"):
+        Recognizer.load(tmp_path / "flipped.safetensors")
+    os.mkfifo(tmp_path / "fifo.safetensors")
+    with pytest.raises(checkpoint.CheckpointError, match="is a FIFO"):
+        Recognizer.load(tmp_path / "fifo.safetensors")
     for name in ("half", "absent"):
         with pytest.raises(checkpoint.CheckpointError, match=rf"{name}\.safetensors"):
             Recognizer.load(tmp_path / f"{name}.safetensors")

@@ -50,3 +50,36 @@ def test_weights_that_do_not_fit_are_refused(saved):
     checkpoint.save(path, state)
     with pytest.raises(checkpoint.CheckpointError, match=r"(?s)last\.pt.*subsampling"):
         Recognizer.load(path)
+
+
+def test_settings_of_a_larger_model_than_the_file_take_no_memory(saved):
+    path, _, _, state = saved
+    state["tokenizer"]["symbols"] += [chr(0x4E00 + i) for i in range(20_000)]
+    checkpoint.save(path, state)
+    with pytest.raises(checkpoint.CheckpointError, match=r"must be torch.float32 of shape .200"):
+        Recognizer.load(path)
+
+
+@pytest.mark.parametrize(
+    "part, value",
+    [
+        ("config", {"seed": 10**400}),
+        ("config", {"optim": {"lr": 10**400}}),
+        ("config", {"optim": 3}),
+        ("config", {"model": ["teacher"]}),
+        ("config", {"guard": {"enabled": 1}}),
+        ("config", {3: 1}),
+        ("config", {"augment": {"speeds": [None]}}),
+        ("tokenizer", {"kind": []}),
+        ("tokenizer", {"symbols": None}),
+        ("tokenizer", {"kind": "sentencepiece", "model": "abc"}),
+        ("tokenizer", {"kind": "sentencepiece", "model": torch.ones(9, dtype=torch.uint8)}),
+    ],
+)
+def test_parts_of_other_types_are_refused_in_a_line(saved, part, value):
+    path, _, _, state = saved
+    checkpoint.save(path, {**state, part: value})
+    with pytest.raises(checkpoint.CheckpointError, match="can not be used by this") as caught:
+        Recognizer.load(path)
+    assert len(str(caught.value)) < 400
+    assert len(str(caught.value).splitlines()) == 1

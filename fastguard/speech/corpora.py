@@ -215,9 +215,9 @@ def absolute(spec: str) -> str:
     kind, colon, place = spec.partition(":")
     if kind == "asterisk":
         place, at, language = place.rpartition("@") if "@" in place else (place, "", "")
-        return f"{kind}:{Path(place).expanduser().absolute()}{at}{language}" if place else spec
+        return f"{kind}:{_path(place).absolute()}{at}{language}" if place else spec
     if kind in _READERS and place:
-        return f"{kind}{colon}{Path(place).expanduser().absolute()}"
+        return f"{kind}{colon}{_path(place).absolute()}"
     return spec
 
 
@@ -245,11 +245,18 @@ def _read(spec: str, cache_dir: Path | None, seed: int) -> Iterator[Row | Reject
     if spec == "synthetic":
         return read_manifest(build_synthetic(cache_dir, seed))
     if asterisk := re.fullmatch(r"asterisk(?::(.+?))?(?:@(\w+))?", spec):
-        return read_asterisk(Path(asterisk[1] or ASTERISK_SOUNDS).expanduser(), asterisk[2] or "en")
+        return read_asterisk(_path(asterisk[1] or ASTERISK_SOUNDS), asterisk[2] or "en")
     kind, _, place = spec.partition(":")
     if kind in _READERS and place:
-        return _READERS[kind](Path(place).expanduser())
+        return _READERS[kind](_path(place))
     raise CorpusError(f"no corpus {spec!r}: choose one of {SPECS}")
+
+
+def _path(place: str | Path) -> Path:
+    try:
+        return Path(place).expanduser()
+    except RuntimeError as error:  # no HOME, and no entry of the user
+        raise CorpusError(f"{place} can not be found: {error}") from error
 
 
 def _rows(spec: str, cache_dir: Path | None, seed: int, sorting: "_Sorting") -> Utterances:

@@ -1,5 +1,6 @@
 """From the model's output to text."""
 
+import re
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fastguard import files
 from fastguard._extras import MissingExtra
 from fastguard.speech.text import TextError, TextRules, normalize_text
 from fastguard.speech.tokenizer import Tokenizer
@@ -15,6 +17,12 @@ from fastguard.speech.tokenizer import Tokenizer
 Decode = Callable[[Tensor, Tensor], list[list[int]]]
 
 _IMPOSSIBLE = -1e4  # log p; where all hypotheses have -inf flashlight makes NaN of them
+_LARGEST_LM = 64 << 30  # bytes
+_LARGEST_LEXICON = 1 << 28
+_HEAD = 1 << 12  # bytes of an ARPA file in which its counts stand
+_KENLM = b"mmap lm http://kheafield.com/code"
+_COUNT = re.compile(rb"ngram \d+=(\d{1,18})\s*")
+_SHORTEST_NGRAM = 4  # bytes of its line: a digit, a tab, a letter, an end
 _SPACE = "|"  # files of words and language models are separated by white space
 
 
@@ -57,8 +65,9 @@ class BeamSearch:
         log p(tokens | recording) + lm_weight * log10 p(tokens or words) + word_score * words
 
     where the first is the sum over all alignments (Graves et al. 2006) that ``beam_size``
-    hypotheses leave, and the second is of an n-gram language model, an ARPA or binary file of
-    KenLM with 2-grams at least.  It is
+    hypotheses leave, and the second is of an n-gram language model with 2-grams at least: an ARPA
+    file or, with ``lm_binary``, a binary file of KenLM.  KenLM maps the latter into memory and
+    checks nothing of it: a damaged or hostile one crashes the process.  It is
 
     - over tokens, written as in ``tokenizer.symbols`` with "|" for the space: any text can come
       out; or
@@ -78,9 +87,12 @@ class BeamSearch:
         lm_weight: float = 1.0,
         word_score: float = 0.0,
         rules: TextRules | None = None,
+        lm_binary: bool = False,
     ) -> None:
         if beam_size < 1:
             raise ValueError(f"beam_size is {beam_size}: give 1 or more")
+        if lm is not None:
+            _check_language_model(lm, lm_binary)
         self.tokenizer = tokenizer
         self._names = [symbol.replace(" ", _SPACE) for symbol in tokenizer.symbols]
         self._spoken = None if lexicon is None else _spellings(lexicon, tokenizer, rules)
@@ -115,7 +127,7 @@ class BeamSearch:
             except RuntimeError as error:
                 raise ValueError(
                     f"{lm} can not be used as a language model: {str(error).splitlines()[-1]}; "
-                    "give an ARPA or binary file of KenLM, of order 2 or more"
+                    "give an ARPA file of order 2 or more"
                 ) from error
 
     def _write_lexicon(self, path: Path) -> str:
@@ -181,6 +193,36 @@ class BeamSearch:
         return self._decoder(emissions[None].contiguous(), torch.tensor([len(emissions)]))[0][0]
 
 
+def _check_language_model(path: Path, binary: bool) -> None:
+    """Raise ValueError for a file that KenLM must not see: a binary one that was not announced, or
+    an ARPA file that would have it take memory for more n-grams than can be in it."""
+    try:
+        with files.open_regular(path, _LARGEST_LM) as file:
+            head = file.read(_HEAD)
+            size = file.seek(0, 2)
+        _check_head(head, size, binary)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} can not be used as a language model: {error}") from error
+
+
+def _check_head(head: bytes, size: int, binary: bool) -> None:
+    if binary:
+        if not head.startswith(_KENLM):
+            raise ValueError("it is no binary file of KenLM; leave out --lm-binary")
+        return
+    if head.startswith(_KENLM):
+        raise ValueError(
+            "it is a binary file of KenLM, which is not checked; give the ARPA file that it was "
+            "made of, or --lm-binary if you trust it"
+        )
+    lines = head.split(b"\n")
+    if next(filter(bytes.strip, lines), b"").strip() != b"\\data\\":
+        raise ValueError("it is no ARPA file, which begins with \\data\\; unpack a packed one")
+    claimed = sum(int(count[1]) for count in map(_COUNT.fullmatch, lines) if count)
+    if claimed > size // _SHORTEST_NGRAM:
+        raise ValueError(f"it claims {claimed} n-grams, more than fit into {size} bytes")
+
+
 def _spellings(lexicon: Path, tokenizer: Tokenizer, rules: TextRules | None) -> dict[str, str]:
     """Each word of the file, and what is spoken of it; words without a spelling are left out."""
     if " " not in tokenizer.symbols:
@@ -189,7 +231,7 @@ def _spellings(lexicon: Path, tokenizer: Tokenizer, rules: TextRules | None) -> 
             "model over the tokens, and no lexicon"
         )
     try:
-        lines = lexicon.read_text(encoding="utf-8").splitlines()
+        lines = files.read_text(lexicon, _LARGEST_LEXICON).splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{lexicon} can not be read as a lexicon: {error}") from error
     spoken = {word: _spoken(word, rules) for line in lines for word in line.split()[:1]}

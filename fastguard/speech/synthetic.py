@@ -76,25 +76,47 @@ def build_synthetic(
     process, and any number of processes may build at the same time: each works in a folder of its
     own, and the first to finish serves them all.
 
-    Raises :class:`CorpusError` where eSpeak NG is missing or does not run.
+    Raises :class:`CorpusError` where eSpeak NG is missing or does not run, and where the cache can
+    not be written.
     """
     library, data, version = _find_espeak()
-    cache = cache_dir or Path(
-        os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "fastguard"
-    )
+    cache = cache_dir or _default_cache()
     sizes = dict(sizes or SIZES)
     recipe = [_FORMAT, version, seed, sizes, VOICES, [*RATES], [*PITCHES], SAMPLE_RATE, GRAMMAR]
     corpus = cache / f"synthetic-{hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:12]}"
+    try:
+        return _cached(corpus, [*_requests(seed, sizes)], library, data)
+    except OSError as error:
+        raise CorpusError(
+            f"the synthetic corpus can not be kept in {cache}: {error}; set XDG_CACHE_HOME to a "
+            "folder that can be written"
+        ) from error
+
+
+def _default_cache() -> Path:
+    if given := os.environ.get("XDG_CACHE_HOME"):
+        return Path(given, "fastguard")
+    try:
+        return Path.home() / ".cache" / "fastguard"
+    except RuntimeError as error:  # no HOME, and no entry of the user
+        raise CorpusError(
+            f"no place for the synthetic corpus: {error} Set HOME, or XDG_CACHE_HOME to a folder"
+        ) from error
+
+
+def _cached(corpus: Path, requests: list[dict], library: str, data: str) -> Path:
+    """Manifest of the corpus in this folder, which is made unless it is there and whole."""
     if corpus.exists():
         if not (damage := _damage(corpus)):
             return corpus / _MANIFEST
         _log.warning("%s: %s; building it again", corpus, damage)
+    cache = corpus.parent
     cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{corpus.name}-", dir=cache) as scratch:
         built = Path(scratch, "built")
         built.mkdir()
         with one_thread():
-            _write(built, [*_requests(seed, sizes)], library, data)
+            _write(built, requests, library, data)
         _publish(built, corpus)
     return corpus / _MANIFEST
 

@@ -1,4 +1,6 @@
+import gzip
 import math
+import os
 import sys
 from collections import defaultdict
 from functools import cache
@@ -250,6 +252,12 @@ def test_beam_search_refuses_nan_and_other_shapes(files):
         ({"beam_size": 0}, "beam_size is 0"),
         ({"lm": "absent"}, "absent can not be used as a language model"),
         ({"lm": "words.txt"}, "words.txt can not be used as a language model"),
+        ({"lm": "fifo"}, "fifo can not be used as a language model: .* is a FIFO"),
+        ({"lm": "binary"}, "is a binary file of KenLM, which is not checked; .* --lm-binary"),
+        ({"lm": "words.arpa", "lm_binary": True}, "no binary file of KenLM; leave out --lm-binary"),
+        ({"lm": "bomb"}, "it claims 999999999999 n-grams, more than fit into 53 bytes"),
+        ({"lm": "packed"}, "no ARPA file, .* unpack"),
+        ({"lexicon": "fifo"}, "fifo can not be read as a lexicon: .* is a FIFO"),
         ({"lm": "words.arpa"}, r"words.arpa does not know the tokens \| b"),
         ({"lm": "words.arpa", "lexicon": "upper.txt"}, "words.arpa knows no word of the lexicon"),
         ({"lexicon": "absent"}, "absent can not be read as a lexicon"),
@@ -257,6 +265,11 @@ def test_beam_search_refuses_nan_and_other_shapes(files):
     ],
 )
 def test_files_that_can_not_be_used(files, options, cause):
+    os.mkfifo(files / "fifo")
+    (files / "binary").write_bytes(b"mmap lm http://kheafield.com/code format version 5\n\0" * 9)
+    bomb = "\\data\\\nngram 1=999999999999\n\n\\1-grams:\n-1.0\ta\n\n\\end\\\n"
+    (files / "bomb").write_text(bomb)
+    (files / "packed").write_bytes(gzip.compress(WORD_LM.encode()))
     (files / "foreign.txt").write_text("été\nдом\n")
     (files / "upper.txt").write_text("A\nAB\n")
     options = {k: files / v if isinstance(v, str) else v for k, v in options.items()}
