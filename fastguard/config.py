@@ -7,7 +7,7 @@ from typing import Literal, get_args
 
 import yaml
 
-from .plain import from_plain, to_plain
+from .plain import from_plain, shown, to_plain
 from .speech.audio import SAMPLE_RATES
 from .speech.text import TextRules
 
@@ -205,18 +205,20 @@ class Config:
         for name, least in _AT_LEAST.items():
             value = _look_up(self, name)
             if value is not None and not value >= least:
-                raise ValueError(f"{name} must be at least {least}, got {value}")
+                raise ValueError(f"{name} must be at least {least}, got {shown(value)}")
+            if isinstance(value, int) and value > _MOST:
+                raise ValueError(f"{name} must be at most {_MOST}, got {shown(value)}")
         for name in _ABOVE_ZERO:
             value = _look_up(self, name)
             if value is not None and not value > 0:
-                raise ValueError(f"{name} must be above 0, got {value}")
+                raise ValueError(f"{name} must be above 0, got {shown(value)}")
         for name in _FINITE:
             if not math.isfinite(value := _look_up(self, name)):
-                raise ValueError(f"{name} must be finite, got {value}")
+                raise ValueError(f"{name} must be finite, got {shown(value)}")
         for name, least, most in _BETWEEN:
             value = _look_up(self, name)
             if not least <= value <= most:
-                raise ValueError(f"{name} must lie between {least} and {most}, got {value}")
+                raise ValueError(f"{name} must lie between {least} and {most}, got {shown(value)}")
         if self.ema == 1:
             raise ValueError("ema must be below 1, got 1.0: the average would never change")
         if not all(0 <= beta < 1 for beta in self.optim.betas):
@@ -262,6 +264,7 @@ def _look_up(config: Config, name: str):
     return config
 
 
+_MOST = 10**15  # of a count; the arithmetic of floats is exact up to there
 _AT_LEAST = {
     "epochs": 1,
     "max_steps": 1,

@@ -53,11 +53,11 @@ def parse(argv: list[str] | None = None) -> Config:
         own = config_file(f"{overlay}_{model}")
         files += [config_file(overlay), *([own] if own.is_file() else [])]
     layers = [word for file in files for word in ("--config", str(file))]
-    parsed = parser.instantiate(parser.parse_args([*layers, "--model", model, *rest]))
     try:
+        parsed = parser.instantiate(parser.parse_args([*layers, "--model", model, *rest]))
         settings = {f.name: parsed[f.name] for f in dataclasses.fields(Config)}
         return Config(**settings | {"data": absolute(settings["data"])})
-    except ValueError as error:
+    except (OverflowError, ValueError) as error:
         parser.error(str(error))
 
 

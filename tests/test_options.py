@@ -1,5 +1,7 @@
 """Settings: files, --stable and options in their order, and errors that name the value."""
 
+import os
+
 import pytest
 import torch
 
@@ -165,6 +167,24 @@ def test_what_is_wrong_in_a_file_is_named(text, message, tmp_path, capsys):
     error = capsys.readouterr().err
     assert message in error
     assert "Traceback" not in error
+
+
+@pytest.mark.parametrize("number", ["9" * 60_000, "0x" + "f" * 60_000], ids=["digits", "hex"])
+@pytest.mark.parametrize("name", ["epochs", "seed", "guard.patience", "optim.lr", "max_duration"])
+def test_a_number_without_end_is_a_wrong_setting(tmp_path, capsys, name, number):
+    group, _, inner = name.rpartition(".")
+    line = f"{inner}: {number}"
+    (tmp_path / "a.yaml").write_text(f"{group}:\n  {line}" if group else line)
+    with pytest.raises(SystemExit, match="2"):
+        parse(["--config", str(tmp_path / "a.yaml")])
+    assert capsys.readouterr().err.splitlines()[-1].startswith("error: ")
+
+
+def test_a_config_that_is_a_fifo_is_not_waited_for(tmp_path, capsys):
+    os.mkfifo(tmp_path / "a.yaml")
+    with pytest.raises(SystemExit, match="2"):
+        parse(["--config", str(tmp_path / "a.yaml")])
+    assert "a.yaml is a FIFO" in capsys.readouterr().err
 
 
 def test_a_config_with_aliases_is_not_unrolled(tmp_path, capsys):
