@@ -40,8 +40,8 @@ def from_plain(kind: type, values: object, prefix: str = "") -> Any:
     given = {}
     for name, value in values.items():
         if not isinstance(name, str) or name not in known:
-            name = name if isinstance(name, str) else shown(name)
-            raise TypeError(f"there is no {prefix}{name[:200]}")
+            plain = isinstance(name, str) and name.isidentifier() and len(name) <= _LONGEST
+            raise TypeError(f"there is no {prefix}{name if plain else shown(name)}")
         given[name] = _checked(known[name], value, prefix + name)
     for field in dataclasses.fields(kind):
         optional = (field.default, field.default_factory) != (dataclasses.MISSING,) * 2
