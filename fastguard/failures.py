@@ -21,7 +21,7 @@ def in_a_line(error: BaseException) -> str:
     else:
         text = lines[0]
     if text.startswith("DataLoader worker"):  # which the kernel kills first where memory is scarce
-        return f"{text}: where memory is the reason, use fewer --num-workers"
+        return f"{text.rstrip('.')}: where memory is the reason, use fewer --num-workers"
     if out_of_memory(error):
         said = f" ({text})" if text else ""
         return f"out of memory{said}: make batches smaller, or use fewer --num-workers"

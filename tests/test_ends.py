@@ -3,6 +3,7 @@
 import errno
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -35,10 +36,16 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory, data):
-    """What a run of two epochs of four steps tells that nothing disturbed."""
+    """What a run of two epochs of four steps tells that nothing disturbed, and its model."""
     folder = tmp_path_factory.mktemp("whole")
     assert run(folder, data) == 0
-    return story(folder)
+    return result(folder)
+
+
+def result(folder):
+    """The buffers of the model may differ, and the losses not: these do not depend on them."""
+    model = checkpoint.load(folder / "last.pt")["model"]
+    return story(folder), {name: value.double().sum().item() for name, value in model.items()}
 
 
 def run(folder, data, *options):
@@ -77,7 +84,24 @@ def test_a_fault_ends_the_run_with_its_last_step_as_a_state(
         assert error.endswith(f"--run-dir {tmp_path} goes on from the state of step {steps}")
         assert checkpoint.load(tmp_path / "last.pt")["step"] == steps
     assert run(tmp_path, data) == 0
-    assert story(tmp_path) == whole
+    assert result(tmp_path) == whole
+
+
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_stopped_inside_an_epoch(tmp_path, data, whole, monkeypatch, workers):
+    """The batches that were read by then, and not trained on, come after."""
+    step = Trainer._train_step
+
+    def stopped(self, *args):
+        signal.raise_signal(signal.SIGTERM)
+        return step(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_train_step", stopped)
+        assert run(tmp_path, data, "--num-workers", workers) == 130
+    assert checkpoint.load(tmp_path / "last.pt")["batches"] == 1
+    assert run(tmp_path, data) == 0
+    assert result(tmp_path) == whole
 
 
 def test_the_log_file_alone_has_the_traceback(tmp_path, data, monkeypatch, capsys):
@@ -132,7 +156,7 @@ def test_a_fault_while_a_state_is_written(tmp_path, data, whole, monkeypatch, ca
     # The second state fails, and is written after all when the run ends.
     assert error.endswith("goes on from the state of step 2")
     assert run(tmp_path, data) == 0
-    assert story(tmp_path) == whole
+    assert result(tmp_path) == whole
 
 
 def full_disk(*_):
@@ -252,13 +276,13 @@ def test_an_error_in_a_line(error, line):
 def test_max_steps_goes_on_in_its_epoch(tmp_path, data, whole, options, first):
     if "--grad-accumulation" in options:
         assert run(tmp_path / "whole", data, *options) == 0
-        whole = story(tmp_path / "whole")
+        whole = result(tmp_path / "whole")
     assert run(tmp_path / "run", data, *options, "--max-steps", str(first)) == 0
     ended = metrics(tmp_path / "run", "epoch")
     assert [(epoch["epoch"], epoch["step"]) for epoch in ended] == [(1, first)]
     assert (tmp_path / "run" / "best.pt").exists()
     assert run(tmp_path / "run", data, *options, "--max-steps", "8") == 0
-    assert story(tmp_path / "run") == whole
+    assert result(tmp_path / "run") == whole
 
 
 def test_the_state_is_that_of_a_run_without_a_stop(tmp_path, data):
