@@ -14,6 +14,7 @@ from .run_history import BadStep, Hypothesis, Run, number
 
 _MOST_BAD_STEPS = 100
 _MOST_UTTERANCES = 30
+_MOST_WORDS = 2_000  # of an utterance; an hour of speech has 9,000
 _MOST_PARAMETERS = 12  # of a bad step
 
 
@@ -172,8 +173,14 @@ def _offender(offender: dict) -> tuple[str, str]:
 
 
 def _diff(utterance: Hypothesis) -> Iterator[tuple[str, str, str]]:
-    """Pairs of aligned words with their kind: equal, substitute, delete or insert."""
-    reference, hypothesis = utterance.reference.split(), utterance.hypothesis.split()
+    """Pairs of aligned words with their kind: equal, substitute, delete or insert.
+
+    Of more than _MOST_WORDS only the first: an alignment takes the product of both numbers.
+    """
+    reference, hypothesis = (
+        text.split(maxsplit=_MOST_WORDS)[:_MOST_WORDS]
+        for text in (utterance.reference, utterance.hypothesis)
+    )
     aligned = jiwer.process_words(" ".join(reference), " ".join(hypothesis))
     for chunk in aligned.alignments[0]:
         said = reference[chunk.ref_start_idx : chunk.ref_end_idx]

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -494,3 +495,29 @@ def test_light_and_dark(chromium, good):
     light, dark = (sum(map(int, re.findall(r"\d+", seen[t]["page"])[:3])) for t in seen)
     assert light > 600 and dark < 150
     assert seen["light"]["ink"] != seen["dark"]["ink"]
+
+
+def test_hypotheses_without_end_are_aligned_in_part(tmp_path):
+    """The whole alignment of these two lines would take 4 GB."""
+    row = {"id": "a", "reference": "a " * 180_000, "hypothesis": "b " * 180_000, "wer": 1, "cer": 1}
+    (tmp_path / "hypotheses.jsonl").write_text(json.dumps(row) + "\n")
+    (tmp_path / "train.log").touch()
+    assert len(render([read(tmp_path)])) < 1_000_000
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "hypotheses.jsonl", "train.log", "config.yaml"])
+def test_a_fifo_in_the_place_of_a_file_is_said_and_not_waited_for(tmp_path, name):
+    (tmp_path / "metrics.jsonl").touch()
+    (tmp_path / "train.log").touch()
+    (tmp_path / name).unlink(missing_ok=True)
+    os.mkfifo(tmp_path / name)
+    assert any("FIFO" in note for note in read(tmp_path).notes)
+
+
+def test_the_default_page_takes_the_place_of_a_link(tmp_path):
+    (tmp_path / "mine").write_text("precious")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "train.log").touch()
+    (tmp_path / "run" / "report.html").symlink_to(tmp_path / "mine")
+    assert main([str(tmp_path / "run")]) == 0
+    assert (tmp_path / "mine").read_text() == "precious"
