@@ -6,9 +6,10 @@ from .clip import clip_grad_norm_, clip_grads_with_norm_, get_total_norm
 from .diagnose import Diagnosis, diagnose
 from .guard import GradGuard
 from .init import stable_init_
-from .multihead import ClampedMultiheadAttention, replace_attention_
+from .multihead import ClampedMultiheadAttention
 from .ops import Verdict
 from .optim import Adam, AdamW
+from .replacement import Replacement, replace_attention_, unused_attention
 from .rollback import Rollback
 from .step_report import StepReport
 
@@ -19,6 +20,7 @@ __all__ = [
     "Diagnosis",
     "GradGuard",
     "GradientExplosionError",
+    "Replacement",
     "Rollback",
     "StepReport",
     "Verdict",
@@ -29,4 +31,5 @@ __all__ = [
     "get_total_norm",
     "replace_attention_",
     "stable_init_",
+    "unused_attention",
 ]

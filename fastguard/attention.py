@@ -8,9 +8,10 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.masked import MaskedTensor
+from torch.nn.attention.bias import CausalBias, CausalVariant
 
 from . import attention_ops
-from .attention_ops import MOST_HEAD_DIM
 from .ops import DTYPES
 
 
@@ -48,16 +49,17 @@ def clamped_attention(
     after Dao 2023 (FlashAttention-2, arXiv 2307.08691).
 
     Args:
-        query: (B, H, T, D), float32, float64, bfloat16 or float16; T >= 1, D from 1 to 256.
+        query: (B, H, T, D), float32, float64, bfloat16 or float16. Heads wider than 256 channels
+            are computed in plain torch, with tensors of T x S.
         key: (B, G, S, D), value: (B, G, S, Dv), dtype and device of `query`. H is a multiple of G:
             with G < H each head of the keys serves H / G of the queries (GQA). Under autocast all
-            three are cast to its dtype.
+            three are cast to its dtype. B, T and S may be 0.
         key_padding_mask: (B, S) bool, True where the key is padding: `nn.MultiheadAttention`'s
             convention, the opposite of `attn_mask`'s. It alone keeps NaN and Inf in keys and values
             out: what `attn_mask` or `is_causal` hide still meets weights of zero.
         attn_mask: broadcastable to (B, H, T, S); bool, True where the key takes part, or floating
-            point, added to the logits (SDPA's convention). One that requires a gradient takes the
-            slow way, in plain torch, with tensors of T x S.
+            point, added to the logits (SDPA's convention); or torch's `CausalBias`. One that
+            requires a gradient takes the slow way, in plain torch, with tensors of T x S.
         is_causal: row i sees keys 0 to i; may be combined with the masks.
         dropout_p: probability, in [0, 1), of dropping a weight; rounded to a multiple of 2^-16. The
             same for forward and backward, CPU and CUDA, given the state of torch's generator.
@@ -76,6 +78,7 @@ def clamped_attention(
     on; earlier releases pass it at exact equality). There are no second derivatives.
 
     Raises:
+        TypeError: a mask that is no tensor.
         ValueError: shapes, dtypes, devices or options that do not fit; the message has them.
     """
     operands = _operands(
@@ -108,7 +111,7 @@ def clamped_attention_and_weights(
         dropout, zero in a row without a key. Both in the dtype of the query and differentiable.
 
     Raises:
-        ValueError: as `clamped_attention`.
+        TypeError, ValueError: as `clamped_attention`.
     """
     operands = _operands(
         query, key, value, key_padding_mask, attn_mask, is_causal, dropout_p, scale, softcap, clamp
@@ -126,8 +129,10 @@ def _operands(
     check_options(dropout_p, softcap, clamp)
     shape = (*query.shape[:3], key.size(2))
     if key_padding_mask is not None:
+        check_mask("key_padding_mask", key_padding_mask)
         check_key_padding_mask(key_padding_mask, shape[0], shape[3])
         _check_device("key_padding_mask", key_padding_mask, query)
+    attn_mask, is_causal = plain_mask(attn_mask, is_causal, *shape[2:], query.device)
     if attn_mask is not None:
         _check_device("attn_mask", attn_mask, query)
         attn_mask = _expanded(attn_mask, shape, query.dtype)
@@ -178,6 +183,42 @@ def check_clamp(clamp: float | None) -> None:
         raise ValueError(f"clamp must be > 0, got {clamp}: pass None for a free output")
 
 
+def check_mask(name: str, mask: Tensor) -> None:
+    """Raise TypeError or ValueError for what is no dense tensor."""
+    if not isinstance(mask, Tensor):
+        kind = f"{type(mask).__module__}.{type(mask).__qualname__}"
+        cure = "torch.from_numpy makes one" if kind == "numpy.ndarray" else "make one of it"
+        raise TypeError(f"{name} must be a torch.Tensor, got {kind}: {cure}")
+    masked = isinstance(mask, MaskedTensor)
+    if mask.is_nested or mask.layout != torch.strided or masked:
+        kind = type(mask).__name__ if masked else "nested" if mask.is_nested else mask.layout
+        raise ValueError(f"{name} must be a dense tensor, got {kind}: call its to_dense()")
+
+
+def plain_mask(
+    mask: Tensor | None, is_causal: bool, rows: int, keys: int, device: torch.device
+) -> tuple[Tensor | None, bool]:
+    """`attn_mask` and `is_causal` for a mask that may be one of torch's attention biases.
+
+    Raises TypeError or ValueError for what is neither None, a `CausalBias` nor a dense tensor.
+    """
+    if not isinstance(mask, CausalBias):
+        if mask is not None:
+            check_mask("attn_mask", mask)
+        return mask, is_causal
+    # What its elements say is memory that nobody has written.
+    if is_causal:
+        raise ValueError("attn_mask is a CausalBias, which says it all: leave is_causal out")
+    if (mask.seq_len_q, mask.seq_len_kv) != (rows, keys):
+        raise ValueError(
+            f"attn_mask is a CausalBias of {(mask.seq_len_q, mask.seq_len_kv)}, and (T, S) is "
+            f"{(rows, keys)}"
+        )
+    if mask.variant is CausalVariant.UPPER_LEFT or rows == keys:
+        return None, True
+    return torch.ones(rows, keys, dtype=torch.bool, device=device).tril_(keys - rows), False
+
+
 def check_key_padding_mask(mask: Tensor, batch: int, keys: int) -> None:
     if mask.dtype != torch.bool or mask.shape != (batch, keys):
         raise ValueError(
@@ -196,15 +237,10 @@ def _check_inputs(query: Tensor, key: Tensor, value: Tensor) -> None:
         raise ValueError(
             f"query (B, H, T, D), key (B, G, S, D) and value (B, G, S, Dv) do not fit: {got}"
         )
-    if 0 in shapes[0][1:] or 0 in shapes[1][1:] or heads % heads_k:
+    if 0 in (heads, heads_k, width, shape_v[3]) or heads % heads_k:
         raise ValueError(
-            f"H must be a multiple of G, and H, G, T, S and D at least 1 (query (B, H, T, D), key "
-            f"(B, G, S, D)); {got}"
-        )
-    if not 1 <= max(width, shape_v[3]) <= MOST_HEAD_DIM or shape_v[3] < 1:
-        raise ValueError(
-            f"head dims must be 1 to {MOST_HEAD_DIM}; {got}: use more heads, or "
-            "torch.nn.functional.scaled_dot_product_attention"
+            f"H must be a multiple of G, and H, G, D and Dv at least 1 (query (B, H, T, D), key "
+            f"(B, G, S, D), value (B, G, S, Dv)); {got}"
         )
     dtypes, devices = zip(*((x.dtype, x.device) for x in (query, key, value)), strict=True)
     if len({*dtypes}) > 1 or dtypes[0] not in DTYPES or len({*devices}) > 1:

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 
 from . import _native
+from .clip import is_dtensor
 from .ops import DTYPES, _has_kernel, check_same_device, check_tensor
 
 #: The widest head that the operator takes, and the widest that CUDA's kernels do: theirs have the
@@ -46,12 +47,13 @@ def attention(
     """``clamp(dropout(softmax(softcap(scale * q @ k^T) + attn_mask)) @ v)``, differentiable.
 
     Tiles after Dao 2023 (FlashAttention-2, arXiv 2307.08691): nothing of size T x S is kept.
-    `torch.export` sees the reference instead, so that its programs run without fastguard.
+    `torch.export` and `torch.jit.trace` see the reference instead, so that their programs run
+    without fastguard. It serves what has no row or no key, too, and DTensors.
 
     Args:
-        query: (B, H, T, D), float32, float64, bfloat16 or float16; T > 0, 1 <= D <= 256.
+        query: (B, H, T, D), float32, float64, bfloat16 or float16.
         key: (B, G, S, D) and value: (B, G, S, Dv), dtype and device of the query; H a multiple of
-            G (each key's head serves H / G of the query's), S > 0, 1 <= Dv <= 256.
+            G (each key's head serves H / G of the query's).
         key_padding_mask: bool (B, S), True where a key is left out.
         attn_mask: (B, H, T, S), any strides; bool, True where a key takes part, or float32
             (float64 for a float64 query), added to the logits.
@@ -67,9 +69,12 @@ def attention(
     args += (scale, softcap, clamp, return_stats)
     # The kernels give no gradient to a mask, and know backward derivatives only.
     learnt = attn_mask is not None and attn_mask.requires_grad
-    plain = torch.compiler.is_exporting() or not _has_kernel(query) or learnt
-    if plain or _is_transformed(query, key, value):
+    recorded = torch.compiler.is_exporting() or torch.jit.is_tracing()
+    plain = recorded or not _has_kernel(query) or learnt or 0 in (query.size(2), key.size(2))
+    if plain or _is_transformed(query, key, value) or _are_dtensors(query, key, value):
         return attention_ref(*args)
+    if max(query.size(3), value.size(3)) > MOST_HEAD_DIM:
+        return beyond_kernels(*args)(*args)
     if query.device.type == "cpu":
         return Attention(*_differentiable(*args))
     return Attention(*route(_capability(query.device), *args)(*args))
@@ -109,14 +114,25 @@ def route(
     output. So 16-bit requests that torch can serve go to it from ``LONG`` = 1024 * 1024 logits a
     head on. That number is an estimate: no GPU has measured it.
     """
-    kernel = _differentiable
-    plain = key_padding_mask is None and attn_mask is None and not return_stats
-    plain = plain and dropout_p == 0 and softcap == 0
-    beyond = max(query.size(3), value.size(3)) > MOST_CUDA_HEAD_DIM
-    if beyond or query.dtype == torch.float64:
-        return attention_sdpa if plain else attention_ref
+    other = beyond_kernels(
+        query, key, value, key_padding_mask, attn_mask, seed, is_causal, dropout_p, scale, softcap,
+        clamp, return_stats,
+    )  # fmt: skip
+    if max(query.size(3), value.size(3)) > MOST_CUDA_HEAD_DIM or query.dtype == torch.float64:
+        return other
     long = query.size(2) * key.size(2) >= LONG and query.dtype != torch.float32
-    return attention_sdpa if plain and long and capability[0] in (9, 10) else kernel
+    torchs = other is attention_sdpa and long and capability[0] in (9, 10)
+    return attention_sdpa if torchs else _differentiable
+
+
+def beyond_kernels(
+    query, key, value, key_padding_mask, attn_mask, _seed, _is_causal, dropout_p, _scale, softcap,
+    _clamp, return_stats,
+):  # fmt: skip
+    """Which function serves what no kernel does: torch's attention where it says the same."""
+    masked = key_padding_mask is not None or attn_mask is not None
+    more = masked or return_stats or dropout_p > 0 or softcap > 0
+    return attention_ref if more else attention_sdpa
 
 
 def attention_sdpa(
@@ -142,6 +158,13 @@ def _is_transformed(*tensors: Tensor) -> bool:
         return False
     tracked = torch._C._functorch.is_gradtrackingtensor
     return any(tracked(x) or unpack_dual(x).tangent is not None for x in tensors)
+
+
+def _are_dtensors(*tensors: Tensor) -> bool:
+    """Plain torch shards them; the operator has no strategy of its own."""
+    if all(type(x) in (Tensor, torch.nn.Parameter) for x in tensors):
+        return False
+    return any(map(is_dtensor, tensors))
 
 
 def _differentiable(*args) -> tuple[Tensor, Tensor, Tensor]:
@@ -223,7 +246,8 @@ def _attention_and_weights(
     if attn_mask is not None and attn_mask.dtype != torch.bool:
         logits = logits + attn_mask
     logits = logits.masked_fill(hidden, -torch.inf)
-    largest = logits.detach().amax(-1)
+    largest = logits.detach()
+    largest = largest.amax(-1) if key.size(2) else largest.new_full(logits.shape[:3], -torch.inf)
     dead = largest == -torch.inf
     weights = logits.masked_fill(dead.unsqueeze(-1), 0.0).softmax(-1)
     weights = weights.masked_fill(hidden | dead.unsqueeze(-1), 0.0)

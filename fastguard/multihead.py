@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch.nn.attention.bias import CausalBias
 
 from .attention import (
     AttentionStats,
+    check_mask,
     check_options,
     clamped_attention,
     clamped_attention_and_weights,
+    plain_mask,
 )
+from .scripted_attention import ScriptedAttention
 
 
 class ClampedMultiheadAttention(nn.MultiheadAttention):
@@ -25,11 +29,13 @@ class ClampedMultiheadAttention(nn.MultiheadAttention):
 
     It always computes what `forward` says: torch's inference fast path, which reads the weights of
     a module and passes its `forward` by, takes none of this class, nor an
-    `nn.TransformerEncoderLayer` that holds one.
+    `nn.TransformerEncoderLayer` that holds one. For torch.fx it is one module that is called, like
+    torch's. `torch.jit.script` compiles a twin in plain torch.
 
     Args:
         embed_dim: C, width of query and output.
-        num_heads: H, must divide `embed_dim`; C / H is 1 to 256.
+        num_heads: H, must divide `embed_dim`. Heads wider than 256 channels are computed in plain
+            torch.
         dropout: probability, in [0, 1), of dropping an attention weight in training.
         bias: whether the four projections have a bias.
         add_bias_kv: append a learnt key and value to the sequence of keys.
@@ -40,7 +46,7 @@ class ClampedMultiheadAttention(nn.MultiheadAttention):
         softcap: bound on the logits, > 0, see `clamped_attention`; None leaves them free.
         record_stats: keep the `AttentionStats` of the last forward in `stats`; a `GradGuard` of the
             model writes them to its reports on bad steps. May be set later. A forward that returns
-            weights has none.
+            weights has none, nor one inside `torch.vmap`.
 
     Raises:
         ValueError: `embed_dim` is not a multiple of `num_heads`, or an option is out of its range.
@@ -49,6 +55,9 @@ class ClampedMultiheadAttention(nn.MultiheadAttention):
     #: Of the last forward, None if it recorded none.
     stats: AttentionStats | None = None
     record_stats: bool = False
+
+    #: Whether `replace_attention_` made it what it is, and it has not run since.
+    never_ran: bool = False
 
     def __init__(
         self,
@@ -81,14 +90,25 @@ class ClampedMultiheadAttention(nn.MultiheadAttention):
         self.clamp = clamp
         self.softcap = softcap
         self.record_stats = record_stats
+        self.keep_fast_path_off()
 
-    def _reset_parameters(self) -> None:
-        # The base class' constructor ends here, and nothing of it reads this attribute later. Those
-        # who do are the fast paths of nn.TransformerEncoderLayer, which would not clamp, and of
-        # nn.TransformerEncoder, which would hand nested tensors down: False keeps both away.
+    def keep_fast_path_off(self) -> None:
+        """Have torch's layers call this module, whose weights alone their fast path would read.
+
+        It is for modules without hooks only.
+        """
+        if _nothing not in self._forward_pre_hooks.values():
+            self.register_forward_pre_hook(_nothing)
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        # One of an older fastguard kept the fast path off by another value of this.
         self._qkv_same_embed_dim = self.in_proj_weight is not None
-        super()._reset_parameters()
-        self._qkv_same_embed_dim = False
+        self.keep_fast_path_off()
+
+    def __prepare_scriptable__(self) -> ScriptedAttention:
+        """What `torch.jit.script` compiles in its place."""
+        return ScriptedAttention(self)
 
     def forward(
         self,
@@ -112,8 +132,8 @@ class ClampedMultiheadAttention(nn.MultiheadAttention):
             need_weights: also return the weights. They are T x S numbers for each head, by
                 definition, and computed in plain torch: pass False where they are not wanted.
             attn_mask: (T, S) or (N * H, T, S), unbatched (H, T, S). Bool, True where the key is
-                hidden (the opposite of `clamped_attention`'s), or floating point, added. One
-                that requires a gradient gets it, in plain torch.
+                hidden (the opposite of `clamped_attention`'s), or floating point, added; or torch's
+                `CausalBias` of (T, S). One that requires a gradient gets it, in plain torch.
             average_attn_weights: return the mean of the heads' weights.
             is_causal: row i sees keys 0 to i, and those appended. `attn_mask` may be None then
                 (torch insists); one that is given is taken to say the same, and not read.
@@ -124,14 +144,26 @@ class ClampedMultiheadAttention(nn.MultiheadAttention):
             (N, T, S), with ``average_attn_weights=False`` (N, H, T, S), unbatched without N. S
             counts the keys appended.
 
+        Nested tensors, as `nn.TransformerEncoder` makes them for its fast path, are padded, and
+        their output is nested again.
+
         Raises:
             AssertionError: as torch, for query, key, value or key_padding_mask of shapes that do
-                not fit, nested tensors, and masks that are neither bool nor floating point.
+                not fit, nested tensors that are not one for all three, and masks that are neither
+                bool nor floating point.
             RuntimeError: as torch, for attn_mask of a shape that does not fit; for dtypes that
                 differ from the parameters'.
-            ValueError: heads wider than 256 channels, no query or no key, float8 and the like; see
+            TypeError, ValueError: masks that are no dense tensors, float8 and the like; see
                 `clamped_attention`.
         """
+        if self.never_ran and not torch.compiler.is_exporting():
+            self.never_ran = False
+        if any(isinstance(x, fx.Proxy) for x in (query, key, value)):
+            inputs = (query, key, value, key_padding_mask, need_weights, attn_mask)
+            return self._called(*inputs, average_attn_weights, is_causal)
+        if query.is_nested or key.is_nested or value.is_nested:
+            masks = (key_padding_mask, attn_mask, is_causal)
+            return self._of_nested(query, key, value, *masks, need_weights), None
         self._check_inputs(query, key, value)
         batched = query.dim() == 3
         q, k, v = (self._split_heads(x) for x in self._project(query, key, value))
@@ -143,8 +175,10 @@ class ClampedMultiheadAttention(nn.MultiheadAttention):
         if self.stats is not None:
             self.stats = None  # of another batch
         if not need_weights:
-            output = clamped_attention(q, k, v, return_stats=self.record_stats, **options)
-            if self.record_stats:
+            # What torch.vmap has made of the inputs means nothing outside of it.
+            record = self.record_stats and not any(map(_is_batched, (q, k, v)))
+            output = clamped_attention(q, k, v, return_stats=record, **options)
+            if record:
                 output, self.stats = output
             return self._join_heads(output, batched), None
         output, weights = clamped_attention_and_weights(q, k, v, **options)
@@ -152,12 +186,31 @@ class ClampedMultiheadAttention(nn.MultiheadAttention):
             weights = weights.mean(1)
         return self._join_heads(output, batched), weights if batched else weights.squeeze(0)
 
-    def _check_inputs(self, *inputs: Tensor) -> None:
-        if any(x.is_nested for x in inputs):
+    def _called(self, *args) -> fx.Proxy:
+        """A call of this module in the graph that torch.fx traces, as of one of torch.nn's."""
+        tracer = next(x for x in args if isinstance(x, fx.Proxy)).tracer
+        return tracer.create_proxy("call_module", tracer.path_of_module(self), args, {})
+
+    def _of_nested(self, query, key, value, key_padding_mask, attn_mask, is_causal, need_weights):
+        masked = key_padding_mask is not None or attn_mask is not None
+        if query is not key or key is not value or masked or need_weights:
             raise AssertionError(
-                "ClampedMultiheadAttention takes no nested tensors: pad, and pass key_padding_mask "
-                "(an nn.TransformerEncoder makes them, unless its use_nested_tensor is False)"
+                "ClampedMultiheadAttention takes a nested tensor that is query, key and value in "
+                "one, without masks, and with need_weights=False: pad, and pass key_padding_mask"
             )
+        lengths = [len(each) for each in query.unbind()]
+        # Not the longest, which may be 0.
+        padded = query.to_padded_tensor(0.0, (len(lengths), max([1, *lengths]), self.embed_dim))
+        hidden = torch.arange(padded.size(1)) >= torch.tensor(lengths)[:, None]
+        by_rows = padded if self.batch_first else padded.transpose(0, 1)
+        output, _ = ClampedMultiheadAttention.forward(
+            self, *[by_rows] * 3, hidden.to(padded.device), need_weights=False, is_causal=is_causal
+        )
+        output = output if self.batch_first else output.transpose(0, 1)
+        rows = [each[:length] for each, length in zip(output, lengths, strict=True)]
+        return torch.nested.as_nested_tensor(rows, layout=query.layout)
+
+    def _check_inputs(self, *inputs: Tensor) -> None:
         query, key, value = shapes = [tuple(x.shape) for x in inputs]
         batch_dim = 0 if self.batch_first else 1
         widths = (self.embed_dim, self.kdim, self.vdim)
@@ -214,7 +267,7 @@ class ClampedMultiheadAttention(nn.MultiheadAttention):
             bias = bias.view(1, self.num_heads, 1, self.head_dim)
             parts.append(bias.expand(x.size(0), -1, -1, -1))
         if self.add_zero_attn:
-            parts.append(torch.zeros_like(x[:, :, :1]))
+            parts.append(x.new_zeros(x.size(0), self.num_heads, 1, self.head_dim))
         return torch.cat(parts, 2) if len(parts) > 1 else x
 
     def _masks(
@@ -232,6 +285,12 @@ class ClampedMultiheadAttention(nn.MultiheadAttention):
         """
         batch, rows, keys = sizes
         appended = (self.bias_k is not None) + self.add_zero_attn
+        # Where it says so, is_causal stands for a mask that says the same.
+        if not is_causal or isinstance(attn_mask, CausalBias):
+            device = self.out_proj.weight.device
+            plain, is_causal = plain_mask(attn_mask, is_causal, rows, keys, device)
+            # torch's attention biases say which keys take part, masks here which do not.
+            attn_mask = plain if plain is None or plain is attn_mask else ~plain
         if is_causal:
             attn_mask = None
             if appended:  # the kernel would hide these as keys of the future
@@ -261,6 +320,14 @@ class ClampedMultiheadAttention(nn.MultiheadAttention):
         )
 
 
+def _nothing(_module: nn.Module, _args: tuple) -> None:
+    """The hook of `keep_fast_path_off`."""
+
+
+def _is_batched(x: Tensor) -> bool:
+    return not torch.compiler.is_compiling() and torch._C._functorch.is_batchedtensor(x)
+
+
 def _extended(
     name: str,
     mask: Tensor,
@@ -269,6 +336,7 @@ def _extended(
     error: type[Exception],
 ) -> Tensor:
     """`mask`, checked, with `appended` keys that it leaves seen; a copy only if there are any."""
+    check_mask(name, mask)
     if mask.dtype != torch.bool and not mask.is_floating_point():
         raise AssertionError(
             f"{name} must be bool (True: hidden) or floating point (added), got {mask.dtype}"
@@ -300,32 +368,3 @@ def _seen(
     # nn.TransformerEncoderLayer turns bool masks into these. What they hide is padding all the
     # same, of which NaN must reach nothing.
     return key_padding_mask == -torch.inf, attn_mask
-
-
-def replace_attention_(
-    model: nn.Module, clamp: float | None = 10.0, softcap: float | None = None
-) -> int:
-    """Make each `nn.MultiheadAttention` of `model` a `ClampedMultiheadAttention`, in place.
-
-    The modules stay the same objects with the same parameters, so that optimizers, hooks and
-    references to them go on working; only their class changes. Subclasses of
-    `nn.MultiheadAttention` are left alone: what they compute is not known here. Each
-    `nn.TransformerEncoder` stops making nested tensors, as if ``enable_nested_tensor=False``.
-
-    Returns:
-        How many were replaced.
-
-    Raises:
-        ValueError: an option is out of its range; nothing is replaced then.
-    """
-    found = [module for module in model.modules() if type(module) is nn.MultiheadAttention]
-    for module in found:
-        check_options(module.dropout, softcap, clamp)
-    for module in found:
-        module.__class__ = ClampedMultiheadAttention
-        module.clamp, module.softcap = clamp, softcap
-        module._qkv_same_embed_dim = False  # see _reset_parameters
-    for module in model.modules():
-        if isinstance(module, nn.TransformerEncoder):
-            module.use_nested_tensor = False
-    return len(found)

@@ -8,15 +8,19 @@ import json
 import math
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch.masked import MaskedTensor
+from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 
 from fastguard import GradGuard, multihead
 from fastguard.attention import clamped_attention
-from fastguard.multihead import ClampedMultiheadAttention, replace_attention_
+from fastguard.multihead import ClampedMultiheadAttention
+from fastguard.replacement import replace_attention_
 
 # torch's encoder warns of its own nested tensors, and of masks of two dtypes, which are fine here.
 pytestmark = [
@@ -387,14 +391,15 @@ def test_encoder_layer_takes_it_and_no_fast_path_passes_it_by(norm_first, traini
 
 
 @pytest.mark.parametrize("how", ["constructor", "replace_attention_"])
-def test_encoder_makes_no_nested_tensors_for_it(how):
+def test_no_fast_path_of_an_encoder_passes_it_by(how):
+    """Built of ours, it makes nested tensors of what is padded; replaced, it makes none."""
     theirs, ours = encoder_layers(clamp=1e-6)
     if how == "constructor":
         encoder = nn.TransformerEncoder(ours, 2).eval()
     else:
         encoder = nn.TransformerEncoder(theirs, 2).eval()
         assert encoder.use_nested_tensor
-        assert replace_attention_(encoder, clamp=1e-6) == 2
+        assert len(replace_attention_(encoder, clamp=1e-6).replaced) == 2
     x, mask = draw(2, 7, 24, seed=0, dtype=torch.float32), length_mask([7, 3], 7)
     with torch.no_grad():
         got = encoder(x, src_key_padding_mask=mask)
@@ -404,11 +409,21 @@ def test_encoder_makes_no_nested_tensors_for_it(how):
     assert (got - x).abs().max() > 0.1
 
 
-def test_nested_tensors_are_refused():
-    ours = ClampedMultiheadAttention(24, 4, batch_first=True).eval()
-    nested = torch.nested.nested_tensor([torch.ones(3, 24), torch.ones(2, 24)])
-    with torch.no_grad(), pytest.raises(AssertionError, match=r"no nested.*use_nested_tensor"):
-        ours(nested, nested, nested)
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("lengths", [[3, 2], [5], [0, 4]])
+def test_a_nested_tensor_is_padded_and_nested_again(batch_first, lengths):
+    ours = ClampedMultiheadAttention(24, 4, batch_first=batch_first).eval()
+    rows = [draw(length, 24, seed=length).float() for length in lengths]
+    nested = torch.nested.nested_tensor(rows)
+    with torch.no_grad():
+        output, weights = ours(nested, nested, nested, need_weights=False)
+        assert weights is None and output.is_nested
+        for got, row in zip(output.unbind(), rows, strict=True):
+            torch.testing.assert_close(got, ours(row, row, row, need_weights=False)[0])
+        with pytest.raises(AssertionError, match=r"a nested tensor that is query, key and value"):
+            ours(nested, nested, nested)
+        with pytest.raises(AssertionError, match=r"a nested tensor that is query, key and value"):
+            ours(nested, nested.clone(), nested, need_weights=False)
 
 
 @pytest.mark.parametrize("need_weights", [True, False])
@@ -534,61 +549,6 @@ def test_unbatched_masks_that_do_not_fit_are_named():
         ClampedMultiheadAttention(8, 2)(x, x, x, torch.zeros(1, 7, dtype=BOOL))
 
 
-class Custom(nn.MultiheadAttention):
-    pass
-
-
-def test_replace_attention_shares_parameters_and_leaves_subclasses():
-    shared = nn.MultiheadAttention(8, 2, kdim=4, vdim=4)
-    model = nn.ModuleDict(
-        {
-            "transformer": nn.Transformer(8, 2, 2, 1, 16, dropout=0.0),
-            "lists": nn.ModuleList([shared, shared, Custom(8, 2), nn.Linear(3, 3)]),
-            "ours": ClampedMultiheadAttention(8, 2, clamp=2.0),
-        }
-    ).eval()
-    parameters, keys = dict(model.named_parameters()), list(model.state_dict())
-    x, y = draw(5, 2, 8, seed=0).float(), draw(5, 2, 4, seed=1).float()
-
-    def outputs():
-        with torch.no_grad():
-            return model["transformer"](x, x), shared(x, y, y)[0]
-
-    before = outputs()
-    # Two layers of the encoder with one, one of the decoder with two, and the shared one.
-    assert replace_attention_(model, clamp=None) == 5
-    torch.testing.assert_close(outputs(), before)
-    assert type(shared) is ClampedMultiheadAttention and type(model["lists"][2]) is Custom
-    assert model["ours"].clamp == 2.0
-    assert list(model.state_dict()) == keys
-    assert all(parameters[name] is now for name, now in model.named_parameters())
-    assert replace_attention_(model) == 0
-
-
-def test_replaced_attention_clamps_and_trains():
-    attention = nn.MultiheadAttention(8, 2)
-    optimizer = torch.optim.SGD(attention.parameters(), lr=1.0)
-    assert replace_attention_(attention, clamp=1e-6, softcap=5.0) == 1
-    assert (attention.clamp, attention.softcap) == (1e-6, 5.0)
-    x = draw(5, 2, 8, seed=0).float()
-    output, _ = attention(x, x, x)
-    assert 0 < output.abs().max() < 1e-4
-    before = attention.out_proj.weight.detach().clone()
-    output.sum().backward()
-    optimizer.step()
-    assert not torch.equal(attention.out_proj.weight, before)
-    attention._reset_parameters()
-    assert attention.out_proj.bias.abs().max() == 0
-
-
-def test_replace_attention_refuses_before_anything_changes():
-    model = nn.Sequential(nn.MultiheadAttention(8, 2), nn.MultiheadAttention(8, 2, dropout=1.0))
-    for options in ({"clamp": -1.0}, {}):
-        with pytest.raises(ValueError, match=r"got -1\.0|got 1\.0"):
-            replace_attention_(model, **options)
-    assert all(type(module) is nn.MultiheadAttention for module in model)
-
-
 def test_stats_of_the_last_forward_reach_the_report_on_a_bad_step(tmp_path):
     class Net(nn.Module):
         def __init__(self):
@@ -615,3 +575,216 @@ def test_stats_of_the_last_forward_reach_the_report_on_a_bad_step(tmp_path):
     assert net.quiet.stats is None
     net.attention(x, x, x)  # weights instead
     assert net.attention.stats is None
+
+
+# --- masks of other kinds, and none of anything ------------------------------------------------
+
+
+@pytest.mark.parametrize("heads", [1, 2, 4])
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("make", [causal_upper_left, causal_lower_right])
+@pytest.mark.parametrize("sizes", [(5, 5), (4, 7), (7, 4)])
+@pytest.mark.parametrize("options", [{}, {"add_bias_kv": True, "add_zero_attn": True}])
+@pytest.mark.filterwarnings("ignore:Lower right causal bias")
+def test_torchs_causal_biases_say_what_they_say_to_torchs_attention(
+    heads, batch, make, sizes, options
+):
+    rows, keys = sizes
+    theirs, ours = twins(8, heads, batch_first=True, **options)
+    query, key = draw(batch, rows, 8, seed=0), draw(batch, keys, 8, seed=1)
+    shift = keys - rows if make is causal_lower_right else 0
+    hidden = ~torch.ones(rows, keys, dtype=torch.bool).tril(shift)
+    for need_weights in (False, True):
+        call = {"need_weights": need_weights}
+        got, _ = ours(query, key, key, attn_mask=make(rows, keys), **call)
+        expected, _ = ours(query, key, key, attn_mask=hidden, **call)
+        torch.testing.assert_close(got, expected)
+    if rows <= keys or make is causal_upper_left or options:  # or rows see no key: NaN in torch
+        torch.testing.assert_close(got, theirs(query, key, key, attn_mask=hidden)[0])
+
+
+def test_torchs_causal_biases_that_do_not_fit_are_refused():
+    x = draw(1, 5, 8, seed=0).float()
+    attention = ClampedMultiheadAttention(8, 2, batch_first=True)
+    with pytest.raises(ValueError, match=r"CausalBias of \(4, 4\), and \(T, S\) is \(5, 5\)"):
+        attention(x, x, x, attn_mask=causal_upper_left(4, 4))
+    with pytest.raises(ValueError, match="leave is_causal out"):
+        attention(x, x, x, attn_mask=causal_upper_left(5, 5), is_causal=True)
+
+
+@pytest.mark.parametrize("name", ["attn_mask", "key_padding_mask"])
+@pytest.mark.parametrize(
+    ("mask", "error", "message"),
+    [
+        (np.zeros((2, 2), bool), TypeError, "{} must be a torch.Tensor, got numpy.ndarray: torch."),
+        ([[False] * 2] * 2, TypeError, "{} must be a torch.Tensor, got builtins.list"),
+        (torch.zeros(2, 2).to_sparse(), ValueError, "{} must be a dense tensor, got torch.sparse"),
+        (torch.nested.nested_tensor([torch.zeros(2)] * 2), ValueError, "{} must be .* got nested"),
+        (MaskedTensor(torch.zeros(2, 2), torch.ones(2, 2) > 0), ValueError, "{}.* got MaskedTens"),
+    ],
+    ids=["numpy", "list", "sparse", "nested", "masked"],
+)
+@pytest.mark.filterwarnings("ignore:The PyTorch API of")
+def test_what_is_no_mask_is_named(name, mask, error, message):
+    x = torch.zeros(2, 2, 8)
+    with pytest.raises(error, match=message.format(name)):
+        ClampedMultiheadAttention(8, 2)(x, x, x, **{name: mask})
+    with pytest.raises(error, match=message.format(name)):
+        clamped_attention(*[x.view(2, 2, 2, 4)] * 3, **{name: mask})
+
+
+@pytest.mark.parametrize("need_weights", [True, False])
+@pytest.mark.parametrize("sizes", [(0, 5), (5, 0), (0, 0)])
+@pytest.mark.parametrize(
+    "options", [{}, {"add_zero_attn": True}, {"add_bias_kv": True}, {"kdim": 3, "vdim": 5}]
+)
+@pytest.mark.parametrize("masked", [False, True])
+def test_no_rows_and_no_keys_are_as_torchs(need_weights, sizes, options, masked):
+    rows, keys = sizes
+    theirs, ours = twins(8, 2, **options)
+    query = draw(rows, 2, 8, seed=0)
+    key, value = draw(keys, 2, theirs.kdim, seed=1), draw(keys, 2, theirs.vdim, seed=2)
+    call = {"need_weights": need_weights}
+    appended = options.get("add_zero_attn") or options.get("add_bias_kv")
+    if masked and (keys or need_weights or appended):  # torch's view of others is ambiguous to it
+        call["key_padding_mask"] = torch.zeros(2, keys, dtype=torch.bool)
+        call["attn_mask"] = torch.zeros(rows, keys, dtype=torch.bool)
+    found = []
+    for attention in (theirs, ours):
+        inputs = [x.clone().requires_grad_() for x in (query, key, value)]
+        output, weights = attention(*inputs, **call)
+        output.square().sum().backward()
+        grads = [p.grad for p in (*inputs, *attention.parameters())]
+        found.append((output, weights, [torch.zeros(()) if g is None else g for g in grads]))
+    (output, weights, grads), (got, got_weights, got_grads) = found
+    torch.testing.assert_close(got, output)
+    torch.testing.assert_close(got_weights, weights)
+    for a, b in zip(got_grads, grads, strict=True):
+        torch.testing.assert_close(a.expand_as(b), b.expand_as(a))
+
+
+def test_statistics_of_no_rows_and_of_no_keys():
+    for rows, keys in ((0, 3), (3, 0)):
+        query, key = torch.ones(2, 4, rows, 8), torch.ones(2, 4, keys, 8)
+        output, stats = clamped_attention(query, key, key, return_stats=True)
+        assert output.shape == (2, 4, rows, 8) and not output.any()
+        assert stats.max_logit.tolist() == [-INF] * 4 and stats.entropy.isnan().all()
+
+
+@pytest.mark.parametrize("need_weights", [True, False])
+def test_heads_wider_than_the_kernels(need_weights):
+    theirs, ours = twins(2 * 264, 2, batch_first=True)
+    x = draw(2, 9, 528, seed=0)
+    mask = length_mask([9, 4], 9)
+    for call in ({}, {"key_padding_mask": mask}, {"is_causal": True}):
+        given = call | (
+            {"attn_mask": torch.ones(9, 9).triu(1).bool()} if call == {"is_causal": True} else {}
+        )
+        expected = results(theirs, (x, x, x), need_weights=need_weights, **given)
+        for a, b in zip(
+            results(ours, (x, x, x), need_weights=need_weights, **call), expected, strict=True
+        ):
+            torch.testing.assert_close(a, b)
+    ours.clamp = 1e-3
+    output, _ = ours(x, x, x, need_weights=need_weights)
+    assert (output - ours.out_proj.bias).abs().max() <= 1e-3 * 528 * 0.4
+
+
+def test_vmap_leaves_no_statistics_behind():
+    attention = ClampedMultiheadAttention(8, 2, batch_first=True, record_stats=True)
+    x = torch.randn(3, 2, 5, 8)
+    with torch.no_grad():
+        attention(x[0], x[0], x[0], need_weights=False)
+        got = torch.vmap(lambda x: attention(x, x, x, need_weights=False)[0])(x)
+        assert attention.stats is None
+        for each, output in zip(x, got, strict=True):
+            torch.testing.assert_close(output, attention(each, each, each, need_weights=False)[0])
+    assert attention.stats.entropy.shape == (2,)
+
+
+# --- what traces, scripts and exports models -----------------------------------------------------
+
+
+class Block(nn.Module):
+    """A model with attention in it, and other modules around."""
+
+    def __init__(self, attention):
+        super().__init__()
+        self.before, self.attention = nn.Linear(8, 8), attention
+
+    def forward(self, x):
+        x = self.before(x)
+        return self.attention(x, x, x)[0] + x
+
+
+@pytest.mark.parametrize("make", [nn.MultiheadAttention, ClampedMultiheadAttention])
+def test_fx_traces_a_call_of_the_module(make):
+    block = Block(make(8, 2, batch_first=True)).eval()
+    traced = fx.symbolic_trace(block)
+    assert [n.target for n in traced.graph.nodes if n.op == "call_module"] == [
+        "before",
+        "attention",
+    ]
+    x = torch.randn(2, 5, 8)
+    torch.testing.assert_close(traced(x), block(x))
+    assert type(traced.attention) is make
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"bias": False}, {"add_bias_kv": True, "add_zero_attn": True}, {"kdim": 3, "vdim": 5}],
+)
+@pytest.mark.parametrize("bounds", [{}, {"clamp": 0.05, "softcap": 0.5}])
+@pytest.mark.parametrize("masks", ["none", "bool", "added", "causal"])
+def test_torchscript_compiles_a_twin(batch_first, options, bounds, masks):
+    _, ours = twins(8, 2, batch_first=batch_first, **options)
+    for name, value in bounds.items():
+        setattr(ours, name, value)
+    scripted = torch.jit.script(ours.eval())
+    assert list(scripted.state_dict()) == list(ours.state_dict())
+    query, key, value = (
+        draw(2, 7, 8, seed=0),
+        draw(2, 5, ours.kdim, seed=1),
+        draw(2, 5, ours.vdim, seed=2),
+    )
+    key[1, 3:] = NAN  # padded below, or not
+    if masks in ("none", "causal"):
+        key[1, 3:] = 0.0
+    if not batch_first:
+        query, key, value = query.transpose(0, 1), key.transpose(0, 1), value.transpose(0, 1)
+    call = {"is_causal": True} if masks == "causal" else {}
+    if masks in ("bool", "added"):
+        padding, hidden = length_mask([5, 3], 5), draw(4, 7, 5, seed=3) > 1
+        as_given = as_float if masks == "added" else torch.clone
+        call = {"key_padding_mask": as_given(padding), "attn_mask": as_given(hidden)}
+    for more in ({}, {"need_weights": False}, {"average_attn_weights": False}):
+        got, expected = (f(query, key, value, **call, **more) for f in (scripted, ours))
+        torch.testing.assert_close(got[0], expected[0])
+        torch.testing.assert_close(got[1], expected[1])
+    if masks == "none" and not options.get("kdim"):
+        got, expected = (f(query[0], query[0], query[0]) for f in (scripted, ours))
+        torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_torchscript_of_an_encoder_clamps(training):
+    _, layer = encoder_layers(clamp=1e-6)
+    encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).train(training)
+    scripted = torch.jit.script(encoder)
+    x, mask = draw(2, 7, 24, seed=0, dtype=torch.float32), length_mask([7, 3], 7)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            scripted(x, src_key_padding_mask=mask), encoder(x, src_key_padding_mask=mask)
+        )
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_what_is_traced_runs_without_fastguard():
+    block = Block(ClampedMultiheadAttention(8, 2, batch_first=True, clamp=0.01)).eval()
+    x = torch.randn(2, 5, 8)
+    traced = torch.jit.trace(block, x)
+    assert "fastguard::" not in str(traced.inlined_graph)
+    torch.testing.assert_close(traced(x), block(x))
+    exported = torch.export.export(block, (x,)).module()
+    torch.testing.assert_close(exported(x), block(x))
