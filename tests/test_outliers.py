@@ -181,6 +181,16 @@ def test_a_jump_that_stays_ends_the_run():
         assert part in text, text
 
 
+def test_a_bad_loss_alone_is_not_called_a_large_norm():
+    driven = Driven(patience=3)
+    driven.verdicts([1.0] * 20)
+    with pytest.raises(GradientExplosionError) as caught:
+        for _ in range(4):
+            driven.step(1.0, loss=math.nan)
+    assert "3 had a loss of nan" in str(caught.value)
+    assert "had a norm above" not in str(caught.value)
+
+
 def test_a_jump_above_a_level_above_skip_norm_names_the_median():
     driven = Driven(patience=3)
     driven.verdicts([20.0] * 128)

@@ -42,7 +42,7 @@ TESTS = {
     "fastguard/on_skip.py": "on_skip",
     "fastguard/tensor_norms.py": "tensor_norms outliers guard",
     "fastguard/lr_scheduler.py": "attached",
-    "fastguard/wrappers.py": "wrappers",
+    "fastguard/wrappers.py": "wrappers parameters",
     "fastguard/thresholds.py": "guard outliers guard_ops",
     "fastguard/decision.py": "outliers guard scale_search step_warnings accumulate",
     "csrc/decide.h": "outliers guard guard_ops",
