@@ -21,7 +21,7 @@ import torch
 from torch import distributed, nn
 
 import fastguard
-from fastguard import GradGuard, Rollback, Verdict
+from fastguard import GradGuard, Rollback, Verdict, sharded
 from fastguard.thresholds import AdaGC
 
 ROOT = Path(__file__).parents[1]
@@ -738,6 +738,15 @@ CASES = {
         meshes_of_a_part_of_the_ranks_decide_apart,
     ],
 }
+
+
+def test_tensors_are_added_up_in_buckets_of_one_dtype(monkeypatch):
+    monkeypatch.setattr(sharded, "_BUCKET_ELEMENTS", 5)
+    sizes = [3, 2, 4, 1, 9, 1]
+    dtypes = [torch.float32] * 3 + [torch.float64] * 3
+    tensors = [torch.zeros(n, dtype=t) for n, t in zip(sizes, dtypes, strict=True)]
+    assert [list(map(len, b)) for b in sharded._buckets(tensors)] == [[3, 2], [4], [1, 9], [1]]
+    assert list(sharded._buckets([])) == []
 
 
 @pytest.fixture(scope="module")
