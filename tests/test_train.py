@@ -88,6 +88,8 @@ def test_what_a_run_leaves_behind(tmp_path, capsys):
         "hypotheses.jsonl",
         "alignments.txt",
         "rates.json",
+        "left_out.jsonl",
+        "changed_labels.jsonl",
     }
     steps, epochs = metrics(run_dir, "step"), metrics(run_dir, "epoch")
     assert [s["step"] for s in steps] == [1, 2, 3]

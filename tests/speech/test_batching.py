@@ -472,6 +472,6 @@ def test_workers_outlive_an_interrupt(many):
     loader = make(many, 2)
     batches = iter(loader)
     first = next(batches)
-    for worker in batches._workers:
+    for worker in batches._batches._workers:
         os.kill(worker.pid, signal.SIGINT)
     assert len([first, *batches]) == 6
