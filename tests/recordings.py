@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 
 import numpy as np
-import pytest
 import soundfile
 
 from fastguard.speech.corpora import CorpusError, load_corpus
@@ -40,6 +39,8 @@ def asterisk_or_skip():
     try:
         return load_corpus("asterisk", max_output_length=lambda seconds: int(25 * seconds))
     except CorpusError as error:
+        import pytest  # python -m tests.soak does without
+
         pytest.skip(f"asterisk packages are absent: {error}")
 
 
