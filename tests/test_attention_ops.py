@@ -524,6 +524,22 @@ def test_an_empty_batch():
 X = torch.zeros(2, 4, 3, 8)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("scale", [1e4, 1e7, 1e9, 1e30])
+def test_logits_of_any_finite_size(dtype, scale):
+    """With a product that is rounded once less, the largest logit of 2e9 lies 100 above itself."""
+    generator = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(2, 2, 40, 8, generator=generator).to(dtype) for _ in range(3)]
+    inputs = [x.requires_grad_() for x in inputs]
+    output = clamped_attention(*inputs, scale=scale, clamp=None)
+    grads = torch.autograd.grad(output.sum(), inputs)
+    largest = (inputs[0].double() @ inputs[1].double().mT).argmax(-1)  # far above the second
+    expected = inputs[2].gather(2, largest.unsqueeze(-1).expand(-1, -1, -1, 8))
+    clear = (output - expected).abs().amax(-1) < 1e-2
+    assert output.isfinite().all() and clear.float().mean() > 0.9
+    assert all(grad.isfinite().all() for grad in grads)
+
+
 @pytest.mark.parametrize(
     ("args", "options", "message"),
     [

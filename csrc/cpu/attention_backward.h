@@ -236,7 +236,8 @@ class AttentionBackward {
     const V rescale = V::all(p_.seed == nullptr ? T{1} : rescale_of<T>(dropout_));
     for (int64_t j = 0; j < panel.columns; j += V::lanes) {
       const Bits shown = static_cast<Bits>(bits >> j), here = static_cast<Bits>(kept >> j);
-      const V weight = select(shown, exp(fma(V::load(x + j), scale, origin)), zero);
+      // Rounded before the difference, as in the forward pass: exp may get nothing far above 0.
+      const V weight = select(shown, exp(V::load(x + j) * scale + origin), zero);
       const V back = select(here, V::load(grad + j) * rescale, zero);
       V derived = weight * (back - delta);
       if (capped) {
