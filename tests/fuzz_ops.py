@@ -44,6 +44,7 @@ class Draw:
         self.memory = memory
         #: Of the arguments: what keeps them from being compared with the reference.
         self.odd = set()
+        self.mistyped = False  # torch refuses such a call, and prints what it was given
 
     def chance(self, p: float) -> bool:
         return self.rng.random() < p
@@ -236,7 +237,7 @@ class Draw:
             with contextlib.suppress(RuntimeError, NotImplementedError):  # no such change of it
                 holder[key] = self.pick(wrong)(given, args)
             if self.chance(0.03):
-                holder[key] = None
+                holder[key], self.mistyped = None, True
         elif isinstance(given, list):
             change = self.pick(["shorter", "longer", "empty"])
             holder[key] = {"shorter": given[:-1], "longer": given + given[:1], "empty": []}[change]
@@ -246,8 +247,10 @@ class Draw:
             holder[key] = not given
         elif isinstance(given, int):
             holder[key] = self.pick([*INTEGERS, 2**63, 2**70])
+            self.mistyped |= holder[key] >= 2**63
         elif isinstance(given, float):
             holder[key] = self.pick([*NUMBERS, "1", None])
+            self.mistyped |= not isinstance(holder[key], float)
 
     def _dtype(self, given, args):
         dtypes = [*ops.FLOATING_DTYPES, I64, torch.int32, torch.bool, torch.float8_e5m2]
@@ -270,7 +273,7 @@ class Draw:
         return room
 
     def _freed(self, given, args):
-        if given.numel() == 0:
+        if given.numel() == 0 or self.mistyped:
             return given
         self.odd.add("freed")
         freed = given.clone()
