@@ -195,7 +195,12 @@ def _check_place(state: dict, batches: int) -> None:
 
 def _check_random(state: dict) -> None:
     """Load it into generators that nobody draws from."""
-    random.Random().setstate(state["python"])
+    python = state["python"]
+    if not isinstance(python, tuple | list) or len(python) != 3:
+        raise ValueError(f"python's is {shown(python)}, and not a version, numbers and a rest")
+    random.Random().setstate(python)
+    if not isinstance(state["numpy"], tuple | list):
+        raise ValueError(f"numpy's is {shown(state['numpy'])}")
     name, keys, position, has_gauss, gauss = state["numpy"]
     if not isinstance(keys, Tensor) or type(position) is not int or not 0 <= position <= 624:
         raise ValueError("numpy's has no place between 0 and 624")  # numpy would read beyond it
