@@ -178,7 +178,7 @@ def _check_ranks(state: dict) -> None:
         _check_dict("random", numbers)
         try:
             _check_random(numbers)
-        except (OverflowError, RuntimeError, TypeError, ValueError) as error:
+        except (IndexError, OverflowError, RuntimeError, TypeError, ValueError) as error:
             raise ValueError(f"random: it is no state of a generator: {error}") from error
 
 
@@ -202,7 +202,9 @@ def _check_random(state: dict) -> None:
     if not isinstance(state["numpy"], tuple | list):
         raise ValueError(f"numpy's is {shown(state['numpy'])}")
     name, keys, position, has_gauss, gauss = state["numpy"]
-    if not isinstance(keys, Tensor) or type(position) is not int or not 0 <= position <= 624:
+    if not isinstance(keys, Tensor) or keys.shape != (624,):
+        raise ValueError(f"numpy's has no 624 numbers, but {shown(keys)}")
+    if type(position) is not int or not 0 <= position <= 624:
         raise ValueError("numpy's has no place between 0 and 624")  # numpy would read beyond it
     numpy.random.RandomState().set_state(
         (name, keys.numpy().astype("uint32"), position, has_gauss, gauss)

@@ -122,6 +122,8 @@ NAN = torch.tensor([math.nan, 1.0])
         (put("random", 0, "python", []), "no state of a generator: python's is a list"),
         (put("random", 0, "python", {}), "no state of a generator: python's is a dict"),
         (put("random", 0, "numpy", {}), "no state of a generator: numpy's is a dict"),
+        (put("random", 0, "numpy", ("MT19937", torch.ones(2), 1, 0, 0.0)), "numpy's has no 624"),
+        (put("random", 0, "numpy", ("MT19937", [1] * 624, 1, 0, 0.0)), "numpy's has no 624"),
         (put("random", 0, "numpy", None), "no state of a generator: numpy's is None"),
         (put("random", 0, "numpy", ("MT19937", torch.ones(624), 10**6, 0, 0.0)), "0 and 624"),
         (put("random", 0, "torch", torch.ones(5)), "random: it is no state of a generator"),
