@@ -8,6 +8,7 @@ sizes, though, and compares no checksums: a compressed archive fills the memory,
 import collections
 import math
 import pickle
+import typing
 import zipfile
 from typing import Any, BinaryIO
 
@@ -70,9 +71,20 @@ def _check_tensors(archive: zipfile.ZipFile) -> None:
         _Sizes(file, sizes, f"{folder}data/").load()
 
 
-class _Sizes(pickle.Unpickler):
+class _Sizes(pickle._Unpickler):
     """Goes through a pickle as torch.load will, and builds no tensor: it compares what each would
-    take with what is there."""
+    take with what is there.
+
+    The unpickler in C makes a table as long as the largest number that a pickle gives a value, up
+    to 64 GB. This one, as torch.load's, is in Python and has a dict. It would make a bytearray of
+    any length, which torch.load refuses.
+    """
+
+    dispatch: typing.ClassVar[dict] = {
+        opcode: load
+        for opcode, load in pickle._Unpickler.dispatch.items()
+        if opcode != pickle.BYTEARRAY8[0]
+    }
 
     def __init__(self, file: BinaryIO, sizes: dict[str, int], folder: str):
         super().__init__(file)

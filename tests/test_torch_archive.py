@@ -3,13 +3,18 @@
 import io
 import pickle
 import re
+import subprocess
+import sys
 import zipfile
+from pathlib import Path
 
 import pytest
 import torch
 
 from fastguard import checkpoint, torch_archive
 from fastguard.checkpoint import CheckpointError
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture
@@ -101,6 +106,34 @@ def test_a_tensor_is_dense_and_no_larger_than_its_record(whole, old, new, reason
 
 def test_a_pickle_without_end_is_refused(whole):
     refused(rewritten(whole, pickled=lambda content: b"]" * (33 << 20)), "what is no tensor in it")
+
+
+@pytest.mark.parametrize(
+    "claim",
+    [
+        b"r" + (1 << 27).to_bytes(4, "little"),  # this value's number in the table of values
+        b"B" + (1 << 31).to_bytes(4, "little"),  # bytes that follow
+        b"\x96" + (1 << 31).to_bytes(8, "little"),
+        b"\x8b" + ((1 << 31) - 1).to_bytes(4, "little"),
+    ],
+    ids=["memo", "bytes", "bytearray", "integer"],
+)
+def test_a_number_in_a_pickle_takes_no_memory(whole, claim):
+    path = rewritten(whole, pickled=lambda content: b"\x80\x02]" + claim + content[2:])
+    command = (
+        "import resource, sys\n"
+        "from pathlib import Path\n"
+        "from fastguard import checkpoint\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "try:\n    checkpoint.load(Path(sys.argv[1]))\n"
+        "except checkpoint.CheckpointError as error:\n    print(error, file=sys.stderr)\n"
+        "print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) >> 10)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", command, path], capture_output=True, text=True, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < 100  # MiB
 
 
 @pytest.mark.parametrize(
