@@ -47,6 +47,13 @@ def examine(file: BinaryIO) -> Extent | None:
 
     Raises Incomplete where samples are missing, or would be passed over.
     """
+    try:
+        return _examine(file)
+    except (IndexError, struct.error) as error:  # of a header that ends too early
+        raise Incomplete(f"damaged: its header cannot be read ({error})") from None
+
+
+def _examine(file: BinaryIO) -> Extent | None:
     start = _skip_id3(file, 0)
     head = _at(file, start, 16)
     size = file.seek(0, io.SEEK_END)
@@ -387,8 +394,8 @@ def _mpeg(file: BinaryIO, start: int, size: int) -> Extent | None:
     first = _frame(_at(file, start, 4))
     content = _at(file, start, first.size)
     tag = content[first.xing : first.xing + 12]
-    tagged = tag[:4] in (b"Xing", b"Info")
-    vbri = content[36:40] == b"VBRI"
+    tagged = len(tag) == 12 and tag[:4] in (b"Xing", b"Info")
+    vbri = len(content) >= 36 + 18 and content[36:40] == b"VBRI"
     begin = start + first.size if tagged or vbri else start
     count = _count(file, begin, first, size, tells_length=tagged or vbri)
     # A tag is a frame too, in which no sound is.

@@ -1,5 +1,6 @@
 """No part of a recording is lost unnoticed: it is read in full, or a line says what is missing."""
 
+import contextlib
 import io
 import logging
 import struct
@@ -9,6 +10,7 @@ import pytest
 import soundfile
 import torch
 
+from fastguard.speech import containers
 from fastguard.speech.audio import AudioError, header_duration, open_recording, read_mono
 from fastguard.speech.containers import Extent, examine
 from tests.recordings import without_xing
@@ -71,6 +73,27 @@ def test_what_is_torn_is_named(whole, read, suffix, part):
     reason = r"(cut off|damaged|unreadable audio): '.*a\.\w+': .*ffmpeg"
     with pytest.raises(AudioError, match=reason):
         read(torn, suffix)
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_a_file_that_ends_in_its_header_raises_nothing_else(whole, suffix):
+    for size in range(700):
+        with contextlib.suppress(containers.Incomplete):
+            containers._examine(io.BytesIO(whole[suffix][:size]))
+
+
+def test_an_mp3_that_ends_in_the_tag_of_its_first_frame_has_no_tag():
+    """The rest of what test_reader_fuzz.py once found: a frame of 17 bytes with a Xing tag."""
+    frame = bytes.fromhex("ffe310c4") + bytes(9) + b"Xing"
+    for size in range(len(frame) + 1):
+        with contextlib.suppress(containers.Incomplete):
+            containers._examine(io.BytesIO(frame[:size]))
+
+
+def test_a_header_that_is_too_short_for_a_parser_makes_the_file_damaged(whole, monkeypatch):
+    monkeypatch.setattr(containers, "_flac", lambda *_: struct.unpack("<I", b"ab"))
+    with pytest.raises(containers.Incomplete, match="damaged: its header cannot be read"):
+        examine(io.BytesIO(whole["flac"]))
 
 
 @pytest.mark.parametrize("suffix", [*LOSSY, "flac"])
