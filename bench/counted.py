@@ -13,9 +13,9 @@ import torch
 from fastguard import ops
 from fastguard._extras import MissingExtra
 from fastguard._timing import table
-from fastguard.decision import fresh_statistics
+from fastguard.guard.statistics import fresh_statistics
+from fastguard.guard.tensor_norms import unseen
 from fastguard.speech.models import build_model
-from fastguard.tensor_norms import unseen
 from fastguard.thresholds import Fixed
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))

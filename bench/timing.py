@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from fastguard import files
+from fastguard._io import files
 from fastguard._timing import in_turns, synchronize, table
 from fastguard.env import processor
 

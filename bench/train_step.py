@@ -38,9 +38,9 @@ from timing import arguments, interleaved, print_machine, table, write_json
 from torch import Tensor, nn
 
 import fastguard
-from fastguard.speech.loss import ctc_loss
 from fastguard.speech.models import build_model
 from fastguard.speech.models.ctc import CTCModel
+from fastguard.speech.training.loss import ctc_loss
 
 SYMBOLS = 29
 FRAMES_A_SECOND, SYMBOLS_A_SECOND = 100, 12

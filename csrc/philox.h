@@ -1,6 +1,6 @@
 // Which attention weights dropout keeps: a function of the seed and of the weight's place alone, so
 // that CPU, GPU, forward and backward agree whatever their tiles. Reference: dropout_keep_ref in
-// fastguard/attention_ops.py.
+// fastguard/ops/attention.py.
 //
 // Philox4x32 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"), of 7 rounds, the
 // fewest that pass their BigCrush. A call gives 8 numbers of 16 bits, laid out for the accumulators

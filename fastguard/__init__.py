@@ -1,17 +1,17 @@
 """fastguard: make a PyTorch training step survive a gradient explosion at almost no cost."""
 
 from .attention import clamped_attention
-from .bad_steps import GradientExplosionError
+from .attention.module import ClampedMultiheadAttention
+from .attention.replacement import Replacement, replace_attention_, unused_attention
 from .clip import clip_grad_norm_, clip_grads_with_norm_, get_total_norm
 from .diagnose import Diagnosis, diagnose
 from .guard import GradGuard
-from .init import stable_init_
-from .multihead import ClampedMultiheadAttention
+from .guard.report import StepReport
+from .guard.report_files import GradientExplosionError
+from .guard.rollback import Rollback
 from .ops import Verdict
 from .optim import Adam, AdamW
-from .replacement import Replacement, replace_attention_, unused_attention
-from .rollback import Rollback
-from .step_report import StepReport
+from .stable_init import stable_init_
 
 __all__ = [
     "Adam",

@@ -4,7 +4,7 @@ import difflib
 import runpy
 import sys
 
-from . import terminal
+from ._io import terminal
 
 COMMANDS = {
     "train": "train a CTC speech model; its settings are listed by train --help",

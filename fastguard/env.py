@@ -9,7 +9,9 @@ from pathlib import Path
 
 import torch
 
-from . import _native, ops, terminal
+from . import ops
+from ._io import terminal
+from .ops import _library
 
 
 def describe() -> dict[str, str]:
@@ -21,14 +23,14 @@ def describe() -> dict[str, str]:
         "torch built against": f"{cpu['torch']} (Stable ABI, target 2.11)" if cpu else "-",
         "CPU kernels": f"built by {cpu['compiler']}"
         if cpu
-        else f"not in use: {_native.cpu_problem}",
+        else f"not in use: {_library.cpu_problem}",
         "instruction sets compiled": cpu.get("compiled", "-"),
         "instruction set chosen": cpu.get("chosen", "-"),
         "threads": f"{torch.get_num_threads()} of {os.cpu_count()} processors",
         "CUDA kernels": (
             f"sm {cuda['archs']}, nvcc {cuda['toolkit']}"
             if cuda
-            else f"not in use: {_native.cuda_problem}"
+            else f"not in use: {_library.cuda_problem}"
         ),
         "CUDA devices": ", ".join(
             torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())

@@ -15,13 +15,13 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(autouse=True)
 def _logs_reach_caplog():
-    """A command that ran earlier in this process has turned that off (fastguard.metrics.log_to)."""
+    """A command that ran earlier in this process has turned that off (metrics.log_to)."""
     logging.getLogger("fastguard").propagate = True
 
 
 @pytest.fixture(scope="session")
 def trained_run(tmp_path_factory):
     """The folder of a run in which the baseline learnt eight real prompts by heart."""
-    from .recordings import prompts_by_heart  # the guard's tests do without what it imports
+    from tests.recordings import prompts_by_heart  # the guard's tests do without what it imports
 
     return prompts_by_heart(tmp_path_factory.mktemp("prompts"))

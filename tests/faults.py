@@ -10,10 +10,11 @@ import os
 import signal
 import sys
 
-from fastguard import checkpoint, train
-from fastguard.parallel import leave
-from fastguard.speech import batching
-from fastguard.trainer import Trainer
+from fastguard.speech.cli import train
+from fastguard.speech.data import batching
+from fastguard.speech.storage import checkpoint
+from fastguard.speech.training.parallel import leave
+from fastguard.speech.training.trainer import Trainer
 
 WHERE = {
     "load": (batching, "load_audio"),

@@ -23,9 +23,9 @@ from pathlib import Path
 
 import torch
 
-from fastguard import attention_ops, ops
-
-from .guard_pages import Guarded, Plain
+from fastguard import ops
+from fastguard.ops import attention as attention_ops
+from tests.guard_pages import Guarded, Plain
 
 ROOT = Path(__file__).resolve().parent.parent
 F64, I64 = torch.float64, torch.int64

@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import soundfile
 
-from fastguard.speech.corpora import CorpusError, load_corpus
-from fastguard.train import main
+from fastguard.speech.cli.train import main
+from fastguard.speech.data.corpora import CorpusError, load_corpus
 
 
 def write_manifest(path: Path, rows: list[dict]) -> str:

@@ -26,12 +26,11 @@ from pathlib import Path
 import numpy
 import soundfile
 
-from fastguard import train
-from fastguard.parallel import leave
-from fastguard.speech.batching import SpeechDataset
-from fastguard.speech.readers import Rejected
-
-from .recordings import write_manifest
+from fastguard.speech.cli import train
+from fastguard.speech.data.batching import SpeechDataset
+from fastguard.speech.data.readers import Rejected
+from fastguard.speech.training.parallel import leave
+from tests.recordings import write_manifest
 
 REPOSITORY = Path(__file__).parent.parent
 OPTIONS = [

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 import fastguard
-from fastguard import _native, env, ops
+from fastguard import env, ops
+from fastguard.ops import _library
 
 ROOT = Path(__file__).parent.parent
 
@@ -80,7 +81,7 @@ def test_the_package_of_this_environment_has_its_kernels():
     """A broken build would leave the references in use and every other test green."""
     if shutil.which("g++") is None:
         pytest.skip("no compiler on this machine")
-    assert _native.cpu_problem is None
+    assert _library.cpu_problem is None
     assert ops.cpu_info()["compiled"].split()[0] == "default"
 
 
@@ -90,7 +91,7 @@ def test_the_cuda_library_loads_without_a_gpu():
         pytest.skip("no nvcc on this machine")
     if torch.version.cuda is None:
         pytest.skip("this torch has no CUDA")
-    assert _native.cuda_problem is None
+    assert _library.cuda_problem is None
     assert ops.cuda_info()["archs"] == "80 90 100 120 PTX"
     library = Path(fastguard.__file__).with_name("_cuda.so")
     needed = run("readelf", "-d", library).stdout
@@ -213,8 +214,8 @@ def test_native_code_under_sanitizers(tmp_path):
          # Without the CUDA kernels on the executor: it switches stacks, and is not sanitized.
          "-k", "not opcheck and not cuda and not lanes and not warps and not random and not 1e-06 "
          "and not instruction_set and not rows_times and not compiles",
-         "tests/test_ops.py", "tests/test_guard_ops.py", "tests/test_clip.py",
-         "tests/test_optim.py", "tests/test_attention_ops.py", "tests/test_fuzz_ops.py"],
+         "tests/ops/test_ops.py", "tests/ops/test_guard_ops.py", "tests/test_clip.py",
+         "tests/optim/test_adam.py", "tests/ops/test_attention.py", "tests/test_fuzz_ops.py"],
         cwd=folder, capture_output=True, text=True, env=environment,
     )  # fmt: skip
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]

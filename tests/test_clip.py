@@ -11,8 +11,7 @@ from torch import nn
 
 import fastguard
 from fastguard import clip
-
-from .drawn import DTYPES, gradients
+from tests.drawn import DTYPES, gradients
 
 
 def parameters_with(grads):

@@ -7,8 +7,8 @@ import sys
 import pytest
 import torch
 
-from fastguard import failures
 from fastguard._command import exit_status
+from fastguard._io import failures
 
 
 def fail(error):

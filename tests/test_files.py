@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from fastguard import files
+from fastguard._io import files
 
 
 @pytest.fixture
@@ -128,7 +128,7 @@ def test_an_output_is_made_with_the_permissions_of_the_umask(tmp_path):
 
 
 def test_what_a_killed_process_was_writing_is_found_again(tmp_path):
-    code = "import sys, os, pathlib, fastguard.files as f\n"
+    code = "import sys, os, pathlib, fastguard._io.files as f\n"
     code += "with f.replacing(pathlib.Path('a')): os.kill(os.getpid(), 9)"
     subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": _root()})
     (tmp_path / "mine.tmp").touch()

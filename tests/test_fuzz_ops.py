@@ -5,11 +5,11 @@ import sys
 import pytest
 import torch
 
-from fastguard import attention_ops, ops
+from fastguard import ops
+from fastguard.ops import attention as attention_ops
 from fastguard.thresholds import Fixed
-
-from .test_guard_ops import APPLY, SKIP, double, fresh
-from .test_ops import needs_kernel
+from tests.ops.test_guard_ops import APPLY, SKIP, double, fresh
+from tests.ops.test_ops import needs_kernel
 
 pytestmark = needs_kernel
 half = double(0.5)
@@ -19,7 +19,7 @@ half = double(0.5)
 @pytest.mark.skipif(sys.platform != "linux", reason="guard pages are made by Linux's mmap")
 def test_drawn_arguments_are_refused_or_served_as_by_the_reference():
     """`python -m tests.fuzz_ops --seconds N --seed S` runs longer."""
-    from .fuzz_ops import REFERENCES, fuzz
+    from tests.fuzz_ops import REFERENCES, fuzz
 
     counts, failures = fuzz(60, 0)
     assert failures == []

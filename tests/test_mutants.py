@@ -4,8 +4,8 @@ import ast
 
 import pytest
 
-from .mutants import cpp, python
-from .mutants.__main__ import ROOT, TESTS
+from tests.mutants import cpp, python
+from tests.mutants.__main__ import ROOT, TESTS
 
 SOURCE = '''
 def f(a, b, *, c: int = 2):

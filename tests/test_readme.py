@@ -11,9 +11,8 @@ from torch import nn
 
 import fastguard
 from fastguard import GradGuard, GradientExplosionError, thresholds
-
-from .test_clip import assert_same_bits
-from .test_guard import everything
+from tests.guard.test_grad_guard import everything
+from tests.test_clip import assert_same_bits
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 SECTION = README[README.index("## The guard\n") : README.index("## The guard in other loops")]

@@ -12,10 +12,11 @@ import pytest
 import torch
 
 from fastguard._extras import MissingExtra
-from tests import sass
 from tests.sass import cuobjdump
 from tests.sass.__main__ import report
 from tests.sass.loop import innermost_loops
+
+from . import sass
 
 ARCHS = ("80", "90", "100", "120")
 

@@ -1,4 +1,4 @@
-// attention and attention_backward. References: fastguard/attention_ops.py. What runs on a row of the
+// attention and attention_backward. References: fastguard/ops/attention.py. What runs on a row of the
 // query does not depend on how rows are cut into tasks, and how keys are cut depends on shapes alone:
 // results are the same for any number of threads.
 

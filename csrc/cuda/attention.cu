@@ -1,5 +1,5 @@
 // attention and attention_backward on CUDA, of bfloat16, float16 and float32 up to 128 columns: the
-// rest is for fastguard/attention_ops.py to send elsewhere.
+// rest is for fastguard/ops/attention.py to send elsewhere.
 #include "cuda/attention_backward.cuh"
 #include "cuda/attention_forward.cuh"
 
@@ -112,7 +112,7 @@ Attention attention_of(
           value.size(3) <= most_kernel_width,
       "attention: CUDA's kernels take float32, bfloat16 and float16 and head dims up to ",
       most_kernel_width,
-      "; fastguard.attention_ops.attention takes the others");
+      "; fastguard.ops.attention.attention takes the others");
   const bool drops = options.dropout_p > 0.0;
   return {
       static_cast<int>(sizes.heads),

@@ -1,5 +1,5 @@
 // What attention's kernels are given, and what they do to a tile of logits: scale and softcap, masks,
-// dropout. Reference: attention_ref in fastguard/attention_ops.py.
+// dropout. Reference: attention_ref in fastguard/ops/attention.py.
 //
 // A tile is in the layout of mma's results: with g = lane / 4 and t = lane % 4, element [m][i][j] is
 // that of row 16 m + g + 8 (j / 2) and column 8 i + 2 t + j % 2. Where `keys_are_rows`, rows are

@@ -1,4 +1,4 @@
-// guard_decide_ and decide. References: guard_decide_ref_ and decide_ref in fastguard/ops.py.
+// guard_decide_ and decide. References: guard_decide_ref_ and decide_ref in fastguard/ops/operators.py.
 #pragma once
 
 #include "cuda/judge.cuh"

@@ -1,4 +1,4 @@
-// scale_. Reference: scale_ref_ in fastguard/ops.py.
+// scale_. Reference: scale_ref_ in fastguard/ops/operators.py.
 #pragma once
 
 #include "cuda/times.cuh"

@@ -4,6 +4,6 @@ It is a package so that both can be: it is imported, and overwritten by the func
 can import it, and what `-m` runs is its ``__main__``.
 """
 
-from fastguard.diagnosis import Diagnosis, diagnose
+from .diagnosis import Diagnosis, diagnose
 
 __all__ = ["Diagnosis", "diagnose"]

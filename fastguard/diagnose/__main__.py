@@ -13,17 +13,19 @@ import soundfile
 import torch
 from tqdm import tqdm
 
-from fastguard import checkpoint, files, terminal
 from fastguard._command import exit_status
-from fastguard.diagnosis import Diagnosis, Finding, diagnose
-from fastguard.precision import AUTOCAST, autocast
-from fastguard.recognizer import Recognizer
-from fastguard.speech.batching import Batch, Item, collate
-from fastguard.speech.corpora import read_rows
-from fastguard.speech.features import load_audio, one_thread
-from fastguard.speech.loss import ctc_loss
-from fastguard.speech.problems import ctc_problems, recording_problems
-from fastguard.speech.readers import CorpusError, Row
+from fastguard._io import files, terminal
+from fastguard.speech.data.batching import Batch, Item, collate
+from fastguard.speech.data.corpora import read_rows
+from fastguard.speech.data.features import load_audio, one_thread
+from fastguard.speech.data.problems import ctc_problems, recording_problems
+from fastguard.speech.data.readers import CorpusError, Row
+from fastguard.speech.recognition.recognizer import Recognizer
+from fastguard.speech.storage import checkpoint
+from fastguard.speech.training.loss import ctc_loss
+from fastguard.speech.training.precision import AUTOCAST, autocast
+
+from .diagnosis import Diagnosis, Finding, diagnose
 
 _EXAMPLE = """examples:
   python -m fastguard.diagnose runs/my --report runs/my/bad_step_000123.json

@@ -1,6 +1,6 @@
 """What the integrations log."""
 
-from fastguard.step_report import StepReport
+from fastguard.guard.report import StepReport
 
 
 def logged(report: StepReport) -> dict[str, float]:

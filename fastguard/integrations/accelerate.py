@@ -15,8 +15,8 @@ from torch import nn
 
 from fastguard import GradGuard
 from fastguard._extras import require
-from fastguard.apply import unwrapped
-from fastguard.attached import link_of
+from fastguard.guard.attached import link_of
+from fastguard.guard.update import unwrapped
 
 from ._logged import logged
 

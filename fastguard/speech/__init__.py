@@ -1,0 +1,1 @@
+"""A CTC speech trainer, whose models, recipes and reports are here."""

@@ -55,7 +55,7 @@ def test_what_it_logs(tmp_path):
 
 def test_a_warning_names_lightnings_batch(caplog):
     fit(batches(4, {1: "NaN gradient"}), max_epochs=2)
-    found = [r.message for r in caplog.records if r.name == "fastguard.bad_steps"]
+    found = [r.message for r in caplog.records if r.name == "fastguard.guard.report_files"]
     assert ["batch 1 of epoch 0" in found[0], "batch 1 of epoch 1" in found[1]] == [True, True]
 
 

@@ -5,15 +5,7 @@ import functools
 import pytest
 import torch
 
-from .runs import (
-    FAULTS,
-    OPTIMIZERS,
-    PRECISIONS,
-    TRAINERS,
-    batches,
-    differences,
-    grad_scaler,
-)
+from .runs import FAULTS, OPTIMIZERS, PRECISIONS, TRAINERS, batches, differences, grad_scaler
 
 #: Of each fault: batches, and which of them is bad. A finite spike is an outlier from the 17th on.
 PLACES = dict.fromkeys(FAULTS, (8, 5)) | {"1e30": (22, 19)}
@@ -44,7 +36,7 @@ def test_a_bad_batch_leaves_no_trace(trainer, optimizer, precision, fault, caplo
     scaler = grad_scaler() if precision == "fp16" else None
     data = batches(count, {bad: fault})
     run = TRAINERS[trainer](OPTIMIZERS[optimizer], precision, data, scaler)
-    skips = [r for r in caplog.records if r.name == "fastguard.bad_steps"]
+    skips = [r for r in caplog.records if r.name == "fastguard.guard.report_files"]
     assert len(skips) == 1, skips
     expected = without_the_bad_batch(trainer, optimizer, precision, count, bad)
     assert differences(run.everything(), expected) == []

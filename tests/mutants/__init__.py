@@ -1,7 +1,7 @@
 """Mutation testing: small faults put into the guard's code, each of which a test has to see.
 
     python -m tests.mutants                            ten mutants of every file
-    python -m tests.mutants fastguard/optim.py --sample 40 --seed 3
+    python -m tests.mutants fastguard/optim/adam.py --sample 40 --seed 3
 
 A mutant that no test sees is printed with its line: either it changes nothing (an equivalent
 mutant), or a test is missing. Written here rather than taken from mutmut or cosmic-ray, which

@@ -21,34 +21,55 @@ from . import Mutant, cpp, python
 ROOT = Path(__file__).resolve().parents[2]
 #: The tests that have to see a mutant of each file; the quickest first.
 TESTS = {
-    "fastguard/guard.py": "guard attached outliers rollback accumulate step_warnings parameters "
-    "buffers scale_search guard_sharded",
-    "fastguard/apply.py": "apply attached peers",
-    "fastguard/attached.py": "attached",
-    "fastguard/grad_scaler.py": "grad_scaler attached scale_search accumulate apply",
-    "fastguard/optim.py": "optimizer_checks optim_torch optim",
-    "fastguard/optimizer_checks.py": "optimizer_checks apply",
-    "fastguard/accumulate.py": "accumulate guard_sharded",
-    "fastguard/buffers.py": "buffers rollback",
-    "fastguard/rollback.py": "rollback",
-    "fastguard/sharded.py": "guard_sharded",
-    "fastguard/parameters.py": "parameters guard apply",
+    "fastguard/guard/grad_guard.py": (
+        "guard/grad_guard guard/attached guard/outliers guard/rollback guard/accumulation "
+        "guard/step_warnings guard/parameters guard/buffers guard/scale_search "
+        "guard/distributed"
+    ),
+    "fastguard/guard/update.py": "guard/update guard/attached guard/peers",
+    "fastguard/guard/attached.py": "guard/attached",
+    "fastguard/guard/grad_scaler.py": (
+        "guard/grad_scaler guard/attached guard/scale_search guard/accumulation guard/update"
+    ),
+    "fastguard/optim/adam.py": "optim/checks optim/adam_torch optim/adam",
+    "fastguard/optim/checks.py": "optim/checks guard/update",
+    "fastguard/guard/accumulation.py": "guard/accumulation guard/distributed",
+    "fastguard/guard/buffers.py": "guard/buffers guard/rollback",
+    "fastguard/guard/rollback.py": "guard/rollback",
+    "fastguard/guard/distributed.py": "guard/distributed",
+    "fastguard/guard/parameters.py": "guard/parameters guard/grad_guard guard/update",
     "fastguard/clip.py": "clip clip_distributed",
-    "fastguard/budget.py": "budget guard",
-    "fastguard/step_report.py": "step_report scale_search guard",
-    "fastguard/bad_steps.py": "step_report scale_search guard outliers",
-    "fastguard/step_warnings.py": "step_warnings",
-    "fastguard/scale_search.py": "scale_search",
-    "fastguard/on_skip.py": "on_skip",
-    "fastguard/tensor_norms.py": "tensor_norms outliers guard",
-    "fastguard/lr_scheduler.py": "attached",
-    "fastguard/wrappers.py": "wrappers parameters",
-    "fastguard/thresholds.py": "guard outliers guard_ops",
-    "fastguard/decision.py": "outliers guard scale_search step_warnings accumulate",
-    "csrc/decide.h": "outliers guard guard_ops",
+    "fastguard/guard/budget.py": "guard/budget guard/grad_guard",
+    "fastguard/guard/report.py": "guard/report guard/scale_search guard/grad_guard",
+    "fastguard/guard/report_files.py": (
+        "guard/report guard/scale_search guard/grad_guard guard/outliers"
+    ),
+    "fastguard/guard/step_warnings.py": "guard/step_warnings",
+    "fastguard/guard/scale_search.py": "guard/scale_search",
+    "fastguard/guard/on_skip.py": "guard/on_skip",
+    "fastguard/guard/tensor_norms.py": "guard/tensor_norms guard/outliers guard/grad_guard",
+    "fastguard/guard/lr_scheduler.py": "guard/attached",
+    "fastguard/guard/module_names.py": "guard/module_names guard/parameters",
+    "fastguard/thresholds.py": "guard/grad_guard guard/outliers ops/guard_ops",
+    "fastguard/guard/statistics.py": (
+        "guard/outliers guard/grad_guard guard/scale_search guard/step_warnings guard/accumulation"
+    ),
+    "csrc/decide.h": "guard/outliers guard/grad_guard ops/guard_ops",
 }
 _FAILED = 70  # the status of a child that never came to run the tests
 _DEVICES = ("cuda kernel", "warps one by one", "at random")  # the executor's, of tests/simt
+
+
+def tests_of(file: str) -> list[str]:
+    """For "guard/report": tests/guard/test_report.py, and what was split off (test_report_*.py)."""
+    found = []
+    for name in TESTS[file].split():
+        folder, _, stem = name.rpartition("/")
+        files = sorted((ROOT / "tests" / folder).glob(f"test_{stem}*.py"))
+        if not files:
+            raise SystemExit(f"error: no tests/{folder}/test_{stem}*.py; mend TESTS")
+        found += [str(path.relative_to(ROOT)) for path in files]
+    return list(dict.fromkeys(found))
 
 
 class NoDevices:
@@ -95,7 +116,7 @@ def sample(file: str, source: str, count: int, seed: str) -> list[Mutant]:
 
 def run_file(tree: Path, file: str, drawn: list[Mutant]) -> tuple[int, list[Mutant]]:
     """How many mutants of the file its tests saw, and those that they did not."""
-    place, tests = tree / file, [f"tests/test_{name}.py" for name in TESTS[file].split()]
+    place, tests = tree / file, tests_of(file)
     original = place.read_text(encoding="utf-8")
     library = cpp.CpuLibrary(tree, file) if file.endswith(".h") else None
     start = time.monotonic()

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tests.simt.build import NoCompiler, load
+from .build import NoCompiler, load
 
 __all__ = ["Error", "Launched", "NoCompiler", "Options", "Report", "Site", "load", "placed"]
 

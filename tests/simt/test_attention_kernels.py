@@ -9,11 +9,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastguard.attention_ops import attention_backward_ref, attention_ref
+from fastguard.ops.attention import attention_backward_ref, attention_ref
 from tests import simt
-from tests.simt.build import ROOT
-from tests.simt.kernels.attention import AttentionDevice
-from tests.simt.test_kernels import bits, same
+
+from .build import ROOT
+from .kernels.attention import AttentionDevice
+from .test_kernels import bits, same
 
 INF, NAN = math.inf, math.nan
 BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64

@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests import simt
-from tests.simt.build import ROOT
+
+from .build import ROOT
 
 SCHEDULES = [
     (schedule, seed)

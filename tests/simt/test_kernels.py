@@ -1,7 +1,6 @@
 """What the executor says of fastguard's CUDA kernels beside their results.
 
-Their results are compared where those of the CPU's are: tests/test_ops.py, tests/test_guard_ops.py,
-tests/test_optim.py.
+Their results are compared where those of the CPU's are: in tests/ops and tests/optim.
 """
 
 import itertools
@@ -13,9 +12,10 @@ import torch
 
 from fastguard import ops
 from fastguard.thresholds import AdaGC, AutoClip
-from tests.simt import Error
-from tests.simt.build import ROOT
-from tests.simt.kernels.ops import Device
+
+from . import Error
+from .build import ROOT
+from .kernels.ops import Device
 
 F64 = torch.float64
 OPTIONS = (1e-2, 0.9, 0.98, 0.1, 1e-8, True)

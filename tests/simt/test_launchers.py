@@ -11,7 +11,8 @@ import sys
 import pytest
 
 from tests import simt
-from tests.simt import launchers
+
+from . import launchers
 
 GUARDS = [
     *("ops", "guard_ops", "optim", "guard", "clip", "apply", "accumulate", "buffers"),

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from tests import simt
-from tests.simt.build import ROOT
+
+from .build import ROOT
 
 SCHEDULES = [
     (schedule, seed) for schedule in ("round_robin", "greedy", "random") for seed in (0, 7)

@@ -6,8 +6,8 @@ from dataclasses import fields
 
 from torch import nn
 
-from fastguard.speech.models.baseline import Baseline, BaselineConfig
-from fastguard.speech.models.teacher import Teacher, TeacherConfig
+from .baseline import Baseline, BaselineConfig
+from .teacher import Teacher, TeacherConfig
 
 __all__ = ["MODELS", "build_model", "count_weight_layers"]
 

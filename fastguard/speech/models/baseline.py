@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastguard.speech.models.ctc import CTCModel
-from fastguard.speech.models.layers import MaskedBatchNorm1d, check_kernel_size
+from .ctc import CTCModel
+from .layers import MaskedBatchNorm1d, check_kernel_size
 
 
 @dataclass(frozen=True)

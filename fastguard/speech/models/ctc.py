@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from fastguard.speech.models.layers import Subsampling, subsampled
+from .layers import Subsampling, subsampled
 
 
 class CTCModel(nn.Module):

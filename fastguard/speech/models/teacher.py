@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastguard.multihead import ClampedMultiheadAttention
-from fastguard.speech.models.ctc import CTCModel
-from fastguard.speech.models.layers import MaskedBatchNorm1d, check_kernel_size
+from fastguard.attention.module import ClampedMultiheadAttention
+
+from .ctc import CTCModel
+from .layers import MaskedBatchNorm1d, check_kernel_size
 
 FRONT_END_TAPS = 5  # 50 ms at a 10 ms hop: phone-sized context is left to the blocks
 

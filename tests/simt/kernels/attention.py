@@ -1,4 +1,4 @@
-"""The operators of fastguard.attention_ops, run by the CUDA kernels on the executor.
+"""The operators of fastguard.ops.attention, run by the CUDA kernels on the executor.
 
 An :class:`AttentionDevice` does what the launcher in csrc/cuda/attention.cu does.
 """
@@ -7,7 +7,7 @@ import functools
 
 import torch
 
-from fastguard.attention_ops import Attention
+from fastguard.ops.attention import Attention
 from tests import simt
 
 NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}

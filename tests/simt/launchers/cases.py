@@ -5,10 +5,12 @@ import threading
 import pytest
 import torch
 
-from fastguard import attention_ops, ops
-from fastguard.tensor_norms import unseen
+from fastguard import ops
+from fastguard.guard.tensor_norms import unseen
+from fastguard.ops import attention as attention_ops
 from fastguard.thresholds import AdaGC, Fixed
-from tests.simt.launchers import SCHEDULES, gpu
+
+from . import SCHEDULES, gpu
 
 BUILD = ["upload_kernel", "expand_plan_kernel"]
 F64 = torch.float64

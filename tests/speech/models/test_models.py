@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from fastguard.init import stable_init_
 from fastguard.speech.models import build_model, count_weight_layers
 from fastguard.speech.models.layers import MaskedBatchNorm1d
+from fastguard.stable_init import stable_init_
 
 N_MELS = 7
 SMALL = {

@@ -1,0 +1,1 @@
+"""How fastguard reads and writes files, and what it shows on terminals and in logs."""

@@ -1,0 +1,370 @@
+"""`nn.MultiheadAttention` with a clamp before the output projection."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch.nn.attention.bias import CausalBias
+
+from .functional import (
+    AttentionStats,
+    check_mask,
+    check_options,
+    clamped_attention,
+    clamped_attention_and_weights,
+    plain_mask,
+)
+from .scripted import ScriptedAttention
+
+
+class ClampedMultiheadAttention(nn.MultiheadAttention):
+    """`nn.MultiheadAttention` whose heads are clamped before the output projection.
+
+    Vaswani et al. 2017 (arXiv 1706.03762), with `clamped_attention` in the middle. It is torch's
+    class with another `forward`: parameters, state dict and initialisation are torch's, and with
+    ``clamp=None`` so are the results, save that a row without a key attends to nothing (torch gives
+    NaN where it returns weights) and that NaN in a padded key or value reaches no output. (It does
+    reach the gradient of the weight that projects it, which multiplies it by zero, as in torch.)
+
+    It always computes what `forward` says: torch's inference fast path, which reads the weights of
+    a module and passes its `forward` by, takes none of this class, nor an
+    `nn.TransformerEncoderLayer` that holds one. For torch.fx it is one module that is called, like
+    torch's. `torch.jit.script` compiles a twin in plain torch.
+
+    Args:
+        embed_dim: C, width of query and output.
+        num_heads: H, must divide `embed_dim`. Heads wider than 256 channels are computed in plain
+            torch.
+        dropout: probability, in [0, 1), of dropping an attention weight in training.
+        bias: whether the four projections have a bias.
+        add_bias_kv: append a learnt key and value to the sequence of keys.
+        add_zero_attn: append a key and a value of zeros.
+        kdim, vdim: width of key and value; None means C.
+        batch_first: (N, T, C) instead of (T, N, C).
+        clamp: bound on the attention output, > 0; None leaves it free.
+        softcap: bound on the logits, > 0, see `clamped_attention`; None leaves them free.
+        record_stats: keep the `AttentionStats` of the last forward in `stats`; a `GradGuard` of the
+            model writes them to its reports on bad steps. May be set later. A forward that returns
+            weights has none, nor one inside `torch.vmap`.
+
+    Raises:
+        ValueError: `embed_dim` is not a multiple of `num_heads`, or an option is out of its range.
+    """
+
+    #: Of the last forward, None if it recorded none.
+    stats: AttentionStats | None = None
+    record_stats: bool = False
+
+    #: Whether `replace_attention_` made it what it is, and it has not run since.
+    never_ran: bool = False
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        dropout: float = 0.0,
+        bias: bool = True,
+        add_bias_kv: bool = False,
+        add_zero_attn: bool = False,
+        kdim: int | None = None,
+        vdim: int | None = None,
+        batch_first: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        clamp: float | None = 10.0,
+        softcap: float | None = None,
+        record_stats: bool = False,
+    ):
+        if embed_dim < 1 or num_heads < 1 or embed_dim % num_heads:
+            raise ValueError(
+                f"num_heads must divide embed_dim, got embed_dim={embed_dim}, "
+                f"num_heads={num_heads}: change one of the two"
+            )
+        check_options(dropout, softcap, clamp)
+        added = (add_bias_kv, add_zero_attn)
+        super().__init__(
+            embed_dim, num_heads, dropout, bias, *added, kdim, vdim, batch_first, device, dtype
+        )
+        self.clamp = clamp
+        self.softcap = softcap
+        self.record_stats = record_stats
+        self.keep_fast_path_off()
+
+    def keep_fast_path_off(self) -> None:
+        """Have torch's layers call this module, whose weights alone their fast path would read.
+
+        It is for modules without hooks only.
+        """
+        if _nothing not in self._forward_pre_hooks.values():
+            self.register_forward_pre_hook(_nothing)
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        # One of an older fastguard kept the fast path off by another value of this.
+        self._qkv_same_embed_dim = self.in_proj_weight is not None
+        self.keep_fast_path_off()
+
+    def __prepare_scriptable__(self) -> ScriptedAttention:
+        """What `torch.jit.script` compiles in its place."""
+        return ScriptedAttention(self)
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attend from `query` to `key` and `value`.
+
+        Args:
+            query: (T, N, C), with `batch_first` (N, T, C), unbatched (T, C); dtype of the
+                parameters, or any under autocast.
+            key, value: likewise, S for T, and of `kdim` and `vdim` channels.
+            key_padding_mask: (N, S), unbatched (S,). Bool, True where the key is padding, or
+                floating point, added to the logits; -inf is padding.
+            need_weights: also return the weights. They are T x S numbers for each head, by
+                definition, and computed in plain torch: pass False where they are not wanted.
+            attn_mask: (T, S) or (N * H, T, S), unbatched (H, T, S). Bool, True where the key is
+                hidden (the opposite of `clamped_attention`'s), or floating point, added; or torch's
+                `CausalBias` of (T, S). One that requires a gradient gets it, in plain torch.
+            average_attn_weights: return the mean of the heads' weights.
+            is_causal: row i sees keys 0 to i, and those appended. `attn_mask` may be None then
+                (torch insists); one that is given is taken to say the same, and not read.
+
+        Returns:
+            The output, shaped as `query`, and the weights or None. Weights are those that the
+            values were multiplied by, after dropout as in torch and zero in a row without a key:
+            (N, T, S), with ``average_attn_weights=False`` (N, H, T, S), unbatched without N. S
+            counts the keys appended.
+
+        Nested tensors, as `nn.TransformerEncoder` makes them for its fast path, are padded, and
+        their output is nested again.
+
+        Raises:
+            AssertionError: as torch, for query, key, value or key_padding_mask of shapes that do
+                not fit, nested tensors that are not one for all three, and masks that are neither
+                bool nor floating point.
+            RuntimeError: as torch, for attn_mask of a shape that does not fit; for dtypes that
+                differ from the parameters'.
+            TypeError, ValueError: masks that are no dense tensors, float8 and the like; see
+                `clamped_attention`.
+        """
+        if self.never_ran and not torch.compiler.is_exporting():
+            self.never_ran = False
+        if any(isinstance(x, fx.Proxy) for x in (query, key, value)):
+            inputs = (query, key, value, key_padding_mask, need_weights, attn_mask)
+            return self._called(*inputs, average_attn_weights, is_causal)
+        if query.is_nested or key.is_nested or value.is_nested:
+            masks = (key_padding_mask, attn_mask, is_causal)
+            return self._of_nested(query, key, value, *masks, need_weights), None
+        self._check_inputs(query, key, value)
+        batched = query.dim() == 3
+        q, k, v = (self._split_heads(x) for x in self._project(query, key, value))
+        sizes = (q.size(0), q.size(2), k.size(2))
+        options = self._masks(key_padding_mask, attn_mask, is_causal, sizes, batched)
+        options["dropout_p"] = self.dropout if self.training else 0.0
+        options.update(softcap=self.softcap, clamp=self.clamp)
+        k, v = self._append(k, self.bias_k), self._append(v, self.bias_v)
+        if self.stats is not None:
+            self.stats = None  # of another batch
+        if not need_weights:
+            # What torch.vmap has made of the inputs means nothing outside of it.
+            record = self.record_stats and not any(map(_is_batched, (q, k, v)))
+            output = clamped_attention(q, k, v, return_stats=record, **options)
+            if record:
+                output, self.stats = output
+            return self._join_heads(output, batched), None
+        output, weights = clamped_attention_and_weights(q, k, v, **options)
+        if average_attn_weights:
+            weights = weights.mean(1)
+        return self._join_heads(output, batched), weights if batched else weights.squeeze(0)
+
+    def _called(self, *args) -> fx.Proxy:
+        """A call of this module in the graph that torch.fx traces, as of one of torch.nn's."""
+        tracer = next(x for x in args if isinstance(x, fx.Proxy)).tracer
+        return tracer.create_proxy("call_module", tracer.path_of_module(self), args, {})
+
+    def _of_nested(self, query, key, value, key_padding_mask, attn_mask, is_causal, need_weights):
+        masked = key_padding_mask is not None or attn_mask is not None
+        if query is not key or key is not value or masked or need_weights:
+            raise AssertionError(
+                "ClampedMultiheadAttention takes a nested tensor that is query, key and value in "
+                "one, without masks, and with need_weights=False: pad, and pass key_padding_mask"
+            )
+        lengths = [len(each) for each in query.unbind()]
+        # Not the longest, which may be 0.
+        padded = query.to_padded_tensor(0.0, (len(lengths), max([1, *lengths]), self.embed_dim))
+        hidden = torch.arange(padded.size(1)) >= torch.tensor(lengths)[:, None]
+        by_rows = padded if self.batch_first else padded.transpose(0, 1)
+        output, _ = ClampedMultiheadAttention.forward(
+            self, *[by_rows] * 3, hidden.to(padded.device), need_weights=False, is_causal=is_causal
+        )
+        output = output if self.batch_first else output.transpose(0, 1)
+        rows = [each[:length] for each, length in zip(output, lengths, strict=True)]
+        return torch.nested.as_nested_tensor(rows, layout=query.layout)
+
+    def _check_inputs(self, *inputs: Tensor) -> None:
+        query, key, value = shapes = [tuple(x.shape) for x in inputs]
+        batch_dim = 0 if self.batch_first else 1
+        widths = (self.embed_dim, self.kdim, self.vdim)
+        if (
+            len(query) not in (2, 3)
+            or not len(query) == len(key) == len(value)
+            or tuple(shape[-1] for shape in shapes) != widths
+            or key[:-1] != value[:-1]
+            or (len(query) == 3 and query[batch_dim] != key[batch_dim])
+        ):
+            layout = "(N, {0}, {1})" if self.batch_first else "({0}, N, {1})"
+            wanted = ", ".join(map(layout.format, "TSS", widths))
+            raise AssertionError(
+                f"query, key and value must be {wanted}, or unbatched without N, with "
+                f"batch_first={self.batch_first}; got {', '.join(map(str, shapes))}"
+            )
+
+    def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
+        """Query, key and value of all heads, in as few GEMMs as may be; shaped as the inputs."""
+        width, weight, bias = self.embed_dim, self.in_proj_weight, self.in_proj_bias
+        if weight is not None and key is value:
+            if query is key:
+                return F.linear(query, weight, bias).chunk(3, dim=-1)
+            weights = weight.split([width, 2 * width])
+            biases = (None, None) if bias is None else bias.split([width, 2 * width])
+            projected, both = map(F.linear, (query, key), weights, biases)
+            return projected, *both.chunk(2, dim=-1)
+        weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
+        if weight is not None:
+            weights = weight.chunk(3)
+        biases = (None,) * 3 if bias is None else bias.chunk(3)
+        return tuple(map(F.linear, (query, key, value), weights, biases))
+
+    def _split_heads(self, x: Tensor) -> Tensor:
+        """(N, T, C), (T, N, C) or (T, C) -> (N, H, T, D), a view."""
+        x = x.unflatten(-1, (self.num_heads, self.head_dim))
+        if x.dim() == 3:
+            return x.transpose(0, 1).unsqueeze(0)
+        return x.transpose(1, 2) if self.batch_first else x.permute(1, 2, 0, 3)
+
+    def _join_heads(self, x: Tensor, batched: bool) -> Tensor:
+        """(N, H, T, D) -> `forward`'s output: (N, T, C), (T, N, C) or (T, C)."""
+        x = x.transpose(1, 2).flatten(2)
+        if not batched:
+            x = x.squeeze(0)
+        elif not self.batch_first:
+            x = x.transpose(0, 1)  # the one copy, in the projection, whose output is contiguous
+        return self.out_proj(x)
+
+    def _append(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """(N, H, S, D) -> (N, H, S', D), with what `add_bias_kv` and `add_zero_attn` append."""
+        parts = [x]
+        if bias is not None:
+            bias = bias.view(1, self.num_heads, 1, self.head_dim)
+            parts.append(bias.expand(x.size(0), -1, -1, -1))
+        if self.add_zero_attn:
+            parts.append(x.new_zeros(x.size(0), self.num_heads, 1, self.head_dim))
+        return torch.cat(parts, 2) if len(parts) > 1 else x
+
+    def _masks(
+        self,
+        key_padding_mask: Tensor | None,
+        attn_mask: Tensor | None,
+        is_causal: bool,
+        sizes: tuple[int, int, int],
+        batched: bool,
+    ) -> dict:
+        """`clamped_attention`'s arguments for `forward`'s, which leave the appended keys seen.
+
+        Args:
+            sizes: N, T, S.
+        """
+        batch, rows, keys = sizes
+        appended = (self.bias_k is not None) + self.add_zero_attn
+        # Where it says so, is_causal stands for a mask that says the same.
+        if not is_causal or isinstance(attn_mask, CausalBias):
+            device = self.out_proj.weight.device
+            plain, is_causal = plain_mask(attn_mask, is_causal, rows, keys, device)
+            # torch's attention biases say which keys take part, masks here which do not.
+            attn_mask = plain if plain is None or plain is attn_mask else ~plain
+        if is_causal:
+            attn_mask = None
+            if appended:  # the kernel would hide these as keys of the future
+                device = self.out_proj.weight.device
+                attn_mask = torch.ones(rows, keys, dtype=torch.bool, device=device).triu_(1)
+        if attn_mask is not None:
+            shapes = {"(T, S)": (rows, keys), "(N * H, T, S)": (batch * self.num_heads, rows, keys)}
+            attn_mask = _extended("attn_mask", attn_mask, shapes, appended, RuntimeError)
+            if attn_mask.dim() == 3:
+                attn_mask = attn_mask.unflatten(0, (batch, self.num_heads))
+        if key_padding_mask is not None:
+            shapes = {"(N, S)": (batch, keys)} if batched else {"(S,)": (keys,)}
+            key_padding_mask = _extended(
+                "key_padding_mask", key_padding_mask, shapes, appended, AssertionError
+            ).view(batch, keys + appended)
+        key_padding_mask, attn_mask = _seen(key_padding_mask, attn_mask)
+        return {
+            "key_padding_mask": key_padding_mask,
+            "attn_mask": attn_mask,
+            "is_causal": is_causal and not appended,
+        }
+
+    def extra_repr(self) -> str:
+        return (
+            f"embed_dim={self.embed_dim}, num_heads={self.num_heads}, dropout={self.dropout}, "
+            f"batch_first={self.batch_first}, clamp={self.clamp}, softcap={self.softcap}"
+        )
+
+
+def _nothing(_module: nn.Module, _args: tuple) -> None:
+    """The hook of `keep_fast_path_off`."""
+
+
+def _is_batched(x: Tensor) -> bool:
+    return not torch.compiler.is_compiling() and torch._C._functorch.is_batchedtensor(x)
+
+
+def _extended(
+    name: str,
+    mask: Tensor,
+    shapes: dict[str, tuple[int, ...]],
+    appended: int,
+    error: type[Exception],
+) -> Tensor:
+    """`mask`, checked, with `appended` keys that it leaves seen; a copy only if there are any."""
+    check_mask(name, mask)
+    if mask.dtype != torch.bool and not mask.is_floating_point():
+        raise AssertionError(
+            f"{name} must be bool (True: hidden) or floating point (added), got {mask.dtype}"
+        )
+    if tuple(mask.shape) not in shapes.values():
+        wanted = " or ".join(f"{axes} = {shape}" for axes, shape in shapes.items())
+        raise error(f"{name} must be of shape {wanted}, got {tuple(mask.shape)}")
+    return F.pad(mask, (0, appended)) if appended else mask
+
+
+def _seen(
+    key_padding_mask: Tensor | None, attn_mask: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """torch's masks, (N, S) and broadcastable to (N, H, T, S), as `clamped_attention` takes them.
+
+    That is a bool `key_padding_mask`, and an `attn_mask` that is True where a key takes part.
+    """
+    if key_padding_mask is None or key_padding_mask.dtype == torch.bool:
+        if attn_mask is not None and attn_mask.dtype == torch.bool:
+            attn_mask = ~attn_mask
+        return key_padding_mask, attn_mask
+    bias = key_padding_mask[:, None, None, :]
+    if attn_mask is None:
+        attn_mask = bias
+    elif attn_mask.dtype == torch.bool:
+        attn_mask = bias.masked_fill(attn_mask, -torch.inf)
+    else:
+        attn_mask = bias + attn_mask
+    # nn.TransformerEncoderLayer turns bool masks into these. What they hide is padding all the
+    # same, of which NaN must reach nothing.
+    return key_padding_mask == -torch.inf, attn_mask

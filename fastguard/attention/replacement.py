@@ -1,0 +1,170 @@
+"""`nn.MultiheadAttention` of somebody's model, made clamped in place."""
+
+from __future__ import annotations
+
+import fnmatch
+import inspect
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from torch import nn
+from torch.nn.utils import parametrize
+
+from fastguard.clip import is_dtensor
+
+from .functional import check_options
+from .module import ClampedMultiheadAttention
+
+
+@dataclass(frozen=True)
+class Replacement:
+    """What `replace_attention_` did; `str` of it has a line for each module."""
+
+    #: Names of the modules that are clamped now, as `model.named_modules` has them; "" is `model`.
+    replaced: tuple[str, ...] = ()
+    #: Why other modules of attention were left as they are, by name.
+    left_alone: dict[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        lines = [f"replaced {len(self.replaced)}, left alone {len(self.left_alone)}"]
+        lines += [f"  replaced: {_shown(name)}" for name in self.replaced]
+        lines += [f"  left alone: {_shown(name)}: {why}" for name, why in self.left_alone.items()]
+        return "\n".join(lines)
+
+
+def replace_attention_(
+    model: nn.Module,
+    clamp: float | None = 10.0,
+    softcap: float | None = None,
+    *,
+    only: str | Iterable[str] | None = None,
+    skip: str | Iterable[str] = (),
+) -> Replacement:
+    """Make each `nn.MultiheadAttention` of `model` a `ClampedMultiheadAttention`, in place.
+
+    The modules stay the same objects with the same parameters, so that optimizers, hooks and
+    references to them go on working; only their class changes. What is known to compute something
+    else is left alone: subclasses, modules whose parameters are parametrized or DTensors, those
+    whose `forward` was wrapped, and those whose owner reads their weights and never calls them.
+    Each `nn.TransformerEncoder` stops making nested tensors, as if ``enable_nested_tensor=False``.
+
+    Args:
+        clamp, softcap: those of `ClampedMultiheadAttention`.
+        only: names of the modules to replace, as `model.named_modules` has them; ``*`` stands for
+            any part of a name. None: all.
+        skip: names, likewise, of modules to leave alone.
+
+    Returns:
+        What was replaced and what was left alone, by name, and why. `unused_attention` tells after
+        a forward pass which of the replaced never ran.
+
+    Warns:
+        UserWarning: attention was left alone that `skip` and `only` did not leave out; nothing
+            clamps it.
+
+    Raises:
+        ValueError: an option is out of its range, or a name of `only` or `skip` fits no attention
+            of the model; nothing is replaced then.
+    """
+    found = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.MultiheadAttention)
+        and not isinstance(module, ClampedMultiheadAttention)
+    }
+    wanted = set(found) if only is None else _fitting(found, "only", only)
+    wanted -= _fitting(found, "skip", skip)
+    readers = _readers(model)
+    left_alone = {}
+    for name, module in found.items():
+        why = _obstacle(module, readers) if name in wanted else "only= or skip= says so"
+        if why is not None:
+            left_alone[name] = why
+    replaced = tuple(name for name in found if name not in left_alone)
+    for name in replaced:
+        check_options(found[name].dropout, softcap, clamp)
+    for name in replaced:
+        found[name].__class__ = ClampedMultiheadAttention
+        vars(found[name]).pop("forward", None)  # the class', as accelerate leaves it behind
+        found[name].clamp, found[name].softcap = clamp, softcap
+        found[name].never_ran = True
+        found[name].keep_fast_path_off()
+    if replaced:
+        for module in model.modules():
+            if isinstance(module, nn.TransformerEncoder):
+                module.use_nested_tensor = False
+    if unclamped := {name: why for name, why in left_alone.items() if name in wanted}:
+        listed = "; ".join(f"{_shown(name)}: {why}" for name, why in unclamped.items())
+        warnings.warn(f"attention that stays without a clamp: {listed}", stacklevel=2)
+    return Replacement(replaced, left_alone)
+
+
+def unused_attention(model: nn.Module) -> list[str]:
+    """Names of the modules that `replace_attention_` replaced and that have not run since.
+
+    Call it after a forward pass. A module that is named there has an owner that reads its weights
+    and computes attention by itself: nothing clamps it.
+    """
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, ClampedMultiheadAttention) and module.never_ran
+    ]
+
+
+def _fitting(found: dict[str, nn.Module], option: str, patterns: str | Iterable[str]) -> set[str]:
+    """The names that the patterns fit."""
+    fitting = set()
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        fits = fnmatch.filter(found, pattern)
+        if not fits:
+            names = ", ".join(map(_shown, found)) or "none"
+            raise ValueError(
+                f"{option}={pattern!r} fits no nn.MultiheadAttention of the model; it has: {names}"
+            )
+        fitting.update(fits)
+    return fitting
+
+
+def _obstacle(module: nn.Module, readers: dict[nn.Module, str]) -> str | None:
+    """Why replacing this module would change nothing, or something else."""
+    if parametrize.is_parametrized(module):
+        return "its parameters are parametrized: replace it before you parametrize it"
+    if type(module) is not nn.MultiheadAttention:
+        return f"it is a {type(module).__name__}, and what that computes is not known here"
+    if getattr(module.forward, "__func__", None) is not nn.MultiheadAttention.forward:
+        return (
+            "its forward was wrapped, as accelerate's hooks do, and the wrapper calls what it "
+            "wrapped: replace it before you wrap it"
+        )
+    if any(is_dtensor(p) for p in module.parameters()):
+        return "its parameters are DTensors: replace it before you shard the model"
+    if (owner := readers.get(module)) is not None:
+        return f"a {owner} holds it, and reads its weights itself instead of calling it"
+    return None
+
+
+def _readers(model: nn.Module) -> dict[nn.Module, str]:
+    """Attention whose owner computes it by itself, and the class of the owner."""
+    return {
+        child: type(module).__name__
+        for module in model.modules()
+        for child in module.children()
+        if type(child) is nn.MultiheadAttention and _reads_weights(type(module))
+    }
+
+
+def _reads_weights(cls: type[nn.Module]) -> bool:
+    """Whether its forward goes by the weights of an attention, as torchaudio's WavLM does."""
+    if cls.__module__.startswith("torch.nn."):
+        return False  # of these only a fast path does, which is kept off
+    try:
+        source = inspect.getsource(cls.forward)
+    except (OSError, TypeError):  # compiled, or typed at a prompt
+        return False
+    return "in_proj_weight" in source or "multi_head_attention_forward" in source
+
+
+def _shown(name: str) -> str:
+    return name or "the model itself"

@@ -1,0 +1,254 @@
+"""Root-cause analysis of a training step: what is wrong, where, and which setting to change."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import random
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fastguard.guard.buffers import Buffers
+from fastguard.guard.report import strict_json
+
+from .findings import BackwardOrigin, Evidence, Finding, backward_origin, find, gradient_growths
+from .probes import ForwardOrigin, Probe, poisoned_tensors
+from .summary import Summary, summarize
+from .table import Layer, layers, render
+
+__all__ = ["Diagnosis", "Finding", "Layer", "diagnose"]
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What one forward and backward pass showed. As text: the table, then the verdict."""
+
+    loss: float
+    #: L2 norm of the finite gradients by all parameters, the loss scale taken out.
+    grad_norm: float
+    layers: tuple[Layer, ...]
+    first_nonfinite_forward: ForwardOrigin | None
+    first_nonfinite_backward: BackwardOrigin | None
+    #: The cause first, then its consequences, then what is no fault but worth a look.
+    findings: tuple[Finding, ...]
+    #: Change of the gradient over the layer that is repeated most often, in words.
+    growth: str = ""
+
+    @property
+    def healthy(self) -> bool:
+        """Whether there is no fault."""
+        return not any(finding.fault for finding in self.findings)
+
+    @property
+    def gradients_overflow(self) -> bool:
+        """Whether the cause is a gradient that is larger than its dtype can hold."""
+        return bool(self.findings) and self.findings[0].kind == "gradient overflow"
+
+    @property
+    def verdict(self) -> str:
+        """In plain words, with the setting to change."""
+        faults = [finding for finding in self.findings if finding.fault]
+        notes = [finding for finding in self.findings if not finding.fault]
+        lines = [f"Also {finding}" for finding in faults[1:]]
+        lines += [f"Note: {finding}" for finding in notes]
+        if faults:
+            return "\n".join([f"Verdict: {faults[0]}", *lines])
+        well = (
+            f"Verdict: nothing wrong. The loss ({self.loss:.4g}) and all gradients (norm "
+            f"{self.grad_norm:.4g}) are finite{self.growth}."
+        )
+        return "\n".join([well, *lines])
+
+    def __str__(self) -> str:
+        return f"{render(list(self.layers))}\n\n{self.verdict}"
+
+    def to_dict(self) -> dict:
+        """Plain values for JSON, which has no NaN and no Inf: they become text."""
+        forward, backward = self.first_nonfinite_forward, self.first_nonfinite_backward
+        return strict_json(
+            {
+                "healthy": self.healthy,
+                "verdict": self.verdict,
+                "loss": self.loss,
+                "grad_norm": self.grad_norm,
+                "first_nonfinite_forward": forward
+                and {"module": forward.name, "kind": forward.kind},
+                "first_nonfinite_backward": backward
+                and {"module": backward.name, "entered": backward.entered},
+                "findings": [_plain(finding.to_dict()) for finding in self.findings],
+                "layers": [layer.to_dict() for layer in self.layers],
+            }
+        )
+
+
+def diagnose(
+    model: nn.Module,
+    loss_fn: Callable[[], Tensor],
+    *,
+    loss_scale: float = 1.0,
+    data_findings: Iterable[Finding] = (),
+) -> Diagnosis:
+    """Run `model` forward and backward once, watch each of its modules, and say what is wrong.
+
+    Names a bad input, a poisoned weight or buffer, an overflow or another value that is not finite
+    with the first module that produced it, forward or backward; exploding attention logits; a
+    repeated layer over which the gradient explodes or vanishes; BatchNorm without variance; dead
+    units. Nothing of the model changes: not its weights, gradients, buffers and modes, nor torch's,
+    numpy's and Python's generators. Hooks on the accumulation of gradients are not run, unless the
+    model uses reentrant checkpointing, which needs a full backward. Lazy modules get their shapes.
+
+    Args:
+        model: any module, in the mode (training or evaluation) that is to be examined.
+        loss_fn: calls the model, under autocast where that is used, and returns the scalar loss;
+            it does not call backward.
+        loss_scale: factor on the loss in backward, as of a GradScaler. The numbers are reported
+            without it.
+        data_findings: what is known of the batch, such as
+            :func:`fastguard.speech.data.problems.ctc_problems`; it joins the findings.
+
+    Raises:
+        ValueError: `loss_fn` does not return a scalar tensor, or calls no module of the model, or
+            `loss_scale` is not finite and above 0.
+        Exception: whatever `loss_fn` raises; the model is restored all the same.
+    """
+    if not (math.isfinite(loss_scale) and loss_scale > 0):
+        raise ValueError(f"loss_scale must be finite and above 0, got {loss_scale}")
+    with _unchanged(model), torch.inference_mode(False), torch.enable_grad():
+        probe = Probe(model)
+        with probe, torch.compiler.set_stance("force_eager"):
+            loss = loss_fn()
+            _check(loss, probe)
+            later = tuple(name for name in poisoned_tensors(model) if name not in probe.poisoned)
+            probe.backward = True
+            gradients = _gradients(model, loss, loss_scale)
+        evidence = Evidence(
+            model,
+            probe.calls,
+            probe.origin,
+            summarize([loss]),
+            gradients,
+            loss_scale,
+            probe.poisoned,
+            later,
+        )
+        for call in probe.calls:
+            call.entering = _unscaled(call.entering, loss_scale)
+            call.leaving = _unscaled(call.leaving, loss_scale)
+        return _diagnosis(evidence, loss.item(), tuple(data_findings))
+
+
+def _diagnosis(evidence: Evidence, loss: float, known: tuple[Finding, ...]) -> Diagnosis:
+    norms = [g.norm for g in evidence.gradients.values() if g is not None]
+    growths = gradient_growths(evidence.calls)
+    growth = ""
+    if growths:
+        most = max(growths, key=lambda g: g.layers)
+        growth = (
+            f"; over {most.where}, {most.layers} of them, the gradient changes by "
+            f"{most.factor:.3g}x per layer"
+        )
+    return Diagnosis(
+        loss,
+        math.hypot(*norms),
+        tuple(layers(evidence)),
+        evidence.origin,
+        backward_origin(evidence),
+        tuple(find(evidence, known)),
+        growth,
+    )
+
+
+def _check(loss: Tensor, probe: Probe) -> None:
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        shape = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+        raise ValueError(f"loss_fn must return a scalar tensor, got {shape}: take its mean or sum")
+    if not probe.calls:
+        raise ValueError(
+            "loss_fn called no module of the model: pass the model that it calls, not a copy or a "
+            "wrapper"
+        )
+
+
+def _gradients(model: nn.Module, loss: Tensor, scale: float) -> dict[str, Summary | None]:
+    """By name of the parameter; unscaled."""
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if not named or not loss.requires_grad:
+        return dict.fromkeys(named)
+    loss = loss * scale if scale != 1 else loss
+    if _reentrant(loss):
+        gradients = _by_backward([*named.values()], loss)
+    else:
+        # Not backward(), whose hooks on parameters may take steps or talk to other ranks.
+        gradients = torch.autograd.grad(loss, [*named.values()], allow_unused=True)
+    summaries = (None if g is None else summarize([_strided(g)]) for g in gradients)
+    return {name: _unscaled(summary, scale) for name, summary in zip(named, summaries, strict=True)}
+
+
+def _reentrant(loss: Tensor) -> bool:
+    """Whether a part is under torch.utils.checkpoint(use_reentrant=True)."""
+    seen, nodes = set(), [loss.grad_fn]
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        if node.name() == "CheckpointFunctionBackward":
+            return True
+        seen.add(node)
+        nodes += [following for following, _ in node.next_functions]
+    return False
+
+
+def _by_backward(parameters: list[nn.Parameter], loss: Tensor) -> list[Tensor | None]:
+    kept = [p.grad for p in parameters]
+    try:
+        for p in parameters:
+            p.grad = None
+        loss.backward()
+        return [p.grad for p in parameters]
+    finally:
+        for p, gradient in zip(parameters, kept, strict=True):
+            p.grad = gradient
+
+
+def _strided(gradient: Tensor) -> Tensor:
+    if gradient.layout == torch.sparse_coo:
+        return gradient.coalesce().values()
+    return gradient
+
+
+def _unscaled(summary: Summary | None, scale: float) -> Summary | None:
+    if summary is None or scale == 1:
+        return summary
+    values = {**vars(summary), "largest": summary.largest / scale, "norm": summary.norm / scale}
+    return Summary(**values)
+
+
+@contextlib.contextmanager
+def _unchanged(model: nn.Module) -> Iterator[None]:
+    """Buffers, modes and generators are afterwards what they were."""
+    buffers = Buffers(model)
+    modes = {module: module.training for module in model.modules()}
+    numpy = sys.modules.get("numpy")
+    python_state, numpy_state = random.getstate(), numpy and numpy.random.get_state()
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
+    try:
+        with torch.random.fork_rng(devices):
+            yield
+    finally:
+        buffers.restore()
+        for module, mode in modes.items():
+            module.training = mode
+        random.setstate(python_state)
+        if numpy is not None:
+            numpy.random.set_state(numpy_state)
+
+
+def _plain(value):
+    """Dtypes as text, for JSON."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return str(value) if isinstance(value, torch.dtype) else value

@@ -1,0 +1,235 @@
+"""Gradient accumulation that leaves bad micro-batches out."""
+
+import functools
+import logging
+
+import torch
+from torch import Tensor, distributed, nn
+
+from fastguard import ops
+from fastguard.clip import is_dtensor, local_parts, readable, scale_
+
+from .buffers import Buffers
+from .distributed import Ranks
+from .grad_scaler import check_not_unscaled, enabled
+from .parameters import Watched
+from .report import PendingReport
+from .update import reads_decision
+
+logger = logging.getLogger(__name__)
+
+#: What gradients are added up in; complex ones in their own dtype.
+_WIDE = {torch.bfloat16: torch.float32, torch.float16: torch.float32}
+
+
+class Window:
+    """The micro-batches of one step: the sums of the good ones' gradients, and their weight.
+
+    Which are good is decided on the device and not known here. The sums are tensors of their own:
+    ``.grad`` may be static memory of a CUDA graph, a part of a flat buffer, or a view of DDP's
+    bucket, which has to stay where it is. It is set to zero in place, so that both a backward pass
+    that adds and one that overwrites leave the next micro-batch there.
+
+    Args:
+        buffers: a copy of the guard's, as they were before the first micro-batch.
+        scaler: the GradScaler that scales the losses, if one does.
+    """
+
+    def __init__(self, buffers: Buffers, device: torch.device, scaler: torch.amp.GradScaler | None):
+        self._scaled = enabled(scaler)
+        #: Whether a micro-batch had a NaN or Inf: what a GradScaler has to hear of.
+        self.found_inf = torch.zeros((), dtype=torch.bool, device=device)
+        self.reports: list[PendingReport] = []
+        self.buffers = buffers
+        #: Micro-batches seen, the good ones, and the weight of the good ones.
+        self._counts = torch.zeros(3, dtype=torch.float64, device=device)
+        #: How many overflowed under the scaler, by :func:`fastguard.guard.scale_search.overflowed`.
+        self._overflowed = torch.zeros((), dtype=torch.float64, device=device)
+        self._sums: dict[Tensor, tuple[str, Tensor]] = {}
+        #: The gradients that were left in place, and their versions when they were set to zero.
+        self._cleared: dict[Tensor, tuple[Tensor, int]] = {}
+        #: Of the parameters that have a sum as their gradient: the dtype that theirs must have.
+        self._handed: dict[Tensor, torch.dtype | None] = {}
+
+    @property
+    def weight(self) -> Tensor:
+        return self._counts[2]
+
+    @property
+    def all_overflowed(self) -> Tensor | None:
+        """Whether all micro-batches did so under the scaler, bool, shape (); None without one."""
+        return self._overflowed == self._counts[0] if self._scaled else None
+
+    def check(self, scaler: torch.amp.GradScaler | None) -> None:
+        """ValueError if this is not the window's scaler, or it has unscaled gradients."""
+        if self._scaled != enabled(scaler):
+            raise ValueError(
+                "a window's accumulate() and step() need the same GradScaler, or all of them none"
+            )
+        check_not_unscaled(scaler)
+
+    def check_complete(self, names: list[str], parameters: list[Tensor]) -> None:
+        """ValueError if one of these has a gradient that was not accumulated."""
+        for name, p in zip(names, parameters, strict=True):
+            cleared, version = self._cleared.get(p, (None, None))
+            if p.grad is not cleared or p.grad._version != version:
+                raise ValueError(
+                    f"{name} has a gradient that was not accumulated: call guard.accumulate() "
+                    "after each backward of the window, the last one too"
+                )
+
+    def add(
+        self,
+        names: list[str],
+        parameters: list[Tensor],
+        decision: ops.GuardDecision,
+        weight: float,
+        report: PendingReport,
+        overflowed: Tensor | None = None,
+    ) -> None:
+        """Add the parameters' gradients to the sums, if the verdict is good, and clear them.
+
+        Args:
+            overflowed: whether this micro-batch did so under the scaler; None without one.
+        """
+        verdict = decision.verdict
+        self.found_inf = self.found_inf | ~decision.record[2].isfinite()
+        if overflowed is not None:
+            self._overflowed += overflowed
+        for name, p in zip(names, parameters, strict=True):
+            if p not in self._sums:
+                self._sums[p] = name, _zeros_for(p.grad, p.grad.dtype)
+        sums = readable(local_parts([self._sums[p][1] for p in parameters]))
+        grads = local_parts([p.grad for p in parameters])
+        grads = [grad.resolve_conj() for grad in grads]  # what is read is the memory
+        ops.accumulate_(sums, readable(grads), verdict, self._counts, weight)
+        self._clear(parameters)
+        self.buffers.settle(verdict)
+        self.reports.append(report)
+
+    def _clear(self, parameters: list[Tensor]) -> None:
+        kept = []
+        for p in parameters:
+            # Of a DTensor the version does not tell of writes; an expanded tensor takes none.
+            if is_dtensor(p.grad) or p.grad.is_inference() or ops.overlaps_itself(p.grad):
+                p.grad = None
+            else:
+                kept.append(p)
+        if kept:
+            torch._foreach_zero_(readable([p.grad for p in kept]))
+        self._cleared |= {p: (p.grad, p.grad._version) for p in kept}
+
+    def add_up(self, ranks: Ranks, watched: Watched) -> None:
+        """Make the sums those over all replicas, each of which saw micro-batches of its own.
+
+        Where a gradient was averaged over the replicas already, as by the backward of DDP that is
+        not under ``no_sync``, each adds the same, and the mean is the same too.
+
+        All replicas add up zeros for what they have no gradient of. The host looks at what the
+        others had only where this one lacks something.
+        """
+        sums = [
+            self._sums[p][1] if p in self._sums else _zeros_for(p, p.dtype)
+            for p in watched.parameters
+        ]
+        present = [p in self._sums for p in watched.parameters]
+        told = torch.tensor(present, dtype=torch.float64).to(self._counts.device, non_blocking=True)
+        found = torch.stack([self.found_inf.double(), self._overflowed])
+        told = ranks.sum_of(torch.cat([self._counts, found, told]))
+        ranks.add_up_(sums)
+        self._counts, self.found_inf, self._overflowed = told[:3], told[3] > 0, told[4]
+        elsewhere = present if all(present) else [n > 0 for n in told[5:].tolist()]
+        rows = zip(watched.parameters, watched.names, sums, elsewhere, strict=True)
+        self._sums = {p: (name, total) for p, name, total, there in rows if there}
+
+    def gradients(self) -> tuple[list[str], list[Tensor]]:
+        """Names of the parameters, and the sums of their gradients."""
+        return [name for name, _ in self._sums.values()], [t for _, t in self._sums.values()]
+
+    def hand_over(
+        self, optimizer: torch.optim.Optimizer, grads: list[Tensor], decision: ops.GuardDecision
+    ) -> ops.GuardDecision:
+        """Make the sums the gradients of the optimizer's parameters, and say what to do with them.
+
+        fastguard's optimizers take float32 beside 16-bit parameters. For others the means are made
+        here, in float32: only then are they rounded, for a sum of float16 might overflow.
+        """
+        held = [p for group in optimizer.param_groups for p in group["params"] if p in self._sums]
+        sums = [self._sums[p][1] for p in held]
+        wide = reads_decision(optimizer)
+        if not wide and any(_dtype_for(p) != s.dtype for p, s in zip(held, sums, strict=True)):
+            coef = decision.grad_coef
+            if coef.dim() > 0:
+                row_of = {id(grad): row for row, grad in enumerate(grads)}
+                coef = coef[torch.tensor([row_of[id(s)] for s in sums], device=coef.device)]
+            scale_(sums, coef)
+            sums = [s.to(_dtype_for(p)) for p, s in zip(held, sums, strict=True)]
+            decision = decision._replace(grad_coef=coef.new_ones(()))
+        for p, total in zip(held, sums, strict=True):
+            self._handed[p] = p.grad_dtype
+            p.grad = None
+            p.grad_dtype = total.dtype
+            p.grad = total
+        return decision
+
+    def take_back(self) -> None:
+        """Undo :meth:`hand_over`."""
+        for p, dtype in self._handed.items():
+            p.grad = None
+            p.grad_dtype = dtype
+            p.grad = self._cleared.get(p, (None, None))[0]
+        self._handed = {}
+
+
+def _zeros_for(like: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.zeros_like(like, dtype=_WIDE.get(dtype, dtype), requires_grad=False)
+
+
+def _dtype_for(parameter: Tensor) -> torch.dtype:
+    return parameter.grad_dtype or parameter.dtype
+
+
+def check_summable(names: list[str], grads: list[Tensor]) -> None:
+    """ValueError for gradients that can not be added up in place."""
+    for name, grad in zip(names, grads, strict=True):
+        if grad.layout != torch.strided:
+            raise ValueError(
+                f"the gradient of {name} is sparse: GradGuard.accumulate takes dense ones; use "
+                "sparse=False"
+            )
+    if len(set(map(id, grads))) < len(grads):
+        raise ValueError(
+            "two parameters share one gradient tensor: GradGuard.accumulate can not tell whose "
+            "sum it is; give each its own"
+        )
+
+
+def check_alone(module: nn.Module | None) -> None:
+    """Check that a guard without a process_group sees the gradients of all replicas.
+
+    Raises:
+        ValueError: a DDP module has not averaged those of its last backward.
+    """
+    parts = [] if module is None else module.modules()
+    replicas = [p for p in parts if isinstance(p, nn.parallel.DistributedDataParallel)]
+    for part in replicas:
+        # The first is of now, the second of the last forward pass, which tells its backward.
+        if not (part.require_backward_grad_sync and part.require_forward_param_sync):
+            raise ValueError(
+                "under DistributedDataParallel.no_sync() the gradients are those of this rank "
+                "alone, and the ranks would take different steps: give GradGuard process_group="
+                "torch.distributed.group.WORLD, which adds the windows up over the ranks"
+            )
+    if not replicas and distributed.is_available() and distributed.is_initialized():
+        _warn_of_ranks(distributed.get_world_size())
+
+
+@functools.cache
+def _warn_of_ranks(size: int) -> None:
+    if size > 1:
+        logger.warning(
+            "torch.distributed has %d ranks, and this guard decides by itself. If they train the "
+            "same parameters under DDP's no_sync(), give GradGuard process_group="
+            "torch.distributed.group.WORLD, or their weights diverge",
+            size,
+        )

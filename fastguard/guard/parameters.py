@@ -1,0 +1,251 @@
+"""Which parameters a guard watches, and which of them have gradients."""
+
+import inspect
+import itertools
+import operator
+import weakref
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from fastguard import ops
+from fastguard.attention import AttentionStats
+from fastguard.attention.module import ClampedMultiheadAttention
+from fastguard.clip import readable
+from fastguard.optim.checks import check_options, check_state
+
+from .distributed import check_whole_state
+from .module_names import Names, bare
+from .update import plain_class, reads_decision
+
+_COMPLEX = {torch.complex64, torch.complex128}
+_DTYPES = {*ops.DTYPES, *_COMPLEX}
+
+
+class Watched:
+    """The parameters of a module, or those given, by name and in order; each one once.
+
+    A module is walked again when the parameters of an optimizer are not those of its last step, and
+    when ``stale`` is set; not each time, for a walk of many parameters takes longer than reading
+    their gradients.
+
+    Raises:
+        ValueError: there are none.
+        TypeError: one is no tensor; an optimizer, or a torch.jit.ScriptModule.
+    """
+
+    def __init__(
+        self, params_or_model: nn.Module | Tensor | Iterable[Tensor] | Iterable[tuple[str, Tensor]]
+    ):
+        _check_guardable(params_or_model)
+        self.module = params_or_model if isinstance(params_or_model, nn.Module) else None
+        self._given = [] if self.module is not None else _name(params_or_model)
+        # Of each optimizer: the parameters that it held last, and those that are not watched.
+        self._checked: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+        self._listening: weakref.WeakSet = weakref.WeakSet()
+        self._look_up()
+        if len(set(self.names)) < len(self.names):
+            twice = next(name for i, name in enumerate(self.names) if name in self.names[:i])
+            raise ValueError(f"two parameters have the name {twice!r}; reports could not tell them")
+        if not self.parameters:
+            raise ValueError(
+                "GradGuard got no parameters; pass the module, or its parameters() as a list if a "
+                "generator was used up before"
+            )
+
+    def _look_up(self) -> None:
+        named = self._given if self.module is None else self.module.named_parameters()
+        once: dict[int, tuple[str, Tensor]] = {}
+        for name, parameter in named:
+            once.setdefault(id(parameter), (name, parameter))
+        self.names = [name for name, _ in once.values()]
+        self.parameters = [parameter for _, parameter in once.values()]
+        self._ids = set(once)
+        self._attentions = []
+        if self.module is not None:
+            names = Names(self.module)
+            self.names = list(map(names.of_parameter, self.names))
+            self._attentions = [
+                (names.of_module(path), part)
+                for path, part in self.module.named_modules()
+                if isinstance(part, ClampedMultiheadAttention)
+            ]
+        self.stale = False
+
+    def by_current_names(self, values: dict) -> dict:
+        """Values by names as they were saved, with or without the prefixes of wrappers."""
+        known, bare_of = set(self.names), {bare(name): name for name in self.names}
+        return {
+            name if name in known else bare_of.get(bare(name), name): value
+            for name, value in values.items()
+        }
+
+    def __getstate__(self) -> dict:
+        return vars(self) | {"_checked": None, "_listening": None, "_ids": None}
+
+    def __setstate__(self, state: dict) -> None:
+        vars(self).update(state)
+        self._checked = weakref.WeakKeyDictionary()
+        self._listening = weakref.WeakSet()
+        self._ids = set(map(id, self.parameters))
+
+    def attention_stats(self) -> dict[str, AttentionStats]:
+        """Those that the module's attentions recorded in their last forward, by name."""
+        return {name: each.stats for name, each in self._attentions if each.stats is not None}
+
+    def refresh(self) -> bool:
+        """Walk again if a known optimizer has other parameters, or none is known; True if so."""
+        if known := list(self._checked):
+            return self.check(known)
+        if self.module is not None:
+            self._look_up()
+        return self.module is not None
+
+    def check(self, optimizers: list[torch.optim.Optimizer]) -> bool:
+        """ValueError if a step with these can not be guarded; True after a new walk."""
+        return any([self._check(optimizer) for optimizer in optimizers])
+
+    def _check(self, optimizer: torch.optim.Optimizer) -> bool:
+        groups = [group["params"] for group in optimizer.param_groups]
+        seen, strangers = self._checked.get(optimizer, (None, []))
+        walk = seen is None or self.stale or not _same(seen, groups)
+        if walk:
+            _check_no_closure(optimizer)
+            _check_one_pass(optimizer)
+            check_whole_state(optimizer)
+            if self.module is not None:
+                self._look_up()
+            held = [p for group in groups for p in group]
+            strangers = [p for p in held if id(p) not in self._ids]
+            if held and len(strangers) == len(held):
+                raise ValueError(
+                    "the guard watches none of the optimizer's parameters: GradGuard was given "
+                    "others, or the module's were replaced after the optimizer was built (by "
+                    "load_state_dict(assign=True)?); build the optimizer anew"
+                )
+            names = dict(zip(map(id, self.parameters), self.names, strict=True))
+            check_state(optimizer, names)
+            self._listen(optimizer)
+            self._checked[optimizer] = [list(group) for group in groups], strangers
+        if not reads_decision(optimizer):  # which looks at them itself
+            check_options(optimizer.param_groups)
+        for p in strangers:
+            if p.grad is not None:
+                raise ValueError(
+                    f"the optimizer holds a parameter of shape {tuple(p.shape)} with a gradient "
+                    "that the guard does not watch; give GradGuard the module or all parameters"
+                )
+        return walk
+
+    def _listen(self, optimizer: torch.optim.Optimizer) -> None:
+        """Check the optimizer anew after each ``load_state_dict``."""
+        if optimizer in self._listening or not hasattr(
+            optimizer, "_optimizer_load_state_dict_post_hooks"
+        ):
+            return
+        me = weakref.ref(self)  # the hook must not keep the guard's parameters alive
+
+        def loaded(optimizer):
+            if (watched := me()) is not None:
+                watched._checked.pop(optimizer, None)
+
+        optimizer.register_load_state_dict_post_hook(loaded)
+        self._listening.add(optimizer)
+
+    def with_gradients(self) -> tuple[list[str], list[Tensor], list[Tensor]]:
+        """The parameters that have a gradient: their names, they, their gradients."""
+        grads = [p.grad for p in self.parameters]
+        if all(map(operator.is_not, grads, itertools.repeat(None))):
+            return self.names, self.parameters, grads
+        present = [i for i, grad in enumerate(grads) if grad is not None]
+        return tuple([items[i] for i in present] for items in (self.names, self.parameters, grads))
+
+
+def measurable(names: list[str], grads: list[Tensor]) -> list[Tensor]:
+    """What :func:`fastguard.ops.grad_norm` is to read of each gradient.
+
+    Raises:
+        ValueError: other dtypes, several devices; with the parameter's name.
+    """
+    dtypes = {grad.dtype for grad in grads}
+    if not dtypes <= _DTYPES:
+        name, dtype = next(
+            (n, g.dtype) for n, g in zip(names, grads, strict=True) if g.dtype not in _DTYPES
+        )
+        raise ValueError(
+            f"the gradient of {name} has dtype {dtype}; float32, float64, bfloat16, float16 and "
+            "complex ones of these are supported"
+        )
+    if len(devices := {grad.device for grad in grads}) > 1:
+        raise ValueError(
+            f"gradients on several devices, {sorted(map(str, devices))}: GradGuard takes one; "
+            "use a guard for each, or fastguard.clip_grad_norm_"
+        )
+    if dtypes.isdisjoint(_COMPLEX) and {grad.layout for grad in grads} <= {torch.strided}:
+        return grads
+    return readable(grads)
+
+
+def _same(a: list[list[Tensor]], b: list[list[Tensor]]) -> bool:
+    return list(map(len, a)) == list(map(len, b)) and all(
+        all(map(operator.is_, x, y)) for x, y in zip(a, b, strict=True)
+    )
+
+
+def _check_no_closure(optimizer: torch.optim.Optimizer) -> None:
+    # Of the class: schedulers put a wrapper in the instance.
+    _, *parameters = inspect.signature(plain_class(optimizer).step).parameters.values()
+    for parameter in parameters:
+        if parameter.default is parameter.empty and parameter.kind not in (
+            parameter.VAR_POSITIONAL,
+            parameter.VAR_KEYWORD,
+        ):
+            raise ValueError(
+                f"{type(optimizer).__name__}.step needs a {parameter.name}: it evaluates the model "
+                "several times per step, and the guard would see but one of its gradients"
+            )
+
+
+def _check_guardable(params_or_model) -> None:
+    if hasattr(params_or_model, "param_groups"):
+        raise TypeError(
+            f"GradGuard takes the model, not a {type(params_or_model).__name__}: write "
+            "guard = GradGuard(model), and pass the optimizer to guard.step(optimizer)"
+        )
+    parts = params_or_model.named_modules() if isinstance(params_or_model, nn.Module) else ()
+    for path, part in parts:
+        if isinstance(part, torch.jit.ScriptModule):
+            raise TypeError(
+                f"{path or 'the model'} is a torch.jit.ScriptModule, which cannot tell the guard "
+                "of its load_state_dict: write GradGuard(model.named_parameters(), "
+                "buffers=model.named_buffers()), and call guard.commit_buffers() after a "
+                "load_state_dict"
+            )
+
+
+def _check_one_pass(optimizer: torch.optim.Optimizer) -> None:
+    if hasattr(optimizer, "first_step") and hasattr(optimizer, "second_step"):
+        raise ValueError(
+            f"{type(optimizer).__name__} (SAM) takes two backward passes per step, and the guard "
+            "would see but one of them. Call guard.attach(optimizer.base_optimizer): then the "
+            "second pass, which moves the weights, is guarded"
+        )
+
+
+def _name(
+    parameters: Tensor | Iterable[Tensor] | Iterable[tuple[str, Tensor]],
+) -> list[tuple[str, Tensor]]:
+    if isinstance(parameters, Tensor):
+        parameters = [parameters]
+    named = [
+        item if isinstance(item, tuple) and len(item) == 2 else (f"parameter {i}", item)
+        for i, item in enumerate(parameters)
+    ]
+    for name, parameter in named:
+        if not isinstance(parameter, Tensor):
+            raise TypeError(
+                f"GradGuard takes a module, parameters or (name, parameter) pairs; {name} is a "
+                f"{type(parameter).__name__}"
+            )
+    return named

@@ -1,0 +1,340 @@
+"""What the guard saw in a step, and how the host learns of it."""
+
+import dataclasses
+import math
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastguard.attention import AttentionStats
+from fastguard.ops import RISEN_FACTOR, GradNorm, Verdict
+
+from .grad_scaler import NOT_SCALED, LossScale
+from .scale_search import is_search
+
+MOST_RISEN = 5  # parameters that a report names
+
+
+@dataclasses.dataclass(frozen=True)
+class Offender:
+    """A parameter whose gradient is not finite."""
+
+    name: str
+    nans: int
+    infs: int
+    #: Flat row-major index of the first NaN or Inf; of a DTensor in the shard of this rank, and -1
+    #: where all of them are on other ranks.
+    first_index: int
+
+    @property
+    def kind(self) -> str:
+        return " and ".join(k for k, n in (("NaN", self.nans), ("Inf", self.infs)) if n)
+
+    def __str__(self) -> str:
+        if self.first_index < 0:
+            return f"{self.name}, on another rank"
+        return f"{self.name}[{self.first_index}]"
+
+
+class Risen(NamedTuple):
+    """A parameter whose gradient is far larger than it usually is."""
+
+    name: str
+    #: L2 norm before clipping, after unscaling.
+    norm: float
+    #: What it was on average in the steps before.
+    usual_norm: float
+    #: The first step of those in a row, up to the present one, that had such norms.
+    since_step: int
+
+    @property
+    def ratio(self) -> float:
+        return self.norm / self.usual_norm
+
+    def __str__(self) -> str:
+        return (
+            f"{self.name} {self.norm:.3g} ({self.ratio:.3g} times its usual {self.usual_norm:.3g}, "
+            f"since step {self.since_step})"
+        )
+
+
+class Stretch(NamedTuple):
+    """Parameters that follow each other in the model, whose gradients are all finite or all not."""
+
+    finite: bool
+    first: str
+    last: str
+
+
+@dataclasses.dataclass(frozen=True)
+class StepReport:
+    """What the guard saw in one step and what it did."""
+
+    step: int
+    batch_id: object
+    verdict: Verdict
+    #: L2 norm of all gradients before clipping, after unscaling.
+    total_norm: float
+    #: Factor the gradients were clipped by, with AdaGC the smallest one; 1.0 where none was.
+    clip_coef: float
+    #: The clipping threshold in force; inf where AdaGC has one for each parameter.
+    max_norm: float = math.inf
+    #: As given to the guard.
+    loss: float | None = None
+    #: The parameters with a NaN or Inf gradient, in the model's order.
+    offenders: tuple[Offender, ...] = ()
+    #: On a step with offenders the stretches of finite and of non-finite parameters in the model's
+    #: order. The fault lies where they meet.
+    bracket: tuple[Stretch, ...] = ()
+    #: The micro-batches of this step whose gradients were left out.
+    quarantined: tuple["StepReport", ...] = ()
+    #: How many micro-batches there were, 0 without ``GradGuard.accumulate``.
+    micro_batches: int = 0
+    #: Of a micro-batch its number in the window, from 0; None of a step.
+    micro_batch: int | None = None
+    #: What a GradScaler multiplied the loss by; None without one, and where an attached optimizer
+    #: was stepped after ``unscale_``.
+    loss_scale: float | None = None
+    #: Whether it was skipped because a GradScaler searches for its scale, by
+    #: :func:`fastguard.guard.scale_search.is_search`; of a window, because it did for all its
+    #: micro-batches, on all ranks.
+    scale_search: bool = False
+    #: A finite norm above this was an outlier: the larger of ``skip_norm`` and 4 times the median
+    #: of the last norms seen and itself; inf while fewer than 16 were seen.
+    outlier_above: float = math.inf
+    #: Of a skipped outlier the parameters that rose most, as :meth:`PendingReport.risen` has them.
+    most_risen: tuple[Risen, ...] = ()
+
+    @property
+    def skipped(self) -> bool:
+        return self.verdict.skipped
+
+    @property
+    def batch(self) -> object:
+        """The batch's id, or the number of the step where none was given."""
+        return self.step if self.batch_id is None else self.batch_id
+
+    @property
+    def all_quarantined(self) -> bool:
+        return 0 < self.micro_batches == len(self.quarantined)
+
+    @property
+    def nonfinite(self) -> tuple[str, ...]:
+        """Names of the parameters with a NaN or Inf gradient, in the model's order."""
+        return tuple(offender.name for offender in self.offenders)
+
+    @property
+    def first_nonfinite(self) -> str | None:
+        """Where the first of them has its first NaN or Inf: "name[flat index]".
+
+        None where all elements are finite, also if the norm of float64 gradients overflowed or the
+        loss alone was not finite.
+        """
+        return str(self.offenders[0]) if self.offenders else None
+
+    def to_dict(self) -> dict:
+        """As plain values; the batch's id as text."""
+        # Without the id, which may be anything: asdict copies what it finds.
+        bare = dataclasses.replace(self, batch_id=None, quarantined=())
+        values = dataclasses.asdict(bare)
+        values["verdict"] = int(self.verdict)
+        values["bracket"] = [stretch._asdict() for stretch in self.bracket]
+        values["batch_id"] = None if self.batch_id is None else str(self.batch_id)
+        values["quarantined"] = [report.to_dict() for report in self.quarantined]
+        values["most_risen"] = [risen._asdict() for risen in self.most_risen]
+        return values
+
+    @classmethod
+    def from_dict(cls, values: dict) -> "StepReport":
+        return cls(
+            **{
+                **values,
+                "verdict": Verdict(values["verdict"]),
+                "offenders": tuple(Offender(**offender) for offender in values["offenders"]),
+                "bracket": tuple(Stretch(**stretch) for stretch in values["bracket"]),
+                "quarantined": tuple(map(cls.from_dict, values["quarantined"])),
+                "most_risen": tuple(Risen(**risen) for risen in values.get("most_risen", ())),
+            }
+        )
+
+
+class PendingReport:
+    """A :class:`StepReport` that is still on its way from the device.
+
+    It has the attributes of a StepReport; the first look at one of them (other than ``step`` and
+    ``batch_id``) waits for the device. ``ready`` tells whether it would have to wait.
+
+    Args:
+        loss_counts: whether a NaN or Inf loss in the record is one: by default where ``loss`` was
+            given; among ranks that decide together it may be another rank's.
+        all_overflowed: of a window, as :attr:`fastguard.guard.accumulation.Window.all_overflowed`.
+    """
+
+    def __init__(
+        self,
+        step: int,
+        batch_id: object,
+        record: Tensor,
+        measured: GradNorm,
+        unscale: Tensor | None,
+        names: list[str],
+        loss: Tensor | None,
+        micro_batches: Iterable["PendingReport"] = (),
+        attention_stats: Mapping[str, AttentionStats] | None = None,
+        scaled: LossScale = NOT_SCALED,
+        micro_batch: int | None = None,
+        loss_counts: bool | None = None,
+        all_overflowed: Tensor | None = None,
+        per_tensor: Tensor | None = None,
+    ):
+        self.step = step
+        self.batch_id = batch_id
+        self._scaled = scaled.used
+        more = {"loss_scale": scaled.of_loss, "all_overflowed": all_overflowed}
+        self._more = [name for name, value in more.items() if value is not None]
+        self._record = Transfer(record, *(more[name] for name in self._more))
+        self._measured = measured
+        self._unscale = unscale
+        self._loss_given = loss is not None
+        self._loss_counts = self._loss_given if loss_counts is None else loss_counts
+        self._per_tensor = per_tensor  # the statistics' before this step
+        self._micro_batch = micro_batch
+        self._names = names
+        self._micro_batches = tuple(micro_batches)
+        self._attention_stats = attention_stats or {}
+        self._result: StepReport | None = None
+
+    @property
+    def ready(self) -> bool:
+        return self._record.ready
+
+    def result(self) -> StepReport:
+        if self._result is None:
+            record, *more = self._record.wait()
+            more = dict(zip(self._more, more, strict=True))
+            verdict, clip_coef, total_norm, max_norm, loss, outlier_above = record
+            verdict = Verdict(int(verdict))
+            micro_batches = [report.result() for report in self._micro_batches]
+            offenders, bracket = ((), ()) if math.isfinite(total_norm) else self._offenders()
+            loss_scale = more.get("loss_scale")
+            searches = is_search(
+                verdict,
+                self._scaled,
+                loss_scale,
+                more.get("all_overflowed") or any(each.infs for each in offenders),
+                self._loss_counts and not math.isfinite(loss),
+            )
+            self._result = StepReport(
+                self.step,
+                self.batch_id,
+                verdict,
+                total_norm,
+                clip_coef,
+                max_norm,
+                loss if self._loss_given else None,
+                offenders,
+                bracket,
+                quarantined=tuple(report for report in micro_batches if report.skipped),
+                micro_batches=len(micro_batches),
+                micro_batch=self._micro_batch,
+                loss_scale=loss_scale,
+                scale_search=searches,
+                outlier_above=outlier_above,
+                most_risen=tuple(self.risen()) if verdict is Verdict.SKIP_OUTLIER else (),
+            )
+        return self._result
+
+    def norms(self) -> dict[str, float]:
+        """L2 norm of each parameter's gradient before clipping, after unscaling."""
+        norms = self._measured.norms
+        norms = norms if self._unscale is None else norms * self._unscale
+        return dict(zip(self._names, norms.tolist(), strict=True))
+
+    def risen(self) -> list[Risen]:
+        """The parameters whose norm rose most above their own usual one, at most 5.
+
+        These are above 4 times their usual norm: the average over earlier steps, with factor 0.98,
+        of which a single spike is 6 % at most. Empty of a micro-batch, and of a step with a NaN or
+        Inf only the finite norms count. Waits for the device.
+        """
+        if self._per_tensor is None:
+            return []
+        _, _, usual, since = self._per_tensor.tolist()
+        risen = [
+            Risen(name, norm, usual, self.step if since < 0 else int(since))
+            for (name, norm), usual, since in zip(self.norms().items(), usual, since, strict=True)
+            if math.isfinite(norm) and norm > RISEN_FACTOR * usual
+        ]
+        return sorted(risen, key=lambda each: each.ratio, reverse=True)[:MOST_RISEN]
+
+    def attention(self) -> dict[str, dict[str, list[float]]]:
+        """What `ClampedMultiheadAttention(record_stats=True)` saw in this step's last forward.
+
+        Of each module by name: largest logit, entropy and clamped share of each head.
+        """
+        return {
+            name: {key: values.tolist() for key, values in stats._asdict().items()}
+            for name, stats in self._attention_stats.items()
+        }
+
+    def _offenders(self) -> tuple[tuple[Offender, ...], tuple[Stretch, ...]]:
+        rows = list(zip(self._names, self._measured.nonfinite.tolist(), strict=True))
+        offenders = tuple(Offender(name, *row) for name, row in rows if row[0] or row[1])
+        stretches: list[Stretch] = []
+        for name, (nans, infs, _) in rows:
+            finite = nans == infs == 0
+            if stretches and stretches[-1].finite == finite:
+                stretches[-1] = stretches[-1]._replace(last=name)
+            else:
+                stretches.append(Stretch(finite, name, name))
+        return offenders, tuple(stretches) if offenders else ()
+
+    def __getattr__(self, name: str):
+        if name.startswith("_"):  # pickle and copy look for methods before there is a result
+            raise AttributeError(name)
+        return getattr(self.result(), name)
+
+    def __repr__(self) -> str:
+        return repr(self.result()) if self.ready else f"PendingReport(step={self.step})"
+
+
+class Transfer:
+    """Tensors on their way to the host. On the CPU they are there already."""
+
+    def __init__(self, *tensors: Tensor):
+        self._host, self._event = tensors, None
+        device = tensors[0].device
+        if device.type != "cpu":
+            pinned = [torch.empty_like(t, device="cpu", pin_memory=True) for t in tensors]
+            for here, there in zip(pinned, tensors, strict=True):
+                here.copy_(there, non_blocking=True)
+            self._host, self._event = pinned, torch.Event(device)
+            self._event.record(torch.accelerator.current_stream(device))
+
+    @property
+    def ready(self) -> bool:
+        return self._event is None or self._event.query()
+
+    def wait(self) -> list:
+        """The values of each."""
+        if self._event is not None:
+            self._event.synchronize()
+        return [tensor.tolist() for tensor in self._host]
+
+
+def strict_json(value):
+    """JSON has no NaN and no Infinity: they become text."""
+    if isinstance(value, dict):
+        return {key: strict_json(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [strict_json(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def shorten(items: Iterable, at_most: int = 8) -> str:
+    """The items as text, and how many there are where some are left out."""
+    words = [str(item) for item in items]
+    more = f", ... ({len(words)} in all)" if len(words) > at_most else ""
+    return ", ".join(words[:at_most]) + more

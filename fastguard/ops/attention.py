@@ -1,0 +1,425 @@
+"""The operators behind :mod:`fastguard.attention`: wrapper, fake kernels, autograd, references.
+
+What :mod:`fastguard.ops` is for the guard; no other file touches ``torch.ops.fastguard``.
+"""
+
+import functools
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
+
+from fastguard.clip import is_dtensor
+
+from . import _library
+from .operators import DTYPES, _has_kernel, check_same_device, check_tensor
+
+#: The widest head that the operator takes, and the widest that CUDA's kernels do: theirs have the
+#: rows of what they make in registers.
+MOST_HEAD_DIM = 256
+MOST_CUDA_HEAD_DIM = 128
+
+#: T * S from which torch's attention is asked on GPUs of capability 9 and 10. See :func:`route`.
+LONG = 1024 * 1024
+
+
+class Attention(NamedTuple):
+    output: Tensor  #: (B, H, T, Dv), dtype of the query
+    logsumexp: Tensor  #: of each row's logits, (B, H, T), float32 or float64; inf without a key
+    stats: Tensor  #: (2, B, H, T): largest logit and entropy of each row; (0,) unless asked for
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_padding_mask: Tensor | None,
+    attn_mask: Tensor | None,
+    seed: Tensor | None,
+    is_causal: bool,
+    dropout_p: float,
+    scale: float,
+    softcap: float,
+    clamp: float,
+    return_stats: bool,
+) -> Attention:
+    """``clamp(dropout(softmax(softcap(scale * q @ k^T) + attn_mask)) @ v)``, differentiable.
+
+    Tiles after Dao 2023 (FlashAttention-2, arXiv 2307.08691): nothing of size T x S is kept.
+    `torch.export` and `torch.jit.trace` see the reference instead, so that their programs run
+    without fastguard. It serves what has no row or no key, too, and DTensors.
+
+    Args:
+        query: (B, H, T, D), float32, float64, bfloat16 or float16.
+        key: (B, G, S, D) and value: (B, G, S, Dv), dtype and device of the query; H a multiple of
+            G (each key's head serves H / G of the query's).
+        key_padding_mask: bool (B, S), True where a key is left out.
+        attn_mask: (B, H, T, S), any strides; bool, True where a key takes part, or float32
+            (float64 for a float64 query), added to the logits.
+        seed: int64 (2,), of the dropout's generator, see :func:`dropout_keep_ref`.
+        is_causal: row i sees keys 0 to i only.
+        softcap: c > 0 replaces the logits by ``c * tanh(logits / c)``; 0 does not.
+        clamp: bound on the output; inf for none. Gradients pass where ``abs(output) < clamp``.
+
+    Raises:
+        RuntimeError: anything else.
+    """
+    args = (query, key, value, key_padding_mask, attn_mask, seed, is_causal, dropout_p)
+    args += (scale, softcap, clamp, return_stats)
+    # The kernels give no gradient to a mask, and know backward derivatives only.
+    learnt = attn_mask is not None and attn_mask.requires_grad
+    recorded = torch.compiler.is_exporting() or torch.jit.is_tracing()
+    plain = recorded or not _has_kernel(query) or learnt or 0 in (query.size(2), key.size(2))
+    if plain or _is_transformed(query, key, value) or _are_dtensors(query, key, value):
+        return attention_ref(*args)
+    if max(query.size(3), value.size(3)) > MOST_HEAD_DIM:
+        return beyond_kernels(*args)(*args)
+    if query.device.type == "cpu":
+        return Attention(*_differentiable(*args))
+    return Attention(*route(_capability(query.device), *args)(*args))
+
+
+@functools.cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    if not torch.cuda.is_available():
+        return (0, 0)  # a fake tensor's
+    properties = torch.cuda.get_device_properties(device)
+    return properties.major, properties.minor
+
+
+def route(
+    capability,
+    query,
+    key,
+    value,
+    key_padding_mask,
+    attn_mask,
+    seed,
+    is_causal,
+    dropout_p,
+    scale,
+    softcap,
+    clamp,
+    return_stats,
+):
+    """Which function serves :func:`attention` on a GPU of this capability.
+
+    The kernels take float32, bfloat16 and float16 and head dims up to 128. Beyond that, and for
+    float64, torch's attention with a clamp serves where it can say the same: no dropout, softcap,
+    statistics or masks but ``is_causal``. The reference serves the rest.
+
+    On capability 9 and 10 (H100, B200) torch has kernels for their own matrix instructions, about
+    twice as fast as any with the older ones, which ours use; the clamp is another pass over the
+    output. So 16-bit requests that torch can serve go to it from ``LONG`` = 1024 * 1024 logits a
+    head on. That number is an estimate: no GPU has measured it.
+    """
+    other = beyond_kernels(
+        query, key, value, key_padding_mask, attn_mask, seed, is_causal, dropout_p, scale, softcap,
+        clamp, return_stats,
+    )  # fmt: skip
+    if max(query.size(3), value.size(3)) > MOST_CUDA_HEAD_DIM or query.dtype == torch.float64:
+        return other
+    long = query.size(2) * key.size(2) >= LONG and query.dtype != torch.float32
+    torchs = other is attention_sdpa and long and capability[0] in (9, 10)
+    return attention_sdpa if torchs else _differentiable
+
+
+def beyond_kernels(
+    query, key, value, key_padding_mask, attn_mask, _seed, _is_causal, dropout_p, _scale, softcap,
+    _clamp, return_stats,
+):  # fmt: skip
+    """Which function serves what no kernel does: torch's attention where it says the same."""
+    masked = key_padding_mask is not None or attn_mask is not None
+    more = masked or return_stats or dropout_p > 0 or softcap > 0
+    return attention_ref if more else attention_sdpa
+
+
+def attention_sdpa(
+    query, key, value, _padding, _mask, _seed, is_causal, _dropout_p, scale, _softcap, clamp, _stats
+) -> Attention:
+    """:func:`attention` by torch's, for what :func:`route` sends here; without a logsumexp."""
+    grouped = query.size(1) != key.size(1)
+    output = F.scaled_dot_product_attention(
+        query, key, value, is_causal=is_causal, scale=scale, enable_gqa=grouped
+    )
+    return Attention(_bounded(output, clamp), output.new_empty(0), output.new_empty(0))
+
+
+def _bounded(output: Tensor, clamp: float) -> Tensor:
+    if clamp > torch.finfo(output.dtype).max:  # none, or beyond what float16 holds
+        return output
+    return torch.where(output.abs() < clamp, output, output.detach().clamp(-clamp, clamp))
+
+
+def _is_transformed(*tensors: Tensor) -> bool:
+    """Whether forward derivatives are wanted, or those of torch.func's grad, vjp and jvp."""
+    if torch.compiler.is_compiling():
+        return False
+    tracked = torch._C._functorch.is_gradtrackingtensor
+    return any(tracked(x) or unpack_dual(x).tangent is not None for x in tensors)
+
+
+def _are_dtensors(*tensors: Tensor) -> bool:
+    """Plain torch shards them; the operator has no strategy of its own."""
+    if all(type(x) in (Tensor, torch.nn.Parameter) for x in tensors):
+        return False
+    return any(map(is_dtensor, tensors))
+
+
+def _differentiable(*args) -> tuple[Tensor, Tensor, Tensor]:
+    """The operator. Its registered autograd costs some 20 us a pass more than an autograd.Function,
+    a tenth of short attention; compilers and torch.func need the former."""
+    bare = torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None
+    if not bare and torch.is_grad_enabled() and any(x.requires_grad for x in args[:3]):
+        return _Differentiable.apply(*args)
+    return torch.ops.fastguard.attention.default(*args)
+
+
+class _Differentiable(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, *args):
+        results = torch.ops.fastguard.attention.default(*args)
+        _save_for_backward(ctx, args, results)
+        ctx.mark_non_differentiable(*results[1:])
+        ctx.set_materialize_grads(False)
+        return results
+
+    @staticmethod
+    def backward(ctx, grad_output, *_):
+        return (None,) * 12 if grad_output is None else _backward(ctx, grad_output)
+
+
+def attention_ref(*args) -> Attention:
+    """:func:`attention` in plain torch, with tensors of T x S; its gradients are autograd's."""
+    return attention_and_weights_ref(*args)[0]
+
+
+def attention_and_weights_ref(*args) -> tuple[Attention, Tensor]:
+    """:func:`attention_ref`, and the weights that its values were multiplied by.
+
+    Args:
+        args: those of :func:`attention`.
+
+    Returns:
+        :class:`Attention` and (B, H, T, S) in the dtype of the query, after dropout; zero where a
+        row does not see a key. Both are differentiable.
+    """
+    device = args[0].device.type
+    # The meta device has no autocast, and raises when it is asked.
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return _attention_and_weights(*args)
+    # Autocast would narrow what the reference widens.
+    with torch.autocast(device, enabled=False):
+        return _attention_and_weights(*args)
+
+
+def _attention_and_weights(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_padding_mask: Tensor | None,
+    attn_mask: Tensor | None,
+    seed: Tensor | None,
+    is_causal: bool,
+    dropout_p: float,
+    scale: float,
+    softcap: float,
+    clamp: float,
+    return_stats: bool,
+) -> tuple[Attention, Tensor]:
+    _check(query, key, value, key_padding_mask, attn_mask, seed, dropout_p, softcap, clamp)
+    dtype = query.dtype
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    query, key, value = (x.to(wide) for x in (query, key, value))
+    if key_padding_mask is not None:
+        # Masking the logits alone is not enough: 0 * NaN is NaN (pytorch issue 101967).
+        key = key.masked_fill(key_padding_mask[:, None, :, None], 0.0)
+        value = value.masked_fill(key_padding_mask[:, None, :, None], 0.0)
+    group = query.size(1) // key.size(1)
+    key, value = (x.repeat_interleave(group, dim=1) for x in (key, value))
+
+    logits = query @ key.transpose(2, 3) * scale
+    if softcap > 0:
+        logits = softcap * (logits / softcap).tanh()
+    hidden = _hidden(logits, key_padding_mask, attn_mask, is_causal)
+    if attn_mask is not None and attn_mask.dtype != torch.bool:
+        logits = logits + attn_mask
+    logits = logits.masked_fill(hidden, -torch.inf)
+    largest = logits.detach()
+    largest = largest.amax(-1) if key.size(2) else largest.new_full(logits.shape[:3], -torch.inf)
+    dead = largest == -torch.inf
+    weights = logits.masked_fill(dead.unsqueeze(-1), 0.0).softmax(-1)
+    weights = weights.masked_fill(hidden | dead.unsqueeze(-1), 0.0)
+    logsumexp = logits.detach().logsumexp(-1).masked_fill(dead, torch.inf)
+    stats = logsumexp.new_empty(0)
+    if return_stats:
+        stats = torch.stack([largest, torch.special.entr(weights.detach()).sum(-1)])
+
+    if dropout_p > 0:
+        kept, rescale = dropout_keep_ref(seed, logits.shape, dropout_p)
+        weights = torch.where(kept, weights * rescale, 0.0)
+    output = (weights @ value).masked_fill(dead.unsqueeze(-1), 0.0).to(dtype)
+    output = _bounded(output, clamp)
+    return Attention(output, logsumexp, stats), weights.to(dtype)
+
+
+def _check(query, key, value, padding, attn_mask, seed, dropout_p, softcap, clamp) -> None:
+    """Twin: check_attention in csrc/attention.h, but for the sizes that only kernels limit."""
+    if torch.compiler.is_exporting():  # comparing its sizes would limit the program
+        return
+    shapes = [tuple(x.shape) for x in (query, key, value)]
+    fits = all(x.dim() == 4 for x in (query, key, value))
+    if fits:
+        (b, h, t, d), (_, g, s, _), _ = shapes
+        fits = shapes[1] == (b, g, s, d) and shapes[2][:3] == (b, g, s) and g > 0 and h % g == 0
+    if not fits:
+        raise RuntimeError(
+            "attention: query must be (B, H, T, D), key (B, G, S, D) and value (B, G, S, Dv), H a "
+            f"multiple of G; got {', '.join(map(str, shapes))}"
+        )
+    if query.dtype not in DTYPES or not query.dtype == key.dtype == value.dtype:
+        raise RuntimeError(
+            "attention: query, key and value must have one dtype of float32, float64, bfloat16 and "
+            f"float16; got {query.dtype}, {key.dtype} and {value.dtype}"
+        )
+    added = {torch.float32, torch.promote_types(query.dtype, torch.float32)}
+    for name, mask, shape, dtypes in (
+        ("key_padding_mask", padding, (b, s), (torch.bool,)),
+        ("attn_mask", attn_mask, (b, h, t, s), (torch.bool, *added)),
+    ):
+        if mask is not None and (mask.dtype not in dtypes or mask.shape != shape):
+            raise RuntimeError(
+                f"attention: {name} must be {' or '.join(map(str, dtypes))} of shape {shape}; got "
+                f"{mask.dtype} of shape {tuple(mask.shape)}"
+            )
+    if not (0 <= dropout_p < 1 and 0 <= softcap < torch.inf and clamp > 0):
+        raise RuntimeError(
+            "attention: dropout_p must be in [0, 1), softcap at least 0, clamp above 0; got "
+            f"{dropout_p}, {softcap}, {clamp}"
+        )
+    if seed is not None:
+        check_tensor("attention", "seed", seed, torch.int64, 2)
+    elif dropout_p > 0:
+        raise RuntimeError("attention: dropout needs a seed of two int64")
+    check_same_device("attention", (query, key, value, padding, attn_mask, seed))
+
+
+def _hidden(logits, key_padding_mask, attn_mask, is_causal):
+    """Which keys a row does not see, (B, H, T, S)."""
+    hidden = torch.zeros_like(logits, dtype=torch.bool)
+    if key_padding_mask is not None:
+        hidden = hidden | key_padding_mask[:, None, None, :]
+    if is_causal:
+        hidden = hidden | torch.ones_like(hidden[0, 0]).triu_(1)
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        hidden = hidden | ~attn_mask
+    return hidden
+
+
+def dropout_keep_ref(
+    seed: Tensor, shape: tuple[int, int, int, int], dropout_p: float
+) -> tuple[Tensor, float]:
+    """Which weights dropout keeps, and the factor for those: csrc/philox.h in plain torch.
+
+    Args:
+        seed: int64 (2,).
+        shape: (B, H, T, S).
+
+    Returns:
+        bool (B, H, T, S), True with a probability that is a multiple of 2^-16, and its inverse.
+    """
+    threshold = max(1, int((1.0 - dropout_p) * 65536 + 0.5))
+    batch, heads, rows, columns = shape
+    device = seed.device
+    i = torch.arange(rows, device=device)[:, None]
+    j = torch.arange(columns, device=device)
+    call = 4 * (i % 8) + j % 8 // 2
+    word = 2 * (j % 16 // 8) + i % 16 // 8
+    head = torch.arange(batch * heads, device=device).view(batch, heads, 1, 1)
+    low = 0xFFFFFFFF
+    counter = torch.broadcast_tensors(i // 16 * 32 + call, j // 16, head, seed[1] & low)
+    drawn = torch.stack(_philox(list(counter), [seed[0] & low, seed[0] >> 32 & low]))
+    number = drawn.gather(0, word.expand(shape).unsqueeze(0)).squeeze(0)
+    number = number >> (16 * (j % 2)) & 0xFFFF
+    return number < threshold, 65536 / threshold
+
+
+def _philox(counter: list[Tensor], key: list[Tensor]) -> list[Tensor]:
+    """Philox4x32 of 7 rounds on 32-bit numbers held in int64."""
+
+    def multiply(x: Tensor, by: int) -> tuple[Tensor, Tensor]:
+        product = x * by  # wraps around, which leaves its 64 bits as they are
+        return product >> 32 & 0xFFFFFFFF, product & 0xFFFFFFFF
+
+    for _ in range(7):
+        high0, low0 = multiply(counter[0], 0xD2511F53)
+        high1, low1 = multiply(counter[2], 0xCD9E8D57)
+        counter = [high1 ^ counter[1] ^ key[0], low1, high0 ^ counter[3] ^ key[1], low0]
+        key = [key[0] + 0x9E3779B9 & 0xFFFFFFFF, key[1] + 0xBB67AE85 & 0xFFFFFFFF]
+    return counter
+
+
+def attention_backward_ref(grad_output, query, key, value, output, logsumexp, *options):
+    """The backward operator's gradients of query, key and value, by autograd of the reference."""
+    with torch.enable_grad():
+        inputs = [x.detach().requires_grad_() for x in (query, key, value)]
+        again = attention_ref(*inputs, *options, False).output
+    return torch.autograd.grad(again, inputs, grad_output)
+
+
+# --- autograd and fake kernels --------------------------------------------------------------------
+
+
+def _empty_heads(like: Tensor, heads: int, rows: int, columns: int) -> Tensor:
+    """(B, H, rows, columns) whose memory is that of (B, rows, H, columns)."""
+    return like.new_empty(like.size(0), rows, heads, columns).transpose(1, 2)
+
+
+def _fake_attention(query, key, value, *options):
+    check_same_device("attention", (query, key, value, *options[:3]))
+    batch, heads, rows, _ = query.shape
+    wide = torch.float64 if query.dtype == torch.float64 else torch.float32
+    stats = (2, batch, heads, rows) if options[-1] else (0,)
+    return (
+        _empty_heads(query, heads, rows, value.size(3)),
+        query.new_empty((batch, heads, rows), dtype=wide),
+        query.new_empty(stats, dtype=wide),
+    )
+
+
+def _fake_attention_backward(grad_output, query, key, value, *saved_and_options):
+    tensors = (grad_output, query, key, value, *saved_and_options[:5])
+    check_same_device("attention_backward", tensors)
+    return tuple(_empty_heads(x, *x.shape[1:]) for x in (query, key, value))
+
+
+def _save_for_backward(ctx, inputs, output):
+    query, key, value, key_padding_mask, attn_mask, seed, *options, _ = inputs
+    attended, logsumexp, _ = output
+    ctx.save_for_backward(query, key, value, attended, logsumexp, key_padding_mask, attn_mask, seed)
+    ctx.options = options
+
+
+def _backward(ctx, grad_output, *_):
+    grads = torch.ops.fastguard.attention_backward.default(
+        grad_output, *ctx.saved_tensors, *ctx.options
+    )
+    return (*grads, *[None] * 9)
+
+
+def _no_second_derivative(ctx, *grads):
+    raise NotImplementedError(
+        "fastguard's attention has first derivatives only: use create_graph=False, or "
+        "torch.nn.functional.scaled_dot_product_attention where second ones are needed"
+    )
+
+
+if _library.cpu_problem is None:
+    torch.library.register_fake("fastguard::attention", _fake_attention)
+    torch.library.register_fake("fastguard::attention_backward", _fake_attention_backward)
+    torch.library.register_autograd(
+        "fastguard::attention", _backward, setup_context=_save_for_backward
+    )
+    torch.library.register_autograd("fastguard::attention_backward", _no_second_derivative)

@@ -1,0 +1,213 @@
+"""``python -m fastguard.evaluate``: error rates of a checkpoint, and every hypothesis in a file."""
+
+import argparse
+import logging
+from functools import partial
+from pathlib import Path
+from typing import TextIO
+
+import torch
+
+from fastguard._command import check_words, exit_status
+from fastguard._io import terminal
+from fastguard.speech.data.batching import Batch
+from fastguard.speech.data.corpora import SPECS, SPLITS, Corpus, load_corpus
+from fastguard.speech.data.readers import CorpusError, Rejected
+from fastguard.speech.recognition.evaluation import (
+    LONG,
+    Evaluation,
+    evaluate,
+    pooled,
+    wer_interval,
+    write,
+)
+from fastguard.speech.recognition.recognizer import Recognizer
+from fastguard.speech.storage.checkpoint import CheckpointError, best_of
+from fastguard.speech.training.data import evaluation_loader, listing
+from fastguard.speech.training.precision import AUTOCAST, autocast
+
+from . import recognition_options
+
+_WORST = 10
+_NAMED = 3  # of what could not be used, for each reason
+# What a recording may last, in seconds; the longest bounds the memory that it takes.
+_SHORTEST, _LONGEST = 0.001, 3600.0
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m fastguard.evaluate",
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Word and character error rate of a checkpoint on a split of a corpus, the\n"
+        "one it was trained on unless --data says otherwise. The interval is the 95 %\n"
+        "bootstrap interval of the WER over utterances.",
+        epilog=recognition_options.LANGUAGE_MODEL_HELP
+        + "\nexample:\n"
+        + "  python -m fastguard.evaluate runs/my-run --split test --decoder beam",
+    )
+    parser.add_argument(
+        "checkpoint", type=Path, help="a .pt or .safetensors file, or the folder of a run"
+    )
+    parser.add_argument("--data", metavar="SPEC", help=f"{SPECS} (default: as in training)")
+    parser.add_argument(
+        "--split",
+        choices=(*SPLITS, "all"),
+        default="dev",
+        help="what to recognise (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--batch-size", type=int, default=8, metavar="N", help="utterances (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--precision",
+        choices=tuple(AUTOCAST),
+        default="fp32",
+        help="of the model; fp32 turns autocast off (default: %(default)s)",
+    )
+    recognition_options.add_device_option(parser)
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="DIR",
+        help="folder for hypotheses.jsonl and alignments.txt, worst first, rates.json, "
+        "left_out.jsonl and changed_labels.jsonl; what is there is replaced (default: "
+        "evaluation-SPLIT-DECODER beside the checkpoint)",
+    )
+    recognition_options.add_decoder_options(parser)
+    check_words(parser, argv)
+    args = parser.parse_args(argv)
+    recognition_options.check_decoder_options(parser, args)
+    if args.batch_size < 1:
+        parser.error(f"--batch-size must be at least 1, got {args.batch_size}")
+    return args
+
+
+@terminal.command
+def main(argv: list[str] | None = None) -> int:
+    """Exit status: 0 done, 1 failed, 2 wrong usage, 130 stopped by Ctrl-C."""
+    args = parse(argv)
+    logging.basicConfig(format="%(levelname)s - %(message)s")
+    failures = CheckpointError, CorpusError, recognition_options.DecoderError, OSError
+    return exit_status(lambda: _evaluate(args), *failures)
+
+
+def _evaluate(args: argparse.Namespace) -> None:
+    path = best_of(args.checkpoint)
+    recognizer = Recognizer.load(path, args.device)
+    decode = recognition_options.decoder(args, recognizer.tokenizer, recognizer.config.text)
+    folder = args.output or path.parent / f"evaluation-{args.split}-{args.decoder}"
+    data = args.data or recognizer.config.data
+    folder.mkdir(parents=True, exist_ok=True)
+    with listing(folder, "changed_labels.jsonl") as changed:
+        corpus = load_split(data, args.split, recognizer, changed)
+    utterances = corpus.utterances if args.split == "all" else corpus.split(args.split)
+    # One longer than those of the training is a batch of its own.
+    usual = recognizer.config.max_duration
+    found = evaluate(
+        partial(_forward, recognizer, args.device, args.precision),
+        evaluation_loader(
+            utterances,
+            recognizer.log_mel,
+            batch_size=args.batch_size,
+            batch_duration=args.batch_size * usual if utterances.durations.max() > usual else None,
+            min_duration=_SHORTEST,
+            max_duration=_LONGEST,
+        ),
+        recognizer.tokenizer,
+        decode,
+        durations={u.id: u.duration for u in utterances},
+        progress=f"evaluating {args.split}",
+        rejected=corpus.rejected,
+    )
+    write(folder, found)
+    with listing(folder, "left_out.jsonl") as left_out:
+        corpus.write_left_out(left_out)
+    print(f"checkpoint  {path}\ndata        {data}, {args.split}")
+    print(f"decoding    {recognition_options.decoder_name(args)}, {args.precision}\n")
+    print(table(found))
+    print(unused(corpus.rejected))
+    print(f"\n{worst_table(found)}\n\nAll hypotheses and their alignments are in {folder}")
+
+
+def load_split(
+    data: str, split: str, recognizer: Recognizer, changed: TextIO | None = None
+) -> Corpus:
+    """A corpus as a training with these settings would split it, with all that can be recognised:
+    neither durations nor texts without a word leave a row out. ``changed`` as in load_corpus.
+
+    Raises CorpusError if there is nothing in this split, or in "all".
+    """
+    config = recognizer.config
+    return load_corpus(
+        data,
+        min_duration=_SHORTEST,
+        max_duration=_LONGEST,
+        seed=config.seed,
+        needed=SPLITS if split == "all" else (split,),
+        rules=config.text,
+        silent=True,
+        changed=changed,
+    )
+
+
+def _forward(recognizer: Recognizer, device: torch.device, precision: str, batch: Batch):
+    with autocast(device, precision):
+        return recognizer(batch.features.to(device), batch.feature_lengths.to(device))
+
+
+# --- what is told -------------------------------------------------------------------------------
+
+
+def unused(rejected: list[Rejected]) -> str:
+    """What could not be used of the corpus, a line for each reason; "" if there is nothing."""
+    kinds: dict[str, list[Rejected]] = {}
+    for row in rejected:
+        kinds.setdefault(row.kind, []).append(row)
+    lines = [""] if rejected else []
+    for rows in sorted(kinds.values(), key=len, reverse=True):
+        names = ", ".join(row.id for row in rows[:_NAMED]) + (", ..." if len(rows) > _NAMED else "")
+        lines.append(f"not used: {len(rows)} of the corpus: {names} ({rows[0].reason})")
+    return "\n".join(lines)
+
+
+def table(found: Evaluation) -> str:
+    """The error rates of all utterances and of the long ones."""
+    row = "{:<20}{:>8}{:>18}{:>8}{:>12}{:>8}{:>9}{:>6}{:>6}{:>6}".format
+    lines = [
+        row(
+            "", "WER", "95 % interval", "CER", "utterances", "words", "minutes", "sub", "del", "ins"
+        )
+    ]
+    for name, rows in (("all", found.rows), (f"{LONG} words and more", found.long_rows)):
+        if rows:
+            rates = pooled(rows)
+            low, high = wer_interval(rows)
+            minutes = sum(r.duration or 0.0 for r in rows) / 60
+            lines.append(
+                row(
+                    name,
+                    f"{rates.wer:.3f}",
+                    f"{low:.3f} to {high:.3f}",
+                    f"{rates.cer:.3f}",
+                    len(rows),
+                    rates.words,
+                    f"{minutes:.1f}",
+                    rates.substitutions,
+                    rates.deletions,
+                    rates.insertions,
+                )
+            )
+    return "\n".join(lines)
+
+
+def worst_table(found: Evaluation) -> str:
+    """The utterances with most word errors, reference above hypothesis."""
+    lines = [f"Most errors (of {len(found.rows)} utterances):"]
+    for row in found.worst(_WORST):
+        lines += [
+            f"{row.errors} of {row.words} words  {row.id}",
+            f"    REF {row.reference}",
+            f"    HYP {row.hypothesis}",
+        ]
+    return "\n".join(lines)

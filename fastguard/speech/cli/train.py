@@ -1,0 +1,104 @@
+"""``python -m fastguard.train``: train a CTC speech model; ``--help`` lists the settings."""
+
+import logging
+import shlex
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from fastguard._io import terminal
+from fastguard._io.failures import in_a_line
+from fastguard.env import processor, version
+from fastguard.guard.report_files import GradientExplosionError
+from fastguard.speech.data.batching import LoadError
+from fastguard.speech.data.readers import CorpusError
+from fastguard.speech.training.config import Config
+from fastguard.speech.training.metrics import log_to
+from fastguard.speech.training.options import parse
+from fastguard.speech.training.parallel import Parallel, leave
+from fastguard.speech.training.run_folder import RunError, RunFolder
+from fastguard.speech.training.trainer import Trainer
+
+logger = logging.getLogger("fastguard.train")  # run with -m, __name__ is "__main__"
+
+
+@terminal.command
+def main(argv: list[str] | None = None) -> int:
+    """Exit status: 0 done, 1 the run or its corpus failed, 2 wrong usage, 130 stopped by Ctrl-C."""
+    config = parse(argv)
+    with Parallel.start(config.parallel) as parallel:
+        status = run(config, parallel)
+        if status and parallel.world_size > 1:
+            leave(status)  # the others may be inside of a collective: it would wait for them
+        return status
+
+
+def run(config: Config, parallel: Parallel) -> int:
+    """Train in this process, one of those that train together; its exit status."""
+    default = Path("runs") / f"{config.model}-{time.strftime('%Y%m%d-%H%M%S')}"
+    folder = RunFolder(parallel.from_main(config.run_dir or default), config)
+    trainer = None
+    if not parallel.main:
+        log_to(None)
+    try:
+        if error := parallel.from_main(_begin(folder) if parallel.main else None):
+            if parallel.main:
+                print(f"error: {error}", file=sys.stderr)
+            return 2
+        trainer = Trainer(config, folder, parallel)
+        trainer.fit()
+    except KeyboardInterrupt:
+        return 130
+    except Exception as error:
+        _tell(error, folder.way_on() if trainer and parallel.main else None, parallel)
+        return 1
+    finally:
+        folder.close()
+    if folder.unsaved:
+        return 1
+    return 130 if trainer.stopping else 0
+
+
+def _tell(error: Exception, way_on: str | None, parallel: Parallel) -> None:
+    """In one line what ends the run; of a program's error the log file has the traceback, too."""
+
+    def tell(cause: str, traceback: Exception | None = None) -> None:
+        between = "\n" if "\n" in cause else "; "  # the guard's advice takes some lines
+        logger.error("%s", between.join(filter(None, [cause, way_on])), exc_info=traceback)
+
+    if isinstance(error, (GradientExplosionError, LoadError)) and not parallel.main:
+        return  # all have it alike
+    if parallel.lost_another(error):
+        cause = parallel.word()
+        if cause is not None and not parallel.main:
+            return  # that process has told it, and the main one does, for the log
+        tell(cause or "another process of this run is gone, without a word: was it killed?")
+        return
+    known = isinstance(error, (CorpusError, GradientExplosionError, LoadError, RunError))
+    cause = str(error) if known else in_a_line(error)
+    if parallel.world_size > 1:
+        parallel.leave_word(cause)
+    tell(cause, None if known else error)
+
+
+def _begin(folder: RunFolder) -> str | None:
+    """Make the run's folder and its log; what is wrong with it, if anything is."""
+    try:
+        folder.begin()
+        log_to(folder.path / "train.log")
+    except RunError as error:
+        return str(error)
+    except OSError as error:
+        return f"can not write the run folder: {error}; choose --run-dir"
+    logger.info("run folder: %s", folder.path)
+    logger.info("command: %s", shlex.join(sys.orig_argv))
+    logger.info(
+        "machine: %s, %d threads, torch %s, fastguard %s",
+        torch.cuda.get_device_name() if torch.cuda.is_available() else processor(),
+        torch.get_num_threads(),
+        torch.__version__,
+        version(),
+    )
+    return None

@@ -1,0 +1,1 @@
+"""From recordings and texts on the disk to padded batches."""

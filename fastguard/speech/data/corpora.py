@@ -1,0 +1,394 @@
+"""Which recordings to learn from: a spec becomes a checked list of utterances.
+
+    synthetic                 sentences spoken by eSpeak NG, made on the spot
+    asterisk[:DIR][@LANG]     telephone prompts of the Debian packages asterisk-core-sounds-LANG
+    manifest:FILE.jsonl       one JSON object a line
+    librispeech:DIR           LibriSpeech as it is unpacked
+    yesno:DIR                 the 60 recordings of OpenSLR 1
+
+Whatever could break a training step later is found here, in a corpus of moderate size: every
+recording is decoded once, and a row that can not be used is left out with its name and a reason.
+"""
+
+import json
+import math
+import re
+import sys
+import unicodedata
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from hashlib import sha256
+from itertools import pairwise
+from pathlib import Path
+from typing import Literal, TextIO
+
+from tqdm import tqdm
+
+from fastguard._extras import MissingExtra
+
+from .audio import check_duration, decoded_duration, header_duration
+from .readers import (
+    ASTERISK_SOUNDS,
+    CorpusError,
+    Rejected,
+    Row,
+    Unusable,
+    read_asterisk,
+    read_librispeech,
+    read_manifest,
+    read_yesno,
+)
+from .synthetic import build_synthetic
+from .text import TextError, TextRules, normalized
+from .utterances import SPLITS, Utterance, Utterances
+
+SPECS = "synthetic, asterisk[:DIR][@LANG], manifest:FILE.jsonl, librispeech:DIR, yesno:DIR"
+DECODED_ROWS = 2_000
+MAX_ID = 4_096  # Linux has no longer paths
+MAX_TEXT = 10_000  # ten minutes of speech
+_READERS = {"manifest": read_manifest, "librispeech": read_librispeech, "yesno": read_yesno}
+
+
+@dataclass
+class Change:
+    """What was done to ``count`` texts, and the first of them."""
+
+    count: int
+    id: str
+    written: str
+    text: str
+
+
+@dataclass
+class Corpus:
+    """``decoded`` tells whether every recording was, or its duration taken on trust; ``changes``
+    what normalising did to the texts, by the steps of fastguard.speech.data.text.normalized."""
+
+    spec: str
+    utterances: Utterances
+    rejected: list[Rejected]
+    decoded: bool = True
+    changes: dict[str, Change] = field(default_factory=dict)
+
+    def split(self, name: str) -> Utterances:
+        if name not in SPLITS:
+            raise ValueError(f"no split {name!r}: choose one of {', '.join(SPLITS)}")
+        return self.utterances.of_split(name)
+
+    def drop_infeasible(
+        self,
+        encode: Callable[[str], Sequence],
+        max_output_length: Callable[[float], int],
+        needed: Iterable[str] = ("train",),
+    ) -> "Corpus":
+        """The corpus less the texts of the train split that CTC can not align, as
+        :func:`load_corpus` explains, and those for which ``encode``, a tokenizer's, raises
+        ValueError. What is recognised only needs no tokens.
+
+        Raises :class:`CorpusError` if nothing is left of the ``needed`` splits.
+        """
+        kept, rejected = [], list(self.rejected)
+        for index, utterance in enumerate(self.utterances):
+            if utterance.split != "train":
+                kept.append(index)
+                continue
+            try:
+                tokens = encoded(encode, utterance.text)
+                check_feasible(tokens, max_output_length(utterance.duration))
+            except Unusable as reason:
+                rejected.append(Rejected(utterance.id, str(reason)))
+            else:
+                kept.append(index)
+        left = replace(self, utterances=self.utterances.select(kept), rejected=rejected)
+        return left.with_something_in(needed)
+
+    def summary(self) -> str:
+        """A line for each split, and one for each kind of reason with the first rows left out."""
+        lines = [f"{self.spec}: {_amount(self.utterances)}"]
+        lines += [f"  {name:<5} {_amount(self.split(name))}" for name in SPLITS]
+        if not self.decoded:
+            lines.append("  not decoded: durations are those of the manifest and of headers")
+        for kind, count in Counter(row.kind for row in self.rejected).most_common():
+            rows = [row for row in self.rejected if row.kind == kind]
+            others = ", ..." if count > 3 else ""
+            names = ", ".join(row.id for row in rows[:3])
+            lines.append(f"  left out {count}: {names}{others} ({rows[0].reason})")
+        for kind, change in sorted(self.changes.items(), key=lambda item: -item[1].count):
+            example = f"{_cut(change.written)} -> {_cut(change.text)}"
+            lines.append(f"  texts changed {change.count}, {kind}: {change.id} ({example})")
+        return "\n".join(lines)
+
+    def write_left_out(self, file: TextIO) -> None:
+        """A line of JSON with the id and the reason of each row that was left out."""
+        for row in self.rejected:
+            print(_json_line(asdict(row)), file=file)
+
+    def with_something_in(self, splits: Iterable[str]) -> "Corpus":
+        """This corpus. Raises :class:`CorpusError` if all of these splits are empty."""
+        if not any(len(self.split(name)) for name in splits):
+            raise CorpusError(
+                f"nothing is left of the split {' or '.join(splits)}; fix or replace these rows, "
+                f"or take another split\n{self.summary()}"
+            )
+        return self
+
+
+def load_corpus(
+    spec: str,
+    *,
+    max_output_length: Callable[[float], int] | None = None,
+    max_duration: float = 20.0,
+    min_duration: float = 0.1,
+    check: Literal["auto", "decode", "header"] = "auto",
+    cache_dir: Path | None = None,
+    seed: int = 0,
+    needed: Iterable[str] = ("train",),
+    rules: TextRules | None = None,
+    silent: bool = False,
+    changed: TextIO | None = None,
+) -> Corpus:
+    """Read the corpus that ``spec`` names (see the top of this file), less what is unusable.
+
+    ``max_output_length`` tells how many CTC frames the model emits for so many seconds: a text
+    of U characters with R equal neighbours needs U + R of them, else its loss is infinite.  Leave
+    it out for a tokenizer of larger units, and call :meth:`Corpus.drop_infeasible` with that.
+
+    ``check="decode"`` decodes every recording; ``"header"`` believes the durations of the manifest
+    and where there are none the headers, and what is wrong with the rest is found when it is
+    loaded (see SpeechDataset); ``"auto"`` decodes up to DECODED_ROWS rows.  Recordings are kept
+    from ``min_duration`` to ``max_duration`` seconds; a header that claims more is believed.
+
+    Rows without a split get one from :func:`assign_splits`, before the recordings are judged, so
+    that models of different strides train and test on the same sentences.  ``cache_dir`` and
+    ``seed`` are for the synthetic corpus.
+
+    Texts are normalised by ``rules``; ``changed`` gets a line of JSON for each that is not what was
+    written.  Rows of which nothing is spoken are left out, unless ``silent`` keeps those that have
+    a split.
+
+    Raises :class:`CorpusError` for an unknown spec, a corpus that is not there, and one of whose
+    ``needed`` splits nothing is left; the message lists what was left out.
+    """
+    sorting = _Sorting(rules or TextRules(), silent, changed)
+    rows, rejected = _rows(spec, cache_dir, seed, sorting), sorting.rejected
+    decoded = check == "decode" or (check == "auto" and len(rows) <= DECODED_ROWS)
+    durations, kept = rows.durations, []
+    bar = tqdm(rows, f"reading {spec}", leave=False, delay=1, disable=not sys.stderr.isatty())
+    for index, row in enumerate(bar):
+        try:
+            if decoded:
+                durations[index] = decoded_duration(row.audio, max_duration)
+            elif math.isnan(row.duration):
+                durations[index] = header_duration(row.audio)
+            check_duration(row.audio, durations[index], min_duration, max_duration)
+        except Unusable as reason:
+            rejected.append(Rejected(row.id, str(reason)))
+        else:
+            kept.append(index)
+    kept_rows = rows.with_durations(durations).select(kept)
+    corpus = Corpus(spec, kept_rows, rejected, decoded, sorting.changes)
+    if max_output_length is None:
+        return corpus.with_something_in(needed)
+    return corpus.drop_infeasible(str, max_output_length, needed)
+
+
+def read_rows(
+    spec: str,
+    *,
+    cache_dir: Path | None = None,
+    seed: int = 0,
+    rules: TextRules | None = None,
+) -> tuple[Utterances, list[Rejected]]:
+    """The rows of a corpus, each with its normalised text and its split, and those left out.
+
+    No recording is looked at: they may be missing, broken, or too short for their texts. Durations
+    are what a manifest says, or NaN.
+
+    Raises :class:`CorpusError` for an unknown spec and a corpus that is not there.
+    """
+    sorting = _Sorting(rules or TextRules())
+    return _rows(spec, cache_dir, seed, sorting), sorting.rejected
+
+
+def absolute(spec: str) -> str:
+    """The spec with its path from the root, which names the same from another folder too."""
+    kind, colon, place = spec.partition(":")
+    if kind == "asterisk":
+        place, at, language = place.rpartition("@") if "@" in place else (place, "", "")
+        return f"{kind}:{_path(place).absolute()}{at}{language}" if place else spec
+    if kind in _READERS and place:
+        return f"{kind}{colon}{_path(place).absolute()}"
+    return spec
+
+
+def assign_splits(texts: Iterable[str]) -> dict[str, str]:
+    """Split of each distinct text: of those with 1, with 2 or 3 and with more words, a tenth is
+    test, a tenth dev and the rest train (fewer than 5 texts of a length: all train).
+
+    Sentences are ordered by hash, so neither the order of the rows nor a seed moves one, and all
+    recordings of a sentence share its split.
+    """
+    strata = defaultdict(set)
+    for text in texts:
+        words = len(text.split())
+        strata[1 if words == 1 else 2 if words < 4 else 4].add(text)
+    splits = {}
+    for stratum in strata.values():
+        ordered = sorted(stratum, key=lambda text: sha256(text.encode()).digest())
+        tenth = int(len(ordered) / 10 + 0.5)
+        for rank, text in enumerate(ordered):
+            splits[text] = "test" if rank < tenth else "dev" if rank < 2 * tenth else "train"
+    return splits
+
+
+def _read(spec: str, cache_dir: Path | None, seed: int) -> Iterator[Row | Rejected]:
+    if spec == "synthetic":
+        return read_manifest(build_synthetic(cache_dir, seed))
+    if asterisk := re.fullmatch(r"asterisk(?::(.+?))?(?:@(\w+))?", spec):
+        return read_asterisk(_path(asterisk[1] or ASTERISK_SOUNDS), asterisk[2] or "en")
+    kind, _, place = spec.partition(":")
+    if kind in _READERS and place:
+        return _READERS[kind](_path(place))
+    raise CorpusError(f"no corpus {spec!r}: choose one of {SPECS}")
+
+
+def _path(place: str | Path) -> Path:
+    try:
+        return Path(place).expanduser()
+    except RuntimeError as error:  # no HOME, and no entry of the user
+        raise CorpusError(f"{place} can not be found: {error}") from error
+
+
+def _rows(spec: str, cache_dir: Path | None, seed: int, sorting: "_Sorting") -> Utterances:
+    try:
+        sorting.rules.check()
+    except (TextError, MissingExtra) as error:
+        raise CorpusError(str(error)) from error
+    return _with_splits(Utterances(sorting.sort_out(_read(spec, cache_dir, seed))))
+
+
+class _Sorting:
+    """Which rows are in order so far, with their texts normalised; ``rejected`` has the others.
+    Their recordings are yet to be judged."""
+
+    def __init__(
+        self, rules: TextRules, silent: bool = False, changed: TextIO | None = None
+    ) -> None:
+        self.rules = rules
+        self.silent = silent
+        self.changed = changed
+        self.changes: dict[str, Change] = {}
+        self.rejected: list[Rejected] = []
+
+    def sort_out(self, found: Iterable[Row | Rejected]) -> Iterator[Utterance]:
+        ids = set()
+        for row in found:
+            if isinstance(row, Rejected):
+                self.rejected.append(Rejected(_shown(row.id), row.reason))
+                continue
+            try:
+                text, kinds = self._checked_text(row, ids)
+            except Unusable as reason:
+                self.rejected.append(Rejected(_shown(row.id), str(reason)))
+            else:
+                ids.add(row.id)
+                self._note(row, text, kinds)
+                duration = math.nan if row.duration is None else row.duration
+                yield Utterance(row.id, row.audio, text, row.split, duration)
+
+    def _checked_text(self, row: Row, ids: set[str]) -> tuple[str, set[str]]:
+        """The normalised text of a row whose description is in order, and what was changed."""
+        _check_description(row, ids)
+        try:
+            text, kinds = normalized(row.text, self.rules)
+        except TextError as error:
+            raise Unusable(str(error)) from error
+        if row.written is not None and row.written != row.text:
+            kinds.add("corrected by the corpus's reader")
+        if text or (self.silent and row.split is not None):
+            return text, kinds
+        raise Unusable(
+            f"no words: nothing of {row.text!r:.60} is spoken; transcribe it"
+            + (", or give it a split" if self.silent else "")
+        )
+
+    def _note(self, row: Row, text: str, kinds: set[str]) -> None:
+        if not kinds:
+            return
+        written = row.text if row.written is None else row.written
+        for kind in kinds:
+            if kind in self.changes:
+                self.changes[kind].count += 1
+            else:
+                self.changes[kind] = Change(1, row.id, written, text)
+        if self.changed is not None:
+            line = {"id": row.id, "written": written, "text": text, "changed": sorted(kinds)}
+            print(_json_line(line), file=self.changed)
+
+
+def _check_description(row: Row, ids: set[str]) -> None:
+    """Raises Unusable for an id, a split or a text that can not be used."""
+    if len(row.id) > MAX_ID:
+        raise Unusable(f"id too long: {len(row.id)} characters, over {MAX_ID}; shorten the path")
+    if row.id != (shown := _shown(row.id)):
+        raise Unusable(f"control characters: in {shown}; rename the file")
+    if row.id in ids:
+        raise Unusable(f"duplicate id: {row.id} is an earlier row's; rename or drop this one")
+    if row.split not in (None, *SPLITS):
+        raise Unusable(f"unknown split: {row.split!r:.60}; use one of {', '.join(SPLITS)}")
+    if len(row.text) > MAX_TEXT:
+        raise Unusable(f"text too long: {len(row.text)} characters, over {MAX_TEXT}; cut it")
+
+
+def _json_line(values: dict[str, object]) -> str:
+    """JSON that can be read as text: what a terminal would obey is escaped, and other ends of
+    lines than its own."""
+    line = json.dumps(values, ensure_ascii=False)
+    return "".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in line)
+
+
+def _cut(text: str) -> str:
+    """The start of a text as a line of a log may hold it."""
+    return repr(text if len(text) <= 60 else text[:57] + "...")
+
+
+def _shown(id: str) -> str:
+    """``id`` as a line of a log may hold it: short, and without control characters, with which a
+    file name could forge further lines."""
+    short = id if len(id) <= MAX_ID else id[:60] + "..."
+    if short.isprintable():
+        return short
+    # Cc: control; Cs: half a character; Zl, Zp: line and paragraph separators
+    odd = any(unicodedata.category(char) in ("Cc", "Cs", "Zl", "Zp") for char in short)
+    return ascii(short) if odd else short
+
+
+def _with_splits(rows: Utterances) -> Utterances:
+    """Rows without a split get that of their text: another row's, or an assigned one."""
+    texts = set(rows.of_split(None).texts())
+    given = {text: name for name in SPLITS for text in rows.of_split(name).texts() if text in texts}
+    return rows.with_splits(given | assign_splits(texts - given.keys()))
+
+
+def encoded(encode: Callable[[str], Sequence], text: str) -> Sequence:
+    """What ``encode`` gives; raises :class:`Unusable` for a text that has no tokens."""
+    try:
+        return encode(text)
+    except ValueError as error:
+        raise Unusable(f"no tokens: {error}") from error
+
+
+def check_feasible(tokens: Sequence, frames: int) -> None:
+    """Raises :class:`Unusable` if CTC can not align so many tokens to so many frames: each takes
+    one, and of two equal neighbours there is a blank between."""
+    repeats = sum(a == b for a, b in pairwise(tokens))
+    if frames < len(tokens) + repeats:
+        raise Unusable(
+            f"infeasible target: needs {len(tokens) + repeats} frames ({len(tokens)} symbols + "
+            f"{repeats} repeats), has {frames}; check the text, or use a model of smaller stride"
+        )
+
+
+def _amount(utterances: Utterances) -> str:
+    return f"{len(utterances)} utterances, {utterances.durations.sum() / 60:.1f} min"

@@ -1,0 +1,214 @@
+"""From a recording to normalised log-mel features, and what varies them in training."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from random import Random
+
+import torch
+import torchaudio
+from torch import Tensor, nn
+
+from .audio import read_mono
+
+# torchaudio's default of 6 leaves images of an 8 kHz voice 62 dB under its peak in the bins above
+# 4 kHz, where they look like speech; 32 pushes them under LogMel.DYNAMIC_RANGE.
+RESAMPLING_WIDTH = 32
+_MOST_COEFFICIENTS = 1 << 24
+_STEPS = 640  # 11,025 Hz to 16,000 is 441 / 640
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Keep torch to one thread: a recording is too little to share.  Where other programs hold the
+    cores, its threads wait for one another; the features of 439 prompts took 33 s on two threads of
+    a busy machine with two cores, and 1.1 s on one."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def load_audio(
+    path: Path | str, sample_rate: int, max_duration: float = 3600.0, finite: bool = True
+) -> Tensor:
+    """Samples (N,) float32 in [-1, 1] at ``sample_rate`` Hz, the channels averaged.
+
+    Raises AudioError, which names the file, for one that is missing, can not be decoded, has
+    samples that are NaN or Inf or a rate that no recorder has, or lasts over ``max_duration``
+    seconds, which bounds the memory it takes; ``finite=False`` lets NaN and Inf through.
+    """
+    samples, rate = read_mono(path, max_duration, finite)
+    return resample(torch.from_numpy(samples), rate, sample_rate)
+
+
+def resample(samples: Tensor, rate: int, sample_rate: int) -> Tensor:
+    """Samples (N,) at ``rate`` -> about N * sample_rate / rate at ``sample_rate``."""
+    ratio = resampling_ratio(rate, sample_rate)
+    return torchaudio.functional.resample(
+        samples, ratio.numerator, ratio.denominator, lowpass_filter_width=RESAMPLING_WIDTH
+    )
+
+
+def resampling_ratio(rate: int, sample_rate: int) -> Fraction:
+    """``rate`` over ``sample_rate``, in small numbers.
+
+    torchaudio's filter has numerator times denominator coefficients.  Every rate in use is a ratio
+    of small numbers to every other; 44,101 Hz to 16,000 would take 5 GB, and is taken for 44,100.
+    """
+    exact = Fraction(rate, sample_rate)
+    if exact.numerator * exact.denominator <= _MOST_COEFFICIENTS:
+        return exact
+    return Fraction(round(_STEPS * exact), _STEPS)
+
+
+class LogMel(nn.Module):
+    """Log-mel energies from -DYNAMIC_RANGE to 0 under the loudest of the recording, normalised.
+
+    Nothing is learnt and nothing depends on the loudness. ``normalization`` "utterance" gives each
+    bin the mean 0 and (where it holds speech) the variance 1, which takes out the sound of a
+    microphone, and from a recording of a single vowel the vowel. "level" keeps both: 20 dB are 1,
+    and 40 dB under the loudest energy 0 (Radford et al. 2022, arXiv:2212.04356, whose range is
+    fixed the same way, and set by the loudest too).
+
+    Raises ValueError for another ``normalization``.
+    """
+
+    DYNAMIC_RANGE = 1e8  # 80 dB
+    SILENCE = 1e-20  # the floor where all is silent; samples of 1e-5 have energies around 1e-6
+    # Bins with speech vary by 2 to 5 (natural log); those above the Nyquist frequency of a
+    # resampled recording by less than 0.2, and must not be blown up to look like speech.
+    MIN_DEVIATION = 1.0
+
+    def __init__(
+        self,
+        sample_rate: int = 16_000,
+        n_mels: int = 80,
+        window_seconds: float = 0.025,
+        hop_seconds: float = 0.010,
+        normalization: str = "utterance",
+    ) -> None:
+        super().__init__()
+        if normalization not in ("utterance", "level"):
+            raise ValueError(f"normalization is {normalization!r}: give 'utterance' or 'level'")
+        self.normalization = normalization
+        self.sample_rate = sample_rate
+        self.n_mels = n_mels
+        self.hop = round(hop_seconds * sample_rate)
+        window = round(window_seconds * sample_rate)
+        self.mel = torchaudio.transforms.MelSpectrogram(
+            sample_rate,
+            n_fft=1 << (window - 1).bit_length(),
+            win_length=window,
+            hop_length=self.hop,
+            n_mels=n_mels,
+            pad_mode="constant",  # "reflect" refuses recordings under half a window
+        )
+
+    def forward(self, waveform: Tensor) -> Tensor:
+        """Features (T, n_mels) float32 of the samples (N,) float32, T = num_frames(N).
+
+        Raises ValueError unless the samples are one non-empty row.
+        """
+        if waveform.dim() != 1 or waveform.numel() == 0:
+            raise ValueError(
+                f"LogMel needs samples of shape (N,) with N > 0, got {tuple(waveform.shape)}: "
+                "average the channels, and drop empty recordings"
+            )
+        energies = self.mel(waveform).T
+        loudest = energies.amax().clamp(min=self.DYNAMIC_RANGE * self.SILENCE)
+        floor = loudest / self.DYNAMIC_RANGE
+        log_energies = energies.clamp(min=floor).log()
+        if self.normalization == "level":
+            decibels = (log_energies - loudest.log()) * (10 / math.log(10))
+            return decibels / 20 + 2
+        centred = log_energies - log_energies.mean(dim=0)
+        deviation = centred.square().mean(dim=0).sqrt()
+        return centred / deviation.clamp(min=self.MIN_DEVIATION)
+
+    def num_frames(self, num_samples: int) -> int:
+        return 1 + num_samples // self.hop
+
+    def num_frames_of(self, seconds: float) -> int:
+        """Frames of a recording of any rate: resampling rounds its length up, so never too many."""
+        return self.num_frames(round(seconds * self.sample_rate))
+
+
+class SpeedPerturb:
+    """Speech played at one of ``factors`` of its speed, its pitch too, as in Ko et al. 2015
+    (INTERSPEECH, "Audio augmentation for speech recognition").
+
+    Raises ValueError for factors that are not hundredths between 0.5 and 2.
+    """
+
+    def __init__(self, factors: Sequence[float] = (0.9, 1.0, 1.1)) -> None:
+        if not factors or any(not 0.5 <= f <= 2 or f != round(f, 2) for f in factors):
+            raise ValueError(
+                f"speeds are {list(factors)}: give one or more between 0.5 and 2 with at most two "
+                "decimals, as 0.9, 1.0 and 1.1"
+            )
+        self.ratios = [Fraction(round(100 * factor), 100) for factor in factors]
+
+    def __call__(self, waveform: Tensor, draw: Random, fits: Callable[[int], bool]) -> Tensor:
+        """Samples (N,) -> (ceil(N / factor),); as they are if ``fits`` refuses that number."""
+        ratio = draw.choice(self.ratios)
+        if ratio == 1 or not fits(math.ceil(len(waveform) / ratio)):
+            return waveform
+        return resample(waveform, ratio.numerator, ratio.denominator)
+
+
+@dataclass(frozen=True)
+class SpecAugment:
+    """Masks of random place and width over bins and frames, as in Park et al. 2019
+    (arXiv:1904.08779), filled with 0: the mean of every bin, or 40 dB under the loudest.
+
+    ``freq_width`` bounds a mask in bins, ``time_ratio`` in parts of the frames.
+    """
+
+    freq_masks: int = 2
+    freq_width: int = 15
+    time_masks: int = 2
+    time_ratio: float = 0.05
+
+    def __call__(self, features: Tensor, draw: Random) -> Tensor:
+        """Features (T, n_mels) -> a masked copy."""
+        frames, bins = features.shape
+        features = features.clone()
+        for _ in range(self.freq_masks):
+            features[:, _mask(draw, self.freq_width, bins)] = 0
+        for _ in range(self.time_masks):
+            features[_mask(draw, int(self.time_ratio * frames), frames)] = 0
+        return features
+
+
+def _mask(draw: Random, widest: int, size: int) -> slice:
+    width = draw.randint(0, min(widest, size))
+    start = draw.randint(0, size - width)
+    return slice(start, start + width)
+
+
+@dataclass(frozen=True)
+class Augment:
+    """What a training set does to the samples (``speed``) and to the features (``spec``), of which
+    it gives each utterance two versions where it wants ``two_views``.
+
+    Masks and second views begin after ``warmup`` epochs: under masks a deep model with attention
+    may not leave the plateau on which it emits blanks alone.
+    """
+
+    speed: SpeedPerturb | None = None
+    spec: SpecAugment | None = None
+    two_views: bool = False
+    warmup: int = 0
+
+    def views(self, features: Tensor, draw: Random, epoch: int) -> list[Tensor]:
+        """One or two versions of features (T, n_mels) in this epoch, counted from 1."""
+        if self.warmup and epoch <= self.warmup:
+            return [features]
+        mask = self.spec or (lambda features, draw: features)
+        return [mask(features, draw) for _ in range(1 + self.two_views)]

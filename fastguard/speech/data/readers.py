@@ -1,0 +1,335 @@
+"""One reader per kind of corpus: from the files as they lie on the disk to rows, judging nothing.
+
+A reader yields a :class:`Row` for each recording it finds, or :class:`Rejected` where it can tell
+itself that there is none to be had; it raises :class:`CorpusError` where the corpus is not there.
+:func:`fastguard.speech.data.corpora.load_corpus` normalises the texts and checks the recordings.
+"""
+
+import codecs
+import gzip
+import itertools
+import json
+import math
+import re
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import BinaryIO
+
+from .text import needs_english, spell_keys
+
+LONGEST_LINE = 1 << 20
+_FOREIGN_MARKS = {  # the longer first: UTF-32's starts with UTF-16's
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
+ASTERISK_SOUNDS = Path("/usr/share/asterisk/sounds")
+ASTERISK_VOICES = {
+    "en": "en_US_f_Allison",
+    "es": "es_MX_f_Allison",
+    "fr": "fr_CA_f_June",
+    "it": "it_IT_m_Carlo",
+    "ru": "ru_RU_f_IvrvoiceRU",
+}
+# What asterisk-core-sounds-en 1.6.1 writes, and what a speller of the recording would write.
+ASTERISK_TYPOS = {
+    "umute": "unmute",
+    "fourtieth": "fortieth",
+    "represenatives": "representatives",
+    "witheld": "withheld",
+    "Un-indentified": "Unidentified",
+    "exclaimation": "exclamation",
+    "www.asterisk.org": "w w w dot asterisk dot org",
+}
+
+
+_MOST_DIGITS = 400  # of an integer in a manifest; Python's own limit has another program's advice
+_SPLIT_NAMES = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("dev", "valid", "val", "validation", "development"), "dev"),
+    **dict.fromkeys(("test", "testing"), "test"),
+}
+_OTHER_KEYS = {
+    "audio_filepath": ("audio", "path", "file", "file_name", "filename", "wav", "audio_path",
+                       "wav_filename", "audio_file"),
+    "text": ("sentence", "transcript", "transcription", "transcript_text", "label", "target",
+             "normalized_text", "words", "txt"),
+}  # fmt: skip
+
+
+class CorpusError(ValueError):
+    """A corpus that can not be used, and what to do about it."""
+
+
+class Unusable(ValueError):
+    """Why a recording or its row is left out; reads "kind: the numbers, and the cure"."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A recording as its corpus describes it: ``text`` is raw; ``split`` and ``duration``, in
+    seconds, may be unknown. ``written`` is the transcript where the reader knows better."""
+
+    id: str
+    audio: Path
+    text: str
+    split: str | None = None
+    duration: float | None = None
+    written: str | None = field(default=None, compare=False)
+
+
+@dataclass(frozen=True)
+class Rejected:
+    """A row that was left out; ``reason`` reads "kind: the numbers, and the cure"."""
+
+    id: str
+    reason: str
+
+    @property
+    def kind(self) -> str:
+        return self.reason.partition(":")[0]
+
+
+def read_manifest(path: Path) -> Iterator[Row | Rejected]:
+    """One JSON object a line: ``audio_filepath`` (relative to the manifest's folder, and the row's
+    id), ``text``, and optionally ``split`` and ``duration`` in seconds.  Other keys are ignored.
+    An ``offset`` other than 0 is refused, since ignoring it would pair the text with a whole
+    recording.
+    """
+    if not path.is_file():
+        raise CorpusError(f"there is no manifest {path}: give manifest:FILE.jsonl")
+    for number, line in _lines(path):
+        if number == 1:
+            _check_lines_of_json(path, line)
+        yield _manifest_row(line, number, path.parent) if isinstance(line, str) else line
+
+
+def _manifest_row(line: str, number: int, folder: Path) -> Row | Rejected:
+    try:
+        entry = json.loads(
+            line, object_pairs_hook=_object, parse_constant=_no_constant, parse_int=_integer
+        )
+        if not isinstance(entry, dict):
+            raise TypeError(f"{entry!r:.60} is no object with keys")
+        _check_keys(entry)
+        audio, text = entry["audio_filepath"], entry["text"]
+        if not (isinstance(audio, str) and isinstance(text, str)):
+            raise TypeError(f"audio_filepath is {audio!r:.60} and text is {text!r:.60}")
+        if _seconds(entry, "offset"):
+            cure = "cut the segment into a file of its own"
+            reason = f"offset not supported: offset is {entry['offset']!r:.60}; {cure}"
+            return Rejected(audio, reason)
+        split = entry.get("split")
+        split = _SPLIT_NAMES.get(split.lower(), split) if isinstance(split, str) else split
+        return Row(audio, folder / audio, text, split, _seconds(entry, "duration"))
+    # RecursionError: a thousand brackets
+    except (ValueError, TypeError, RecursionError) as error:
+        cure = 'write {"audio_filepath": "a.wav", "text": "hello"}'
+        return Rejected(
+            f"line {number}", f"malformed line: {type(error).__name__}: {error!s:.200}; {cure}"
+        )
+
+
+def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"the key {twice!r:.60} comes twice")
+    return made
+
+
+def _no_constant(name: str) -> float:
+    raise ValueError(f"{name} is no JSON")
+
+
+def _integer(digits: str) -> int:
+    if len(digits) > _MOST_DIGITS:
+        raise ValueError(f"{digits[:20]}... is a number of {len(digits)} digits")
+    return int(digits)
+
+
+def _check_keys(entry: dict[str, object]) -> None:
+    """Raises ValueError that names the key to rename, where one has another toolkit's name."""
+    for key, others in _OTHER_KEYS.items():
+        if key not in entry:
+            there = [other for other in others if other in entry]
+            cure = f"rename {there[0]!r} to {key!r}" if there else f"add {key!r}"
+            raise ValueError(f"no key {key!r} among {', '.join(map(repr, entry))[:120]}: {cure}")
+
+
+def _check_lines_of_json(path: Path, line: str | Rejected) -> None:
+    """Raises CorpusError for a table or a list, of which every line would be malformed."""
+    start = line.lstrip() if isinstance(line, str) else "{"
+    if start.startswith("{"):
+        return
+    if path.suffix in (".csv", ".tsv") or (start[:1] not in '["' and re.search(r"[,\t|]", start)):
+        raise CorpusError(
+            f"{path}, line 1: {start[:60]!r} is a row of a table, and a manifest is JSON: write an "
+            'object a line, {"audio_filepath": "a.wav", "text": "hello"}'
+        )
+    if start.strip() == "[":
+        raise CorpusError(
+            f"{path}, line 1: a JSON list, and a manifest has an object a line: "
+            f"jq -c '.[]' {path} > NEW.jsonl"
+        )
+
+
+def _seconds(entry: dict[str, object], key: str) -> float | None:
+    """A number of the entry, as such or in quotes."""
+    value = entry.get(key)
+    if value is None:
+        return None
+    try:
+        seconds = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        seconds = math.nan
+    if not 0 <= seconds < math.inf:
+        raise ValueError(f"{key} is {value!r:.60}, which is no number of seconds")
+    return seconds
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str | Rejected]]:
+    """The lines of a UTF-8 file with their numbers from 1, less those that are empty.
+
+    :class:`Rejected` stands for a line over LONGEST_LINE bytes, of which no more is kept in memory,
+    and for one in another encoding.  Raises :class:`CorpusError` for a file that can not be read,
+    and for one in UTF-16 or UTF-32, where no line would be legible.
+    """
+    opener = gzip.open if path.suffix == ".gz" else open
+    try:
+        with opener(path, "rb") as file:
+            for number in itertools.count(1):
+                line = file.readline(LONGEST_LINE)
+                if not line:
+                    return
+                if number == 1:
+                    _check_encoding(path, line)
+                    line = line.removeprefix(codecs.BOM_UTF8)
+                if len(line) == LONGEST_LINE and not line.endswith(b"\n"):
+                    yield number, _too_long(file, number)
+                elif line.strip():
+                    yield number, _decoded(line, number)
+    except (OSError, EOFError, zlib.error) as error:
+        raise CorpusError(f"{path} can not be read: {error}; copy it again") from error
+
+
+def _check_encoding(path: Path, start: bytes) -> None:
+    mark = next((mark for mark in _FOREIGN_MARKS if start.startswith(mark)), None)
+    # Without a mark, every other byte of ASCII in UTF-16 is NUL.
+    name = _FOREIGN_MARKS.get(mark, "utf-16") if mark or b"\0" in start[:2] else None
+    if name:
+        raise CorpusError(f"{path} is {name}: convert it, iconv -f {name} -t utf-8 {path} > NEW")
+
+
+def _too_long(file: BinaryIO, number: int) -> Rejected:
+    while (rest := file.readline(LONGEST_LINE)) and not rest.endswith(b"\n"):
+        pass
+    return Rejected(
+        f"line {number}", f"line too long: over {LONGEST_LINE} bytes; a row has one recording"
+    )
+
+
+def _decoded(line: bytes, number: int) -> str | Rejected:
+    try:
+        return line.decode("utf-8").rstrip("\r\n")
+    except UnicodeDecodeError as error:
+        cure = "convert the file with iconv -t utf-8"
+        return Rejected(f"line {number}", f"malformed line: not UTF-8: {error}; {cure}")
+
+
+def read_librispeech(root: Path) -> Iterator[Row]:
+    """``root/SUBSET/SPEAKER/CHAPTER/SPEAKER-CHAPTER.trans.txt`` with a flac file for each line;
+    the split is the subset's first word (train-clean-100, dev-other, ...)."""
+    transcripts = sorted(root.glob("*-*/*/*/*.trans.txt"))
+    if not transcripts:
+        raise CorpusError(
+            f"no SUBSET/SPEAKER/CHAPTER/*.trans.txt in {root}: give librispeech:DIR, where DIR is "
+            "the folder that holds train-clean-100 and the other subsets"
+        )
+    for transcript in transcripts:
+        split = transcript.relative_to(root).parts[0].partition("-")[0]
+        for _, line in _lines(transcript):
+            if isinstance(line, Rejected):
+                yield replace(line, id=f"{transcript.name}, {line.id}")
+                continue
+            name, _, text = line.partition(" ")
+            yield Row(name, transcript.with_name(f"{name}.flac"), text, split)
+
+
+def read_yesno(root: Path) -> Iterator[Row]:
+    """``1_0_0_1_1_1_0_0.wav``: the name spells the recording, 0 for "no" and 1 for "yes" (the
+    speaker says them in Hebrew)."""
+    recordings = [p for p in sorted(root.glob("*.wav")) if re.fullmatch(r"[01](_[01])*", p.stem)]
+    if not recordings:
+        raise CorpusError(
+            f"no file like 0_1_1_0_1_0_0_1.wav in {root}: give yesno:DIR, where DIR is the "
+            "waves_yesno folder of the archive"
+        )
+    for path in recordings:
+        yield Row(
+            path.stem, path, path.stem.replace("0", "no").replace("1", "yes").replace("_", " ")
+        )
+
+
+def read_asterisk(root: Path, language: str) -> Iterator[Row | Rejected]:
+    """The Asterisk telephone prompts: ``root/VOICE/NAME.wav``, and transcripts "NAME: text" in
+    ``core-sounds-LANGUAGE.txt.gz``, in ``root`` or in the documentation of the Debian package.
+
+    English 1.6.1 holds 568 recordings, 551 of them with words (tones and silences have a note in
+    brackets for a text).  Left out here: demo-instruct, whose "500", "1234" and "28.8" are not
+    read digit by digit; in the other languages every prompt with a digit or a key in its text,
+    which only English can spell; and recordings that no transcript names.
+    """
+    if language not in ASTERISK_VOICES:
+        raise CorpusError(f"no asterisk@{language}: choose one of {', '.join(ASTERISK_VOICES)}")
+    voice = root / ASTERISK_VOICES[language]
+    named = set()
+    for name, text in _asterisk_transcripts(root, voice, language):
+        named.add(name)
+        if language == "en":
+            yield _asterisk_english(name, voice, text)
+        elif needs_english(text):
+            cure = f"spell {text!r:.60} out in {language!r}"
+            yield Rejected(
+                name, f"digits in the text: only English is read with number words; {cure}"
+            )
+        else:
+            yield Row(name, voice / f"{name}.wav", text)
+    for path in sorted(voice.rglob("*.wav")):
+        if (name := path.relative_to(voice).with_suffix("").as_posix()) not in named:
+            yield Rejected(name, "no transcript: core-sounds has no line for it; add one")
+
+
+def _asterisk_english(name: str, voice: Path, text: str) -> Row | Rejected:
+    if name == "demo-instruct":
+        numbers = "28.8, 500, 1234 and 8500 are not read digit by digit"
+        return Rejected(name, f"ambiguous numbers: {numbers}; spell them as they are spoken")
+    spoken = text
+    for wrong, right in ASTERISK_TYPOS.items():
+        spoken = spoken.replace(wrong, right)
+    # The voice reads the keys of a menu one by one.
+    spoken = spell_keys(spoken) if needs_english(spoken) else spoken
+    return Row(name, voice / f"{name}.wav", spoken, written=text)
+
+
+def _asterisk_transcripts(root: Path, voice: Path, language: str) -> Iterator[tuple[str, str]]:
+    package = f"asterisk-core-sounds-{language}"
+    file = f"core-sounds-{language}.txt.gz"
+    places = [root / file, Path("/usr/share/doc", package, file)]
+    transcript = next((place for place in places if place.is_file()), None)
+    missing = [what for what, there in ((voice, voice.is_dir()), (file, transcript)) if not there]
+    if missing:
+        raise CorpusError(
+            f"{' and '.join(map(str, missing))} not found: apt-get install {package} {package}-wav "
+            f"(an image whose dpkg skips /usr/share/doc needs {file} put into {root})"
+        )
+    for _, line in _lines(transcript):
+        if isinstance(line, Rejected):
+            raise CorpusError(f"{transcript}, {line.id}: {line.reason}")
+        name, colon, text = line.partition(":")
+        if colon and not line.startswith(";"):
+            yield name.strip(), text.strip()

@@ -1,0 +1,1 @@
+"""From a checkpoint and recordings to text, times and error rates."""

@@ -1,0 +1,68 @@
+"""A trained model with all that recognition needs: its features, its tokenizer, its settings."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from fastguard.speech.data.features import LogMel
+from fastguard.speech.data.tokenizer import Tokenizer, tokenizer_from_dict
+from fastguard.speech.models import build_model
+from fastguard.speech.storage import checkpoint, weights
+from fastguard.speech.training.config import Config
+
+
+@dataclass
+class Recognizer:
+    """What a checkpoint holds, ready to recognise speech. The model is in evaluation mode."""
+
+    model: nn.Module
+    tokenizer: Tokenizer
+    log_mel: LogMel
+    config: Config
+
+    @classmethod
+    def load(cls, path: Path, device: torch.device | str = "cpu") -> "Recognizer":
+        """Read a checkpoint of :mod:`fastguard.train`, or a .safetensors file made of one.
+
+        Raises:
+            CheckpointError: the file is missing, truncated, foreign, or its weights do not fit the
+                settings that it names.
+        """
+        state = (weights if path.suffix == ".safetensors" else checkpoint).load(path)
+        try:
+            config = Config.from_dict(state["config"])
+            tokenizer = tokenizer_from_dict(state["tokenizer"])
+            with torch.device("meta"):  # before the memory is taken that the settings ask for
+                wanted = network(config, tokenizer.vocab_size).state_dict()
+            checkpoint.check_fit(state["model"], wanted)
+            model = network(config, tokenizer.vocab_size)
+            model.load_state_dict(state["model"])
+        except (KeyError, OverflowError, RuntimeError, TypeError, ValueError) as error:
+            raise checkpoint.CheckpointError(
+                f"{path} can not be used by this version of fastguard: {error}"
+            ) from error
+        return cls(model.to(device).eval(), tokenizer, features(config), config)
+
+    @torch.no_grad()
+    def __call__(self, features: Tensor, feature_lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """log_probs (B, T', V) float32 and output_lengths (B,) of features (B, T, n_mels)."""
+        return self.model(features, feature_lengths)
+
+
+def features(config: Config) -> LogMel:
+    """The features that these settings speak of."""
+    wanted = config.features
+    return LogMel(wanted.sample_rate, wanted.n_mels, normalization=wanted.normalization)
+
+
+def network(config: Config, vocab_size: int) -> nn.Module:
+    """The model that these settings speak of, with torch's initial weights."""
+    options = {"dropout": config.network.dropout}
+    if config.model == "teacher":
+        options["attention_clamp"] = config.network.attention_clamp
+        options["attention_dropout"] = config.network.attention_dropout
+    return build_model(
+        config.model, vocab_size=vocab_size, n_mels=config.features.n_mels, **options
+    )

@@ -1,0 +1,320 @@
+"""The folder of a run, read for people: whatever of it is there, and whole."""
+
+import itertools
+import math
+import re
+from bisect import bisect_left
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+from fastguard._io import files
+from fastguard.speech.storage.yaml_file import read_yaml
+from fastguard.speech.training.metrics import LARGEST_METRICS, EpochMetrics
+
+_LOG_TAIL = 200_000  # bytes; the lines that tell how a run ended are its last
+_LOG_LINES = 40
+
+
+class RunFolderError(RuntimeError):
+    """A folder is no run; the message names it."""
+
+
+@dataclass
+class Steps:
+    """The optimizer steps of a run, a list for each quantity; NaN where a line lacks it."""
+
+    step: list[int] = field(default_factory=list)
+    loss: list[float] = field(default_factory=list)
+    grad_norm: list[float] = field(default_factory=list)
+    clip_coef: list[float] = field(default_factory=list)
+    lr: list[float] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+    skipped: list[bool] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.step)
+
+    def append(self, step: int, line: dict) -> None:
+        self.step.append(step)
+        for name in ("loss", "grad_norm", "clip_coef", "lr", "seconds"):
+            getattr(self, name).append(number(line.get(name)))
+        self.skipped.append(str(line.get("verdict")).startswith("skip"))
+
+    def forget_from(self, step: int) -> None:
+        first = bisect_left(self.step, step)
+        for column in vars(self).values():
+            del column[first:]
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """One epoch: what every version of the trainer writes, and what newer ones add."""
+
+    metrics: EpochMetrics
+    #: NaN where the line has none: WER of the utterances of four words and more.
+    wer_long: float
+    dev_utterances: int | None
+
+    @property
+    def status(self) -> str:
+        return "no error rate" if math.isnan(self.metrics.wer) else self.metrics.status
+
+
+@dataclass
+class BadStep:
+    """A step that was skipped: what metrics.jsonl says of it, and its bad_step file."""
+
+    #: Counted from 1, as in metrics.jsonl; the guard's files count from 0.
+    step: int
+    verdict: str
+    loss: float = math.nan
+    grad_norm: float = math.nan
+    utterances: list[str] = field(default_factory=list)
+    nonfinite: list[str] = field(default_factory=list)
+    #: The guard's file; empty if there is none.
+    details: dict = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Hypothesis:
+    """An utterance of hypotheses.jsonl."""
+
+    id: str
+    reference: str
+    hypothesis: str
+    wer: float
+    cer: float
+
+
+@dataclass
+class Run:
+    """What a run folder holds. Everything but the path may be missing."""
+
+    path: Path
+    #: config.yaml with dotted names.
+    settings: dict[str, object] = field(default_factory=dict)
+    steps: Steps = field(default_factory=Steps)
+    epochs: list[Epoch] = field(default_factory=list)
+    bad_steps: dict[int, BadStep] = field(default_factory=dict)
+    hypotheses: list[Hypothesis] = field(default_factory=list)
+    log_tail: str = ""
+    #: The closing or the error line of train.log; empty while a run is running, and if it was
+    #: killed.
+    ending: str = ""
+    #: Such as "15.6 M", from train.log.
+    parameters: str = ""
+    #: What could not be read.
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def best(self) -> Epoch | None:
+        """The first epoch with the lowest WER, as best.pt is chosen."""
+        rated = [e for e in self.epochs if not math.isnan(e.metrics.wer)]
+        return min(rated, key=lambda e: e.metrics.wer, default=None)
+
+    @property
+    def seconds(self) -> float:
+        """Wall time of the epochs that ended, and of the steps after the last of them."""
+        first = bisect_left(self.steps.step, self.epochs[-1].metrics.step + 1) if self.epochs else 0
+        times = [e.metrics.seconds for e in self.epochs] + self.steps.seconds[first:]
+        return math.fsum(t for t in times if math.isfinite(t))
+
+
+def read(path: Path) -> Run:
+    """Read a run folder, also one of a run that is running or that crashed.
+
+    Lines and files that can not be read are left out and counted in ``notes``. A step or an epoch
+    that comes again, as after a resume, replaces what was written from there on.
+
+    Raises:
+        RunFolderError: ``path`` is no folder, or holds neither settings, nor metrics, nor a log.
+    """
+    if not path.is_dir():
+        raise RunFolderError(
+            f"{path} is no folder: give the folder of a run, as --run-dir named it"
+        )
+    if not any((path / name).is_file() for name in ("config.yaml", "metrics.jsonl", "train.log")):
+        raise RunFolderError(
+            f"{path} is no run: it holds neither config.yaml nor metrics.jsonl nor train.log"
+        )
+    run = Run(path)
+    run.settings = _settings(run)
+    _read_metrics(run)
+    _read_bad_steps(run)
+    _read_hypotheses(run)
+    _read_log(run)
+    return run
+
+
+def number(value: object) -> float:
+    """A number of JSON, or its text, in which NaN and Inf are written; NaN if it is neither."""
+    try:
+        return math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+        return math.nan
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf
+
+
+def _settings(run: Run) -> dict[str, object]:
+    try:
+        values = read_yaml(run.path / "config.yaml")
+    except FileNotFoundError:
+        run.notes.append("there is no config.yaml")
+        return {}
+    except (OSError, ValueError) as error:
+        run.notes.append(f"config.yaml can not be read: {error}")
+        return {}
+    return dict(_dotted(values)) if isinstance(values, dict) else {}
+
+
+def _dotted(values: dict, prefix: str = "") -> Iterator[tuple[str, object]]:
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from _dotted(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _rows(run: Run, name: str) -> Iterator[dict]:
+    """The objects of a JSON Lines file. A writer may be at its last line, or have died there."""
+    bad, cut = 0, False
+    try:
+        for _, row, ended in files.json_lines(run.path / name, LARGEST_METRICS):
+            if row is None:
+                bad, cut = bad + ended, not ended
+            else:
+                yield row
+    except FileNotFoundError:
+        run.notes.append(f"there is no {name}")
+    except OSError as error:
+        run.notes.append(f"{name} can not be read: {error.strerror or error}")
+    if cut:
+        run.notes.append(f"the last line of {name} is cut off")
+    if bad:
+        run.notes.append(f"{bad} lines of {name} can not be read and were left out")
+
+
+def _read_metrics(run: Run) -> None:
+    incomplete = 0
+    for line in _rows(run, "metrics.jsonl"):
+        step, epoch = number(line.get("step")), number(line.get("epoch"))
+        if not (math.isfinite(step) and math.isfinite(epoch)):
+            incomplete += 1
+        elif line.get("kind") == "step":
+            _add_step(run, int(step), line)
+        elif line.get("kind") == "epoch":
+            _add_epoch(run, int(epoch), line)
+    if incomplete:
+        run.notes.append(f"{incomplete} lines of metrics.jsonl name no step and were left out")
+
+
+def _add_step(run: Run, step: int, line: dict) -> None:
+    if run.steps.step and step <= run.steps.step[-1]:
+        run.steps.forget_from(step)
+        run.epochs = [e for e in run.epochs if e.metrics.step < step]
+        run.bad_steps = {n: bad for n, bad in run.bad_steps.items() if n < step}
+    run.steps.append(step, line)
+    if run.steps.skipped[-1]:
+        run.bad_steps[step] = BadStep(
+            step,
+            "search for a loss scale" if line.get("scale_search") else str(line["verdict"]),
+            number(line.get("loss")),
+            number(line.get("grad_norm")),
+            _texts(line.get("skipped_utterances")),
+            _texts(line.get("nonfinite_parameters")),
+        )
+
+
+def _add_epoch(run: Run, epoch: int, line: dict) -> None:
+    values = {f.name: number(line.get(f.name)) for f in fields(EpochMetrics)}
+    for name in ("epoch", "step", "skipped", "steps"):
+        values[name] = int(values[name]) if math.isfinite(values[name]) else 0
+    count = number(line.get("dev_utterances"))
+    run.epochs = [e for e in run.epochs if e.metrics.epoch < epoch]
+    run.epochs.append(
+        Epoch(
+            EpochMetrics(**values),
+            number(line.get("wer_long")),
+            int(count) if math.isfinite(count) else None,
+        )
+    )
+
+
+def _text(value: object) -> str:
+    return "" if value is None else str(value)
+
+
+def _texts(values: object) -> list[str]:
+    return list(map(_text, values)) if isinstance(values, list) else []
+
+
+def _read_bad_steps(run: Run) -> None:
+    bad = 0
+    for path in sorted(run.path.glob("bad_step_*.json")):
+        try:
+            details = files.read_json(path)
+            step = int(details["step"]) + 1
+        except (OSError, ValueError, TypeError, KeyError, OverflowError):
+            bad += 1
+            continue
+        if step in run.bad_steps:
+            run.bad_steps[step].details = details
+        elif details.get("quarantined") and step in run.steps.step:
+            run.bad_steps[step] = BadStep(
+                step, "micro-batches left out", grad_norm=number(details.get("total_norm"))
+            )
+            run.bad_steps[step].details = details
+        # Any other file is from before a resume.
+    if bad:
+        run.notes.append(f"{bad} bad_step files can not be read and were left out")
+
+
+def _read_hypotheses(run: Run) -> None:
+    if not (run.path / "hypotheses.jsonl").exists():
+        return
+    run.hypotheses = [
+        Hypothesis(
+            _text(row.get("id")),
+            _text(row.get("reference")),
+            _text(row.get("hypothesis")),
+            number(row.get("wer")),
+            number(row.get("cer")),
+        )
+        for row in _rows(run, "hypotheses.jsonl")
+    ]
+
+
+_ENDING = re.compile(r"^(Finished at step|Stopped at step|ERROR - )")
+_PARAMETERS = re.compile(r"^\w+: ([\d.]+ M) parameters", re.MULTILINE)
+
+
+def _read_log(run: Run) -> None:
+    try:
+        with files.open_regular(run.path / "train.log", LARGEST_METRICS) as file:
+            head = file.read(_LOG_TAIL)
+            file.seek(max(0, file.seek(0, 2) - _LOG_TAIL))
+            tail = file.read()
+    except FileNotFoundError:
+        run.notes.append("there is no train.log")
+        return
+    except OSError as error:
+        run.notes.append(f"train.log can not be read: {error.strerror or error}")
+        return
+    if found := _PARAMETERS.search(head.decode("utf-8", "replace")):
+        run.parameters = found[1]
+    lines = tail.decode("utf-8", "replace").splitlines()
+    run.log_tail = "\n".join(lines[-_LOG_LINES:])
+    # A resumed run writes on after the ending of the one before it.
+    begins = max((i for i, line in enumerate(lines) if line.startswith("run folder: ")), default=0)
+    run.ending = _ending(lines[begins:])
+
+
+def _ending(lines: list[str]) -> str:
+    """The last line that tells of an end, with the indented lines that explain it."""
+    at = next((i for i in reversed(range(len(lines))) if _ENDING.match(lines[i])), None)
+    if at is None:
+        return ""
+    more = itertools.takewhile(lambda line: line.startswith("  "), lines[at + 1 :])
+    return "\n".join([lines[at], *more])

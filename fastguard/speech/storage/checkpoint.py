@@ -1,0 +1,126 @@
+"""Checkpoints: written whole or not at all, read without running anything that is in them."""
+
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fastguard._io import files
+
+from . import torch_archive
+from .plain import shown
+
+LARGEST = 4 << 30
+"""Bytes of a checkpoint that is read; the teacher's states take 0.6 billion."""
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint could not be written or read; the message names the file and the reason."""
+
+
+def save(path: Path, state: dict) -> None:
+    """Write ``state`` to ``path`` atomically: a crash leaves the old file or the new one.
+
+    Raises:
+        CheckpointError: a weight of ``state["model"]`` is NaN or Inf; an older checkpoint at
+            ``path`` stays as it is.
+        OSError: the disk is full or the folder not writable; the older checkpoint stays too.
+    """
+    bad = [
+        name
+        for name, value in state["model"].items()
+        if value.is_floating_point() and not value.isfinite().all()
+    ]
+    if bad:
+        raise CheckpointError(
+            f"{path} not written: {len(bad)} tensors of the model are not finite, first {bad[0]}"
+        )
+    with files.replacing(path) as temporary, open(temporary, "wb") as file:
+        try:
+            torch.save(state, file)
+        except RuntimeError as error:  # torch's writer of archives says so of a full disk
+            raise OSError(f"{path} could not be written: {error}") from error
+
+
+def load(path: Path, map_location: torch.device | str = "cpu") -> dict:
+    """Read what :func:`save` wrote; only tensors, numbers, strings and containers are accepted.
+
+    Raises:
+        CheckpointError: the file is missing, no regular file, damaged, a bomb, or no checkpoint of
+            fastguard.
+    """
+    try:
+        with files.open_regular(path, LARGEST) as file:
+            torch_archive.check(file)
+            file.seek(0)
+            state = torch.load(file, map_location=map_location, weights_only=True)
+        check(state)
+    except Exception as error:  # on garbage, torch's unpickler raises whatever it trips over
+        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+        if isinstance(error, pickle.UnpicklingError):  # whose text advises to trust the file
+            reason = "it is damaged, or holds other things than tensors and plain values"
+        raise CheckpointError(f"{path} can not be read as a checkpoint: {reason}") from error
+    return state
+
+
+def check(state: object) -> None:
+    """Raise ValueError unless recognition finds what it looks for, of the right types."""
+    if not isinstance(state, dict):
+        raise ValueError(f"it holds {shown(state)} and no dict")
+    if missing := {"model", "config", "tokenizer"} - state.keys():
+        raise ValueError(f"it lacks {sorted(missing)}, as no checkpoint of fastguard does")
+    for key in ("model", "config", "tokenizer"):
+        if not isinstance(state[key], dict):
+            raise ValueError(f"its {key} is {shown(state[key])} and no dict")
+    for name, value in state["model"].items():
+        if not isinstance(name, str) or not isinstance(value, Tensor):
+            raise ValueError(f"of its weights {shown(name)} is {shown(value)} and no tensor")
+    if not isinstance(wer := state.get("wer", 0.0), float):
+        raise ValueError(f"its wer is {shown(wer)} and no number")
+
+
+def check_fit(weights: object, wanted: Mapping[str, Tensor]) -> None:
+    """Raise ValueError unless these are tensors of the names, shapes and dtypes of ``wanted``."""
+    if not isinstance(weights, dict):
+        raise ValueError(f"{shown(weights)} in place of weights")
+    if other := sorted(map(shown, weights.keys() ^ wanted.keys())):
+        raise ValueError(f"{len(other)} weights are missing or unknown, as {other[0]}")
+    for name, tensor in wanted.items():
+        found = weights[name]
+        if not isinstance(found, Tensor):
+            raise ValueError(f"{name} is {shown(found)} and no tensor")
+        if (found.shape, found.dtype) != (tensor.shape, tensor.dtype):
+            raise ValueError(
+                f"{name} must be {tensor.dtype} of shape {tuple(tensor.shape)}, got "
+                f"{found.dtype} of shape {tuple(found.shape)}"
+            )
+
+
+def average(states: list[dict]) -> dict:
+    """The first checkpoint with the mean of the weights of all (Polyak and Juditsky 1992).
+
+    Integers, as BatchNorm's count of batches, are the first one's.
+    """
+    mean = {
+        name: torch.stack([state["model"][name].double() for state in states]).mean(0).to(w.dtype)
+        if w.is_floating_point()
+        else w
+        for name, w in states[0]["model"].items()
+    }
+    return {**states[0], "model": mean}
+
+
+def best_of(path: Path) -> Path:
+    """The checkpoint to use of a run folder: best.pt, or last.pt; a file as it is.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    if not path.is_dir():
+        return path
+    for name in ("best.pt", "last.pt"):
+        if (path / name).is_file():
+            return path / name
+    raise CheckpointError(f"{path} holds no checkpoint: give a .pt file, or the folder of a run")

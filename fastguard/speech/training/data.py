@@ -1,0 +1,164 @@
+"""What a run's settings say about its data: corpus, tokenizer, features, and batches of them."""
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TextIO
+
+from torchdata.stateful_dataloader import StatefulDataLoader
+
+from fastguard._io.files import replacing
+from fastguard.speech.data.batching import BucketBatchSampler, SpeechDataset, make_loader
+from fastguard.speech.data.corpora import Corpus, load_corpus
+from fastguard.speech.data.features import Augment, LogMel, SpecAugment, SpeedPerturb
+from fastguard.speech.data.readers import CorpusError
+from fastguard.speech.data.tokenizer import Tokenizer, build_tokenizer
+from fastguard.speech.data.utterances import Utterances
+from fastguard.speech.models.ctc import CTCModel
+from fastguard.speech.recognition.recognizer import features
+
+from .config import Config
+from .parallel import Parallel
+
+logger = logging.getLogger(__name__)
+
+EVALUATION_BATCH = 8  # utterances
+
+
+class Data:
+    """The corpus of a run, and loaders of its splits.
+
+    Args:
+        config: the run's settings.
+        tokenizer: of a trained model; by default a new one for the training split.
+        folder: where left_out.jsonl and changed_labels.jsonl are written, with each row that is
+            not used and each text that is not as it was written.
+
+    Raises:
+        CorpusError: the corpus is absent, has nothing to train on, or no texts to learn as many
+            tokens from as the settings ask for.
+    """
+
+    def __init__(
+        self, config: Config, tokenizer: Tokenizer | None = None, folder: Path | None = None
+    ):
+        self.config = config
+        self.log_mel = features(config)
+        with listing(folder, "changed_labels.jsonl") as changed:
+            corpus = load_corpus(
+                config.data,
+                max_duration=config.max_duration,
+                seed=config.seed,
+                check=config.check,
+                rules=config.text,
+                changed=changed,
+            )
+        if tokenizer is None:
+            self.tokenizer, self.corpus = self._new_tokenizer(corpus)
+        else:
+            self.tokenizer = tokenizer
+            self.corpus = corpus.drop_infeasible(tokenizer.encode, self._output_length)
+        logger.info(self.corpus.summary())
+        with listing(folder, "left_out.jsonl") as left_out:
+            if left_out is not None:
+                self.corpus.write_left_out(left_out)
+
+    def _new_tokenizer(self, corpus: Corpus) -> tuple[Tokenizer, Corpus]:
+        """A tokenizer for those rows of the training split that CTC can align, and the corpus with
+        no others: a row that is left out must not make the vocabulary."""
+        kind, vocab_size = self.config.tokenizer.kind, self.config.tokenizer.vocab_size
+        if kind == "char":
+            corpus = corpus.drop_infeasible(str, self._output_length)
+        while True:
+            try:
+                texts = corpus.split("train").texts()
+                tokenizer = build_tokenizer(kind, texts, vocab_size)
+            except ValueError as error:
+                raise CorpusError(f"no tokenizer of kind {kind}: {error}") from error
+            left = corpus.drop_infeasible(tokenizer.encode, self._output_length)
+            if len(left.utterances) == len(corpus.utterances):
+                return tokenizer, left
+            corpus = left  # whose pieces are others
+
+    def _output_length(self, seconds: float) -> int:
+        return CTCModel.output_lengths(self.log_mel.num_frames_of(seconds))
+
+    def train_loader(self, parallel: Parallel) -> tuple[BucketBatchSampler, StatefulDataLoader]:
+        """Batches of the training split, shuffled, perturbed and masked; this process's share."""
+        config, utterances = self.config, self.corpus.split("train")
+        augment = config.augment
+        masks = SpecAugment(
+            augment.freq_masks, augment.freq_width, augment.time_masks, augment.time_ratio
+        )
+        speed = SpeedPerturb(augment.speeds) if augment.speeds else None
+        by_duration = config.batch_duration is not None
+        sampler = BucketBatchSampler(
+            utterances.durations,
+            batch_size=None if by_duration else config.batch_size,
+            batch_duration=config.batch_duration,
+            seed=config.seed,
+            rank=parallel.rank,
+            world_size=parallel.world_size,
+        )
+        dataset = SpeechDataset(
+            utterances,
+            self.tokenizer,
+            self.log_mel,
+            Augment(speed, masks, config.consistency.weight > 0, augment.warmup),
+            config.seed,
+            max_output_length=self._output_length,
+            max_duration=config.max_duration,
+        )
+        return sampler, make_loader(dataset, sampler, config.num_workers)
+
+    def evaluation_loader(self, split: str, parallel: Parallel) -> StatefulDataLoader:
+        """This process's share of a split, unperturbed."""
+        return evaluation_loader(
+            self.corpus.split(split),
+            self.log_mel,
+            max_duration=self.config.max_duration,
+            num_workers=self.config.num_workers,
+            rank=parallel.rank,
+            world_size=parallel.world_size,
+        )
+
+
+@contextlib.contextmanager
+def listing(folder: Path | None, name: str) -> Iterator[TextIO | None]:
+    """A new file of a folder, whole or not at all; None without a folder. Raises OSError."""
+    if folder is None:
+        yield None
+        return
+    with replacing(folder / name) as path, path.open("w", encoding="utf-8") as file:
+        yield file
+
+
+def evaluation_loader(
+    utterances: Utterances,
+    log_mel: LogMel,
+    *,
+    batch_size: int = EVALUATION_BATCH,
+    batch_duration: float | None = None,
+    min_duration: float = 0.1,
+    max_duration: float,
+    num_workers: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+) -> StatefulDataLoader:
+    """Each utterance once, in batches of similar duration, the shortest first, without targets.
+
+    ``batch_duration``, in seconds, replaces ``batch_size`` as in BucketBatchSampler.
+    """
+    sampler = BucketBatchSampler(
+        utterances.durations,
+        batch_size=None if batch_duration else batch_size,
+        batch_duration=batch_duration,
+        shuffle=False,
+        rank=rank,
+        world_size=world_size,
+    )
+    dataset = SpeechDataset(
+        utterances, None, log_mel, min_duration=min_duration, max_duration=max_duration
+    )
+    return make_loader(dataset, sampler, num_workers)

@@ -1,0 +1,270 @@
+"""What a run tells: log lines, ``metrics.jsonl``, and the table of its epochs."""
+
+import contextlib
+import copy
+import json
+import logging
+import math
+import statistics
+import sys
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy
+
+from fastguard._io import files
+from fastguard._io.terminal import visible
+from fastguard.speech.recognition.evaluation import Evaluation, pooled
+
+LARGEST_METRICS = 4 << 30
+"""Bytes of metrics.jsonl; a step takes about 300."""
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class StepMetrics:
+    """One line of metrics.jsonl per optimizer step, under ``"kind": "step"``."""
+
+    step: int
+    epoch: int
+    batch: int
+    loss: float
+    #: L2 norm of all gradients before clipping.
+    grad_norm: float
+    #: Factor on the gradients; 1 where nothing was written.
+    clip_coef: float
+    #: apply, clip, skip_nonfinite, skip_outlier.
+    verdict: str
+    lr: float
+    #: Wall time of the step, loading included.
+    seconds: float
+    #: Ids of the utterances of a skipped batch.
+    skipped_utterances: tuple[str, ...] = ()
+    #: Parameters with a NaN or Inf gradient in it.
+    nonfinite_parameters: tuple[str, ...] = ()
+    #: What the GradScaler of an fp16 run multiplied the loss by; None without one.
+    loss_scale: float | None = None
+    #: Whether the step was skipped because that scaler searches for its scale.
+    scale_search: bool = False
+    #: Ids of utterances of the batch, in any process, that could not be used after all.
+    left_out_utterances: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class EpochMetrics:
+    """One line of metrics.jsonl per epoch, under ``"kind": "epoch"``."""
+
+    epoch: int
+    step: int
+    #: Mean training loss of the steps that were not skipped, NaN if there were none.
+    loss: float
+    #: Word and character error rate on the dev split; 1 is 100 %.
+    wer: float
+    cer: float
+    #: Median gradient norm of all steps.
+    grad_norm: float
+    skipped: int
+    steps: int
+    seconds: float
+    #: WER of the utterances with at least 4 words; NaN if there are none.
+    wer_long: float = math.nan
+    #: How much was evaluated.
+    dev_utterances: int = 0
+    dev_words: int = 0
+    dev_minutes: float = 0.0
+    #: Largest gradient norm of all steps; NaN or Inf if there was such a one.
+    max_grad_norm: float = math.nan
+
+    @property
+    def status(self) -> str:
+        """The epoch in words: first what is wrong with it, else how far it got."""
+        if 0 < self.skipped == self.steps:
+            return "WARNING: every step skipped"
+        if not math.isfinite(self.loss):
+            return "WARNING: loss not finite"
+        if self.skipped > self.steps / 2:
+            return "WARNING: most steps skipped"
+        if math.isnan(self.wer):
+            return "WARNING: nothing evaluated"
+        return next(words for bound, words in _STATUS if self.wer <= bound)
+
+
+_STATUS = (
+    (0.1, "target range"),
+    (0.3, "good progress"),
+    (0.6, "improving"),
+    (0.95, "learning"),
+    (math.inf, "stable start"),
+)
+
+
+@dataclass
+class EpochTotals:
+    """What the steps of an epoch add up to; part of a checkpoint."""
+
+    losses: float = 0.0
+    accepted: int = 0
+    norms: list[float] = field(default_factory=list)
+    seconds: float = 0.0
+
+    @property
+    def skipped(self) -> int:
+        return len(self.norms) - self.accepted
+
+    def add(self, step: StepMetrics) -> None:
+        self.norms.append(step.grad_norm)
+        self.seconds += step.seconds
+        if not step.verdict.startswith("skip"):
+            self.losses += step.loss
+            self.accepted += 1
+
+    def close(
+        self, epoch: int, step: int, found: Evaluation, evaluation_seconds: float
+    ) -> EpochMetrics:
+        """The epoch's metrics; ``step`` is its last."""
+        return EpochMetrics(
+            epoch,
+            step,
+            self.losses / self.accepted if self.accepted else math.nan,
+            found.rates.wer,
+            found.rates.cer,
+            # NaN is as large as can be: it has no place in an order.
+            statistics.median(math.inf if math.isnan(n) else n for n in self.norms)
+            if self.norms
+            else math.nan,
+            self.skipped,
+            len(self.norms),
+            self.seconds + evaluation_seconds,
+            pooled(found.long_rows).wer,
+            len(found.rows),
+            found.rates.words,
+            found.seconds / 60,
+            numpy.max(self.norms).item() if self.norms else math.nan,
+        )
+
+
+class MetricsFile:
+    """Appends objects to ``metrics.jsonl``, each line flushed, so that a crash loses nothing.
+
+    JSON has no NaN and no Inf: they are written as the strings "nan", "inf" and "-inf", which
+    ``float()`` reads. A full disk costs lines, not the run.
+
+    Args:
+        path: of the file.
+        step, epochs: how far the run has come. What an interrupted run wrote after that will be
+            written again, and is dropped.
+    """
+
+    def __init__(self, path: Path, step: int = 0, epochs: int = 0):
+        self._complained = False
+        if path.exists():
+            _drop_after(path, step, epochs)
+        self._file = files.open_appending(path)
+
+    def write(self, metrics: StepMetrics | EpochMetrics) -> None:
+        kind = "step" if isinstance(metrics, StepMetrics) else "epoch"
+        values = {
+            key: _json_number(value)
+            for key, value in asdict(metrics).items()
+            if value != () and value is not None and value is not False
+        }
+        try:
+            self._file.write(json.dumps({"kind": kind, **values}) + "\n")
+            self._file.flush()
+        except OSError as error:
+            if not self._complained:
+                logger.warning("metrics.jsonl is not complete: %s", error)
+            self._complained = True
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):  # said already
+            self._file.close()
+
+
+def _drop_after(path: Path, step: int, epochs: int) -> None:
+    """Keep the lines up to there, in order. Lines that are none are named in a warning, but for a
+    last one without an end, which a crash cut off."""
+    bad = []
+    with files.replacing(path) as temporary, temporary.open("w", encoding="utf-8") as kept:
+        for number, line, ended in files.json_lines(path, LARGEST_METRICS):
+            if line is None or not _is_numbered(line):
+                bad += [number] if ended else []
+            elif line["epoch"] <= epochs if line["kind"] == "epoch" else line["step"] <= step:
+                kept.write(json.dumps(line) + "\n")
+    if bad:
+        logger.warning(
+            "%s: %d lines are no metrics and were dropped, the first is line %d",
+            path,
+            len(bad),
+            bad[0],
+        )
+
+
+def _is_numbered(line: dict) -> bool:
+    kind = line.get("kind")
+    return kind in ("step", "epoch") and type(line.get(kind)) is int
+
+
+def _json_number(value):
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def epoch_table(epochs: list[EpochMetrics]) -> str:
+    """One row per epoch under a header."""
+    row = "{:>5}  {:>8}  {:>6}  {:>6}  {:>9}  {:>9}  {}".format
+    lines = [row("epoch", "loss", "WER", "CER", "grad norm", "skipped", "status")]
+    for e in epochs:
+        numbers = f"{e.loss:.3f}", f"{e.wer:.3f}", f"{e.cer:.3f}", f"{e.grad_norm:.3g}"
+        lines.append(row(e.epoch, *numbers, f"{e.skipped}/{e.steps}", e.status))
+    return "\n".join(lines)
+
+
+class _Formatter(logging.Formatter):
+    """INFO as it is, all else under its level; tracebacks in the file alone; nothing hidden."""
+
+    def __init__(self, tracebacks: bool):
+        super().__init__()
+        self._tracebacks = tracebacks
+
+    def format(self, record):
+        if not self._tracebacks:
+            record = copy.copy(record)
+            record.exc_info = record.exc_text = None
+        message = visible(super().format(record))
+        return message if record.levelno == logging.INFO else f"{record.levelname} - {message}"
+
+
+class _File(logging.FileHandler):
+    """A log file; a full disk costs lines, not a traceback for each of them.
+
+    It follows no symbolic link.
+    """
+
+    def _open(self):
+        return files.open_appending(Path(self.baseFilename))
+
+    def handleError(self, record):
+        if isinstance(sys.exc_info()[1], OSError):
+            self.setLevel(logging.CRITICAL + 1)
+            logger.warning("train.log is not complete: %s", sys.exc_info()[1])
+        else:
+            super().handleError(record)
+
+    def close(self):
+        with contextlib.suppress(OSError):  # what was not written was said
+            super().close()
+
+
+def log_to(path: Path | None) -> None:
+    """Send fastguard's log to the terminal and to a file; with None only warnings, to the first."""
+    root = logging.getLogger("fastguard")
+    root.setLevel(logging.INFO if path else logging.WARNING)
+    root.propagate = False
+    for handler in root.handlers:
+        handler.close()
+    root.handlers = [logging.StreamHandler()]
+    if path is not None:
+        root.handlers.append(_File(path, encoding="utf-8"))
+    for handler in root.handlers:
+        handler.setFormatter(_Formatter(isinstance(handler, _File)))

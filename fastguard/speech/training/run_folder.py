@@ -1,0 +1,372 @@
+"""The folder of a run: what lies in it, whether a run may go on there, and from which state.
+
+config.yaml  train.log  metrics.jsonl  tensorboard/  bad_step_*.json
+left_out.jsonl  changed_labels.jsonl         of the corpus
+hypotheses.jsonl alignments.txt rates.json  of best.pt on the dev split
+last.pt      the newest state, for --resume: weights, optimizer, guard, random numbers, place
+best.pt      the weights of the lowest WER; averaged.pt those of the mean of the best
+checkpoints/ step_*.pt, the last states, and best_*.pt, the best weights
+"""
+
+import logging
+import math
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+from torch import Tensor
+
+from fastguard._io import files
+from fastguard.speech.recognition.evaluation import Evaluation, write
+from fastguard.speech.storage import checkpoint
+from fastguard.speech.storage.checkpoint import CheckpointError
+from fastguard.speech.storage.plain import shown
+from fastguard.speech.storage.yaml_file import read_yaml
+
+from .config import Config
+
+logger = logging.getLogger(__name__)
+
+# Settings that a run may change when it goes on: they say how long and where, not what.
+_MAY_CHANGE = ("run_dir", "resume", "epochs", "max_steps", "num_workers", "parallel", "checkpoint")
+
+# What a run writes into its folder, beside its reports on bad steps.
+_FILES = (
+    "config.yaml", "train.log", "metrics.jsonl", "left_out.jsonl", "changed_labels.jsonl",
+    "hypotheses.jsonl", "alignments.txt", "rates.json", "last.pt", "best.pt", "averaged.pt",
+)  # fmt: skip
+_LOCK = "checkpoints/lock"
+_FOLDERS = ("checkpoints", "tensorboard")
+_BAD_STEP = re.compile(r"bad_step_\d{6,}\.json")
+_STATE = re.compile(r"step_(\d{9,18})\.pt")
+_BEST = re.compile(r"best_(\d{1,9}\.\d{6}|nan|inf)_(\d{9,18})\.pt")
+# Before files.replacing had names of its own, that of a state was followed by this.
+_HALF_WRITTEN = re.compile(rf"({_STATE.pattern}|{_BEST.pattern})\.tmp")
+
+_MOST_STEPS = 10**18
+_WAIT = 10.0  # seconds for a folder: a killed run's loader processes live on for some
+
+
+class RunError(RuntimeError):
+    """A run can not begin in its folder; the message says why and what to do."""
+
+
+class RunFolder:
+    """Reads and writes the folder at ``path``; nothing is made before :meth:`begin`."""
+
+    def __init__(self, path: Path, config: Config):
+        self.path = path
+        self.config = config
+        self._states = path / "checkpoints"
+        self._lock: FileLock | None = None
+        self.newest: int | None = None  # step of the newest state that was read or written
+        self.unsaved: dict[str, str] = {}  # what could not be written when it was last due, and why
+
+    def begin(self) -> None:
+        """Make the folder, keep others out till :meth:`close`, and write the settings into it.
+
+        The state that --resume names is taken over: from then on the folder needs no other. Besides
+        it a new run finds no state, since its folder holds none of what runs write; and a run that
+        goes on finds those in its own folder.
+
+        Raises:
+            RunError: there is a run in it that must not, or can not, go on; there is something else
+                in it that would be overwritten, or a link that leads out of it; another process
+                trains in it; or --resume names something that holds no state.
+            OSError: it can not be written.
+        """
+        self._check_place()
+        source = None if self._has_begun() else self._source()
+        self._states.mkdir(parents=True, exist_ok=True)
+        self._keep_others_out()
+        begun = self._has_begun()
+        if begun:
+            self._check_place()  # of a run that began while this one waited
+        if (self.path / "config.yaml").exists():
+            self._remove_left_overs()
+        files.write_text(self.path / "config.yaml", self.config.to_yaml())
+        if source is not None and not begun:
+            path, state = source
+            files.copy(path, self._state_path(state))
+
+    def _check_place(self) -> None:
+        """Raise RunError unless a run with these settings may write into the folder."""
+        present = self._present()
+        if self._has_begun():
+            self._check_continues()
+        elif "metrics.jsonl" in present and "config.yaml" not in present:
+            raise RunError(
+                f"{self.path} holds a run without a config.yaml, which can not be continued: "
+                "choose another --run-dir, or move it away"
+            )
+        elif present and not self._has_settings():
+            raise RunError(
+                f"{self.path} is not the folder of a run, and holds what a run would overwrite "
+                f"({', '.join(present[:3])}): choose another --run-dir, or move it away"
+            )
+
+    def _present(self) -> list[str]:
+        """Names of what is there of all that a run writes. Raises RunError for what is a link out
+        of the folder, or of another kind than what a run writes there."""
+        names = [*_FILES, *(path.name for path in _ours(self.path, "bad_step_*", _BAD_STEP))]
+        try:
+            for name in _FOLDERS:
+                files.check_own_folder(self.path / name)
+            for name in (*names, _LOCK):
+                files.check_own(self.path / name)
+        except files.UnusableFile as error:
+            raise RunError(f"{error}, or choose another --run-dir") from error
+        full = [name for name in _FOLDERS if any(_but_the_lock(self.path / name))]
+        return [*full, *(name for name in names if (self.path / name).exists())]
+
+    def _has_begun(self) -> bool:
+        """A run that failed before its first step leaves its settings, and is none."""
+        traces = (self.path / "metrics.jsonl").exists() or self._saved_states(self.path)
+        return bool(traces and (self.path / "config.yaml").exists())
+
+    def _has_settings(self) -> bool:
+        """Whether config.yaml is as a run writes it, without anybody's comments."""
+        path = self.path / "config.yaml"
+        try:
+            return Config.from_dict(read_yaml(path)).to_yaml().encode() == path.read_bytes()
+        except (OSError, TypeError, ValueError):
+            return False
+
+    def _remove_left_overs(self) -> None:
+        """Of files that a killed run was writing."""
+        for folder in (self.path, self._states):
+            for path in files.left_overs(folder):
+                path.unlink()
+        for path in _ours(self._states, "*.tmp", _HALF_WRITTEN):
+            path.unlink()
+
+    def close(self) -> None:
+        """Let others into the folder."""
+        if self._lock is not None:
+            self._lock.release()
+
+    def _keep_others_out(self) -> None:
+        lock = FileLock(self.path / _LOCK)
+        try:
+            lock.acquire(timeout=_WAIT)
+        except Timeout as error:
+            raise RunError(
+                f"another process trains in {self.path}: end it, or choose another --run-dir"
+            ) from error
+        except NotImplementedError:
+            logger.warning("%s can not be locked: start no second run in it", self.path)
+        self._lock = lock
+
+    def _check_continues(self) -> None:
+        try:
+            saved = Config.from_dict(read_yaml(self.path / "config.yaml")).to_dict()
+        except (OSError, TypeError, ValueError) as error:
+            raise RunError(
+                f"{self.path}/config.yaml is not what fastguard wrote: {error}; choose another "
+                "--run-dir"
+            ) from error
+        # The same command again, after a kill, goes on with what it had begun.
+        if self.config.resume not in ("auto", saved["resume"]) or self.config.resume == "never":
+            raise RunError(
+                f"{self.path} holds a run already: choose another --run-dir, or continue it with "
+                "--resume auto"
+            )
+        if changed := _differences(saved, self.config.to_dict()):
+            raise RunError(
+                f"{self.path} holds a run with other settings: {'; '.join(changed)}. Give the same "
+                "to continue it, or choose another --run-dir (with --resume "
+                f"{self.path} it starts from that run's state)"
+            )
+
+    # --- states to go on from ---------------------------------------------------------------------
+
+    def find_state(self) -> dict | None:
+        """The newest state of this folder that can be read, or None for a new run."""
+        found = self._newest(self.path)
+        if found is not None:
+            logger.info("state: %s", found[0])
+            self.newest = found[1]["step"]
+            return found[1]
+        if (self.path / "metrics.jsonl").exists():
+            logger.warning("%s holds no state yet: the run begins anew", self.path)
+        return None
+
+    def _source(self) -> tuple[Path, dict] | None:
+        """What --resume names, and its state."""
+        if self.config.resume in ("auto", "never"):
+            return None
+        source = Path(self.config.resume)
+        try:
+            found = self._newest(source) if source.is_dir() else (source, _load(source))
+        except CheckpointError as error:
+            raise RunError(f"--resume {error}") from error
+        if found is None:
+            raise RunError(f"--resume {source}: there is no state in this folder")
+        return found
+
+    def _newest(self, folder: Path) -> tuple[Path, dict] | None:
+        for path in reversed(self._saved_states(folder)):
+            try:
+                return path, _load(path)
+            except CheckpointError as error:
+                logger.warning("%s; taking the one before it", error)
+        return None
+
+    def _saved_states(self, folder: Path) -> list[Path]:
+        """States that a run wrote, the oldest first."""
+        return sorted(_ours(folder / "checkpoints", "step_*.pt", _STATE), key=_step_of)
+
+    def _state_path(self, state: dict) -> Path:
+        return self._states / f"step_{state['step']:09d}.pt"
+
+    def save(self, state: dict) -> None:
+        """Write a state, and drop the oldest. Where that fails, warn: the run must not end.
+
+        Those of later steps go too: they could not be read, or the run has left their way.
+        """
+        path = self._state_path(state)
+        try:
+            checkpoint.save(path, state)
+            files.link(path, self.path / "last.pt")
+            states = self._saved_states(self.path)
+            end = states.index(path) + 1
+            for old in (*states[: max(0, end - self.config.checkpoint.keep_last)], *states[end:]):
+                old.unlink()
+            self.newest = state["step"]
+            self.unsaved.pop("state", None)
+        except (OSError, CheckpointError) as error:
+            self.unsaved["state"] = str(error)
+            logger.warning("No checkpoint at step %d, training goes on: %s", state["step"], error)
+
+    # --- the best weights -------------------------------------------------------------------------
+
+    def save_best(self, weights: dict, found: Evaluation) -> None:
+        """Keep weights if they are among the best; best.pt is the very best of them, and what it
+        recognised lies beside it."""
+        step, wer = weights["step"], found.rates.wer
+        path = self._states / f"best_{wer:.6f}_{step:09d}.pt"
+        kept = [other for other in self.best() if other != path]
+        if len(kept) >= self.config.checkpoint.keep_best and wer >= _wer_of(kept[-1]):
+            return
+        try:
+            checkpoint.save(path, weights)
+            for again in self.best():
+                if again != path and _step_of(again) == step:
+                    again.unlink()  # of the same epoch, which a kill made the run repeat
+            if self.best()[0] == path:
+                self._promote(path, found)
+            for worse in self.best()[self.config.checkpoint.keep_best :]:
+                worse.unlink()
+            self.unsaved.pop("best weights", None)
+        except (OSError, CheckpointError) as error:
+            self.unsaved["best weights"] = str(error)
+            logger.warning("No best checkpoint, training goes on: %s", error)
+
+    def best(self) -> list[Path]:
+        """Files of the best weights, those of the lowest WER first, of equals the oldest."""
+        return sorted(_ours(self._states, "best_*.pt", _BEST), key=_rank)
+
+    def best_weights(self, wanted: Mapping[str, Tensor]) -> list[dict]:
+        """What is in these files, of those that can be read and are of the model whose weights are
+        ``wanted``."""
+        weights = []
+        for path in self.best():
+            try:
+                found = checkpoint.load(path)
+                _check_fit(path, found, wanted)
+            except CheckpointError as error:
+                logger.warning("%s; the mean of the best is without it", error)
+            else:
+                weights.append(found)
+        return weights
+
+    def save_averaged(self, weights: dict, found: Evaluation) -> None:
+        """Keep the mean of the best weights, as best.pt too if it is."""
+        path = self.path / "averaged.pt"
+        try:
+            checkpoint.save(path, weights)
+            if found.rates.wer < _wer_of(self.best()[0]):
+                self._promote(path, found)
+        except (OSError, CheckpointError) as error:
+            self.unsaved["averaged weights"] = str(error)
+            logger.warning("No averaged checkpoint: %s", error)
+
+    def way_on(self) -> str:
+        """From where the run goes on."""
+        if self.newest is None:
+            return "no state was written: the same command begins anew"
+        return (
+            f"the same command with --run-dir {self.path} goes on from the state of step "
+            f"{self.newest}"
+        )
+
+    def _promote(self, path: Path, found: Evaluation) -> None:
+        """To best.pt, unless that is better: the mean of a run that went on for more epochs."""
+        best = self.path / "best.pt"
+        try:
+            present = checkpoint.load(best).get("wer", math.inf)
+        except CheckpointError:
+            present = math.inf
+        if not present < found.rates.wer:
+            files.link(path, best)
+            write(self.path, found)
+
+
+def _load(path: Path) -> dict:
+    state = checkpoint.load(path)
+    if missing := {"optimizer", "guard", "loader", "random", "step"} - set(state):
+        raise CheckpointError(
+            f"{path} holds weights, and nothing to go on with: it lacks {sorted(missing)}"
+        )
+    if type(step := state["step"]) is not int or not 0 <= step < _MOST_STEPS:
+        raise CheckpointError(f"{path} is of step {shown(step)}, which is no number of steps")
+    return state
+
+
+def _check_fit(path: Path, weights: dict, wanted: Mapping[str, Tensor]) -> None:
+    try:
+        checkpoint.check_fit(weights["model"], wanted)
+    except ValueError as error:
+        raise CheckpointError(f"{path} does not fit the model: {error}") from error
+
+
+def _but_the_lock(folder: Path) -> Iterator[Path]:
+    """What is in a folder, but for an empty lock, which a run leaves that was killed at once."""
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if path.name != "lock" or path.stat().st_size:
+            yield path
+
+
+def _ours(folder: Path, pattern: str, name: re.Pattern) -> Iterator[Path]:
+    """Files whose names are such as a run gives; links are not: a run makes none."""
+    for path in folder.glob(pattern):
+        if name.fullmatch(path.name) and path.is_file() and not path.is_symlink():
+            yield path
+
+
+def _wer_of(best: Path) -> float:
+    return float(_BEST.fullmatch(best.name)[1])
+
+
+def _step_of(path: Path) -> int:
+    return int(path.stem.rpartition("_")[2])
+
+
+def _rank(best: Path) -> tuple[bool, float, str]:
+    """NaN comes last: it has no place in an order."""
+    wer = _wer_of(best)
+    return math.isnan(wer), wer, best.name
+
+
+def _differences(saved: dict, given: dict, prefix: str = "") -> list[str]:
+    changed = []
+    for key in saved.keys() | given.keys():
+        old, new = saved.get(key), given.get(key)
+        if prefix + key in _MAY_CHANGE or old == new:
+            continue
+        if isinstance(old, dict) and isinstance(new, dict):
+            changed += _differences(old, new, f"{prefix}{key}.")
+        else:
+            changed.append(f"{prefix}{key} was {old} and is {new}")
+    return sorted(changed)

@@ -1,0 +1,128 @@
+"""The optimizer of a run and what steps it: the guard, or what a loop without one does."""
+
+import logging
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from fastguard import thresholds
+from fastguard.guard import GradGuard
+from fastguard.guard.report import StepReport
+from fastguard.ops import Verdict
+from fastguard.optim import AdamW
+from fastguard.speech.storage.plain import shown
+
+from .config import Config
+from .parallel import Parallel
+
+logger = logging.getLogger(__name__)
+
+_THRESHOLDS = {
+    "fixed": thresholds.Fixed,
+    "zclip": thresholds.ZClip,
+    "median": thresholds.RunningMedian,
+    "autoclip": thresholds.AutoClip,
+    "adagc": thresholds.AdaGC,
+}
+
+
+def build_optimizer(config: Config, model: nn.Module) -> torch.optim.AdamW:
+    """fastguard's beside the guard; without it torch's, so that runs show what both change."""
+    options = _options(config)
+    if config.guard.enabled:
+        return AdamW(model.parameters(), **options)
+    return torch.optim.AdamW(model.parameters(), fused=True, **options)
+
+
+def set_options(optimizer: torch.optim.Optimizer, config: Config) -> None:
+    """These settings again, in place of those that came with another run's state."""
+    for group in optimizer.param_groups:
+        group.update(_options(config))
+
+
+def _options(config: Config) -> dict:
+    optim = config.optim
+    return {
+        "lr": optim.lr,
+        "betas": optim.betas,
+        "eps": optim.eps,
+        "weight_decay": optim.weight_decay,
+    }
+
+
+def build_stepper(
+    config: Config, model: nn.Module, parallel: Parallel, report_dir: Path
+) -> "GradGuard | PlainClip":
+    """What clips, and steps the optimizer or skips; in every process alike."""
+    guard = config.guard
+    if not guard.enabled:
+        return PlainClip(model, guard.max_norm)
+    return GradGuard(
+        model,
+        guard.max_norm,
+        guard.skip_norm,
+        guard.patience,
+        threshold=_THRESHOLDS[guard.threshold](),
+        report_dir=report_dir if parallel.main else None,
+        process_group=parallel.group,
+    )
+
+
+class PlainClip:
+    """torch's clipping and an unconditional step, with the methods of a guard.
+
+    The ``before`` settings train with it, so that runs show what the guard changes.
+    """
+
+    def __init__(self, model: nn.Module, max_norm: float):
+        self.parameters = list(model.parameters())
+        self.max_norm = max_norm
+        self.steps = 0
+        self._sums: list[torch.Tensor | None] | None = None
+        self._weight = 0.0
+
+    def accumulate(self, *, scaler=None, loss=None, batch_id=None, weight: float = 1.0) -> None:
+        """Take the gradients; :meth:`step` applies their sum over that of the weights."""
+        grads = [p.grad for p in self.parameters]
+        for parameter in self.parameters:
+            parameter.grad = None
+        if self._sums is None:
+            self._sums = grads
+        else:
+            pairs = zip(self._sums, grads, strict=True)
+            self._sums = [a if b is None else b if a is None else a + b for a, b in pairs]
+        self._weight += weight
+
+    def step(self, optimizer, *, scaler=None, loss=None, batch_id=None) -> StepReport:
+        if self._sums is not None:
+            for parameter, grad in zip(self.parameters, self._sums, strict=True):
+                parameter.grad = None if grad is None else grad / self._weight
+            self._sums, self._weight = None, 0.0
+        if scaler is not None:
+            scaler.unscale_(optimizer)
+        norm = nn.utils.clip_grad_norm_(self.parameters, self.max_norm)
+        norm = getattr(norm, "full_tensor", lambda: norm)().item()
+        coef = min(1.0, self.max_norm / (norm + 1e-6))
+        if not norm < float("inf"):
+            logger.warning("Large gradient norm: %s at batch %s", norm, batch_id)
+        if scaler is None:
+            optimizer.step()
+        else:
+            scaler.step(optimizer)
+            scaler.update()
+        self.steps += 1
+        verdict = Verdict.CLIP if coef < 1 else Verdict.APPLY
+        return StepReport(self.steps - 1, batch_id, verdict, norm, coef)
+
+    def poll(self, wait: bool = False) -> list[StepReport]:
+        return []  # it has kept nothing back
+
+    def state_dict(self) -> dict:
+        return {"steps": self.steps}
+
+    def load_state_dict(self, state: dict) -> None:
+        steps = state["steps"]
+        if type(steps) is not int or steps < 0:
+            raise ValueError(f"the state of a run without a guard holds steps={shown(steps)}")
+        self.steps = steps

@@ -1,0 +1,258 @@
+"""``python -m fastguard.transcribe`` on recorded speech, as its user meets it."""
+
+import json
+import os
+import shutil
+
+import jiwer
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from fastguard.speech.cli.transcribe import main
+from fastguard.speech.data.features import LogMel, load_audio
+from fastguard.speech.data.tokenizer import BLANK, CharTokenizer
+from fastguard.speech.models import build_model
+from fastguard.speech.recognition.decoding import greedy_decode
+from fastguard.speech.recognition.recognizer import Recognizer
+from fastguard.speech.recognition.transcription import TranscriptionError, segments, transcribe
+from fastguard.speech.training.config import Config
+from tests.recordings import without_xing
+
+
+@pytest.fixture
+def prompts(trained_run):
+    """Path and text of the prompts that the run has learnt."""
+    rows = map(json.loads, (trained_run.parent / "eight.jsonl").read_text().splitlines())
+    return [(row["audio_filepath"], row["text"]) for row in rows]
+
+
+@pytest.fixture
+def recognizer(trained_run):
+    return Recognizer.load(trained_run / "best.pt")
+
+
+def errors(texts, references):
+    return sum(a != b for a, b in zip(texts, references, strict=True))
+
+
+def test_text_of_one_and_of_several_files(trained_run, prompts, capsys):
+    run, path = ["--checkpoint", str(trained_run)], prompts[0][0]
+    assert main([*run, path]) == 0
+    alone = capsys.readouterr().out
+    assert main([*run, *(path for path, _ in prompts)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert f"{path}\t{alone}" == f"{lines[0]}\n"
+    assert [line.split("\t")[0] for line in lines] == [path for path, _ in prompts]
+    assert errors([line.split("\t")[1] for line in lines], [text for _, text in prompts]) <= 2
+
+
+def test_json_with_words_in_time(trained_run, prompts, capsys):
+    path, _ = prompts[0]
+    assert main(["--checkpoint", str(trained_run), "--json", path]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["file"] == path
+    assert found["duration"] == pytest.approx(soundfile.info(path).duration)
+    assert [word["word"] for word in found["words"]] == found["text"].split()
+    times = [time for word in found["words"] for time in (word["start"], word["end"])]
+    assert times == sorted(times)
+    assert 0 <= times[0] < times[-1] <= found["duration"] + 0.04
+    assert all(0 < word["confidence"] <= 1 for word in found["words"])
+
+
+@pytest.mark.parametrize("rate, channels, suffix", [(44_100, 2, "flac"), (48_000, 1, "ogg")])
+def test_any_rate_and_number_of_channels(recognizer, prompts, tmp_path, rate, channels, suffix):
+    path, _ = prompts[0]
+    samples = load_audio(path, rate).numpy()
+    other = tmp_path / f"other.{suffix}"
+    soundfile.write(other, np.stack([samples] * channels, axis=1), rate)
+    assert transcribe(recognizer, other).text == transcribe(recognizer, path).text
+
+
+def concatenated(prompts, path, times):
+    """The prompts one after the other, half a second of silence after each."""
+    parts = [soundfile.read(prompt)[0] for prompt, _ in times * prompts]
+    soundfile.write(path, np.concatenate([np.append(p, np.zeros(4_000)) for p in parts]), 8_000)
+    return sum(len(part) + 4_000 for part in parts) / 8_000
+
+
+class Unnormalised(LogMel):
+    """So that a window has the features of the whole."""
+
+    def forward(self, waveform):
+        return (self.mel(waveform).T + 1e-4).log() + 4
+
+
+def test_windows_leave_no_seam(prompts, tmp_path):
+    """A model that hears less than the context on either side says the same, at the same times."""
+    torch.manual_seed(0)
+    tokenizer = CharTokenizer([BLANK, " ", "a", "b", "c"])
+    model = build_model("baseline", vocab_size=5, channels=16, kernel_size=13, num_layers=1).eval()
+    with torch.no_grad():
+        model.head.weight.mul_(20)
+    recognizer = Recognizer(model, tokenizer, Unnormalised(), Config())
+    long = tmp_path / "long.wav"
+    seconds = concatenated(prompts, long, 3)
+    assert seconds > 40
+    whole = transcribe(recognizer, long, window_seconds=1e6)
+    assert len(whole.words) > 40
+    for window_seconds in (5.0, 7.3, 20.0):
+        found = transcribe(recognizer, long, window_seconds=window_seconds)
+        assert found.duration == whole.duration == pytest.approx(seconds)
+        assert [w.word for w in found.words] == [w.word for w in whole.words]
+        for ours, theirs in zip(found.words, whole.words, strict=True):
+            assert vars(ours) == pytest.approx(vars(theirs), abs=1e-4)
+
+
+def test_a_long_recording_of_what_it_learnt(recognizer, prompts, tmp_path):
+    """Each window has its own mean and variance, so that some letters differ."""
+    seconds = concatenated(prompts, tmp_path / "long.wav", 3)
+    found = transcribe(recognizer, tmp_path / "long.wav")
+    whole = transcribe(recognizer, tmp_path / "long.wav", window_seconds=1e6)
+    assert jiwer.cer(whole.text, found.text) < 0.1
+    assert jiwer.cer(" ".join(text for _, text in 3 * prompts), found.text) < 0.5
+    times = [time for word in found.words for time in (word.start, word.end)]
+    assert times == sorted(times)
+    assert seconds - 5 < times[-1] <= seconds
+
+
+def test_segments_are_cut_before_words_and_lose_nothing():
+    tokenizer = CharTokenizer.from_texts([])
+    torch.manual_seed(0)
+    text = " ".join("".join(map(chr, torch.randint(97, 123, (5,)).tolist())) for _ in range(40))
+    path = [t for token in tokenizer.encode(text) for t in (token, token, 0)]
+    log_probs = (9.0 * torch.nn.functional.one_hot(torch.tensor(path))).log_softmax(-1)
+    found = list(segments(iter(log_probs.split(37)), tokenizer, 100))
+    assert torch.equal(torch.cat([part for _, part in found]), log_probs)
+    assert [start for start, _ in found] == np.cumsum([0, *(len(p) for _, p in found)])[
+        :-1
+    ].tolist()
+    assert all(len(part) <= 100 for _, part in found)
+    pieces = [
+        tokenizer.decode(greedy_decode(part[None], torch.tensor([len(part)]))[0])
+        for _, part in found
+    ]
+    assert len(pieces) > 5
+    assert " ".join(piece.strip() for piece in pieces) == text
+
+
+@pytest.mark.parametrize(
+    "path", [[0] * 250, [3] * 250, [0] * 90 + [3, 4] + [0] * 158, [5, 0] * 125]
+)
+def test_segments_without_a_space_are_cut_all_the_same(path):
+    tokenizer = CharTokenizer.from_texts([])
+    log_probs = (9.0 * torch.nn.functional.one_hot(torch.tensor(path), 28)).log_softmax(-1)
+    found = list(segments(iter(log_probs.split(60)), tokenizer, 100))
+    assert torch.equal(torch.cat([part for _, part in found]), log_probs)
+    assert all(0 < len(part) <= 100 for _, part in found)
+
+
+def test_broken_files_are_named_and_the_others_go_on(trained_run, prompts, tmp_path, capsys):
+    (tmp_path / "broken.wav").write_bytes(b"RIFFnothing")
+    (tmp_path / "noise.raw").write_bytes(bytes(100))
+    soundfile.write(tmp_path / "empty.wav", np.zeros(0), 8_000)
+    soundfile.write(tmp_path / "nan.wav", np.full(8_000, np.nan), 8_000, subtype="FLOAT")
+    os.mkfifo(tmp_path / "fifo.wav")
+    bad = ["absent.wav", *(str(p) for p in sorted(tmp_path.iterdir()))]
+    good = prompts[0][0]
+    assert main(["--checkpoint", str(trained_run), *bad, good]) == 1
+    out, error = capsys.readouterr()
+    assert out.startswith(f"{good}\t")
+    assert len(out.splitlines()) == 1
+    for path in bad:
+        assert f"error: {path}: " in error
+    assert "'absent.wav' is not there" in error
+    assert "fifo.wav' is no regular file" in error
+    assert "holds no samples" in error
+    assert "NaN" in error
+    assert "Traceback" not in error
+
+
+def test_one_sample_and_silence(recognizer, tmp_path):
+    for name, samples in (("short", np.zeros(1)), ("silence", np.zeros(30 * 8_000))):
+        soundfile.write(tmp_path / f"{name}.wav", samples, 8_000)
+        found = transcribe(recognizer, tmp_path / f"{name}.wav")
+        assert found.duration == len(samples) / 8_000
+
+
+def test_folders_hold_recordings_and_other_files(trained_run, prompts, tmp_path, capsys):
+    """A folder may be named as a recording is; what is passed over is told."""
+    (tmp_path / "below.wav").mkdir()
+    samples, rate = soundfile.read(prompts[0][0])
+    for name in ("b.WAV", "below.wav/a.flac"):
+        soundfile.write(tmp_path / name, samples, rate)
+    for name in (
+        "1.m4a",
+        "2.m4a",
+        "3.M4A",
+        "below.wav/4.m4a",
+        "5.webm",
+        "notes",
+        "6.txt",
+        "a\x1b[2J.gsm",
+    ):
+        (tmp_path / name).write_text("not speech")
+    assert main(["--checkpoint", str(trained_run), str(tmp_path)]) == 0
+    out, error = capsys.readouterr()
+    assert [line.split("\t")[0] for line in out.splitlines()] == [
+        str(tmp_path / "b.WAV"),
+        str(tmp_path / "below.wav/a.flac"),
+    ]
+    lines = error.splitlines()
+    names = ", ".join(str(tmp_path / name) for name in ("1.m4a", "2.m4a", "3.M4A"))
+    cure = "convert them, ffmpeg -i FILE.m4a FILE.wav"
+    assert lines[0] == f"passed over: 4 .m4a ({names}, ...), which can not be read: {cure}"
+    assert [line.split()[2:4] for line in lines[1:3]] == [["1", ".gsm"], ["1", ".webm"]]
+    assert lines[3].startswith("passed over: 2 other files, by extension 1 without an extension, ")
+    assert len(lines) == 4
+    assert "\x1b" not in error
+    assert main(["--checkpoint", str(trained_run), str(tmp_path / "below.wav")]) == 0
+    (tmp_path / "nothing").mkdir()
+    assert main(["--checkpoint", str(trained_run), str(tmp_path / "nothing")]) == 1
+    assert "no recordings" in capsys.readouterr().err
+
+
+def test_an_mp3_without_its_length_is_transcribed_to_its_end(recognizer, prompts, tmp_path):
+    loud = np.random.default_rng(0).uniform(-0.5, 0.5, 8_000)
+    samples = np.concatenate([loud, *(soundfile.read(path)[0] for path, _ in prompts[:4])])
+    soundfile.write(tmp_path / "a.mp3", samples, 8_000, bitrate_mode="VARIABLE")
+    whole = (tmp_path / "a.mp3").read_bytes()
+    (tmp_path / "b.mp3").write_bytes(without_xing(whole))
+    found = transcribe(recognizer, tmp_path / "b.mp3")
+    assert found.duration == pytest.approx(len(samples) / 8_000, abs=0.2)
+    (tmp_path / "c.mp3").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(TranscriptionError, match="cut off"):
+        transcribe(recognizer, tmp_path / "c.mp3")
+
+
+def test_the_newest_run_is_taken_and_named(trained_run, prompts, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main([prompts[0][0]]) == 1
+    assert "there is no run in runs/: give --checkpoint" in capsys.readouterr().err
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "mine").symlink_to(trained_run)
+    assert main([prompts[0][0]]) == 0
+    assert "checkpoint: runs/mine/best.pt" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(os.name == "nt", reason="names that Windows has not")
+def test_names_that_are_no_text(trained_run, prompts, tmp_path, capsys):
+    """A name with an end of line is no line of its own, and one that is no UTF-8 is read."""
+    names = [b"a\tb\nc.wav", b"caf\xe9.wav"]
+    for name in names:
+        shutil.copy(prompts[0][0], os.fsencode(tmp_path) + b"/" + name)
+    assert main(["--checkpoint", str(trained_run), str(tmp_path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    paths = [os.path.join(str(tmp_path), os.fsdecode(name)) for name in names]
+    assert [line.split("\t")[0] for line in lines] == [ascii(path) for path in paths]
+    assert main(["--checkpoint", str(trained_run), "--json", str(tmp_path)]) == 0
+    lines = capsys.readouterr().out.encode().splitlines()
+    assert [json.loads(line)["file"] for line in lines] == paths
+
+
+def test_help_ends_with_an_example(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["--help"])
+    assert ended.value.code == 0
+    assert "python -m fastguard.transcribe --checkpoint" in capsys.readouterr().out.splitlines()[-1]

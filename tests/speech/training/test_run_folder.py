@@ -1,0 +1,442 @@
+"""What a run leaves in its folder, and from what it goes on."""
+
+import dataclasses
+import json
+import math
+import os
+import shutil
+
+import pytest
+import torch
+
+from fastguard.speech.recognition.evaluation import Evaluation, score
+from fastguard.speech.storage import checkpoint
+from fastguard.speech.training import run_folder
+from fastguard.speech.training.config import CheckpointConfig, Config
+from fastguard.speech.training.run_folder import RunError, RunFolder
+
+
+def state(step, value=1.0):
+    return {
+        "model": {"w": torch.full((4,), value)},
+        "config": {},
+        "tokenizer": {},
+        "optimizer": {},
+        "guard": {},
+        "loader": [],
+        "random": [],
+        "step": step,
+    }
+
+
+def of_wer(wer):
+    """An evaluation with this error rate, in tenths, of two seconds of speech."""
+    right = round(10 * (1 - wer))
+    words, recognised = " ".join("abcdefghij"), " ".join("abcdefghij"[:right])
+    return Evaluation([score("utt", words, recognised, duration=2.0)])
+
+
+def begun(path, **settings):
+    folder = RunFolder(path, Config(**settings))
+    folder.begin()
+    return folder
+
+
+def names(folder):
+    return sorted(p.name for p in folder.path.rglob("*.pt"))
+
+
+def test_a_new_folder_has_settings_and_no_state(tmp_path):
+    folder = begun(tmp_path / "a" / "b")
+    assert folder.find_state() is None
+    assert (tmp_path / "a" / "b" / "config.yaml").read_text() == Config().to_yaml()
+
+
+def test_the_last_states_are_kept_and_the_newest_is_found(tmp_path):
+    folder = begun(tmp_path, checkpoint=CheckpointConfig(keep_last=2))
+    for step in (1, 2, 10):
+        folder.save(state(step))
+    assert names(folder) == ["last.pt", "step_000000002.pt", "step_000000010.pt"]
+    assert folder.find_state()["step"] == 10
+    assert checkpoint.load(tmp_path / "last.pt")["step"] == 10
+
+
+@pytest.mark.parametrize("damage", ["truncated", "foreign", "empty"])
+def test_a_damaged_state_is_named_and_the_one_before_it_is_taken(tmp_path, damage, caplog):
+    folder = begun(tmp_path)
+    for step in (1, 2):
+        folder.save(state(step))
+    newest = tmp_path / "checkpoints" / "step_000000002.pt"
+    whole = newest.read_bytes()
+    newest.unlink()  # last.pt is another name of the same file
+    if damage == "foreign":
+        torch.save({"weights": torch.ones(2)}, newest)
+    else:
+        newest.write_bytes(whole[:300] if damage == "truncated" else b"")
+    assert folder.find_state()["step"] == 1
+    assert str(newest) in caplog.text
+    assert "taking the one before it" in caplog.text
+
+
+@pytest.mark.parametrize("keep_last", [1, 2])
+def test_a_damaged_state_does_not_count_among_those_to_keep(tmp_path, keep_last):
+    folder = begun(tmp_path, checkpoint=CheckpointConfig(keep_last=keep_last))
+    folder.save(state(1))
+    (tmp_path / "checkpoints" / "step_000000100.pt").write_bytes(b"torn")
+    for step in (2, 3):
+        folder.save(state(step))
+        assert folder.find_state()["step"] == step
+    kept = [f"step_{step:09d}.pt" for step in (2, 3)]
+    assert names(folder) == ["last.pt", *kept[-keep_last:]]
+
+
+def test_what_a_crash_left_half_written_is_removed(tmp_path):
+    begun(tmp_path)
+    (tmp_path / "checkpoints" / "step_000000005.pt.tmp").write_bytes(b"half")
+    assert begun(tmp_path).find_state() is None
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_weights_that_are_not_finite_replace_nothing(tmp_path, caplog):
+    folder = begun(tmp_path)
+    folder.save(state(1))
+    folder.save(state(2, math.nan))
+    folder.save_best({**state(2), "model": {"w": torch.tensor(math.inf)}}, of_wer(0.1))
+    assert folder.find_state()["step"] == 1
+    assert folder.best() == []
+    assert "No checkpoint at step 2, training goes on" in caplog.text
+
+
+def test_a_full_disk_is_said_and_keeps_the_last_good_state(tmp_path, caplog, monkeypatch):
+    folder = begun(tmp_path)
+    folder.save(state(1))
+    before = names(folder)
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    folder.save(state(2))
+    folder.save_best(state(2), of_wer(0.5))
+    folder.save_averaged(state(2), of_wer(0.1))
+    assert caplog.text.count("No space left on device") == 3
+    assert not (tmp_path / "rates.json").exists()
+    assert names(folder) == before
+    assert not list(tmp_path.rglob("*.tmp"))
+    assert folder.find_state()["step"] == 1
+
+
+def test_the_best_are_kept_by_wer_and_then_by_age(tmp_path):
+    folder = begun(tmp_path, checkpoint=CheckpointConfig(keep_best=2))
+    for step, wer in enumerate((0.5, 0.9, 0.5, 0.3, 0.4), start=1):
+        folder.save_best(state(step), of_wer(wer))
+    assert [checkpoint.load(path)["step"] for path in folder.best()] == [4, 5]
+    assert checkpoint.load(tmp_path / "best.pt")["step"] == 4
+
+
+def test_the_best_are_ordered_as_numbers_and_nan_comes_last(tmp_path):
+    folder = begun(tmp_path)
+    for name in ("nan_000000001", "10.000000_000000002", "2.500000_000000003"):
+        (tmp_path / "checkpoints" / f"best_{name}.pt").touch()
+    assert [path.name.split("_")[1] for path in folder.best()] == ["2.500000", "10.000000", "nan"]
+
+
+def test_a_run_killed_before_best_is_written_writes_it_when_it_repeats_the_epoch(tmp_path):
+    folder = begun(tmp_path, checkpoint=CheckpointConfig(keep_best=1))
+    folder.save_best(state(1), of_wer(0.5))
+    (tmp_path / "best.pt").unlink()
+    folder.save_best(state(1), of_wer(0.5))
+    assert checkpoint.load(tmp_path / "best.pt")["step"] == 1
+    folder.save_best(state(1), of_wer(0.3))  # on a GPU it need not come out the same
+    assert [path.name for path in folder.best()] == ["best_0.300000_000000001.pt"]
+
+
+def test_more_epochs_do_not_replace_a_better_mean(tmp_path):
+    folder = begun(tmp_path)
+    folder.save_best({**state(1), "wer": 0.5}, of_wer(0.5))
+    folder.save_averaged({**state(1, 2.0), "wer": 0.2}, of_wer(0.2))
+    folder.save_best({**state(2, 3.0), "wer": 0.4}, of_wer(0.4))
+    assert checkpoint.load(tmp_path / "best.pt")["wer"] == 0.2
+    rates = json.loads((tmp_path / "rates.json").read_text())
+    assert rates["wer"] == pytest.approx(0.2)
+    assert rates["long"] == {"utterances": 1, "words": 10, "wer": rates["wer"]}
+    folder.save_best({**state(3, 4.0), "wer": 0.1}, of_wer(0.1))
+    assert checkpoint.load(tmp_path / "best.pt")["step"] == 3
+
+
+def test_a_damaged_one_of_the_best_is_left_out_of_their_mean(tmp_path, caplog):
+    folder = begun(tmp_path)
+    for step in (1, 2, 3):
+        folder.save_best(state(step), of_wer(step / 10))
+    damaged = folder.best()[1]
+    damaged.write_bytes(damaged.read_bytes()[:300])
+    found = folder.best_weights(state(1)["model"])
+    assert [weights["step"] for weights in found] == [1, 3]
+    assert f"{damaged} can not be read" in caplog.text
+
+
+def test_the_mean_of_the_best(tmp_path):
+    folder = begun(tmp_path)
+    for step, value in ((1, 1.0), (2, 4.0)):
+        weights = {"w": torch.full((2,), value), "n": torch.tensor(step)}
+        folder.save_best({**state(step), "model": weights}, of_wer(step / 10))
+    mean = checkpoint.average(folder.best_weights(weights))
+    assert mean["model"]["w"].tolist() == [2.5, 2.5]
+    assert mean["model"]["n"] == 1
+    folder.save_averaged(mean, of_wer(0.1))
+    assert checkpoint.load(tmp_path / "best.pt")["model"]["w"].tolist() == [1.0, 1.0]
+    folder.save_averaged(mean, of_wer(0.0))
+    assert checkpoint.load(tmp_path / "best.pt")["model"]["w"].tolist() == [2.5, 2.5]
+
+
+def test_other_settings_do_not_go_on_in_a_folder_and_are_named(tmp_path):
+    config = Config()
+    begun(tmp_path).save(state(1))
+    other = dataclasses.replace(
+        config, seed=3, optim=dataclasses.replace(config.optim, lr=0.5), epochs=99
+    )
+    with pytest.raises(RunError) as caught:
+        RunFolder(tmp_path, other).begin()
+    assert "optim.lr was 0.0001 and is 0.5; seed was 0 and is 3" in str(caught.value)
+    assert "epochs" not in str(caught.value)
+    RunFolder(tmp_path, dataclasses.replace(config, epochs=99, num_workers=2)).begin()
+
+
+def test_a_run_that_failed_before_its_first_step_claims_nothing(tmp_path):
+    begun(tmp_path, data="manifest:absent.jsonl")
+    begun(tmp_path, data="asterisk", resume="never")
+    assert "asterisk" in (tmp_path / "config.yaml").read_text()
+
+
+def test_never_refuses_a_folder_with_a_run(tmp_path):
+    begun(tmp_path).save(state(1))
+    with pytest.raises(RunError, match="holds a run already"):
+        RunFolder(tmp_path, Config(resume="never")).begin()
+
+
+def test_a_folder_of_something_else_is_left_alone(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text("precious")
+    with pytest.raises(RunError, match=r"without a config\.yaml"):
+        RunFolder(tmp_path, Config()).begin()
+    (tmp_path / "config.yaml").write_text("trainer: somebody else's")
+    with pytest.raises(RunError, match="not what fastguard wrote"):
+        RunFolder(tmp_path, Config()).begin()
+    assert (tmp_path / "metrics.jsonl").read_text() == "precious"
+    assert not (tmp_path / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("resume", ["auto", "never", "X"])
+@pytest.mark.parametrize("with_log", [False, True])
+def test_a_state_that_lies_in_a_new_folder_is_not_taken(tmp_path, resume, with_log):
+    begun(tmp_path / "other").save(state(9))
+    shutil.copytree(tmp_path / "other" / "checkpoints", tmp_path / "new" / "checkpoints")
+    if with_log:
+        (tmp_path / "new" / "train.log").touch()
+    begun(tmp_path / "X").save(state(7))
+    resume = str(tmp_path / "X") if resume == "X" else resume
+    with pytest.raises(RunError, match=r"not the folder of a run, and holds what .*checkpoints"):
+        begun(tmp_path / "new", resume=resume)
+    assert not (tmp_path / "new" / "config.yaml").exists()
+
+
+def test_that_state_is_taken_and_no_other(tmp_path, caplog):
+    """The newest one of the folder, where --resume names an older one."""
+    old = begun(tmp_path / "old")
+    for step in (7, 9):
+        old.save(state(step))
+    older = tmp_path / "old" / "checkpoints" / "step_000000007.pt"
+    folder = begun(tmp_path / "new", resume=str(older))
+    assert names(folder) == ["step_000000007.pt"]
+    assert folder.find_state()["step"] == 7
+    assert not (tmp_path / "new" / "checkpoints" / "step_000000007.pt").samefile(older)
+
+
+def test_auto_says_which_state_it_goes_on_from(tmp_path, caplog):
+    begun(tmp_path).save(state(3))
+    folder = begun(tmp_path)
+    caplog.set_level("INFO", "fastguard")
+    assert folder.find_state()["step"] == 3
+    assert f"state: {tmp_path / 'checkpoints' / 'step_000000003.pt'}" in caplog.messages
+
+
+def test_a_run_killed_between_its_settings_and_the_state_of_another_takes_that_again(tmp_path):
+    begun(tmp_path / "old").save(state(7))
+    folder = begun(tmp_path / "new", resume=str(tmp_path / "old"))
+    (tmp_path / "new" / "checkpoints" / "step_000000007.pt").unlink()
+    folder.close()
+    assert begun(tmp_path / "new", resume=str(tmp_path / "old")).find_state()["step"] == 7
+
+
+def test_only_files_that_a_run_wrote_are_deleted(tmp_path):
+    folder = begun(tmp_path, checkpoint=CheckpointConfig(keep_last=1, keep_best=1))
+    folder.save(state(1))
+    folder.close()
+    mine = ["a.tmp", "notes.tmp", "config.yaml.tmp", "checkpoints/a.tmp", "checkpoints/step_x.pt",
+            "checkpoints/step_final.pt", "checkpoints/best_one.pt", "checkpoints/best_0.1_3.pt",
+            "checkpoints/step_1.pt.tmp", "fastguard-x.tmp"]  # fmt: skip
+    for name in mine:
+        (tmp_path / name).write_text("precious")
+    (tmp_path / "checkpoints" / "step_000000999.pt").symlink_to(tmp_path / "a.tmp")
+    (tmp_path / "checkpoints" / "fastguard-0123456789abcdef.tmp").write_text("half")
+    folder = begun(tmp_path, checkpoint=CheckpointConfig(keep_last=1, keep_best=1))
+    for step in (2, 3):
+        folder.save(state(step))
+        folder.save_best(state(step), of_wer(0.5))
+    assert all((tmp_path / name).read_text() == "precious" for name in mine)
+    assert (tmp_path / "checkpoints" / "step_000000999.pt").is_symlink()
+    assert not (tmp_path / "checkpoints" / "fastguard-0123456789abcdef.tmp").exists()
+    assert folder.find_state()["step"] == 3
+
+
+def test_a_folder_that_is_no_run_keeps_its_temporary_files(tmp_path):
+    (tmp_path / "fastguard-0123456789abcdef.tmp").write_text("precious")
+    (tmp_path / "notes.tmp").write_text("precious")
+    begun(tmp_path)
+    assert len(list(tmp_path.glob("*.tmp"))) == 2
+
+
+@pytest.mark.parametrize("there", ["train.log", "best.pt", "rates.json", "bad_step_000001.json",
+                                   "left_out.jsonl", "checkpoints/mine.txt", "tensorboard/events",
+                                   "config.yaml"])  # fmt: skip
+def test_what_no_run_wrote_is_not_overwritten(tmp_path, there):
+    (tmp_path / there).parent.mkdir(exist_ok=True)
+    (tmp_path / there).write_text("epochs: 3  # a comment of mine\n")
+    with pytest.raises(RunError, match=f"holds what a run would overwrite .{there.split('/')[0]}"):
+        begun(tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == [there.split("/")[0]]
+    assert (tmp_path / there).read_text() == "epochs: 3  # a comment of mine\n"
+
+
+def test_a_folder_with_files_of_other_names_takes_a_run(tmp_path):
+    (tmp_path / "notes.txt").write_text("precious")
+    begun(tmp_path)
+    assert (tmp_path / "notes.txt").read_text() == "precious"
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["checkpoints", "tensorboard", "train.log", "metrics.jsonl", "best.pt", "config.yaml",
+     "rates.json", "checkpoints/lock"],
+)  # fmt: skip
+def test_links_out_of_the_folder_are_refused(tmp_path, name):
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "step_000000001.pt").write_text("precious")
+    (tmp_path / "run" / name).parent.mkdir(parents=True)
+    (tmp_path / "run" / name).symlink_to(outside if "." not in name else outside / "new")
+    with pytest.raises(RunError, match=f"{name} is a symbolic link.* choose another --run-dir"):
+        begun(tmp_path / "run")
+    assert [p.name for p in outside.iterdir()] == ["step_000000001.pt"]
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "metrics.jsonl", "last.pt", "checkpoints"])
+def test_what_is_no_file_is_refused_and_not_waited_for(tmp_path, name):
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(RunError, match=f"{name} is a FIFO"):
+        begun(tmp_path)
+
+
+def test_a_folder_that_is_a_link_itself_takes_a_run(tmp_path):
+    """Of a larger disk: that is where the user wants it."""
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "run").symlink_to("disk")
+    begun(tmp_path / "run").save(state(1))
+    assert (tmp_path / "disk" / "last.pt").exists()
+
+
+def test_links_in_the_place_of_results_are_replaced(tmp_path):
+    (tmp_path / "mine").write_text("precious")
+    folder = begun(tmp_path / "run")
+    for name in ("hypotheses.jsonl", "alignments.txt", "rates.json", "best.pt"):
+        (tmp_path / "run" / name).symlink_to(tmp_path / "mine")
+    folder.save_best(state(1), of_wer(0.5))
+    assert (tmp_path / "mine").read_text() == "precious"
+    assert not any(p.is_symlink() for p in (tmp_path / "run").iterdir())
+
+
+@pytest.mark.parametrize(
+    "settings",
+    ["a: &a [1]\nb: *a", "epochs: [1]", "epochs: 1.5", "[]", "a", "optim: 3",
+     "seed: " + "9" * 100_000, "optim: {lr: 'x'}"],
+)  # fmt: skip
+def test_settings_that_no_run_wrote_are_named(tmp_path, settings):
+    begun(tmp_path).save(state(1))
+    (tmp_path / "config.yaml").write_text(settings)
+    with pytest.raises(RunError, match="not what fastguard wrote: ") as caught:
+        begun(tmp_path)
+    assert len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize("step", [-1, "1", 1.0, True, None, 10**18])
+def test_a_state_of_a_step_that_is_none_is_refused(tmp_path, step):
+    checkpoint.save(tmp_path / "a.pt", {**state(1), "step": step})
+    with pytest.raises(RunError, match="no number of steps"):
+        begun(tmp_path / "new", resume=str(tmp_path / "a.pt"))
+
+
+def test_weights_of_another_model_are_left_out_of_the_mean(tmp_path, caplog):
+    folder = begun(tmp_path)
+    folder.save_best(state(1), of_wer(0.5))
+    for step, model in ((2, {"v": torch.ones(4)}), (3, {"w": torch.ones(5)}),
+                        (4, {"w": torch.ones(4, dtype=torch.float64)})):  # fmt: skip
+        folder.save_best({**state(step), "model": model}, of_wer(0.5))
+    assert [weights["step"] for weights in folder.best_weights(state(1)["model"])] == [1]
+    assert caplog.text.count("does not fit the model") == 3
+
+
+def test_another_runs_state_goes_on_in_a_new_folder(tmp_path):
+    begun(tmp_path / "old").save(state(7))
+    sources = ("old", "old/last.pt", "old/checkpoints/step_000000007.pt")
+    for i, source in enumerate(sources):
+        folder = begun(tmp_path / f"new{i}", resume=str(tmp_path / source))
+        assert folder.find_state()["step"] == 7
+
+
+@pytest.mark.parametrize("again", ["auto", "the same"])
+def test_what_was_resumed_from_is_needed_once(tmp_path, again):
+    """The new run may be killed before its first state."""
+    begun(tmp_path / "old").save(state(7))
+    source = str(tmp_path / "old")
+    begun(tmp_path / "new", resume=source)
+    shutil.rmtree(source)
+    folder = begun(tmp_path / "new", resume="auto" if again == "auto" else source)
+    assert folder.find_state()["step"] == 7
+
+
+def test_two_processes_do_not_train_in_one_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_folder, "_WAIT", 0.0)
+    first = begun(tmp_path)
+    half_written = tmp_path / "checkpoints" / "step_000000001.pt.tmp"
+    half_written.touch()
+    with pytest.raises(RunError, match="another process trains in"):
+        begun(tmp_path)
+    assert half_written.exists()
+    first.close()
+    begun(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name, message", [("absent.pt", "can not be read"), (".", "no state in this folder")]
+)
+def test_nothing_to_resume_from_is_an_error(tmp_path, name, message):
+    with pytest.raises(RunError, match=message):
+        RunFolder(tmp_path / "new", Config(resume=str(tmp_path / name))).begin()
+
+
+def test_weights_alone_are_nothing_to_go_on_with(tmp_path):
+    folder = begun(tmp_path / "old")
+    weights = {key: state(3)[key] for key in ("model", "config", "tokenizer", "step")}
+    folder.save_best(weights, of_wer(0.5))
+    with pytest.raises(RunError, match="holds weights, and nothing to go on with"):
+        begun(tmp_path / "new", resume=str(tmp_path / "old" / "best.pt"))
+
+
+def test_the_folder_describes_what_it_holds(tmp_path):
+    """The list in the module's docstring is that of a run; see also test_train."""
+    folder = begun(tmp_path)
+    folder.save(state(1))
+    folder.save_best(state(1), of_wer(0.5))
+    folder.save_averaged(state(1), of_wer(0.5))
+    for name in ("config.yaml", "last.pt", "best.pt", "averaged.pt", "checkpoints"):
+        assert (tmp_path / name).exists()
+        assert name in run_folder.__doc__
