@@ -2,9 +2,9 @@
 
 import sys
 
-from fastguard.speech.cli.evaluate import main
+from fastguard._extras import load_command
 
-__all__ = ["main"]
+main = load_command("fastguard.speech.cli.evaluate", __name__)
 
 if __name__ == "__main__":
     sys.exit(main())

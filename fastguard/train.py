@@ -1,9 +1,9 @@
 """``python -m fastguard.train``; the command is fastguard/speech/cli/train.py."""
 
-from fastguard.speech.cli.train import main
+from fastguard._extras import load_command
 from fastguard.speech.training.parallel import leave
 
-__all__ = ["main"]
+main = load_command("fastguard.speech.cli.train", __name__)
 
 if __name__ == "__main__":
     leave(main())

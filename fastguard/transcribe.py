@@ -2,9 +2,9 @@
 
 import sys
 
-from fastguard.speech.cli.transcribe import main
+from fastguard._extras import load_command
 
-__all__ = ["main"]
+main = load_command("fastguard.speech.cli.transcribe", __name__)
 
 if __name__ == "__main__":
     sys.exit(main())
