@@ -210,8 +210,8 @@ inline void check_tensors(const TensorView& p, const TensorView& g, size_t index
   check_memory(g.handle(), "adamw_", "gradient", index);
 }
 
-// Where a parameter and its gradient lie, each as one stretch of memory in one order: the parameter's
-// own, or row-major where it has gaps, as its moments lie.
+// Where a parameter and its gradient lie, each as one stretch of memory in one order: the
+// parameter's own, or row-major where it has gaps, as its moments lie.
 struct Places {
   char* param;
   const char* grad;

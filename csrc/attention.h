@@ -46,7 +46,12 @@ inline AttentionSizes check_attention_shapes(
       " and ",
       value.dim());
   const AttentionSizes sizes{
-      query.size(0), query.size(1), key.size(1), query.size(2), key.size(2), query.size(3),
+      query.size(0),
+      query.size(1),
+      key.size(1),
+      query.size(2),
+      key.size(2),
+      query.size(3),
       value.size(3)};
   STD_TORCH_CHECK(
       key.size(0) == sizes.batch && value.size(0) == sizes.batch &&
@@ -203,10 +208,14 @@ inline void check_attention_saved(
       "attention_backward: logsumexp must be (B, H, T)");
 }
 
-// (B, H, rows, columns) whose memory is that of (B, rows, H, columns): what comes out of the heads is
-// put side by side, and what goes into them is cut apart, without a copy.
+// (B, H, rows, columns) whose memory is that of (B, rows, H, columns): what comes out of the heads
+// is put side by side, and what goes into them is cut apart, without a copy.
 inline torch::stable::Tensor empty_heads(
-    const torch::stable::Tensor& like, int64_t batch, int64_t heads, int64_t rows, int64_t columns) {
+    const torch::stable::Tensor& like,
+    int64_t batch,
+    int64_t heads,
+    int64_t rows,
+    int64_t columns) {
   return torch::stable::transpose(
       torch::stable::new_empty(like, {batch, rows, heads, columns}), 1, 2);
 }

@@ -63,8 +63,7 @@ inline void check_no_overlap(const torch::stable::Tensor& tensor, const char* op
 
 inline void check_total_norm(const torch::stable::Tensor& total_norm) {
   STD_TORCH_CHECK(
-      total_norm.dim() == 0 &&
-          total_norm.scalar_type() == torch::headeronly::ScalarType::Double,
+      total_norm.dim() == 0 && total_norm.scalar_type() == torch::headeronly::ScalarType::Double,
       "decide: total_norm must be a float64 tensor of shape (), as grad_norm returns it; got ",
       total_norm.dim(),
       " dimensions and dtype number ",
@@ -254,8 +253,8 @@ inline torch::headeronly::ScalarType real_of(torch::headeronly::ScalarType dtype
   }
 }
 
-// owners: for each buffer the number of its owner, of which there are no more than buffers. What the
-// numbers are is known on their device alone: see check_owner.
+// owners: for each buffer the number of its owner, of which there are no more than buffers. What
+// the numbers are is known on their device alone: see check_owner.
 inline void check_settle(
     const std::vector<torch::stable::Tensor>& buffers,
     const std::vector<torch::stable::Tensor>& saved,

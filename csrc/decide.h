@@ -1,5 +1,6 @@
-// The guard's decision, one source for CPU and CUDA. References: decide_ref and guard_decide_ref_ in
-// fastguard/ops/operators.py; what the thresholds mean and where they come from: fastguard/thresholds.py.
+// The guard's decision, one source for CPU and CUDA. References: decide_ref and guard_decide_ref_
+// in fastguard/ops/operators.py; what the thresholds mean and where they come from:
+// fastguard/thresholds.py.
 #pragma once
 
 #include "host_device.h"
@@ -45,10 +46,16 @@ FASTGUARD_HOST_DEVICE inline double as_returned(double total_norm, bool float32_
   return float32_norm && std::isfinite(rounded) ? rounded : total_norm;
 }
 
-enum class Threshold : int64_t { fixed = 0, zclip = 1, running_median = 2, autoclip = 3, adagc = 4 };
+enum class Threshold : int64_t {
+  fixed = 0,
+  zclip = 1,
+  running_median = 2,
+  autoclip = 3,
+  adagc = 4
+};
 
-// No step is taken along a gradient above this norm, clipping included: with max_norm=inf its squares
-// would make an Inf of fp32 second moments, and the parameter would never move again.
+// No step is taken along a gradient above this norm, clipping included: with max_norm=inf its
+// squares would make an Inf of fp32 second moments, and the parameter would never move again.
 constexpr double largest_applied = 1e18;
 
 struct Policy {
@@ -66,8 +73,8 @@ inline Policy policy_of(
       static_cast<Threshold>(threshold), max_norm, skip_norm, options[0], options[1], options[2]};
 }
 
-// What is remembered of the norms beside the last of them: one tensor of four numbers, in this order.
-// A NaN, an Inf and a zero never get in.
+// What is remembered of the norms beside the last of them: one tensor of four numbers, in this
+// order. A NaN, an Inf and a zero never get in.
 struct Statistics {
   double seen;  // norms, of skipped steps too
   double accepted;  // of the steps that were taken
@@ -161,10 +168,10 @@ FASTGUARD_HOST_DEVICE inline bool is_warm(const Policy& policy, const Statistics
   return statistics.accepted >= policy.warmup && statistics.accepted >= 1.0;
 }
 
-// ZClip takes in clipped norms, so after norms have risen for good it would clip for ever. Where this
-// norm and the median of the last ones are both spikes, they are the new level: the median becomes
-// the mean, and the distance that this moves it becomes the deviation. Not in the paper. Returns
-// the deviation.
+// ZClip takes in clipped norms, so after norms have risen for good it would clip for ever. Where
+// this norm and the median of the last ones are both spikes, they are the new level: the median
+// becomes the mean, and the distance that this moves it becomes the deviation. Not in the paper.
+// Returns the deviation.
 FASTGUARD_HOST_DEVICE inline double find_new_level(
     const Policy& policy, Statistics& statistics, double seen_median, double norm) {
   if (policy.threshold != Threshold::zclip || !is_warm(policy, statistics)) {
@@ -183,8 +190,11 @@ FASTGUARD_HOST_DEVICE inline double find_new_level(
 
 // What the threshold lets through unclipped, before max_norm caps it.
 FASTGUARD_HOST_DEVICE inline double adaptive_limit(
-    const Policy& policy, const Statistics& statistics, double deviation,
-    double accepted_quantile, double total_norm) {
+    const Policy& policy,
+    const Statistics& statistics,
+    double deviation,
+    double accepted_quantile,
+    double total_norm) {
   if (policy.threshold == Threshold::fixed || !is_warm(policy, statistics)) {
     return INFINITY;
   }
@@ -215,7 +225,8 @@ FASTGUARD_HOST_DEVICE inline void absorb(
   if (statistics.accepted <= policy.warmup) {  // Welford's mean and variance
     const double delta = norm - statistics.mean;
     statistics.mean += delta / statistics.accepted;
-    statistics.variance += (delta * (norm - statistics.mean) - statistics.variance) / statistics.accepted;
+    statistics.variance +=
+        (delta * (norm - statistics.mean) - statistics.variance) / statistics.accepted;
     return;
   }
   const double clipped = norm < limit ? norm : limit;
@@ -227,17 +238,19 @@ FASTGUARD_HOST_DEVICE inline void absorb(
 // What is remembered of the norm of one tensor: a column of the operators' (4, N), in this order.
 struct TensorStatistics {
   double ema;  // AdaGC's moving average of the clipped norm; inf where there is none yet
-  double clipped_since;  // the step since which AdaGC has clipped it to less than half; -1: it has not
-  double usual;  // a moving average of the norm, whatever the threshold; inf where there is none yet
+  double
+      clipped_since;  // the step since which AdaGC has clipped it to less than half; -1: it has not
+  double
+      usual;  // a moving average of the norm, whatever the threshold; inf where there is none yet
   double risen_since;  // the step since which the norm is above 4 times `usual`; -1: it is not
 };
 
 constexpr double usual_beta = 0.98;
 constexpr double risen_factor = 4.0;
 
-// AdaGC takes in clipped norms, so its average rises by 0.1 % a step at most. A tensor that has been
-// clipped to less than half for so many steps has a new level: the average restarts at the usual
-// norm. Not in the paper.
+// AdaGC takes in clipped norms, so its average rises by 0.1 % a step at most. A tensor that has
+// been clipped to less than half for so many steps has a new level: the average restarts at the
+// usual norm. Not in the paper.
 constexpr double adagc_restart_after = 128.0;
 
 FASTGUARD_HOST_DEVICE inline bool adagc_restarts(const TensorStatistics& known, double step) {
@@ -248,7 +261,11 @@ FASTGUARD_HOST_DEVICE inline bool adagc_restarts(const TensorStatistics& known, 
 // AdaGC's coefficient for one tensor. What has its first gradient after the warm-up is clipped to
 // max_norm by itself.
 FASTGUARD_HOST_DEVICE inline double adagc_coef(
-    const Policy& policy, bool warm, double norm, double global_coef, double step,
+    const Policy& policy,
+    bool warm,
+    double norm,
+    double global_coef,
+    double step,
     const TensorStatistics& known) {
   if (norm == 0.0) {
     return 1.0;
@@ -261,10 +278,15 @@ FASTGUARD_HOST_DEVICE inline double adagc_coef(
   return ratio < 1.0 ? ratio : 1.0;
 }
 
-// Takes a tensor's norm, of a step that was taken with this coefficient, into AdaGC's average. A norm
-// of 0 never gets in: nothing of this tensor would be let through ever after.
+// Takes a tensor's norm, of a step that was taken with this coefficient, into AdaGC's average. A
+// norm of 0 never gets in: nothing of this tensor would be let through ever after.
 FASTGUARD_HOST_DEVICE inline void adagc_absorb(
-    const Policy& policy, bool warm, double norm, double coef, double step, TensorStatistics& known) {
+    const Policy& policy,
+    bool warm,
+    double norm,
+    double coef,
+    double step,
+    TensorStatistics& known) {
   if (norm == 0.0) {
     return;
   }
@@ -280,8 +302,8 @@ FASTGUARD_HOST_DEVICE inline void adagc_absorb(
   known.clipped_since = coef < 0.5 ? (goes_on ? known.clipped_since : step) : -1.0;
 }
 
-// Takes a tensor's norm into its usual norm. At most 4 times the present value gets in, so one spike
-// raises it by 6 %.
+// Takes a tensor's norm into its usual norm. At most 4 times the present value gets in, so one
+// spike raises it by 6 %.
 FASTGUARD_HOST_DEVICE inline void see(double norm, double step, TensorStatistics& known) {
   if (norm == 0.0) {
     return;  // says nothing of the size of this gradient
@@ -296,8 +318,8 @@ FASTGUARD_HOST_DEVICE inline void see(double norm, double step, TensorStatistics
 }
 
 // What one decision rests on and comes to. A device fills it in this order: judge; for AdaGC
-// adagc_coef of each tensor and weigh; veto. Then it learns: `remember` for each tensor, the window of
-// seen norms, and if nothing speaks against the step, the window of accepted norms and absorb.
+// adagc_coef of each tensor and weigh; veto. Then it learns: `remember` for each tensor, the window
+// of seen norms, and if nothing speaks against the step, the window of accepted norms and absorb.
 struct Judgement {
   double factor;  // undoes the scale of what was measured
   double norm;
@@ -323,22 +345,23 @@ struct Judgement {
 
 // `statistics` are changed where norms have found a new level.
 FASTGUARD_HOST_DEVICE inline Judgement judge(
-    const Policy& policy, Statistics& statistics, const Quantiles& quantiles, double total_norm,
-    double unscale, bool loss_is_finite) {
+    const Policy& policy,
+    Statistics& statistics,
+    const Quantiles& quantiles,
+    double total_norm,
+    double unscale,
+    bool loss_is_finite) {
   Judgement judged{};
   judged.factor = unscale;
   judged.norm = total_norm * unscale;
-  const double deviation =
-      find_new_level(policy, statistics, quantiles.seen_median, judged.norm);
-  judged.adaptive =
-      adaptive_limit(policy, statistics, deviation, quantiles.accepted, judged.norm);
+  const double deviation = find_new_level(policy, statistics, quantiles.seen_median, judged.norm);
+  judged.adaptive = adaptive_limit(policy, statistics, deviation, quantiles.accepted, judged.norm);
   judged.warm = statistics.accepted >= policy.warmup;
   const double capped = judged.adaptive < policy.max_norm ? judged.adaptive : policy.max_norm;
   judged.limit = policy.threshold == Threshold::adagc && judged.warm ? INFINITY : capped;
   judged.outlier_above = outlier_above(policy, statistics, quantiles.seen_median);
   judged.says = loss_is_finite && std::isfinite(judged.norm) && judged.norm > 0.0;
-  judged.decision =
-      decide(loss_is_finite ? judged.norm : NAN, judged.limit, judged.outlier_above);
+  judged.decision = decide(loss_is_finite ? judged.norm : NAN, judged.limit, judged.outlier_above);
   judged.global_coef = judged.decision.clip_coef;
   judged.applied = judged.norm * judged.global_coef;
   return judged;
@@ -358,7 +381,11 @@ FASTGUARD_HOST_DEVICE inline void veto(Judgement& judged) {
 
 // All that is learnt of one tensor, whose norm is given and, for AdaGC, its coefficient.
 FASTGUARD_HOST_DEVICE inline void remember(
-    const Policy& policy, const Judgement& judged, double norm, double coef, double step,
+    const Policy& policy,
+    const Judgement& judged,
+    double norm,
+    double coef,
+    double step,
     TensorStatistics& known) {
   if (policy.threshold == Threshold::adagc && !judged.skipped()) {
     adagc_absorb(policy, judged.warm, norm, coef, step, known);

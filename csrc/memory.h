@@ -11,9 +11,8 @@
 
 namespace fastguard {
 
-// A tensor reaches beyond its storage after `untyped_storage().resize_`, as sharded training does to
-// free a parameter under the tensors that still name it.
-// name(): how an error calls the tensor.
+// A tensor reaches beyond its storage after `untyped_storage().resize_`, as sharded training does
+// to free a parameter under the tensors that still name it. name(): how an error calls the tensor.
 template <class Name>
 void check_memory(AtenTensorHandle tensor, const char* op, Name name) {
   int64_t dim, storage, offset;
@@ -66,8 +65,7 @@ class NoGrad {
 
 // Raises what a later copy_ into the tensor would, before anything is written.
 inline void check_copies_into(const torch::stable::Tensor& tensor) {
-  torch::stable::Tensor given =
-      tensor.dim() == 0 ? torch::stable::unsqueeze(tensor, 0) : tensor;
+  torch::stable::Tensor given = tensor.dim() == 0 ? torch::stable::unsqueeze(tensor, 0) : tensor;
   torch::stable::Tensor none = torch::stable::narrow(given, 0, 0, 0);
   torch::stable::copy_(none, torch::stable::empty_like(none));
 }

@@ -10,8 +10,9 @@ STABLE_TORCH_LIBRARY(fastguard, m) {
   // -> clip_coef f64 (), verdict i64 ()
   m.def("decide(Tensor total_norm, float max_norm, float skip_norm) -> (Tensor, Tensor)");
 
-  // The same with what is remembered of earlier norms, which it updates: statistics f64 (4,) as struct
-  // Statistics, windows of W norms, per_tensor f64 (4, N) as struct TensorStatistics, or (4, 0)
+  // The same with what is remembered of earlier norms, which it updates: statistics f64 (4,) as
+  // struct Statistics, windows of W norms, per_tensor f64 (4, N) as struct TensorStatistics, or (4,
+  // 0)
   // -> grad_coef f64 () or (N,), verdict i64 (), record f64 (6,)
   m.def(
       "guard_decide_(Tensor total_norm, Tensor norms, Tensor? unscale, Tensor? loss, "
@@ -58,12 +59,12 @@ STABLE_TORCH_LIBRARY(fastguard, m) {
       "Tensor grad_coef, Tensor verdict, float lr, float beta1, float beta2, float weight_decay, "
       "float eps, bool decoupled_weight_decay, bool amsgrad, bool maximize) -> ()");
 
-  // clamp(dropout(softmax(softcap(scale q k^T) + attn_mask)) v). query (B, H, T, D), key (B, G, S, D),
-  // value (B, G, S, Dv), key_padding_mask bool (B, S), True: left out; attn_mask (B, H, T, S) of any
-  // strides, bool, True: takes part, or float32 (float64 for a float64 query), added; seed i64 (2,)
-  // where dropout_p > 0; softcap 0: none; clamp inf: none
-  // -> output (B, H, T, Dv), logsumexp f32 (B, H, T) (f64 for f64; inf where a row has no key), stats
-  // of its dtype (2, B, H, T): largest logit, entropy in nats; (0,) unless return_stats
+  // clamp(dropout(softmax(softcap(scale q k^T) + attn_mask)) v). query (B, H, T, D), key (B, G, S,
+  // D), value (B, G, S, Dv), key_padding_mask bool (B, S), True: left out; attn_mask (B, H, T, S)
+  // of any strides, bool, True: takes part, or float32 (float64 for a float64 query), added; seed
+  // i64 (2,) where dropout_p > 0; softcap 0: none; clamp inf: none
+  // -> output (B, H, T, Dv), logsumexp f32 (B, H, T) (f64 for f64; inf where a row has no key),
+  // stats of its dtype (2, B, H, T): largest logit, entropy in nats; (0,) unless return_stats
   m.def(
       "attention(Tensor query, Tensor key, Tensor value, Tensor? key_padding_mask, "
       "Tensor? attn_mask, Tensor? seed, bool is_causal, float dropout_p, float scale, "

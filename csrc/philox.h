@@ -6,8 +6,8 @@
 // fewest that pass their BigCrush. A call gives 8 numbers of 16 bits, laid out for the accumulators
 // of mma.m16n8k16: of a tile of 16 x 16 weights, call 4 g + t, g < 8, t < 4, decides about rows
 // g + 8 r and columns 8 n + 2 t + c, r, n, c < 2, by half c (0: the lower) of word 2 n + r. So one
-// thread of a warp uses all that it draws; and the words of calls 4 g to 4 g + 3 side by side are the
-// numbers of 8 columns in order.
+// thread of a warp uses all that it draws; and the words of calls 4 g to 4 g + 3 side by side are
+// the numbers of 8 columns in order.
 #pragma once
 
 #include "host_device.h"
@@ -17,8 +17,8 @@
 
 namespace fastguard {
 
-// Static, for files of several instruction sets include this: of an inline function with linkage one
-// copy would be taken for all.
+// Static, for files of several instruction sets include this: of an inline function with linkage
+// one copy would be taken for all.
 
 constexpr int philox_rounds = 7;
 constexpr uint32_t philox_m0 = 0xD2511F53, philox_m1 = 0xCD9E8D57;
@@ -35,10 +35,11 @@ FASTGUARD_HOST_DEVICE static inline Random128 philox(Random128 counter, uint64_t
   for (int round = 0; round < philox_rounds; ++round) {
     const uint64_t a = uint64_t{philox_m0} * counter.at[0];
     const uint64_t b = uint64_t{philox_m1} * counter.at[2];
-    counter = {static_cast<uint32_t>(b >> 32) ^ counter.at[1] ^ keys[0],
-               static_cast<uint32_t>(b),
-               static_cast<uint32_t>(a >> 32) ^ counter.at[3] ^ keys[1],
-               static_cast<uint32_t>(a)};
+    counter = {
+        static_cast<uint32_t>(b >> 32) ^ counter.at[1] ^ keys[0],
+        static_cast<uint32_t>(b),
+        static_cast<uint32_t>(a >> 32) ^ counter.at[3] ^ keys[1],
+        static_cast<uint32_t>(a)};
     keys[0] += philox_w0;
     keys[1] += philox_w1;
   }
@@ -48,10 +49,11 @@ FASTGUARD_HOST_DEVICE static inline Random128 philox(Random128 counter, uint64_t
 // What call `call` of the tile at (16 row_tile, 16 column_tile) draws; `head`: b H + h.
 FASTGUARD_HOST_DEVICE static inline Random128 dropout_draw(
     const int64_t seed[2], int64_t head, int64_t row_tile, int64_t column_tile, int call) {
-  const Random128 counter{static_cast<uint32_t>(row_tile * dropout_calls + call),
-                          static_cast<uint32_t>(column_tile),
-                          static_cast<uint32_t>(head),
-                          static_cast<uint32_t>(seed[1])};
+  const Random128 counter{
+      static_cast<uint32_t>(row_tile * dropout_calls + call),
+      static_cast<uint32_t>(column_tile),
+      static_cast<uint32_t>(head),
+      static_cast<uint32_t>(seed[1])};
   return philox(counter, static_cast<uint64_t>(seed[0]));
 }
 

@@ -20,7 +20,8 @@ void accumulate_cpu(
     double weight) {
   check_accumulate(sums, grads, verdict, window);
   const NoGrad no_grad;
-  double* const micro_batches = window.mutable_data_ptr<double>();  // seen, good, weight of the good
+  double* const micro_batches =
+      window.mutable_data_ptr<double>();  // seen, good, weight of the good
   if (skips(*verdict.const_data_ptr<int64_t>())) {
     micro_batches[0] += 1.0;
     return;

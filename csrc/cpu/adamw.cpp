@@ -33,7 +33,8 @@ int8_t bytes_of(const TensorView& tensor) {
   return static_cast<int8_t>(aoti_torch_dtype_element_size(tensor.dtype()));
 }
 
-AdamwFunction* pick_function(const AdamwKernels& kernels, const TensorView& p, const TensorView& g) {
+AdamwFunction* pick_function(
+    const AdamwKernels& kernels, const TensorView& p, const TensorView& g) {
   return pick(p.dtype() == g.dtype() ? kernels.same_dtype : kernels.float32_grad, p.scalar_type());
 }
 
@@ -148,6 +149,4 @@ void adamw_boxed(StableIValue* stack, uint64_t, uint64_t) { step(Arguments(stack
 }  // namespace
 }  // namespace fastguard
 
-STABLE_TORCH_LIBRARY_IMPL(fastguard, CPU, m) {
-  m.impl("adamw_", &fastguard::adamw_boxed);
-}
+STABLE_TORCH_LIBRARY_IMPL(fastguard, CPU, m) { m.impl("adamw_", &fastguard::adamw_boxed); }

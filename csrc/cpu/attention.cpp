@@ -1,6 +1,6 @@
-// attention and attention_backward. References: fastguard/ops/attention.py. What runs on a row of the
-// query does not depend on how rows are cut into tasks, and how keys are cut depends on shapes alone:
-// results are the same for any number of threads.
+// attention and attention_backward. References: fastguard/ops/attention.py. What runs on a row of
+// the query does not depend on how rows are cut into tasks, and how keys are cut depends on shapes
+// alone: results are the same for any number of threads.
 
 #include "attention.h"
 #include "attention_kernel.h"
@@ -69,7 +69,9 @@ Tensor with_rows(const Tensor& tensor) {
 
 Heads heads_of(const Tensor& tensor) {
   return {
-      const_cast<void*>(tensor.const_data_ptr()), tensor.stride(0), tensor.stride(1),
+      const_cast<void*>(tensor.const_data_ptr()),
+      tensor.stride(0),
+      tensor.stride(1),
       tensor.stride(2)};
 }
 
@@ -78,8 +80,12 @@ AttentionMask mask_of(const std::optional<Tensor>& mask) {
     return {};
   }
   return {
-      mask->const_data_ptr(), mask->scalar_type() != ScalarType::Bool, mask->stride(0),
-      mask->stride(1), mask->stride(2), mask->stride(3)};
+      mask->const_data_ptr(),
+      mask->scalar_type() != ScalarType::Bool,
+      mask->stride(0),
+      mask->stride(1),
+      mask->stride(2),
+      mask->stride(3)};
 }
 
 // Padding as bytes: a bool tensor that was made as a view of bytes may hold any.
@@ -104,7 +110,9 @@ std::vector<Panel> panels_of(int64_t keys, const uint8_t* padded, int64_t step) 
 // What a problem points into.
 struct Inputs {
   Inputs(
-      const Tensor& q, const Tensor& k, const Tensor& v,
+      const Tensor& q,
+      const Tensor& k,
+      const Tensor& v,
       const std::optional<Tensor>& key_padding_mask)
       : query(with_rows(q)), key(with_rows(k)), value(with_rows(v)) {
     for (int64_t b = 0; b < key.size(0); ++b) {
@@ -164,12 +172,13 @@ class Scratch {
  public:
   explicit Scratch(int64_t bytes)
       : bytes_((bytes + 127) / 64 * 64),
-        memory_(torch::stable::empty(
-            {bytes_ * torch::stable::get_num_threads()}, ScalarType::Byte)) {}
+        memory_(
+            torch::stable::empty({bytes_ * torch::stable::get_num_threads()}, ScalarType::Byte)) {}
 
   char* of(int64_t thread) const {
     auto* const first = static_cast<char*>(memory_.mutable_data_ptr()) + thread * bytes_;
-    auto* const aligned = reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(first) + 63) / 64 * 64);
+    auto* const aligned =
+        reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(first) + 63) / 64 * 64);
     std::memset(aligned, 0xff, 64);
     return aligned;
   }
@@ -183,7 +192,8 @@ class Scratch {
 bool is_much(const AttentionSizes& sizes) {
   constexpr double serial_products = 1 << 17;
   return static_cast<double>(sizes.batch) * sizes.heads * sizes.queries * sizes.keys *
-      sizes.head_dim > serial_products;
+      sizes.head_dim >
+      serial_products;
 }
 
 // Rows of a task: whole heads if they are enough to keep all threads busy.
@@ -209,8 +219,8 @@ std::tuple<Tensor, Tensor, Tensor> attention_cpu(
     double clamp,
     bool return_stats) {
   const AttentionOptions options{is_causal, dropout_p, scale, softcap, clamp};
-  const AttentionSizes sizes = check_attention(
-      "attention", query, key, value, key_padding_mask, attn_mask, seed, options);
+  const AttentionSizes sizes =
+      check_attention("attention", query, key, value, key_padding_mask, attn_mask, seed, options);
   const Inputs inputs(query, key, value, key_padding_mask);
   AttentionProblem p = problem_of(sizes, inputs, attn_mask, seed, options);
   const Tensor output =
@@ -237,9 +247,9 @@ std::tuple<Tensor, Tensor, Tensor> attention_cpu(
   return {output, logsumexp, stats};
 }
 
-// The fewer heads there are the more parts the keys are cut into, so that many threads find work; by
-// shapes alone, for each part has a sum of its own for each head of the query. A part costs a packing of the query: 10 to 20 %
-// of a chunk of 192 keys, so that 16 heads are left whole.
+// The fewer heads there are the more parts the keys are cut into, so that many threads find work;
+// by shapes alone, for each part has a sum of its own for each head of the query. A part costs a
+// packing of the query: 10 to 20 % of a chunk of 192 keys, so that 16 heads are left whole.
 int64_t chunks_of(const AttentionSizes& sizes) {
   constexpr int64_t many_heads = 16, enough_tasks = 32, fewest_keys = 128, most_sums = 64;
   const int64_t heads = std::max<int64_t>(1, sizes.batch * sizes.kv_heads);
@@ -295,8 +305,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward_cpu(
   for_each_task(sizes.batch * sizes.kv_heads * p.chunks, 1, is_much(sizes), [&](int64_t thread) {
     return [&, memory = scratch.of(thread)](int64_t i) {
       const int64_t head = i / p.chunks;
-      kernel.backward(
-          p, {head / sizes.kv_heads, head % sizes.kv_heads, i % p.chunks}, memory);
+      kernel.backward(p, {head / sizes.kv_heads, head % sizes.kv_heads, i % p.chunks}, memory);
     };
   });
   if (p.chunks > 1) {

@@ -1,7 +1,7 @@
 // Attention's backward pass for one chunk of the keys of one of their heads: five products for each
-// tile of 64 rows and 64 keys (Dao 2023, algorithm 2). The gradients of keys and values are summed up
-// transposed: so the weights, rows of which are rows of the query, are always `b` of a product, and
-// never need to be transposed themselves.
+// tile of 64 rows and 64 keys (Dao 2023, algorithm 2). The gradients of keys and values are summed
+// up transposed: so the weights, rows of which are rows of the query, are always `b` of a product,
+// and never need to be transposed themselves.
 #pragma once
 
 #include "attention_rows.h"
@@ -102,14 +102,17 @@ class AttentionBackward {
       transpose(rows, depth_, panel_keys, depth_, key_ + i * panel_keys * depth_, panel_keys);
       pack_rows(values, packing_, value_depth_);
       transpose(
-          packing_, value_depth_, panel_keys, value_depth_, value_ + i * panel_keys * value_depth_,
+          packing_,
+          value_depth_,
+          panel_keys,
+          value_depth_,
+          value_ + i * panel_keys * value_depth_,
           panel_keys);
     }
   }
 
   // Along the columns, and turned: `a` of a product along the rows.
-  void pack_both(
-      const Rows<Type, In>& rows, int64_t depth, int64_t width, Word* to, Word* turned) {
+  void pack_both(const Rows<Type, In>& rows, int64_t depth, int64_t width, Word* to, Word* turned) {
     pack_rows(rows, to, depth);
     const Word* below_each_other = to;  // the same where a word is an element
     if constexpr (In::pairs == 2) {
@@ -153,8 +156,10 @@ class AttentionBackward {
   }
 
   V pass_clamp(
-      const typename Type::storage* grad, const typename Type::storage* output,
-      typename Type::storage* passed, V sum) const {
+      const typename Type::storage* grad,
+      const typename Type::storage* output,
+      typename Type::storage* passed,
+      V sum) const {
     const V bound = V::all(bound_of<Type, T>(p_.clamp));
     const V value = load_as<T, Type>(output), back = load_as<T, Type>(grad);
     const bool bounded = p_.clamp != std::numeric_limits<double>::infinity();
@@ -167,9 +172,15 @@ class AttentionBackward {
     const uint64_t alive = pass_clamp(first, rows);
     pack_both(
         {row_at<Type>(p_.query, first.b, first.h, first.row), p_.query.row, p_.head_dim, alive},
-        depth_, width_, query_, query_turned_);
+        depth_,
+        width_,
+        query_,
+        query_turned_);
     pack_both(
-        {passed_, value_width_, p_.value_dim, alive}, value_depth_, value_width_, grad_output_,
+        {passed_, value_width_, p_.value_dim, alive},
+        value_depth_,
+        value_width_,
+        grad_output_,
         grad_output_turned_);
     std::fill(grad_query_, grad_query_ + row_block * width_, T{0});
     for (int64_t i = 0; i < list_.count; ++i) {
@@ -181,7 +192,12 @@ class AttentionBackward {
       const T* from = grad_query_ + r * width_;
       if (p_.partial_grad_query == nullptr) {
         write_row<Type>(
-            p_.grad_query, first.b, first.h, first.row + r, from, p_.head_dim,
+            p_.grad_query,
+            first.b,
+            first.h,
+            first.row + r,
+            from,
+            p_.head_dim,
             static_cast<T>(p_.scale));
       } else {
         const int64_t row = row_of(p_, task.chunk * p_.batch + first.b, first.h, first.row + r);
@@ -194,12 +210,22 @@ class AttentionBackward {
   void tile(const Place& first, int64_t rows, int64_t i) {
     const Panel& panel = list_.first[i];
     multiply<In>(
-        {query_, depth_, key_ + i * panel_keys * depth_, panel_keys, weights_, panel_keys}, rows,
-        panel.columns, depth_, false);
+        {query_, depth_, key_ + i * panel_keys * depth_, panel_keys, weights_, panel_keys},
+        rows,
+        panel.columns,
+        depth_,
+        false);
     multiply<In>(
-        {grad_output_, value_depth_, value_ + i * panel_keys * value_depth_, panel_keys,
-         grad_weights_, panel_keys},
-        rows, panel.columns, value_depth_, false);
+        {grad_output_,
+         value_depth_,
+         value_ + i * panel_keys * value_depth_,
+         panel_keys,
+         grad_weights_,
+         panel_keys},
+        rows,
+        panel.columns,
+        value_depth_,
+        false);
     if (p_.seed != nullptr) {
       kept_in_panel(p_, dropout_.threshold, first, rows, panel, kept_);
     }
@@ -208,17 +234,38 @@ class AttentionBackward {
     }
     const int64_t depth = pair_up(rows, panel.columns);
     multiply<In>(
-        {grad_logits_, panel_keys / In::pairs, key_below_ + i * below * width_, width_, grad_query_,
+        {grad_logits_,
+         panel_keys / In::pairs,
+         key_below_ + i * below * width_,
+         width_,
+         grad_query_,
          width_},
-        rows, width_, panel.columns / In::pairs, true);
+        rows,
+        width_,
+        panel.columns / In::pairs,
+        true);
     multiply<In>(
-        {query_turned_, below, grad_logits_below_, panel_keys, grad_key_ + i * panel_keys * width_,
+        {query_turned_,
+         below,
+         grad_logits_below_,
+         panel_keys,
+         grad_key_ + i * panel_keys * width_,
          panel_keys},
-        width_, panel.columns, depth, true);
+        width_,
+        panel.columns,
+        depth,
+        true);
     multiply<In>(
-        {grad_output_turned_, below, weights_below_, panel_keys,
-         grad_value_ + i * panel_keys * value_width_, panel_keys},
-        value_width_, panel.columns, depth, true);
+        {grad_output_turned_,
+         below,
+         weights_below_,
+         panel_keys,
+         grad_value_ + i * panel_keys * value_width_,
+         panel_keys},
+        value_width_,
+        panel.columns,
+        depth,
+        true);
   }
 
   // Of row r: products become weights after dropout, their gradients those of the logits.
@@ -275,23 +322,38 @@ class AttentionBackward {
     }
     for (int64_t i = 0; i < list_.count; ++i) {
       write_panel(
-          task, list_.first[i], grad_key_ + i * panel_keys * width_, width_, p_.grad_key, p_.head_dim,
+          task,
+          list_.first[i],
+          grad_key_ + i * panel_keys * width_,
+          width_,
+          p_.grad_key,
+          p_.head_dim,
           static_cast<T>(p_.scale));
       write_panel(
-          task, list_.first[i], grad_value_ + i * panel_keys * value_width_, value_width_, p_.grad_value,
-          p_.value_dim, T{1});
+          task,
+          list_.first[i],
+          grad_value_ + i * panel_keys * value_width_,
+          value_width_,
+          p_.grad_value,
+          p_.value_dim,
+          T{1});
     }
   }
 
-  // Of the keys that are not padded: an Inf in the gradient of the output would make a NaN of those.
+  // Of the keys that are not padded: an Inf in the gradient of the output would make a NaN of
+  // those.
   void write_panel(
-      const BackwardTask& task, const Panel& panel, const T* grad, int64_t width, const Heads& to,
-      int64_t n, T factor) {
+      const BackwardTask& task,
+      const Panel& panel,
+      const T* grad,
+      int64_t width,
+      const Heads& to,
+      int64_t n,
+      T factor) {
     transpose(grad, panel_keys, width, panel_keys, turned_, width);
     for (int64_t j = 0; j < panel.columns; ++j) {
       if (panel.keep >> j & 1) {
-        write_row<Type>(
-            to, task.b, task.kv_head, panel.first + j, turned_ + j * width, n, factor);
+        write_row<Type>(to, task.b, task.kv_head, panel.first + j, turned_ + j * width, n, factor);
       }
     }
   }

@@ -4,7 +4,7 @@
 
 namespace fastguard {
 
-extern constinit const AttentionKernel FASTGUARD_CONCAT(attention_bf16_kernel_, FASTGUARD_CAPABILITY) =
-    attention_kernel_of<BFloat16, InBFloat16>();
+extern constinit const AttentionKernel FASTGUARD_CONCAT(
+    attention_bf16_kernel_, FASTGUARD_CAPABILITY) = attention_kernel_of<BFloat16, InBFloat16>();
 
 }  // namespace fastguard

@@ -73,7 +73,9 @@ class AttentionForward {
 
   void rows_of(const Place& first, int64_t rows) {
     const Rows<Type, In> queries{
-        row_at<Type>(p_.query, first.b, first.h, first.row), p_.query.row, p_.head_dim,
+        row_at<Type>(p_.query, first.b, first.h, first.row),
+        p_.query.row,
+        p_.head_dim,
         first_bits(rows)};
     pack_rows(queries, query_, depth_);
     std::fill(most_, most_ + rows, -std::numeric_limits<T>::infinity());
@@ -100,7 +102,10 @@ class AttentionForward {
     for (int i = 0; i < n; ++i) {
       multiply<In>(
           {query_, depth_, key_of(begin + i), panel_keys, logits_ + i * panel_keys, logits_row},
-          rows, list[i].columns, depth_, false);
+          rows,
+          list[i].columns,
+          depth_,
+          false);
       if (p_.seed != nullptr) {
         kept_in_panel(p_, dropout_.threshold, first, rows, list[i], kept_ + i * row_block);
       }
@@ -117,9 +122,16 @@ class AttentionForward {
         }
       }
       multiply<In>(
-          {weights_ + i * panel_keys / In::pairs, logits_row / In::pairs, value_of(begin + i),
-           width_, output_, width_},
-          rows, width_, list[i].columns / In::pairs, true);
+          {weights_ + i * panel_keys / In::pairs,
+           logits_row / In::pairs,
+           value_of(begin + i),
+           width_,
+           output_,
+           width_},
+          rows,
+          width_,
+          list[i].columns / In::pairs,
+          true);
     }
   }
 
@@ -150,7 +162,8 @@ class AttentionForward {
       const uint64_t kept = p_.seed == nullptr ? ~uint64_t{0} : kept_[i * row_block + r];
       T* const panel = x + i * panel_keys;
       for (int64_t j = 0; j < list[i].columns; j += V::lanes) {
-        // Rounded as the largest was: with one rounding less, the largest of 2e9 lies 100 above itself.
+        // Rounded as the largest was: with one rounding less, the largest of 2e9 lies 100 above
+        // itself.
         const V distance = V::load(panel + j) * scale + below;
         const V weight = select(static_cast<Bits>(bits[i] >> j), exp(distance), zero);
         sum = sum + weight;
@@ -197,8 +210,7 @@ class AttentionForward {
     if (p_.stats != nullptr) {
       T* const stats = static_cast<T*>(p_.stats);
       stats[row] = std::isnan(sum_[r]) ? sum_[r] : most_[r];
-      stats[p_.batch * p_.heads * p_.queries + row] =
-          dead ? T{0} : log_sum - moment_[r] / sum_[r];
+      stats[p_.batch * p_.heads * p_.queries + row] = dead ? T{0} : log_sum - moment_[r] / sum_[r];
     }
   }
 

@@ -1,5 +1,6 @@
-// The entries of attention_kernel.h for one dtype and one arithmetic. Constant, for nothing of these
-// files may run when the library is loaded: they are of instructions that a machine may not have.
+// The entries of attention_kernel.h for one dtype and one arithmetic. Constant, for nothing of
+// these files may run when the library is loaded: they are of instructions that a machine may not
+// have.
 #pragma once
 
 #include "attention_backward.h"

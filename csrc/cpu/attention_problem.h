@@ -47,7 +47,8 @@ struct AttentionProblem {
   // Of the backward pass only.
   Heads grad_output, grad_query, grad_key, grad_value;
   int64_t chunks;  // into which the keys are cut
-  void* partial_grad_query;  // (chunks, B, H, T, D), as wide as sums are; null if there is one chunk
+  void*
+      partial_grad_query;  // (chunks, B, H, T, D), as wide as sums are; null if there is one chunk
 };
 
 struct ForwardTask {

@@ -1,5 +1,5 @@
-// What forward and backward share of attention: scratch memory, packed heads, logits and their masks,
-// and which weights dropout keeps.
+// What forward and backward share of attention: scratch memory, packed heads, logits and their
+// masks, and which weights dropout keeps.
 #pragma once
 
 #include "attention_problem.h"
@@ -50,7 +50,8 @@ inline void write_row(
 template <class Type>
 inline void zero_row(const Heads& x, int64_t b, int64_t h, int64_t row, int64_t n) {
   std::memset(
-      const_cast<typename Type::storage*>(row_at<Type>(x, b, h, row)), 0,
+      const_cast<typename Type::storage*>(row_at<Type>(x, b, h, row)),
+      0,
       n * sizeof(typename Type::storage));
 }
 
@@ -58,7 +59,8 @@ inline int64_t row_of(const AttentionProblem& p, int64_t b, int64_t h, int64_t r
   return (b * p.heads + h) * p.queries + row;
 }
 
-// --- 64 rows as words -------------------------------------------------------------------------------
+// --- 64 rows as words
+// -------------------------------------------------------------------------------
 
 // Up to 64 rows of a head, of which `keep` says which are read; the others are zeros, so that what
 // stands in padded keys, a NaN even, reaches nothing.
@@ -100,7 +102,8 @@ inline void pack_below(const Rows<Type, In>& rows, typename In::Word* to, int64_
   }
 }
 
-// --- masks and logits -------------------------------------------------------------------------------
+// --- masks and logits
+// -------------------------------------------------------------------------------
 
 struct Place {
   int64_t b, h, row;
@@ -137,15 +140,16 @@ inline bool is_additive(const AttentionProblem& p) {
 // Whether the logits are the products times the scale, and no more.
 inline bool is_plain(const AttentionProblem& p) { return p.softcap == 0.0 && !is_additive(p); }
 
-// Products of a row with the keys of a panel become logits where they are more than plain. `slope`, if not null, gets the derivative of the softcap.
+// Products of a row with the keys of a panel become logits where they are more than plain. `slope`,
+// if not null, gets the derivative of the softcap.
 template <class T>
 inline void finish_logits(
     const AttentionProblem& p, const Panel& panel, const Place& at, T* x, T* slope) {
   using V = Vec<T>;
   alignas(64) T added[panel_keys] = {};
   if (is_additive(p)) {
-    const T* mask = static_cast<const T*>(p.mask.data) + at.b * p.mask.batch +
-        at.h * p.mask.head + at.row * p.mask.row + panel.first * p.mask.column;
+    const T* mask = static_cast<const T*>(p.mask.data) + at.b * p.mask.batch + at.h * p.mask.head +
+        at.row * p.mask.row + panel.first * p.mask.column;
     for (int64_t j = 0; j < std::min(panel_keys, p.keys - panel.first); ++j) {
       added[j] = mask[j * p.mask.column];
     }
@@ -166,7 +170,8 @@ inline void finish_logits(
   }
 }
 
-// --- dropout ----------------------------------------------------------------------------------------
+// --- dropout
+// ----------------------------------------------------------------------------------------
 
 #ifdef __AVX2__
 #ifdef __AVX512F__
@@ -206,21 +211,26 @@ inline void multiply_wide(Counters x, uint32_t by, Counters& high, Counters& low
 inline uint32_t at_most(Counters numbers, uint16_t bound) {
   const __m256i most = _mm256_set1_epi16(static_cast<short>(bound));
   const __m256i kept = _mm256_cmpeq_epi16(_mm256_min_epu16(numbers, most), numbers);
-  const auto bytes = static_cast<uint32_t>(
-      _mm256_movemask_epi8(_mm256_packs_epi16(kept, _mm256_setzero_si256())));
+  const auto bytes =
+      static_cast<uint32_t>(_mm256_movemask_epi8(_mm256_packs_epi16(kept, _mm256_setzero_si256())));
   return (bytes & 0xff) | (bytes >> 8 & 0xff00);
 }
 #endif
 
 // philox of csrc/philox.h for calls `call` to `call + drawn_together - 1` of a tile.
 inline void draw(
-    const int64_t* seed, int64_t head, int64_t row_tile, int64_t column_tile, int call,
+    const int64_t* seed,
+    int64_t head,
+    int64_t row_tile,
+    int64_t column_tile,
+    int call,
     Counters (&words)[4]) {
   const auto start = static_cast<uint32_t>(row_tile * dropout_calls + call);
-  Counters c[4] = {plus(counters(start), from_zero()),
-                   counters(static_cast<uint32_t>(column_tile)),
-                   counters(static_cast<uint32_t>(head)),
-                   counters(static_cast<uint32_t>(seed[1]))};
+  Counters c[4] = {
+      plus(counters(start), from_zero()),
+      counters(static_cast<uint32_t>(column_tile)),
+      counters(static_cast<uint32_t>(head)),
+      counters(static_cast<uint32_t>(seed[1]))};
   auto key0 = static_cast<uint32_t>(seed[0]);
   auto key1 = static_cast<uint32_t>(static_cast<uint64_t>(seed[0]) >> 32);
   for (int round = 0; round < philox_rounds; ++round) {
@@ -239,11 +249,17 @@ inline void draw(
 #endif
 
 template <class T>
-inline T rescale_of(const Dropout& dropout) { return T{65536} / static_cast<T>(dropout.threshold); }
+inline T rescale_of(const Dropout& dropout) {
+  return T{65536} / static_cast<T>(dropout.threshold);
+}
 
 // For each row of a tile of 16 x 16 weights a bit for each weight that is kept.
 inline void kept_in_tile(
-    const int64_t* seed, uint32_t threshold, int64_t head, int64_t row_tile, int64_t column_tile,
+    const int64_t* seed,
+    uint32_t threshold,
+    int64_t head,
+    int64_t row_tile,
+    int64_t column_tile,
     uint16_t (&rows)[dropout_tile]) {
   std::fill(rows, rows + dropout_tile, uint16_t{0});
 #ifdef __AVX2__
@@ -274,16 +290,24 @@ inline void kept_in_tile(
 
 // The same for `rows` rows from a multiple of 16 on and the keys of a panel.
 inline void kept_in_panel(
-    const AttentionProblem& p, uint32_t threshold, const Place& first, int64_t rows,
-    const Panel& panel, uint64_t* kept) {
+    const AttentionProblem& p,
+    uint32_t threshold,
+    const Place& first,
+    int64_t rows,
+    const Panel& panel,
+    uint64_t* kept) {
   const int64_t head = first.b * p.heads + first.h;
   for (int64_t r = 0; r < rows; r += dropout_tile) {
     std::fill(kept + r, kept + r + dropout_tile, uint64_t{0});
     for (int64_t c = 0; c < panel.columns; c += dropout_tile) {
       uint16_t bits[dropout_tile];
       kept_in_tile(
-          p.seed, threshold, head, (first.row + r) / dropout_tile,
-          (panel.first + c) / dropout_tile, bits);
+          p.seed,
+          threshold,
+          head,
+          (first.row + r) / dropout_tile,
+          (panel.first + c) / dropout_tile,
+          bits);
       for (int i = 0; i < dropout_tile; ++i) {
         kept[r + i] |= uint64_t{bits[i]} << c;
       }

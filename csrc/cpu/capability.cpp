@@ -27,8 +27,9 @@ Capability best_of_machine() {
       __builtin_cpu_supports("f16c");
 #endif
 #ifdef FASTGUARD_HAS_AVX512
-  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
+      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512vl");
 #endif
 #ifdef FASTGUARD_HAS_AVX512_BF16
   const bool avx512_bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
@@ -63,14 +64,21 @@ Capability choose() {
   if (wanted == nullptr || *wanted == '\0') {
     return best;
   }
-  for (const Capability c : {Capability::basic, Capability::avx2, Capability::avx512,
-                             Capability::avx512_bf16, Capability::amx}) {
+  for (const Capability c :
+       {Capability::basic,
+        Capability::avx2,
+        Capability::avx512,
+        Capability::avx512_bf16,
+        Capability::amx}) {
     if (std::string(wanted) == name(c)) {
       return c < best ? c : best;
     }
   }
   STD_TORCH_CHECK(
-      false, "FASTGUARD_CPU_CAPABILITY=", wanted, " is not one of default, avx2, avx512, avx512_bf16, amx");
+      false,
+      "FASTGUARD_CPU_CAPABILITY=",
+      wanted,
+      " is not one of default, avx2, avx512, avx512_bf16, amx");
 }
 
 }  // namespace

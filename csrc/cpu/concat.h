@@ -1,4 +1,5 @@
-// The name of what is compiled once per instruction set: FASTGUARD_CONCAT(name_, FASTGUARD_CAPABILITY).
+// The name of what is compiled once per instruction set: FASTGUARD_CONCAT(name_,
+// FASTGUARD_CAPABILITY).
 #pragma once
 
 #define FASTGUARD_CONCAT_(a, b) a##b

@@ -1,5 +1,5 @@
-#include "checks.h"
 #include "decide.h"
+#include "checks.h"
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -25,6 +25,4 @@ std::tuple<Tensor, Tensor> decide_cpu(const Tensor& total_norm, double max_norm,
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(fastguard, CPU, m) {
-  m.impl("decide", TORCH_BOX(&decide_cpu));
-}
+STABLE_TORCH_LIBRARY_IMPL(fastguard, CPU, m) { m.impl("decide", TORCH_BOX(&decide_cpu)); }

@@ -69,7 +69,9 @@ Function* pick(const PerDtype<Function>& kernels, ScalarType dtype) {
 }
 
 inline char* data_of(const Span& span, const Chunk& chunk) {
-  const int64_t bytes = span.dtype == ScalarType::Double ? 8 : span.dtype == ScalarType::Float ? 4 : 2;
+  const int64_t bytes = span.dtype == ScalarType::Double ? 8
+      : span.dtype == ScalarType::Float                  ? 4
+                                                         : 2;
   return span.data + chunk.begin * bytes;
 }
 
@@ -93,8 +95,7 @@ void for_each_chunk(const std::vector<Chunk>& chunks, const Work& work) {
     elements += chunk.size;
   }
   const int64_t batch = std::clamp<int64_t>(n / (4 * threads), 1, 8);
-  for_each_task(
-      n, batch, elements > serial_elements, [&](int64_t) -> const Work& { return work; });
+  for_each_task(n, batch, elements > serial_elements, [&](int64_t) -> const Work& { return work; });
 }
 
 }  // namespace fastguard

@@ -51,8 +51,7 @@ Quantiles quantiles_of(const Policy& policy, const Statistics& known, const Wind
   const int64_t accepted = needs_accepted(policy) ? held(known.accepted, windows.size) : 0;
   return {
       norm_at(windows.seen, seen, Place::of_median_with_a_larger(seen)),
-      norm_at(
-          windows.accepted, accepted, Place::of_quantile(accepted_quantile(policy), accepted))};
+      norm_at(windows.accepted, accepted, Place::of_quantile(accepted_quantile(policy), accepted))};
 }
 
 void learn(
@@ -158,7 +157,8 @@ std::tuple<Tensor, Tensor, Tensor> guard_decide_cpu(
     columns.set(i, of_tensor);
   }
   learn(policy, judged, windows, known, numbers);
-  std::for_each(coefs, coefs + grad_coef.numel(), [&](double& coef) { coef = judged.grad_coef(coef); });
+  std::for_each(
+      coefs, coefs + grad_coef.numel(), [&](double& coef) { coef = judged.grad_coef(coef); });
   Tensor verdict = torch::stable::empty({}, ScalarType::Long);
   *verdict.mutable_data_ptr<int64_t>() = static_cast<int64_t>(judged.decision.verdict);
   Tensor record = torch::stable::empty({6}, ScalarType::Double);

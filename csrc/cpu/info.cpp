@@ -31,8 +31,7 @@ std::string cpu_info() {
   variants += " amx";
 #endif
   return std::string("torch=") + TORCH_VERSION + "\ncompiler=" + compiler +
-      "\ncompiled=" + variants +
-      "\nchosen=" + fastguard::name(fastguard::cpu_capability()) +
+      "\ncompiled=" + variants + "\nchosen=" + fastguard::name(fastguard::cpu_capability()) +
       "\nthreads=" + std::to_string(torch::stable::get_num_threads());
 }
 

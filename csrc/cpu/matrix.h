@@ -35,7 +35,8 @@ constexpr int64_t rounded_up(int64_t n, int64_t unit) { return (n + unit - 1) / 
 // Depth and columns are multiples of it, rows of a are there up to one: what a tile of AMX holds.
 constexpr int64_t unit = 16;
 
-// --- products ---------------------------------------------------------------------------------------
+// --- products
+// ---------------------------------------------------------------------------------------
 
 #ifdef __AVX512BF16__
 inline __m512bh as_bf16(__m512i words) {
@@ -75,8 +76,8 @@ struct Matrices {
   int64_t c_row;
 };
 
-// R x V vectors of c stay in registers; of AVX-512's 32 that leaves 8 for b and a. They start at zero
-// also where c is added to: errors grow with the length of a sum.
+// R x V vectors of c stay in registers; of AVX-512's 32 that leaves 8 for b and a. They start at
+// zero also where c is added to: errors grow with the length of a sum.
 constexpr int most_rows = 6;
 #ifdef __AVX512F__
 constexpr int most_vectors = 4;
@@ -167,8 +168,8 @@ void multiply(Matrices<In> m, int64_t rows, int64_t columns, int64_t depth, bool
 
 #ifdef __AMX_BF16__
 
-// Eight tiles of 16 rows of 64 bytes, as long as this lives; what another library had set up, oneDNN
-// for one, is there again afterwards.
+// Eight tiles of 16 rows of 64 bytes, as long as this lives; what another library had set up,
+// oneDNN for one, is there again afterwards.
 class Tiles {
  public:
   Tiles() {
@@ -205,9 +206,12 @@ inline void multiply_in_tiles(const Matrices<InBFloat16>& m, int64_t depth, bool
 #define FASTGUARD_EACH_OF_C(What) \
   {                               \
     What(0);                      \
-    if constexpr (V > 1) What(1); \
-    if constexpr (R > 1) What(2); \
-    if constexpr (R > 1 && V > 1) What(3); \
+    if constexpr (V > 1)          \
+      What(1);                    \
+    if constexpr (R > 1)          \
+      What(2);                    \
+    if constexpr (R > 1 && V > 1) \
+      What(3);                    \
   }
 #define FASTGUARD_LOAD_C(tile) _tile_loadd(tile, c[tile], c_bytes)
 #define FASTGUARD_ZERO_C(tile) _tile_zero(tile)
@@ -228,7 +232,8 @@ inline void multiply_in_tiles(const Matrices<InBFloat16>& m, int64_t depth, bool
     if constexpr (R > 1) {
       _tile_loadd(5, m.a + 16 * m.a_row + k, a_bytes);
       _tile_dpbf16ps(2, 5, 6);
-      if constexpr (V > 1) _tile_dpbf16ps(3, 5, 7);
+      if constexpr (V > 1)
+        _tile_dpbf16ps(3, 5, 7);
     }
   }
   FASTGUARD_EACH_OF_C(FASTGUARD_STORE_C)
@@ -267,7 +272,8 @@ class Tiles {
 
 #endif
 
-// --- forms of a matrix ------------------------------------------------------------------------------
+// --- forms of a matrix
+// ------------------------------------------------------------------------------
 
 #ifdef __AVX512F__
 // 16 x 16 words: pairs of rows, of pairs, of quarters and of halves change places.
@@ -276,7 +282,8 @@ inline void transpose_16(const void* from, int64_t from_row, void* to, int64_t t
   auto* y = static_cast<uint32_t*>(to);
   __m512i a[16], b[16];
 #pragma GCC unroll 16
-  for (int i = 0; i < 16; ++i) a[i] = _mm512_loadu_si512(x + i * from_row);
+  for (int i = 0; i < 16; ++i)
+    a[i] = _mm512_loadu_si512(x + i * from_row);
 #pragma GCC unroll 8
   for (int i = 0; i < 8; ++i) {
     b[2 * i] = _mm512_unpacklo_epi32(a[2 * i], a[2 * i + 1]);

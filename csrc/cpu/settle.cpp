@@ -86,8 +86,7 @@ Tensor settle_cpu(
   const bool skip = skips(*verdict.const_data_ptr<int64_t>());
   const int64_t* const owner = owners.const_data_ptr<int64_t>();
   const size_t n = buffers.size();
-  Tensor result = torch::stable::new_zeros(
-      verdict, {2 * static_cast<int64_t>(n)}, ScalarType::Int);
+  Tensor result = torch::stable::new_zeros(verdict, {2 * static_cast<int64_t>(n)}, ScalarType::Int);
   int32_t* const of_buffer = result.mutable_data_ptr<int32_t>();
   int32_t* const of_owner = of_buffer + n;
   for (size_t i = 0; i < n; ++i) {

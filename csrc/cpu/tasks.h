@@ -18,12 +18,8 @@ namespace fastguard {
 class KeepDenormals {
 #ifdef __SSE2__
  public:
-  KeepDenormals() : saved_(_mm_getcsr()) {
-    _mm_setcsr(saved_ & ~0x8040u);
-  }
-  ~KeepDenormals() {
-    _mm_setcsr(saved_);
-  }
+  KeepDenormals() : saved_(_mm_getcsr()) { _mm_setcsr(saved_ & ~0x8040u); }
+  ~KeepDenormals() { _mm_setcsr(saved_); }
 
  private:
   unsigned saved_;
@@ -31,8 +27,8 @@ class KeepDenormals {
 };
 
 // Calls worker(thread)(i) for i from 0 to n - 1, in one parallel region or by the caller alone.
-// Threads take the next `batch` tasks as they get free: a thread that the machine slows down does not
-// hold up the others. Nothing must throw.
+// Threads take the next `batch` tasks as they get free: a thread that the machine slows down does
+// not hold up the others. Nothing must throw.
 template <class Worker>
 void for_each_task(int64_t n, int64_t batch, bool parallel, const Worker& worker) {
   std::atomic<int64_t> next{0};

@@ -16,14 +16,17 @@ namespace {
 // One bit for each lane, the lowest for the first.
 using Bits = uint32_t;
 
-// exp(x) for |x| <= log(2) / 2: the polynomial of degree 5 with p(0) = 1 whose largest relative error
-// is smallest, 9.1e-8.
+// exp(x) for |x| <= log(2) / 2: the polynomial of degree 5 with p(0) = 1 whose largest relative
+// error is smallest, 9.1e-8.
 constexpr float exp_polynomial[] = {
     1.0f, 0.9999997072f, 0.4999914951f, 0.1666763621f, 0.0418979299f, 0.0082903136f};
 
 // (tanh(x) - x) / x^3 in x^2, |x| < 0.625: the one of Cephes' tanhf (Moshier).
 constexpr float tanh_polynomial[] = {
-    -3.33332819422e-1f, 1.33314422036e-1f, -5.37397155531e-2f, 2.06390887954e-2f,
+    -3.33332819422e-1f,
+    1.33314422036e-1f,
+    -5.37397155531e-2f,
+    2.06390887954e-2f,
     -5.70498872745e-3f};
 
 // max(a, b): b where either is NaN, on every instruction set.
@@ -35,27 +38,39 @@ struct Vec {
 
   static Vec load(const T* x) {
     Vec v;
-    for (int i = 0; i < lanes; ++i) v.at[i] = x[i];
+    for (int i = 0; i < lanes; ++i)
+      v.at[i] = x[i];
     return v;
   }
   static Vec all(T x) {
     Vec v;
-    for (int i = 0; i < lanes; ++i) v.at[i] = x;
+    for (int i = 0; i < lanes; ++i)
+      v.at[i] = x;
     return v;
   }
   void store(T* x) const {
-    for (int i = 0; i < lanes; ++i) x[i] = at[i];
+    for (int i = 0; i < lanes; ++i)
+      x[i] = at[i];
   }
   template <class F>
   static Vec map(const F& f) {
     Vec v;
-    for (int i = 0; i < lanes; ++i) v.at[i] = f(i);
+    for (int i = 0; i < lanes; ++i)
+      v.at[i] = f(i);
     return v;
   }
-  friend Vec operator+(Vec a, Vec b) { return map([&](int i) { return a.at[i] + b.at[i]; }); }
-  friend Vec operator-(Vec a, Vec b) { return map([&](int i) { return a.at[i] - b.at[i]; }); }
-  friend Vec operator*(Vec a, Vec b) { return map([&](int i) { return a.at[i] * b.at[i]; }); }
-  friend Vec operator/(Vec a, Vec b) { return map([&](int i) { return a.at[i] / b.at[i]; }); }
+  friend Vec operator+(Vec a, Vec b) {
+    return map([&](int i) { return a.at[i] + b.at[i]; });
+  }
+  friend Vec operator-(Vec a, Vec b) {
+    return map([&](int i) { return a.at[i] - b.at[i]; });
+  }
+  friend Vec operator*(Vec a, Vec b) {
+    return map([&](int i) { return a.at[i] * b.at[i]; });
+  }
+  friend Vec operator/(Vec a, Vec b) {
+    return map([&](int i) { return a.at[i] / b.at[i]; });
+  }
 };
 
 template <class T>
@@ -82,19 +97,22 @@ inline Vec<T> select(Bits bits, Vec<T> a, Vec<T> b) {
 template <class T>
 inline Bits less(Vec<T> a, Vec<T> b) {
   Bits bits = 0;
-  for (int i = 0; i < Vec<T>::lanes; ++i) bits |= Bits{a.at[i] < b.at[i]} << i;
+  for (int i = 0; i < Vec<T>::lanes; ++i)
+    bits |= Bits{a.at[i] < b.at[i]} << i;
   return bits;
 }
 template <class T>
 inline T reduce_add(Vec<T> a) {
   T sum = 0;
-  for (int i = 0; i < Vec<T>::lanes; ++i) sum += a.at[i];
+  for (int i = 0; i < Vec<T>::lanes; ++i)
+    sum += a.at[i];
   return sum;
 }
 template <class T>
 inline T reduce_max(Vec<T> a) {
   T most = a.at[0];
-  for (int i = 1; i < Vec<T>::lanes; ++i) most = most > a.at[i] ? most : a.at[i];
+  for (int i = 1; i < Vec<T>::lanes; ++i)
+    most = most > a.at[i] ? most : a.at[i];
   return most;
 }
 template <class T>
@@ -194,8 +212,7 @@ inline Floats times_exp2(Floats a, Floats n) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(e, _mm256_set1_epi32(127)), 23));
   };
   const __m256i e = _mm256_cvtps_epi32(n.v), half = _mm256_srai_epi32(e, 1);
-  return {_mm256_mul_ps(
-      _mm256_mul_ps(a.v, power(half)), power(_mm256_sub_epi32(e, half)))};
+  return {_mm256_mul_ps(_mm256_mul_ps(a.v, power(half)), power(_mm256_sub_epi32(e, half)))};
 }
 inline Floats with_sign_of(Floats a, Floats sign) {
   return {_mm256_or_ps(a.v, _mm256_and_ps(sign.v, _mm256_set1_ps(-0.0f)))};
@@ -209,8 +226,8 @@ using Floats = Vec<float>;
 
 #ifdef __AVX2__
 
-// 0 from -inf to -104, inf from 89 on, NaN of NaN. x = n log(2) + r; log(2) in two parts, of which the
-// first times n is exact (Cody and Waite).
+// 0 from -inf to -104, inf from 89 on, NaN of NaN. x = n log(2) + r; log(2) in two parts, of which
+// the first times n is exact (Cody and Waite).
 inline Floats exp(Floats x) {
   x = min(Floats::all(110.0f), max(Floats::all(-110.0f), x));
   const Floats n = round_nearest(x * Floats::all(1.44269504f));
@@ -236,7 +253,8 @@ inline Floats tanh(Floats x) {
 
 #endif
 
-// --- elements as vectors ----------------------------------------------------------------------------
+// --- elements as vectors
+// ----------------------------------------------------------------------------
 
 // A vector of consecutive elements in the type they are computed in.
 template <class T, class Type>

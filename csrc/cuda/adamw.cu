@@ -50,7 +50,12 @@ void step(const adamw::Arguments& given) {
     check_device(g, on.device, "grads", i);
     const adamw::Places places = stand_ins.place(p, g);
     tensors.push_back(
-        {places.param, places.grad, p.numel(), type_of(p.scalar_type()), type_of(g.scalar_type()), {}});
+        {places.param,
+         places.grad,
+         p.numel(),
+         type_of(p.scalar_type()),
+         type_of(g.scalar_type()),
+         {}});
   }
   const DevicePlan prepared = plan_of(on, tensors);
   const auto kernel = given.amsgrad ? adamw_kernel<true> : adamw_kernel<false>;

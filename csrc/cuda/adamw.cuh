@@ -1,7 +1,7 @@
 // adamw_: one Adam or AdamW step of all parameters in one launch, which reads verdict and
 // coefficient itself. On a skip it ends at once: no gradient is read and nothing is written.
-// Reference: adamw_ref_ in fastguard/ops/operators.py; the rounding is that of csrc/cpu/adamw_kernel.cpp,
-// with no contraction but what is written as fma.
+// Reference: adamw_ref_ in fastguard/ops/operators.py; the rounding is that of
+// csrc/cpu/adamw_kernel.cpp, with no contraction but what is written as fma.
 #pragma once
 
 #include "adamw_options.h"
@@ -35,9 +35,9 @@ struct AdamwRule {
   bool coupled;
 };
 
-// By squaring: std::pow would be a call, for which the kernel's registers are spilled. What it loses
-// in t steps is below 2^-53 t: nothing to a float. (Float64 parameters step as on the CPU but for
-// that: 1e-14 after 10,000 steps.)
+// By squaring: std::pow would be a call, for which the kernel's registers are spilled. What it
+// loses in t steps is below 2^-53 t: nothing to a float. (Float64 parameters step as on the CPU but
+// for that: 1e-14 after 10,000 steps.)
 __device__ inline double power(double base, double exponent) {
   double result = 1.0;
   for (auto n = static_cast<uint32_t>(exponent); n > 0; n /= 2) {
@@ -88,9 +88,9 @@ __device__ inline AdamwRule<Real> rule_of(
       !options.decoupled_weight_decay && options.weight_decay != 0.0};
 }
 
-// A gradient times its factor: the product in float64, so that neither 1e38 nor a factor of 1e-43 is
-// too much for it. That is three instructions of the fp64 units, which the 28 bytes of an element
-// hide unless a GPU has next to none of them.
+// A gradient times its factor: the product in float64, so that neither 1e38 nor a factor of 1e-43
+// is too much for it. That is three instructions of the fp64 units, which the 28 bytes of an
+// element hide unless a GPU has next to none of them.
 template <class Real, class T>
 __device__ inline Real scaled(T grad, double factor) {
   return static_cast<Real>(widened(grad) * factor);
@@ -161,8 +161,8 @@ __device__ inline void step_chunk(
   Real* v = static_cast<Real*>(state.exp_avg_sq) + place;
   Real* largest = amsgrad ? static_cast<Real*>(state.max_exp_avg_sq) + place : nullptr;
   int done = 0;
-  if (is_aligned(p, width) && is_aligned(g, width) && is_aligned(m, width) && is_aligned(v, width) &&
-      (!amsgrad || is_aligned(largest, width))) {
+  if (is_aligned(p, width) && is_aligned(g, width) && is_aligned(m, width) &&
+      is_aligned(v, width) && (!amsgrad || is_aligned(largest, width))) {
     done = chunk.size() / width * width;
     step_elements<amsgrad, width>(rule, p, g, m, v, largest, done);
   }

@@ -152,7 +152,10 @@ void with_type(const Tensor& x, Call call) {
 
 template <class Arguments>
 void launch_blocks(
-    const Stream& on, void (*kernel)(Arguments), int64_t blocks, int shared,
+    const Stream& on,
+    void (*kernel)(Arguments),
+    int64_t blocks,
+    int shared,
     const Arguments& arguments) {
   STD_TORCH_CHECK(
       blocks <= INT32_MAX, "attention: ", blocks, " tiles are more than one launch can have");
@@ -177,8 +180,8 @@ std::tuple<Tensor, Tensor, Tensor> attention_cuda(
     double clamp,
     bool return_stats) {
   const AttentionOptions options{is_causal, dropout_p, scale, softcap, clamp};
-  const AttentionSizes sizes = check_attention(
-      "attention", query, key, value, key_padding_mask, attn_mask, seed, options);
+  const AttentionSizes sizes =
+      check_attention("attention", query, key, value, key_padding_mask, attn_mask, seed, options);
   const Masks masks{key_padding_mask, attn_mask, seed};
   const Stream on(query);
   check_all_on(on, "attention", key, value, masks);
@@ -245,8 +248,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward_cuda(
   const Attention attention = attention_of(sizes, options, q, v, masks);
 
   const int64_t terms_rows = round_up(sizes.queries, padded_rows);
-  const Tensor passed =
-      empty_whole_rows(query, sizes.heads, sizes.queries, sizes.value_dim);
+  const Tensor passed = empty_whole_rows(query, sizes.heads, sizes.queries, sizes.value_dim);
   const Tensor terms = on.empty({sizes.batch, sizes.heads, terms_rows, 2}, ScalarType::Float);
   const Tensor grad_query = empty_whole_rows(q, sizes.heads, sizes.queries, sizes.head_dim);
   const Tensor grad_key = empty_whole_rows(q, sizes.kv_heads, sizes.keys, sizes.head_dim);

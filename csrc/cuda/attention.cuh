@@ -1,8 +1,8 @@
-// What attention's kernels are given, and what they do to a tile of logits: scale and softcap, masks,
-// dropout. Reference: attention_ref in fastguard/ops/attention.py.
+// What attention's kernels are given, and what they do to a tile of logits: scale and softcap,
+// masks, dropout. Reference: attention_ref in fastguard/ops/attention.py.
 //
-// A tile is in the layout of mma's results: with g = lane / 4 and t = lane % 4, element [m][i][j] is
-// that of row 16 m + g + 8 (j / 2) and column 8 i + 2 t + j % 2. Where `keys_are_rows`, rows are
+// A tile is in the layout of mma's results: with g = lane / 4 and t = lane % 4, element [m][i][j]
+// is that of row 16 m + g + 8 (j / 2) and column 8 i + 2 t + j % 2. Where `keys_are_rows`, rows are
 // keys and columns queries; else the other way round. Logits are in units of log 2, as exp2 takes
 // them, and -inf where a key is hidden.
 #pragma once
@@ -15,8 +15,8 @@
 
 namespace fastguard {
 
-// The widths that kernels are compiled for. call(std::integral_constant<int, D>) gets the least that
-// holds `width` columns.
+// The widths that kernels are compiled for. call(std::integral_constant<int, D>) gets the least
+// that holds `width` columns.
 constexpr int most_kernel_width = 128;
 
 template <class T, class Call>
@@ -200,8 +200,8 @@ __device__ void mask_logits(
 
 // --- dropout ------------------------------------------------------------------------------------
 
-// Bit 4 i + j of [m]: whether the element's number is below the threshold. csrc/philox.h lays a draw
-// out for tiles whose rows are queries.
+// Bit 4 i + j of [m]: whether the element's number is below the threshold. csrc/philox.h lays a
+// draw out for tiles whose rows are queries.
 template <int strips, int n>
 __device__ void draw_for_queries(
     uint32_t (&kept)[strips], const Attention& a, const int64_t (&seed)[2], const Place& at) {

@@ -1,10 +1,10 @@
-// attention_backward. After Dao 2023 (FlashAttention-2, arXiv 2307.08691), but in two passes over the
-// logits, one for the gradients of keys and values and one for those of queries: each block owns what
-// it writes, so there are no atomics and the result is the same every time.
+// attention_backward. After Dao 2023 (FlashAttention-2, arXiv 2307.08691), but in two passes over
+// the logits, one for the gradients of keys and values and one for those of queries: each block
+// owns what it writes, so there are no atomics and the result is the same every time.
 //
-// Both have a tile that stays, of which each warp owns 16 rows, and tiles that pass by, two at a time:
-// one in use, the next on its way. For the keys' gradients the logits are made transposed, keys as
-// rows, so that weights and their gradients need not leave the registers there either.
+// Both have a tile that stays, of which each warp owns 16 rows, and tiles that pass by, two at a
+// time: one in use, the next on its way. For the keys' gradients the logits are made transposed,
+// keys as rows, so that weights and their gradients need not leave the registers there either.
 #pragma once
 
 #include "cuda/attention.cuh"
@@ -79,8 +79,8 @@ __global__ void __launch_bounds__(attention_threads) attention_delta_kernel(Back
   if (within(row, a.queries)) {
     const int64_t of_all = (int64_t{batch} * a.heads + head) * a.queries + row;
     terms.logsumexp = load(b.logsumexp + of_all) * log2_e;
-    // Nothing comes back to a row without a key. Else as torch compares an element with a number: in
-    // the element's type.
+    // Nothing comes back to a row without a key. Else as torch compares an element with a number:
+    // in the element's type.
     const bool dead = terms.logsumexp == INFINITY;
     const float bound = dead ? 0.0f : to_float(from_float<T>(a.clamp));
     const auto* output = b.output.template row_of<const Bytes16>(batch, head, row);
@@ -143,8 +143,12 @@ struct BackwardTiles {
 // terms(i, j): those of the element's query.
 template <bool keys_are_rows, class T, int n, class Terms>
 __device__ void weigh(
-    float (&s)[1][n][4], float (&dp)[1][n][4], const Attention& a, const Place& at,
-    uint64_t visible, Terms terms) {
+    float (&s)[1][n][4],
+    float (&dp)[1][n][4],
+    const Attention& a,
+    const Place& at,
+    uint64_t visible,
+    Terms terms) {
   uint32_t kept[1] = {~0u};
   if (a.seed != nullptr) {
     draw_kept<keys_are_rows, 1, n>(kept, a, at);
@@ -186,11 +190,17 @@ __global__ void __launch_bounds__(attention_threads) attention_grad_query_kernel
   const auto copy = [&](int stage, KeyTile tile) {
     const auto sees = [&](int i) { return (tile.visible >> i & 1) != 0; };
     copy_rows<keys>(
-        Tiles::passing_tile(stage, 0), keys_from + tile.first * b.key.row, b.key.row, a.head_dim,
+        Tiles::passing_tile(stage, 0),
+        keys_from + tile.first * b.key.row,
+        b.key.row,
+        a.head_dim,
         sees);
     copy_rows<keys>(
-        Tiles::passing_tile(stage, 1), values_from + tile.first * b.value.row, b.value.row,
-        a.value_dim, sees);
+        Tiles::passing_tile(stage, 1),
+        values_from + tile.first * b.value.row,
+        b.value.row,
+        a.value_dim,
+        sees);
   };
 
   RowTerms terms[2];
@@ -221,16 +231,21 @@ __global__ void __launch_bounds__(attention_threads) attention_grad_query_kernel
     float s[1][keys / 8][4] = {}, dp[1][keys / 8][4] = {};
     multiply_rows(s, query, row, Tiles::passing_tile(stage, 0));
     multiply_rows(dp, grad, row, Tiles::passing_tile(stage, 1));
-    weigh<false, T>(
-        s, dp, a, {batch, head, top + row, tile.first}, tile.visible,
-        [&](int, int j) { return terms[j / 2]; });
+    weigh<false, T>(s, dp, a, {batch, head, top + row, tile.first}, tile.visible, [&](int, int j) {
+      return terms[j / 2];
+    });
     multiply_columns(d, dp, Tiles::passing_tile(stage, 0));
     tile = next;
   }
   multiply_by(d, a.scale);
   store_rows(
-      d, query, row, b.grad_query.of(batch, head) + top * b.grad_query.row, b.grad_query.row,
-      a.queries - top, a.head_dim);
+      d,
+      query,
+      row,
+      b.grad_query.of(batch, head) + top * b.grad_query.row,
+      b.grad_query.row,
+      a.queries - top,
+      a.head_dim);
 }
 
 // --- gradients of keys and values ---------------------------------------------------------------
@@ -259,11 +274,17 @@ __device__ void copy_queries(const Backward<T>& b, int stage, int batch, int hea
   constexpr int rows = Tiles::passing;
   const auto exists = [&](int i) { return within(top + i, b.attention.queries); };
   copy_rows<rows>(
-      Tiles::passing_tile(stage, 0), b.query.of(batch, head) + top * b.query.row, b.query.row,
-      b.attention.head_dim, exists);
+      Tiles::passing_tile(stage, 0),
+      b.query.of(batch, head) + top * b.query.row,
+      b.query.row,
+      b.attention.head_dim,
+      exists);
   copy_rows<rows>(
-      Tiles::passing_tile(stage, 1), b.passed.of(batch, head) + top * b.passed.row, b.passed.row,
-      b.attention.value_dim, exists);
+      Tiles::passing_tile(stage, 1),
+      b.passed.of(batch, head) + top * b.passed.row,
+      b.passed.row,
+      b.attention.value_dim,
+      exists);
   const int pair = 2 * threadIdx.x;
   if (pair < rows) {
     const RowTerms* from = b.terms_of(batch, head) + top + pair;
@@ -274,8 +295,14 @@ __device__ void copy_queries(const Backward<T>& b, int stage, int batch, int hea
 // Stores the warp's rows; those of hidden keys as zeros, even if NaN came back to all of a tile.
 template <class T, int D>
 __device__ void store_visible(
-    float (&d)[1][D / 8][4], RowTile<T, D> tile, int row, uint64_t visible, T* to, int64_t stride,
-    int64_t count, int width) {
+    float (&d)[1][D / 8][4],
+    RowTile<T, D> tile,
+    int row,
+    uint64_t visible,
+    T* to,
+    int64_t stride,
+    int64_t count,
+    int width) {
   const uint64_t mine = visible >> (row + threadIdx.x % 32 / 4);
   for_each(d, [&](int, int i, int j) {
     d[0][i][j] = (mine >> (j / 2 * 8) & 1) != 0 ? d[0][i][j] : 0.0f;
@@ -300,8 +327,7 @@ __global__ void __launch_bounds__(attention_threads) attention_grad_key_kernel(B
   float dk[1][D / 8][4] = {}, dv[1][D / 8][4] = {};
   if (count > 0) {
     const auto sees = [&](int i) { return (visible >> i & 1) != 0; };
-    copy_rows<rows>(
-        key, b.key.of(batch, kv_head) + first * b.key.row, b.key.row, a.head_dim, sees);
+    copy_rows<rows>(key, b.key.of(batch, kv_head) + first * b.key.row, b.key.row, a.head_dim, sees);
     copy_rows<rows>(
         value, b.value.of(batch, kv_head) + first * b.value.row, b.value.row, a.value_dim, sees);
     copy_queries<T, D>(b, 0, batch, passing.head(0), passing.query(0));
@@ -321,7 +347,10 @@ __global__ void __launch_bounds__(attention_threads) attention_grad_key_kernel(B
     multiply_rows(s, key, row, query);
     multiply_rows(dp, value, row, grad);
     weigh<true, T>(
-        s, dp, a, {batch, passing.head(i), passing.query(i), first + row},
+        s,
+        dp,
+        a,
+        {batch, passing.head(i), passing.query(i), first + row},
         visible >> row & bits_below(strip_rows),
         [&](int i, int j) -> RowTerms { return terms[i * 8 + 2 * in_group + j % 2]; });
     multiply_columns(dv, s, grad);
@@ -330,11 +359,23 @@ __global__ void __launch_bounds__(attention_threads) attention_grad_key_kernel(B
   multiply_by(dk, a.scale);
   multiply_by(dv, a.dropout.rescale);
   store_visible(
-      dk, key, row, visible, b.grad_key.of(batch, kv_head) + first * b.grad_key.row, b.grad_key.row,
-      a.keys - first, a.head_dim);
+      dk,
+      key,
+      row,
+      visible,
+      b.grad_key.of(batch, kv_head) + first * b.grad_key.row,
+      b.grad_key.row,
+      a.keys - first,
+      a.head_dim);
   store_visible(
-      dv, value, row, visible, b.grad_value.of(batch, kv_head) + first * b.grad_value.row,
-      b.grad_value.row, a.keys - first, a.value_dim);
+      dv,
+      value,
+      row,
+      visible,
+      b.grad_value.of(batch, kv_head) + first * b.grad_value.row,
+      b.grad_value.row,
+      a.keys - first,
+      a.value_dim);
 }
 
 }  // namespace fastguard

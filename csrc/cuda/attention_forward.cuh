@@ -1,8 +1,8 @@
 // attention. Tiles and online softmax after Dao 2023 (FlashAttention-2, arXiv 2307.08691).
 //
-// A block makes the output of some rows of one head. Tiles of keys and values pass by, those without
-// a visible key left out; values are on their way while the logits are made, the next keys while
-// the values are added up.
+// A block makes the output of some rows of one head. Tiles of keys and values pass by, those
+// without a visible key left out; values are on their way while the logits are made, the next keys
+// while the values are added up.
 #pragma once
 
 #include "cuda/attention.cuh"
@@ -96,8 +96,7 @@ struct Softmax {
  private:
   // Before `largest` and `sum` move on.
   template <int n>
-  __device__ void add_moment(
-      const float (&s)[n][4], int m, int half, float base, float shrink) {
+  __device__ void add_moment(const float (&s)[n][4], int m, int half, float base, float shrink) {
     const float moved = sum[m][half] == 0.0f ? 0.0f : (largest[m][half] - base) * sum[m][half];
     float all = shrink * (moment[m][half] + moved);
 #pragma unroll
@@ -113,13 +112,17 @@ template <int strips, int n>
 __device__ void drop(float (&p)[strips][n][4], const Attention& a, const Place& at) {
   uint32_t kept[strips];
   draw_kept<false, strips, n>(kept, a, at);
-  for_each(p, [&](int m, int i, int j) { p[m][i][j] = is_kept(kept[m], i, j) ? p[m][i][j] : 0.0f; });
+  for_each(
+      p, [&](int m, int i, int j) { p[m][i][j] = is_kept(kept[m], i, j) ? p[m][i][j] : 0.0f; });
 }
 
 // Sums become the output, and what is known of the rows is stored. `at`: the warp's first.
 template <class T, int strips, int columns>
 __device__ void finish(
-    const Forward<T>& f, Softmax<strips>& softmax, float (&o)[strips][columns][4], const Place& at) {
+    const Forward<T>& f,
+    Softmax<strips>& softmax,
+    float (&o)[strips][columns][4],
+    const Place& at) {
   const Attention& a = f.attention;
 #pragma unroll
   for (int i = 0; i < strips * 2; ++i) {
@@ -173,8 +176,9 @@ __global__ void __launch_bounds__(attention_threads, D <= 64 ? 3 : 2)
   KeyTile tile = next_keys<keys>(a, batch, 0, end);
   if (tile.first < end) {
     copy_rows<rows>(
-        query, f.query.of(batch, head) + top * f.query.row, f.query.row, a.head_dim,
-        [&](int i) { return within(top + i, a.queries); });
+        query, f.query.of(batch, head) + top * f.query.row, f.query.row, a.head_dim, [&](int i) {
+          return within(top + i, a.queries);
+        });
     copy(key, keys_from, f.key.row, a.head_dim, tile);
   }
   commit_async();
@@ -206,7 +210,12 @@ __global__ void __launch_bounds__(attention_threads, D <= 64 ? 3 : 2)
   }
   finish(f, softmax, o, {batch, head, top + row, 0});
   store_rows(
-      o, query, row, f.output.of(batch, head) + top * f.output.row, f.output.row, a.queries - top,
+      o,
+      query,
+      row,
+      f.output.of(batch, head) + top * f.output.row,
+      f.output.row,
+      a.queries - top,
       a.value_dim);
 }
 

@@ -1,9 +1,9 @@
 // Tiles of attention's rows in shared memory, and their products on tensor cores.
 //
 // A block is 4 warps. Each owns 16 rows, or twice 16, of the block's own tile and meets all rows of
-// the tiles that pass by; what it makes of them stays in its registers. The 16 x 8 results of mma lie
-// there as its first operand wants 16 x 16 elements, so the weights that one product gives go into
-// the next as they are (Dao 2023, arXiv 2307.08691).
+// the tiles that pass by; what it makes of them stays in its registers. The 16 x 8 results of mma
+// lie there as its first operand wants 16 x 16 elements, so the weights that one product gives go
+// into the next as they are (Dao 2023, arXiv 2307.08691).
 #pragma once
 
 #include "cuda/tensor_core.cuh"
@@ -68,12 +68,17 @@ __device__ void copy_rows(
 }
 
 // Puts the warp's rows, in the layout of an mma's result, where it alone has read a tile, and from
-// there into memory, 16 bytes at a time: their place is counted in 16 bytes, for else nvcc stores word
-// by word for sm_80 and sm_90.
+// there into memory, 16 bytes at a time: their place is counted in 16 bytes, for else nvcc stores
+// word by word for sm_80 and sm_90.
 template <class T, int D, int strips>
 __device__ void store_rows(
-    const float (&d)[strips][D / 8][4], RowTile<T, D> tile, int row, T* to, int64_t stride,
-    int64_t count, int width) {
+    const float (&d)[strips][D / 8][4],
+    RowTile<T, D> tile,
+    int row,
+    T* to,
+    int64_t stride,
+    int64_t count,
+    int width) {
   constexpr int chunks = RowTile<T, D>::chunks;
   const int lane = threadIdx.x % 32;
   __syncwarp();  // all lanes have read what lies there
@@ -104,8 +109,7 @@ __device__ void store_rows(
 
 // d += a b^T for the warp's rows of a, from `row` on, and 8 n rows of b.
 template <class T, int D, int strips, int n>
-__device__ void multiply_rows(
-    float (&d)[strips][n][4], RowTile<T, D> a, int row, RowTile<T, D> b) {
+__device__ void multiply_rows(float (&d)[strips][n][4], RowTile<T, D> a, int row, RowTile<T, D> b) {
   const int lane = threadIdx.x % 32;
 #pragma unroll
   for (int step = 0; step < D / 16; ++step) {
@@ -137,7 +141,7 @@ __device__ void multiply_columns(
     uint32_t of_p[strips][4];
 #pragma unroll
     for (int i = 0; i < strips * 4; ++i) {
-      const float(&from)[4] = p[i / 4][2 * step + i % 4 / 2];
+      const float (&from)[4] = p[i / 4][2 * step + i % 4 / 2];
       of_p[i / 4][i % 4] = pack<T>(from[i % 2 * 2], from[i % 2 * 2 + 1]);
     }
 #pragma unroll

@@ -1,5 +1,5 @@
-// Makes a plan on the device of what the host knows of the tensors, which comes as kernel arguments:
-// that needs no pinned memory and no event, and a CUDA graph keeps them.
+// Makes a plan on the device of what the host knows of the tensors, which comes as kernel
+// arguments: that needs no pinned memory and no event, and a CUDA graph keeps them.
 #pragma once
 
 #include "cuda/plan.cuh"

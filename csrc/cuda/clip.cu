@@ -38,9 +38,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> clip_cuda(
   const NoGrad no_grad;
   PlanTensors dense(grads, on.device, "clip_", true);
   const int64_t n = static_cast<int64_t>(grads.size());
-  const Tensor total_norm = on.empty({}, ScalarType::Double), norms = on.empty({n}, ScalarType::Double);
+  const Tensor total_norm = on.empty({}, ScalarType::Double),
+               norms = on.empty({n}, ScalarType::Double);
   const Tensor nonfinite = on.empty({n, 3}, ScalarType::Long);
-  const Tensor clip_coef = on.empty({}, ScalarType::Double), verdict = on.empty({}, ScalarType::Long);
+  const Tensor clip_coef = on.empty({}, ScalarType::Double),
+               verdict = on.empty({}, ScalarType::Long);
   const DevicePlan prepared = plan_of(on, dense.given);
   launch(
       on,

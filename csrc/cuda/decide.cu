@@ -11,7 +11,8 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-std::tuple<Tensor, Tensor> decide_cuda(const Tensor& total_norm, double max_norm, double skip_norm) {
+std::tuple<Tensor, Tensor> decide_cuda(
+    const Tensor& total_norm, double max_norm, double skip_norm) {
   check_total_norm(total_norm);
   const Stream on(total_norm);
   const Tensor clip_coef = on.empty({}, ScalarType::Double);

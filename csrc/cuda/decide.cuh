@@ -1,4 +1,5 @@
-// guard_decide_ and decide. References: guard_decide_ref_ and decide_ref in fastguard/ops/operators.py.
+// guard_decide_ and decide. References: guard_decide_ref_ and decide_ref in
+// fastguard/ops/operators.py.
 #pragma once
 
 #include "cuda/judge.cuh"
@@ -13,7 +14,11 @@ __global__ __launch_bounds__(threads, 1) void guard_decide_kernel(
 
 // The decision without a memory, for clipping.
 __global__ void decide_kernel(
-    const double* total_norm, double max_norm, double skip_norm, double* clip_coef, int64_t* verdict) {
+    const double* total_norm,
+    double max_norm,
+    double skip_norm,
+    double* clip_coef,
+    int64_t* verdict) {
   if (threadIdx.x == 0) {
     const Decision decision = decide(load(total_norm), max_norm, skip_norm);
     store(clip_coef, decision.clip_coef);

@@ -10,11 +10,15 @@ namespace fastguard {
 // The same number, as a double or a float.
 __device__ inline double widened(double x) { return x; }
 template <class T>
-__device__ inline float widened(T x) { return to_float(x); }
+__device__ inline float widened(T x) {
+  return to_float(x);
+}
 
 // To nearest; a double comes to 16 bits by way of a float, as on the CPU.
 template <class T>
-__device__ inline T narrowed(float x) { return from_float<T>(x); }
+__device__ inline T narrowed(float x) {
+  return from_float<T>(x);
+}
 template <class T>
 __device__ inline T narrowed(double x) {
   if constexpr (std::is_same_v<T, double>) {

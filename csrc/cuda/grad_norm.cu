@@ -28,7 +28,8 @@ struct Measured {
   Tensor total_norm, norms, nonfinite;
 };
 
-Measured measure(const Stream& on, const std::vector<Tensor>& grads, const char* op, const Deciding& deciding) {
+Measured measure(
+    const Stream& on, const std::vector<Tensor>& grads, const char* op, const Deciding& deciding) {
   const PlanTensors dense(grads, on.device, op, false);
   const Measured measured(on, static_cast<int64_t>(grads.size()));
   const DevicePlan prepared = plan_of(on, dense.given);

@@ -24,10 +24,7 @@ inline void check_cuda(cudaError_t error, const char* what) {
 class Stream {
  public:
   explicit Stream(const torch::stable::Tensor& tensor)
-      : like(tensor),
-        device(device_of(tensor)),
-        stream(current_stream(device)),
-        guard_(device) {
+      : like(tensor), device(device_of(tensor)), stream(current_stream(device)), guard_(device) {
     cudaStreamCaptureStatus status;
     check_cuda(cudaStreamIsCapturing(stream, &status), "cudaStreamIsCapturing");
     capturing = status != cudaStreamCaptureStatusNone;
@@ -135,10 +132,10 @@ struct DevicePlan {
   torch::stable::Tensor memory;
 };
 
-// Plans of earlier calls are kept: one whose tensors are still where they were costs a comparison of
-// 32 bytes a tensor. Each belongs to a stream: what is written there first is there for what comes
-// later. A graph that is being captured builds its own in its own memory, for a captured kernel reads
-// its plan as long as the graph lives.
+// Plans of earlier calls are kept: one whose tensors are still where they were costs a comparison
+// of 32 bytes a tensor. Each belongs to a stream: what is written there first is there for what
+// comes later. A graph that is being captured builds its own in its own memory, for a captured
+// kernel reads its plan as long as the graph lives.
 DevicePlan plan_of(const Stream& on, const std::vector<Given>& tensors);
 
 }  // namespace fastguard

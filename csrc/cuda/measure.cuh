@@ -1,8 +1,8 @@
 // Norm of every tensor, its NaNs and Infs and where they begin, and the global norm.
 //
-// Blocks take chunks in turns. A tensor's chunks are summed up by whichever block brings the last of
-// them, in the order of the chunks; the tensors by whichever block is the last of all. So nothing
-// depends on the number of blocks, nor on which came when.
+// Blocks take chunks in turns. A tensor's chunks are summed up by whichever block brings the last
+// of them, in the order of the chunks; the tensors by whichever block is the last of all. So
+// nothing depends on the number of blocks, nor on which came when.
 #pragma once
 
 #include "cuda/reduce.cuh"
@@ -33,7 +33,8 @@ __device__ inline int64_t row_major_index(const Plan& plan, int tensor, int64_t 
 }
 
 __device__ inline Nonfinite together(const Nonfinite& a, const Nonfinite& b) {
-  const bool a_first = static_cast<uint64_t>(a.first) < static_cast<uint64_t>(b.first);  // -1 is last
+  const bool a_first =
+      static_cast<uint64_t>(a.first) < static_cast<uint64_t>(b.first);  // -1 is last
   return {a.nans + b.nans, a.infs + b.infs, a_first ? a.first : b.first};
 }
 
@@ -42,7 +43,8 @@ __device__ inline Nonfinite block_together(const Nonfinite& mine) {
   const auto least = [](int64_t a, int64_t b) {
     return static_cast<uint64_t>(a) < static_cast<uint64_t>(b) ? a : b;
   };
-  return {block_reduce(mine.nans, add), block_reduce(mine.infs, add), block_reduce(mine.first, least)};
+  return {
+      block_reduce(mine.nans, add), block_reduce(mine.infs, add), block_reduce(mine.first, least)};
 }
 
 // A second look at a chunk whose sum is not finite; it lies in the cache.
@@ -75,7 +77,8 @@ __device__ inline void write_tensor(
 }
 
 // The block that brings the last of a tensor's chunks sums them up.
-__device__ inline void sum_tensor(const Plan& plan, const Norms& out, int tensor, int first, int n) {
+__device__ inline void sum_tensor(
+    const Plan& plan, const Norms& out, int tensor, int first, int n) {
   double sum = 0.0;
   Nonfinite found = {0, 0, -1};
   for (int c = threadIdx.x; within(c, n); c += threads) {
@@ -83,8 +86,8 @@ __device__ inline void sum_tensor(const Plan& plan, const Norms& out, int tensor
     sum += partial;
     if (!std::isfinite(partial)) {
       const Nonfinite* of_chunk = plan.nonfinite + first + c;
-      found = together(
-          found, {load(&of_chunk->nans), load(&of_chunk->infs), load(&of_chunk->first)});
+      found =
+          together(found, {load(&of_chunk->nans), load(&of_chunk->infs), load(&of_chunk->first)});
     }
   }
   sum = block_sum(sum);
@@ -118,8 +121,7 @@ __device__ inline void measure_chunk(
       store(&plan.nonfinite[c].first, found.first);
     }
   }
-  const int n = static_cast<int>(
-      chunks_of(load(&plan.entries[chunk.tensor].numel_and_types) >> 6));
+  const int n = static_cast<int>(chunks_of(load(&plan.entries[chunk.tensor].numel_and_types) >> 6));
   if (arrives_last(plan.arrived + chunk.tensor, n)) {
     sum_tensor(plan, out, chunk.tensor, c - chunk.index, n);
   }

@@ -29,8 +29,8 @@ DevicePlan build_plan(const Stream& on, const HostPlan& host) {
   return {plan, memory};
 }
 
-// The oldest go; the newest stays even if it alone is too large. Tensors that lie elsewhere in every
-// step leave a plan behind each time, and every call looks through what is kept.
+// The oldest go; the newest stays even if it alone is too large. Tensors that lie elsewhere in
+// every step leave a plan behind each time, and every call looks through what is kept.
 void forget_oldest(std::list<Kept>& kept) {
   int64_t bytes = 0;
   for (const Kept& each : kept) {

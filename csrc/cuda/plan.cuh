@@ -12,8 +12,8 @@ namespace fastguard {
 
 constexpr int threads = 256;  // of every block
 constexpr int chunk_elements = 8192;  // 32 KiB of fp32: eight 16-byte reads of each thread
-// Registers are held to what so many need: 64 KiB on their way to an SM. (clip_ has 3 where an SM has
-// 100 KiB of shared memory.)
+// Registers are held to what so many need: 64 KiB on their way to an SM. (clip_ has 3 where an SM
+// has 100 KiB of shared memory.)
 constexpr int blocks_per_sm = 4;
 
 enum class Type : int { float32, float64, bfloat16, float16, byte };

@@ -21,7 +21,8 @@ struct Given {
 
 class HostPlan {
  public:
-  explicit HostPlan(const std::vector<Given>& tensors) : tensors_(static_cast<int32_t>(tensors.size())) {
+  explicit HostPlan(const std::vector<Given>& tensors)
+      : tensors_(static_cast<int32_t>(tensors.size())) {
     words.reserve((tensors.size() * (sizeof(Entry) + sizeof(int32_t))) / sizeof(Word16) + 2);
     std::vector<PlanDim> dims;
     std::vector<int32_t> first_dim;
@@ -29,12 +30,14 @@ class HostPlan {
     int64_t place = 0;
     int64_t chunks = 0;
     for (const Given& given : tensors) {
-      append(Entry{
-          reinterpret_cast<uint64_t>(given.data),
-          reinterpret_cast<uint64_t>(given.other),
-          given.numel << 6 | static_cast<int>(given.other_type) << 3 | static_cast<int>(given.type),
-          static_cast<int32_t>(chunks),
-          static_cast<int32_t>(place)});
+      append(
+          Entry{
+              reinterpret_cast<uint64_t>(given.data),
+              reinterpret_cast<uint64_t>(given.other),
+              given.numel << 6 | static_cast<int>(given.other_type) << 3 |
+                  static_cast<int>(given.type),
+              static_cast<int32_t>(chunks),
+              static_cast<int32_t>(place)});
       chunks += chunks_of(given.numel);
       place += (given.numel + packed_alignment - 1) / packed_alignment;
       first_dim.push_back(static_cast<int32_t>(dims.size()));
@@ -85,8 +88,12 @@ class HostPlan {
   int64_t chunks_at() const { return uploaded(); }
   int64_t sums_at() const { return chunks_at() + n_chunks_ * int64_t{sizeof(Chunk)}; }
   int64_t partials_at() const { return sums_at() + round_up(tensors_ * int64_t{sizeof(double)}); }
-  int64_t nonfinite_at() const { return partials_at() + round_up(n_chunks_ * int64_t{sizeof(double)}); }
-  int64_t arrived_at() const { return nonfinite_at() + round_up(n_chunks_ * int64_t{sizeof(Nonfinite)}); }
+  int64_t nonfinite_at() const {
+    return partials_at() + round_up(n_chunks_ * int64_t{sizeof(double)});
+  }
+  int64_t arrived_at() const {
+    return nonfinite_at() + round_up(n_chunks_ * int64_t{sizeof(Nonfinite)});
+  }
 
   template <class T>
   void append(const T& item) {

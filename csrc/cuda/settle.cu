@@ -25,8 +25,7 @@ void check_memory(const Tensor& buffer, const Tensor& saved, size_t i) {
 Given given_of(Tensor buffer, Tensor saved) {
   const int64_t numbers = numbers_in(buffer.scalar_type());
   const Type type = numbers == 0 ? Type::byte : type_of(real_of(buffer.scalar_type()));
-  const int64_t per_element =
-      numbers == 0 ? static_cast<int64_t>(buffer.element_size()) : numbers;
+  const int64_t per_element = numbers == 0 ? static_cast<int64_t>(buffer.element_size()) : numbers;
   return {
       buffer.mutable_data_ptr(),
       saved.mutable_data_ptr(),

@@ -1,11 +1,11 @@
 // The sum of squares of a chunk, from one read in 16-byte pieces.
 //
 // In fp32 arithmetic, for the fp64 units of all but the largest GPUs are too slow to keep up with
-// their memory. The square of a finite fp32 or bf16 may overflow or underflow there, so it is summed
-// three times, as it is, scaled down and scaled up, and the sum that kept its digits counts (the
-// idea of Blue, "A Portable Fortran Program to Find the Euclidean Norm of a Vector", TOMS 1978,
-// without its branches): five instructions an element. A thread sums 32 elements so; all beyond is
-// float64. A sum that is not finite in the end says that an element was not.
+// their memory. The square of a finite fp32 or bf16 may overflow or underflow there, so it is
+// summed three times, as it is, scaled down and scaled up, and the sum that kept its digits counts
+// (the idea of Blue, "A Portable Fortran Program to Find the Euclidean Norm of a Vector", TOMS
+// 1978, without its branches): five instructions an element. A thread sums 32 elements so; all
+// beyond is float64. A sum that is not finite in the end says that an element was not.
 #pragma once
 
 #include "cuda/elements.cuh"
@@ -69,9 +69,9 @@ constexpr int reads_at_a_time = 4;  // of each thread: 16 KiB on their way to a 
 
 // n elements as fewer than 16 bytes, whole 16-byte vectors, and fewer than 16 bytes.
 //
-// The vectors are words until they are computed with. Of 16-bit elements nvcc would choose each half
-// from what was read or zero with an instruction of its own, which waits for the first vector before
-// the last is asked for.
+// The vectors are words until they are computed with. Of 16-bit elements nvcc would choose each
+// half from what was read or zero with an instruction of its own, which waits for the first vector
+// before the last is asked for.
 template <class T>
 struct Aligned {
   static constexpr int width = 16 / sizeof(T);

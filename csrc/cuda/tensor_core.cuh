@@ -25,7 +25,8 @@ __device__ inline uint32_t shared_address(Shared<T> pointer) {
 template <class T>
 __device__ inline void copy_async16(Shared<T> to, const T* from, bool valid) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)),
-               "l"(__cvta_generic_to_global(from)), "r"(valid ? 16 : 0)
+               "l"(__cvta_generic_to_global(from)),
+               "r"(valid ? 16 : 0)
                : "memory");
 }
 
@@ -99,8 +100,7 @@ __device__ inline void ldmatrix_x4_trans(uint32_t (&to)[4], Shared<T> row) {
 //   b, 16 x 8:  {(2t, g), (2t+1, g)}, {(2t+8, g), (2t+9, g)}
 //   d, 16 x 8:  (g, 2t), (g, 2t+1), (g+8, 2t), (g+8, 2t+1)
 template <class T>
-__device__ inline void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4],
-                                    const uint32_t (&b)[2]) {
+__device__ inline void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   static_assert(__is_same(T, BFloat16) || __is_same(T, Float16));
   if constexpr (__is_same(T, BFloat16)) {
     asm volatile(
@@ -120,8 +120,8 @@ __device__ inline void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4],
 // The same of floats, whose low 13 bits the hardware does not look at:
 //   a, 16 x 8: (g, t), (g+8, t), (g, t+4), (g+8, t+4)
 //   b, 8 x 8:  (t, g), (t+4, g)
-__device__ inline void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (&a)[4],
-                                        const uint32_t (&b)[2]) {
+__device__ inline void mma_m16n8k8_tf32(
+    float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   asm volatile(
       "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 "
       "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"

@@ -5,8 +5,8 @@
 
 namespace simt {
 
-void Launch::copy_async(SharedArray& to, int64_t offset, const void* from, bool valid,
-                        const Location& at) {
+void Launch::copy_async(
+    SharedArray& to, int64_t offset, const void* from, bool valid, const Location& at) {
   Copy copy{.to = &to, .offset = offset, .from = valid ? from : nullptr, .value = {}, .at = at};
   constexpr size_t bytes = sizeof(copy.value);
   Site& site = step(Kind::copy_async, valid ? bytes : 0, at);

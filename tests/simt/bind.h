@@ -20,9 +20,9 @@ template <class T>
 T* allow(Machine& machine, const py::array& array, const std::string& name) {
   constexpr bool writable = !std::is_const_v<T>;
   if (array.itemsize() != sizeof(T) || !(array.flags() & py::array::c_style)) {
-    throw std::invalid_argument("simt: `" + name + "` must be contiguous with elements of " +
-                                std::to_string(sizeof(T)) + " bytes, not " +
-                                std::to_string(array.itemsize()));
+    throw std::invalid_argument(
+        "simt: `" + name + "` must be contiguous with elements of " + std::to_string(sizeof(T)) +
+        " bytes, not " + std::to_string(array.itemsize()));
   }
   if (writable && !array.writeable()) {
     throw std::invalid_argument("simt: `" + name + "` is read-only for numpy");
@@ -64,8 +64,8 @@ struct type_caster<simt::Options> {
         {"random", simt::Schedule::random},
         {"unfair", simt::Schedule::unfair}};
     if (!schedules.contains(schedule)) {
-      throw std::invalid_argument("simt: schedule `" + schedule +
-                                  "` is none of round_robin, greedy, random, unfair");
+      throw std::invalid_argument(
+          "simt: schedule `" + schedule + "` is none of round_robin, greedy, random, unfair");
     }
     value.schedule = schedules.at(schedule);
     value.seed = source.attr("seed").cast<uint64_t>();
@@ -88,13 +88,19 @@ struct type_caster<simt::Report> {
     list sites;
     for (const simt::Site& site : report.sites) {
       sites.append(python.attr("Site")(
-          simt::name_of(site.kind), site.where, site.bytes, site.calls, site.requests,
-          site.sectors, site.wavefronts, site.conflicts));
+          simt::name_of(site.kind),
+          site.where,
+          site.bytes,
+          site.calls,
+          site.requests,
+          site.sectors,
+          site.wavefronts,
+          site.conflicts));
     }
     list launches;
     for (const simt::Launched& launch : report.launches) {
-      launches.append(python.attr("Launched")(
-          launch.kernel, launch.loaded_sectors, launch.stored_sectors));
+      launches.append(
+          python.attr("Launched")(launch.kernel, launch.loaded_sectors, launch.stored_sectors));
     }
     return python.attr("Report")(tuple(launches), tuple(sites)).release();
   }

@@ -67,38 +67,53 @@ inline unsigned ballot(unsigned mask, bool predicate, const Location& at) {
 }  // namespace simt
 
 template <simt::Word T>
-T __shfl_sync(unsigned mask, T value, int lane, int width = 32,
-              const simt::Location& at = simt::Location::current()) {
+T __shfl_sync(
+    unsigned mask,
+    T value,
+    int lane,
+    int width = 32,
+    const simt::Location& at = simt::Location::current()) {
   return simt::shuffle(
       mask, value, width, [=](int, int first) { return first + (lane & (width - 1)); }, at);
 }
 
 template <simt::Word T>
-T __shfl_xor_sync(unsigned mask, T value, int bits, int width = 32,
-                  const simt::Location& at = simt::Location::current()) {
+T __shfl_xor_sync(
+    unsigned mask,
+    T value,
+    int bits,
+    int width = 32,
+    const simt::Location& at = simt::Location::current()) {
   return simt::shuffle(mask, value, width, [=](int lane, int) { return (lane ^ bits) & 31; }, at);
 }
 
 template <simt::Word T>
-T __shfl_down_sync(unsigned mask, T value, unsigned distance, int width = 32,
-                   const simt::Location& at = simt::Location::current()) {
+T __shfl_down_sync(
+    unsigned mask,
+    T value,
+    unsigned distance,
+    int width = 32,
+    const simt::Location& at = simt::Location::current()) {
   return simt::shuffle(
-      mask, value, width, [=](int lane, int) { return lane + static_cast<int>(distance & 31); },
+      mask,
+      value,
+      width,
+      [=](int lane, int) { return lane + static_cast<int>(distance & 31); },
       at);
 }
 
-inline unsigned __ballot_sync(unsigned mask, int predicate,
-                              const simt::Location& at = simt::Location::current()) {
+inline unsigned __ballot_sync(
+    unsigned mask, int predicate, const simt::Location& at = simt::Location::current()) {
   return simt::ballot(mask, predicate != 0, at);
 }
 
-inline int __any_sync(unsigned mask, int predicate,
-                      const simt::Location& at = simt::Location::current()) {
+inline int __any_sync(
+    unsigned mask, int predicate, const simt::Location& at = simt::Location::current()) {
   return simt::ballot(mask, predicate != 0, at) != 0;
 }
 
-inline int __all_sync(unsigned mask, int predicate,
-                      const simt::Location& at = simt::Location::current()) {
+inline int __all_sync(
+    unsigned mask, int predicate, const simt::Location& at = simt::Location::current()) {
   return simt::ballot(mask, predicate != 0, at) == ~0u;
 }
 
@@ -118,8 +133,8 @@ T atomic(T* address, Next next, const Location& at) {
 
 template <class T, class Next>
 T atomic(fastguard::Shared<T> address, Next next, const Location& at) {
-  std::byte* bytes = launching->shared(
-      *address.array(), address.offset(), sizeof(T), Kind::shared_atomic, at);
+  std::byte* bytes =
+      launching->shared(*address.array(), address.offset(), sizeof(T), Kind::shared_atomic, at);
   T old;
   memcpy(&old, bytes, sizeof(old));
   const T now = next(old);
@@ -134,36 +149,47 @@ using ElementOf = typename std::pointer_traits<Pointer>::element_type;
 
 template <class Pointer, class T = simt::ElementOf<Pointer>>
   requires simt::OneOf<T, int, unsigned, unsigned long long, float, double>
-T atomicAdd(Pointer address, std::type_identity_t<T> value,
-            const simt::Location& at = simt::Location::current()) {
+T atomicAdd(
+    Pointer address,
+    std::type_identity_t<T> value,
+    const simt::Location& at = simt::Location::current()) {
   return simt::atomic(address, [=](T old) { return static_cast<T>(old + value); }, at);
 }
 
 template <class Pointer, class T = simt::ElementOf<Pointer>>
   requires simt::OneOf<T, int, unsigned, long long, unsigned long long>
-T atomicMin(Pointer address, std::type_identity_t<T> value,
-            const simt::Location& at = simt::Location::current()) {
+T atomicMin(
+    Pointer address,
+    std::type_identity_t<T> value,
+    const simt::Location& at = simt::Location::current()) {
   return simt::atomic(address, [=](T old) { return std::min(old, value); }, at);
 }
 
 template <class Pointer, class T = simt::ElementOf<Pointer>>
   requires simt::OneOf<T, int, unsigned, long long, unsigned long long>
-T atomicMax(Pointer address, std::type_identity_t<T> value,
-            const simt::Location& at = simt::Location::current()) {
+T atomicMax(
+    Pointer address,
+    std::type_identity_t<T> value,
+    const simt::Location& at = simt::Location::current()) {
   return simt::atomic(address, [=](T old) { return std::max(old, value); }, at);
 }
 
 template <class Pointer, class T = simt::ElementOf<Pointer>>
   requires simt::OneOf<T, int, unsigned, unsigned long long, float>
-T atomicExch(Pointer address, std::type_identity_t<T> value,
-             const simt::Location& at = simt::Location::current()) {
+T atomicExch(
+    Pointer address,
+    std::type_identity_t<T> value,
+    const simt::Location& at = simt::Location::current()) {
   return simt::atomic(address, [=](T) { return value; }, at);
 }
 
 template <class Pointer, class T = simt::ElementOf<Pointer>>
   requires simt::OneOf<T, int, unsigned, unsigned long long>
-T atomicCAS(Pointer address, std::type_identity_t<T> expected, std::type_identity_t<T> value,
-            const simt::Location& at = simt::Location::current()) {
+T atomicCAS(
+    Pointer address,
+    std::type_identity_t<T> expected,
+    std::type_identity_t<T> value,
+    const simt::Location& at = simt::Location::current()) {
   return simt::atomic(address, [=](T old) { return old == expected ? value : old; }, at);
 }
 
@@ -185,7 +211,8 @@ To bits_as(const From& from) {
 }
 
 template <class T>
-constexpr bool is_word = sizeof(T) == 1 || sizeof(T) == 2 || sizeof(T) == 4 || sizeof(T) == 8 || sizeof(T) == 16;
+constexpr bool is_word =
+    sizeof(T) == 1 || sizeof(T) == 2 || sizeof(T) == 4 || sizeof(T) == 8 || sizeof(T) == 16;
 
 template <class T>
 T load(const T* address, const simt::Location& at = simt::Location::current()) {

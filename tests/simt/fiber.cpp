@@ -43,8 +43,13 @@ namespace {
 constexpr size_t guard = 4096;  // a page at the low end: running over a stack's end is a fault
 
 std::byte* new_stack() {
-  void* memory = mmap(nullptr, Stacks::bytes, PROT_READ | PROT_WRITE,
-                      MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  void* memory = mmap(
+      nullptr,
+      Stacks::bytes,
+      PROT_READ | PROT_WRITE,
+      MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE,
+      -1,
+      0);
   if (memory == MAP_FAILED || mprotect(memory, guard, PROT_NONE) != 0) {
     throw std::runtime_error(std::string("simt: no stack for one more thread: ") + strerror(errno));
   }

@@ -17,8 +17,9 @@ void Memory::allow(const void* pointer, size_t bytes, std::string name, bool wri
   }
   const uintptr_t begin = number(pointer);
   const auto after = std::upper_bound(
-      ranges_.begin(), ranges_.end(), begin,
-      [](uintptr_t address, const Range& range) { return address < range.begin; });
+      ranges_.begin(), ranges_.end(), begin, [](uintptr_t address, const Range& range) {
+        return address < range.begin;
+      });
   const Range* neighbour = nullptr;
   if (after != ranges_.begin() && (after - 1)->end > begin) {
     neighbour = &*(after - 1);
@@ -26,8 +27,8 @@ void Memory::allow(const void* pointer, size_t bytes, std::string name, bool wri
     neighbour = &*after;
   }
   if (neighbour != nullptr) {
-    throw std::invalid_argument("simt: `" + name + "` overlaps `" + neighbour->name +
-                                "`: allow each byte of memory once");
+    throw std::invalid_argument(
+        "simt: `" + name + "` overlaps `" + neighbour->name + "`: allow each byte of memory once");
   }
   ranges_.insert(after, {begin, begin + bytes, std::move(name), writable});
   last_ = nullptr;
@@ -35,8 +36,9 @@ void Memory::allow(const void* pointer, size_t bytes, std::string name, bool wri
 
 const Memory::Range* Memory::find(uintptr_t address) const {
   const auto after = std::upper_bound(
-      ranges_.begin(), ranges_.end(), address,
-      [](uintptr_t address, const Range& range) { return address < range.begin; });
+      ranges_.begin(), ranges_.end(), address, [](uintptr_t address, const Range& range) {
+        return address < range.begin;
+      });
   return after == ranges_.begin() ? nullptr : &*(after - 1);
 }
 
@@ -56,13 +58,17 @@ void Memory::check(const void* pointer, size_t bytes, bool write, const Location
     return "at byte " + std::to_string(offset) + " of `" + last_->name + "`";
   };
   if (address + bytes > last_->end) {
-    fail("out_of_bounds", at,
-         what() + place() + ", which has " + std::to_string(last_->end - last_->begin));
+    fail(
+        "out_of_bounds",
+        at,
+        what() + place() + ", which has " + std::to_string(last_->end - last_->begin));
   }
   if (address % bytes != 0) {
-    fail("misaligned", at,
-         what() + place() + ", whose address is " + std::to_string(address % bytes) +
-             " above a multiple of " + std::to_string(bytes));
+    fail(
+        "misaligned",
+        at,
+        what() + place() + ", whose address is " + std::to_string(address % bytes) +
+            " above a multiple of " + std::to_string(bytes));
   }
   if (write && !last_->writable) {
     fail("read_only", at, what() + place() + ", which the launch may only read");

@@ -32,7 +32,7 @@ class Memory {
 
   const Range* find(uintptr_t address) const;
 
-  std::vector<Range> ranges_;           // ascending
+  std::vector<Range> ranges_;  // ascending
   int64_t touched_[2] = {0, 0};
   mutable const Range* last_ = nullptr;  // most accesses are near the one before them
 };

@@ -11,8 +11,10 @@ namespace {
 int64_t volume(const dim3& size) { return int64_t{size.x} * size.y * size.z; }
 
 uint3 place(int64_t number, const dim3& size) {
-  return {static_cast<unsigned>(number % size.x), static_cast<unsigned>(number / size.x % size.y),
-          static_cast<unsigned>(number / size.x / size.y)};
+  return {
+      static_cast<unsigned>(number % size.x),
+      static_cast<unsigned>(number / size.x % size.y),
+      static_cast<unsigned>(number / size.x / size.y)};
 }
 
 std::string text_of(const uint3& index) {
@@ -38,13 +40,19 @@ void fail(const char* kind, const Location& at, const std::string& text) {
 // --- a grid's way --------------------------------------------------------------------------------
 
 Launch::Launch(State& state, std::string kernel, const Shape& shape, std::function<void()> body)
-    : sites(state.sites), state_(state), options_(state.options), kernel_(std::move(kernel)),
-      shape_(shape), body_(std::move(body)), mma_order_(drawn_mma_order(options_.seed)) {
+    : sites(state.sites),
+      state_(state),
+      options_(state.options),
+      kernel_(std::move(kernel)),
+      shape_(shape),
+      body_(std::move(body)),
+      mma_order_(drawn_mma_order(options_.seed)) {
   const int64_t blocks = volume(shape.grid);
   const int64_t threads = volume(shape.block);
   if (blocks < 1 || threads < 1 || threads > 1024) {
-    throw std::invalid_argument("simt: " + kernel_ + " is launched with " + std::to_string(blocks) +
-                                " blocks of " + std::to_string(threads) + " threads");
+    throw std::invalid_argument(
+        "simt: " + kernel_ + " is launched with " + std::to_string(blocks) + " blocks of " +
+        std::to_string(threads) + " threads");
   }
   order_ = block_order(blocks, options_.seed);
   blocks_.resize(shape.cooperative ? blocks : std::min<int64_t>(blocks, options_.resident));
@@ -54,12 +62,13 @@ Launch::Launch(State& state, std::string kernel, const Shape& shape, std::functi
     block.threads.resize(threads);
     block.warps.resize((threads + 31) / 32);
     for (int64_t id = 0; id < threads; ++id) {
-      block.threads[id] = {.id = static_cast<uint16_t>(id),
-                           .lane = static_cast<unsigned>(id % 32),
-                           .index = place(id, shape.block),
-                           .warp = &block.warps[id / 32],
-                           .block = &block,
-                           .stack = slot * threads + id};
+      block.threads[id] = {
+          .id = static_cast<uint16_t>(id),
+          .lane = static_cast<unsigned>(id % 32),
+          .index = place(id, shape.block),
+          .warp = &block.warps[id / 32],
+          .block = &block,
+          .stack = slot * threads + id};
     }
     for (size_t i = 0; i < block.warps.size(); ++i) {
       block.warps[i].lanes = &block.threads[i * 32];
@@ -131,8 +140,10 @@ void Launch::end_thread() {
   Warp& warp = *running->warp;
   Block& block = *running->block;
   if (warp.arrived != 0) {
-    fail("divergent", warp.meeting->where,
-         "other lanes of the warp wait here for this one, which ends");
+    fail(
+        "divergent",
+        warp.meeting->where,
+        "other lanes of the warp wait here for this one, which ends");
   }
   check_no_copies();
   warp.alive &= ~(1u << running->lane);
@@ -167,8 +178,11 @@ Site& Launch::step(Kind kind, size_t bytes, const Location& at) {
 
 // --- errors --------------------------------------------------------------------------------------
 
-Error Launch::error_at(const char* kind, const Thread& thread, const std::string& where,
-                       const std::string& text) const {
+Error Launch::error_at(
+    const char* kind,
+    const Thread& thread,
+    const std::string& where,
+    const std::string& text) const {
   return Error(kind, kernel_, text_of(thread.block->index), text_of(thread.index), where, text);
 }
 
@@ -258,13 +272,17 @@ void Launch::grid_sync(const Location& at) {
 const std::byte* Launch::meet(Site& site, uint32_t mask, std::span<const std::byte> value) {
   Warp& warp = *running->warp;
   if (mask != ~0u) {
-    fail("partial_mask", site.where,
-         "the mask is " + std::to_string(mask) + ", not that of a whole warp");
+    fail(
+        "partial_mask",
+        site.where,
+        "the mask is " + std::to_string(mask) + ", not that of a whole warp");
   }
   if (warp.alive != ~0u) {
-    fail("divergent", site.where,
-         std::to_string(32 - __builtin_popcount(warp.alive)) +
-             " lanes of the warp have ended or never were");
+    fail(
+        "divergent",
+        site.where,
+        std::to_string(32 - __builtin_popcount(warp.alive)) +
+            " lanes of the warp have ended or never were");
   }
   if (warp.arrived != 0 && warp.meeting != &site) {
     fail("divergent", site.where, "other lanes of the warp wait at " + warp.meeting->where);
@@ -341,8 +359,10 @@ void Launch::store(void* address, const void* value, size_t bytes, const Locatio
   if (options_.block_races) {
     const int64_t other = stored_.conflict(address, value, bytes, running->block->number);
     if (other >= 0) {
-      fail("race", site.where,
-           "block " + text_of(place(other, shape_.grid)) + " stored another value there");
+      fail(
+          "race",
+          site.where,
+          "block " + text_of(place(other, shape_.grid)) + " stored another value there");
     }
   }
   if (options_.weak_memory) {
@@ -366,12 +386,12 @@ void Launch::atomic(void* address, size_t bytes, const Location& at) {
   }
 }
 
-std::byte* Launch::shared(SharedArray& array, int64_t offset, size_t bytes, Kind kind,
-                          const Location& at) {
+std::byte* Launch::shared(
+    SharedArray& array, int64_t offset, size_t bytes, Kind kind, const Location& at) {
   Site& site = step(kind, bytes, at);
   const Access access = kind == Kind::shared_load ? Access::read
-      : kind == Kind::shared_store               ? Access::write
-                                                 : Access::atomic;
+      : kind == Kind::shared_store                ? Access::write
+                                                  : Access::atomic;
   array.check(offset, bytes, at);
   array.track(offset, bytes, access, *running, site, at);
   if (options_.count) {

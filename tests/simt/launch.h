@@ -47,19 +47,24 @@ class Launch {
   void atomic(void* address, size_t bytes, const Location& at);
 
   // Kind: shared_load, shared_store or shared_atomic. The bytes, once the access is allowed.
-  std::byte* shared(SharedArray& array, int64_t offset, size_t bytes, Kind kind,
-                    const Location& at);
+  std::byte* shared(
+      SharedArray& array, int64_t offset, size_t bytes, Kind kind, const Location& at);
   SharedArray& dynamic_shared();
 
   // 16 bytes, zeros if not `valid`, which arrive when the thread waits.
-  void copy_async(SharedArray& to, int64_t offset, const void* from, bool valid,
-                  const Location& at);
+  void copy_async(
+      SharedArray& to, int64_t offset, const void* from, bool valid, const Location& at);
   void commit_async();
   void wait_async(size_t groups, const Location& at);  // until no more than these are on their way
 
   // Lane 8 i + r brings the address of row r of matrix i of `count`.
-  void ldmatrix(uint32_t* to, int count, bool transposed, SharedArray& array, int64_t offset,
-                const Location& at);
+  void ldmatrix(
+      uint32_t* to,
+      int count,
+      bool transposed,
+      SharedArray& array,
+      int64_t offset,
+      const Location& at);
 
   void barrier(const Location& at);
   void grid_sync(const Location& at);
@@ -99,8 +104,11 @@ class Launch {
   void arrive(const Copy& copy);
   void check_no_copies();
   [[noreturn]] void dead_lock();
-  Error error_at(const char* kind, const Thread& thread, const std::string& where,
-                 const std::string& text) const;
+  Error error_at(
+      const char* kind,
+      const Thread& thread,
+      const std::string& where,
+      const std::string& text) const;
 
   State& state_;
   const Options& options_;
@@ -114,7 +122,7 @@ class Launch {
   int64_t arrived_ = 0;  // at grid_sync
   std::deque<Block> blocks_;  // those that run
   std::optional<Scheduler> scheduler_;
-  std::vector<View> ended_;     // what blocks have stored and not fenced before they ended
+  std::vector<View> ended_;  // what blocks have stored and not fenced before they ended
   WeakMemory weak_;
   Stored stored_;
   std::optional<Error> error_;

@@ -4,9 +4,9 @@ namespace simt {
 
 Machine::Machine(Options asked) : State(std::move(asked)) {
   if (options.resident < 1 || options.step_limit < 1) {
-    throw std::invalid_argument("simt: resident=" + std::to_string(options.resident) +
-                                ", step_limit=" + std::to_string(options.step_limit) +
-                                " must be positive");
+    throw std::invalid_argument(
+        "simt: resident=" + std::to_string(options.resident) +
+        ", step_limit=" + std::to_string(options.step_limit) + " must be positive");
   }
 }
 

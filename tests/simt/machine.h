@@ -20,8 +20,14 @@ class Machine : State {
 
   // Arguments are passed by value, as by <<<>>>. Throws Error.
   template <class... Parameters, class... Arguments>
-  void launch(const std::string& name, dim3 grid, dim3 block, size_t dynamic_shared,
-              bool cooperative, void (*kernel)(Parameters...), Arguments&&... arguments) {
+  void launch(
+      const std::string& name,
+      dim3 grid,
+      dim3 block,
+      size_t dynamic_shared,
+      bool cooperative,
+      void (*kernel)(Parameters...),
+      Arguments&&... arguments) {
     const std::tuple<Parameters...> parameters(std::forward<Arguments>(arguments)...);
     run(name, {grid, block, dynamic_shared, cooperative}, [&] { std::apply(kernel, parameters); });
   }

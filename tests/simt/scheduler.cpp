@@ -16,7 +16,9 @@ unsigned lane_from(uint32_t mask, unsigned first) {
 }  // namespace
 
 Scheduler::Scheduler(const Options& options, std::vector<Warp*> warps)
-    : schedule_(options.schedule), warps_(std::move(warps)), random_(options.seed),
+    : schedule_(options.schedule),
+      warps_(std::move(warps)),
+      random_(options.seed),
       at_(warps_.size() - 1) {  // the first is next
   first_lane_ = options.seed == 0 ? 0 : random_() % 32;
   if (options.seed != 0) {
@@ -26,10 +28,14 @@ Scheduler::Scheduler(const Options& options, std::vector<Warp*> warps)
 
 Thread* Scheduler::next() {
   switch (schedule_) {
-    case Schedule::round_robin: return round_robin();
-    case Schedule::greedy: return greedy();
-    case Schedule::random: return random();
-    case Schedule::unfair: return unfair();
+    case Schedule::round_robin:
+      return round_robin();
+    case Schedule::greedy:
+      return greedy();
+    case Schedule::random:
+      return random();
+    case Schedule::unfair:
+      return unfair();
   }
   return nullptr;
 }

@@ -27,7 +27,7 @@ class Scheduler {
   std::vector<Warp*> warps_;
   std::mt19937_64 random_;
   unsigned first_lane_;
-  size_t at_;          // round robin: the place of the warp whose turn it is,
+  size_t at_;  // round robin: the place of the warp whose turn it is,
   uint32_t turn_ = 0;  // and its lanes that have not had theirs
   Warp* current_ = nullptr;
   std::vector<Thread*> aside_;  // unfair: until nobody else can run

@@ -37,11 +37,15 @@ class Element {
   operator Value() const&& { return read(); }
   Shared<T> operator&() const&&;
 
-  Element&& operator=(Value value) && requires(!std::is_const_v<T>) {
+  Element&& operator=(Value value) &&
+    requires(!std::is_const_v<T>)
+  {
     write(value);
     return std::move(*this);
   }
-  Element&& operator=(Element&& from) && requires(!std::is_const_v<T>) {
+  Element&& operator=(Element&& from) &&
+    requires(!std::is_const_v<T>)
+  {
     write(from.read());
     return std::move(*this);
   }
@@ -58,9 +62,7 @@ class Element {
     memcpy(&value, access(simt::Kind::shared_load), sizeof(value));
     return value;
   }
-  void write(Value value) const {
-    memcpy(access(simt::Kind::shared_store), &value, sizeof(value));
-  }
+  void write(Value value) const { memcpy(access(simt::Kind::shared_store), &value, sizeof(value)); }
   std::byte* access(simt::Kind kind) const {
     return simt::launching->shared(*array_, offset_, sizeof(T), kind, at_);
   }
@@ -78,14 +80,13 @@ class Shared {
 
   Shared() = default;
   Shared(simt::SharedArray* array, int64_t offset) : array_(array), offset_(offset) {}
-  Shared(const Shared<std::remove_const_t<T>>& other) requires std::is_const_v<T>
+  Shared(const Shared<std::remove_const_t<T>>& other)
+    requires std::is_const_v<T>
       : array_(other.array()), offset_(other.offset()) {}
   Shared(const Shared&) = default;
   Shared& operator=(const Shared&) = default;
 
-  Element<T> operator[](Index index) const {
-    return {array_, offset_ + index.i * bytes, index.at};
-  }
+  Element<T> operator[](Index index) const { return {array_, offset_ + index.i * bytes, index.at}; }
   Element<T> operator*() const { return (*this)[0]; }  // its site is this line: [] says more
 
   Shared operator+(int64_t count) const { return {array_, offset_ + count * bytes}; }

@@ -10,10 +10,10 @@ namespace simt {
 namespace {
 
 // In the place of a thread (0 to 1023) of a Shadow:
-constexpr uint16_t atomics = 0x8000;      // writer: atomics of any threads
-constexpr uint16_t on_its_way = 0x2000;   // writer: a copy of this thread that has not arrived
-constexpr uint16_t many_warps = 0x8000;   // reader: threads of two warps or more
-constexpr uint16_t many_lanes = 0x4000;   // reader: several lanes of the warp of this thread
+constexpr uint16_t atomics = 0x8000;  // writer: atomics of any threads
+constexpr uint16_t on_its_way = 0x2000;  // writer: a copy of this thread that has not arrived
+constexpr uint16_t many_warps = 0x8000;  // reader: threads of two warps or more
+constexpr uint16_t many_lanes = 0x4000;  // reader: several lanes of the warp of this thread
 
 int warp_of(uint16_t thread) { return (thread & 1023) / 32; }
 
@@ -52,25 +52,35 @@ std::string text_of(uint16_t other, const Site& site) {
 
 void SharedArray::check(int64_t offset, size_t count, const Location& at) const {
   if (offset < 0 || offset + count > bytes.size()) {
-    fail("out_of_bounds", at,
-         std::to_string(count) + " bytes at byte " + std::to_string(offset) +
-             " of the shared array `" + name + "`, which has " + std::to_string(bytes.size()));
+    fail(
+        "out_of_bounds",
+        at,
+        std::to_string(count) + " bytes at byte " + std::to_string(offset) +
+            " of the shared array `" + name + "`, which has " + std::to_string(bytes.size()));
   }
   if ((first_byte + offset) % count != 0) {
-    fail("misaligned", at,
-         std::to_string(count) + " bytes at byte " + std::to_string(offset) +
-             " of the shared array `" + name + "`");
+    fail(
+        "misaligned",
+        at,
+        std::to_string(count) + " bytes at byte " + std::to_string(offset) +
+            " of the shared array `" + name + "`");
   }
 }
 
-void SharedArray::track(int64_t offset, size_t count, Access access, const Thread& thread,
-                        const Site& site, const Location& at) {
+void SharedArray::track(
+    int64_t offset,
+    size_t count,
+    Access access,
+    const Thread& thread,
+    const Site& site,
+    const Location& at) {
   const auto race = [&](const char* what, uint16_t other, uint16_t other_site) {
-    fail("race", at,
-         std::string(access == Access::read ? "reads" : "writes") + " byte " +
-             std::to_string(offset) + " of the shared array `" + name + "`, which " + what +
-             " by " + text_of(other, launching->sites.all()[other_site]) +
-             "; nothing orders the two");
+    fail(
+        "race",
+        at,
+        std::string(access == Access::read ? "reads" : "writes") + " byte " +
+            std::to_string(offset) + " of the shared array `" + name + "`, which " + what + " by " +
+            text_of(other, launching->sites.all()[other_site]) + "; nothing orders the two");
   };
   const uint32_t now = launching->clock;
   for (const int64_t end = offset + count; offset < end; ++offset) {

@@ -32,8 +32,13 @@ struct SharedArray {
   void check(int64_t offset, size_t count, const Location& at) const;
 
   // Fails if another thread's access to these bytes is not ordered with this one.
-  void track(int64_t offset, size_t count, Access access, const Thread& thread, const Site& site,
-             const Location& at);
+  void track(
+      int64_t offset,
+      size_t count,
+      Access access,
+      const Thread& thread,
+      const Site& site,
+      const Location& at);
 
   void poison(int64_t offset, size_t count);  // with NaN
 };

@@ -30,8 +30,13 @@ MmaOrder drawn_mma_order(uint64_t seed) {
   return order;
 }
 
-void Launch::ldmatrix(uint32_t* to, int count, bool transposed, SharedArray& array, int64_t offset,
-                      const Location& at) {
+void Launch::ldmatrix(
+    uint32_t* to,
+    int count,
+    bool transposed,
+    SharedArray& array,
+    int64_t offset,
+    const Location& at) {
   struct Row {
     SharedArray* array;
     int64_t offset;

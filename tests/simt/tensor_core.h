@@ -19,8 +19,8 @@ float exp2_approx(float x, uint64_t seed);
 float reciprocal_approx(float x, uint64_t seed);
 
 template <int count, class T>
-void ldmatrix(uint32_t (&to)[count], fastguard::Shared<T> row, bool transposed,
-              const Location& at) {
+void ldmatrix(
+    uint32_t (&to)[count], fastguard::Shared<T> row, bool transposed, const Location& at) {
   launching->ldmatrix(to, count, transposed, *row.array(), row.offset(), at);
 }
 
@@ -31,8 +31,8 @@ namespace fastguard {
 // --- asynchronous copies ------------------------------------------------------------------------
 
 template <class T>
-void copy_async16(Shared<T> to, const T* from, bool valid,
-                  const simt::Location& at = simt::Location::current()) {
+void copy_async16(
+    Shared<T> to, const T* from, bool valid, const simt::Location& at = simt::Location::current()) {
   simt::launching->copy_async(*to.array(), to.offset(), from, valid, at);
 }
 
@@ -47,51 +47,57 @@ void wait_async(const simt::Location& at = simt::Location::current()) {
 // --- matrices of 8 rows of 16 bytes -------------------------------------------------------------
 
 template <class T>
-void ldmatrix_x1(uint32_t (&to)[1], Shared<T> row,
-                 const simt::Location& at = simt::Location::current()) {
+void ldmatrix_x1(
+    uint32_t (&to)[1], Shared<T> row, const simt::Location& at = simt::Location::current()) {
   simt::ldmatrix(to, row, false, at);
 }
 
 template <class T>
-void ldmatrix_x1_trans(uint32_t (&to)[1], Shared<T> row,
-                       const simt::Location& at = simt::Location::current()) {
+void ldmatrix_x1_trans(
+    uint32_t (&to)[1], Shared<T> row, const simt::Location& at = simt::Location::current()) {
   simt::ldmatrix(to, row, true, at);
 }
 
 template <class T>
-void ldmatrix_x2(uint32_t (&to)[2], Shared<T> row,
-                 const simt::Location& at = simt::Location::current()) {
+void ldmatrix_x2(
+    uint32_t (&to)[2], Shared<T> row, const simt::Location& at = simt::Location::current()) {
   simt::ldmatrix(to, row, false, at);
 }
 
 template <class T>
-void ldmatrix_x2_trans(uint32_t (&to)[2], Shared<T> row,
-                       const simt::Location& at = simt::Location::current()) {
+void ldmatrix_x2_trans(
+    uint32_t (&to)[2], Shared<T> row, const simt::Location& at = simt::Location::current()) {
   simt::ldmatrix(to, row, true, at);
 }
 
 template <class T>
-void ldmatrix_x4(uint32_t (&to)[4], Shared<T> row,
-                 const simt::Location& at = simt::Location::current()) {
+void ldmatrix_x4(
+    uint32_t (&to)[4], Shared<T> row, const simt::Location& at = simt::Location::current()) {
   simt::ldmatrix(to, row, false, at);
 }
 
 template <class T>
-void ldmatrix_x4_trans(uint32_t (&to)[4], Shared<T> row,
-                       const simt::Location& at = simt::Location::current()) {
+void ldmatrix_x4_trans(
+    uint32_t (&to)[4], Shared<T> row, const simt::Location& at = simt::Location::current()) {
   simt::ldmatrix(to, row, true, at);
 }
 
 // --- products -----------------------------------------------------------------------------------
 
 template <simt::OneOf<BFloat16, Float16> T>
-void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
-                  const simt::Location& at = simt::Location::current()) {
+void mma_m16n8k16(
+    float (&d)[4],
+    const uint32_t (&a)[4],
+    const uint32_t (&b)[2],
+    const simt::Location& at = simt::Location::current()) {
   simt::mma<T>(d, {{a[0], a[1], a[2], a[3]}, {b[0], b[1]}}, at);
 }
 
-inline void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
-                             const simt::Location& at = simt::Location::current()) {
+inline void mma_m16n8k8_tf32(
+    float (&d)[4],
+    const uint32_t (&a)[4],
+    const uint32_t (&b)[2],
+    const simt::Location& at = simt::Location::current()) {
   simt::mma<float>(d, {{a[0], a[1], a[2], a[3]}, {b[0], b[1]}}, at);
 }
 

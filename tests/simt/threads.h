@@ -32,7 +32,7 @@ struct Copy {
 };
 
 struct Copies {
-  std::vector<Copy> open;                 // not yet committed
+  std::vector<Copy> open;  // not yet committed
   std::vector<std::vector<Copy>> groups;  // committed, in order
 };
 
@@ -43,7 +43,7 @@ struct Thread {
   Warp* warp;
   Block* block;
   size_t stack;
-  void* saved = nullptr;        // where simt_switch goes on
+  void* saved = nullptr;  // where simt_switch goes on
   const Site* waits = nullptr;  // at which barrier or collective
   int64_t steps = 0;
   bool after_atomic = false;  // its last call of the machine was one

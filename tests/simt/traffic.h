@@ -25,7 +25,7 @@ class Traffic {
   };
 
   std::vector<AtSite> sites_;  // by Site::index
-  std::vector<int> met_;       // those of sites_ that have requests
+  std::vector<int> met_;  // those of sites_ that have requests
 };
 
 }  // namespace simt

@@ -16,7 +16,7 @@ struct View {
 
   int64_t block;
   uint32_t known = 0;  // how many changes came before its last atomic
-  uint32_t seen = 0;   // and before the one before its last fence: these it sees
+  uint32_t seen = 0;  // and before the one before its last fence: these it sees
   std::unordered_map<uintptr_t, uint8_t> stored;  // that no other block can see yet, by address
 };
 

@@ -96,9 +96,7 @@ __global__ void copy_from_beyond(float* x) { arrive_own(x + 4); }
 
 __global__ void copy_from_across(float* x) { arrive_own(x + 1); }
 
-__global__ void copy_to_beyond(float* x) {
-  copy_async16(dynamic_shared<float>() + 256, x, true);
-}
+__global__ void copy_to_beyond(float* x) { copy_async16(dynamic_shared<float>() + 256, x, true); }
 
 __global__ void copy_to_across(float* x) { copy_async16(dynamic_shared<float>() + 1, x, true); }
 

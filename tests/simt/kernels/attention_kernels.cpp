@@ -41,7 +41,9 @@ class Arguments {
   }
 
   template <class T = double>
-  T number(const char* name) const { return given_[name].cast<T>(); }
+  T number(const char* name) const {
+    return given_[name].cast<T>();
+  }
 
   Attention attention() const {
     const auto by = strides(number<bool>("mask_is_added") ? "added" : "shown");
@@ -130,10 +132,14 @@ simt::Report attention_backward(const Options& options, const py::dict& given) {
   with_width<T>(std::max(a.head_dim, a.value_dim), [&](auto width) {
     using Tiles = BackwardTiles<T, width>;
     launch(
-        "attention_grad_query_kernel", Tiles::query_blocks(backward), Tiles::bytes,
+        "attention_grad_query_kernel",
+        Tiles::query_blocks(backward),
+        Tiles::bytes,
         attention_grad_query_kernel<T, width>);
     launch(
-        "attention_grad_key_kernel", Tiles::key_blocks(backward), Tiles::bytes,
+        "attention_grad_key_kernel",
+        Tiles::key_blocks(backward),
+        Tiles::bytes,
         attention_grad_key_kernel<T, width>);
   });
   return machine.report();

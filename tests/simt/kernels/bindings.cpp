@@ -16,22 +16,41 @@ using simt::Options;
 using simt::Report;
 namespace py = pybind11;
 
-Report reduce(const Options& options, int blocks, const py::array& x, const py::array& partial,
-              const py::array& ended, const py::array& sum) {
+Report reduce(
+    const Options& options,
+    int blocks,
+    const py::array& x,
+    const py::array& partial,
+    const py::array& ended,
+    const py::array& sum) {
   Machine machine(options);
-  machine.launch("reduce_kernel", blocks, fastguard::reduce_threads, 0, false,
-                 fastguard::reduce_kernel, allow<const float>(machine, x, "x"), x.size(),
-                 allow<double>(machine, partial, "partial"),
-                 allow<unsigned>(machine, ended, "ended"), allow<double>(machine, sum, "sum"));
+  machine.launch(
+      "reduce_kernel",
+      blocks,
+      fastguard::reduce_threads,
+      0,
+      false,
+      fastguard::reduce_kernel,
+      allow<const float>(machine, x, "x"),
+      x.size(),
+      allow<double>(machine, partial, "partial"),
+      allow<unsigned>(machine, ended, "ended"),
+      allow<double>(machine, sum, "sum"));
   return machine.report();
 }
 
-Report normalise(const Options& options, int blocks, const py::array& x,
-                 const py::array& partial) {
+Report normalise(const Options& options, int blocks, const py::array& x, const py::array& partial) {
   Machine machine(options);
-  machine.launch("normalise_kernel", blocks, fastguard::reduce_threads, 0, true,
-                 fastguard::normalise_kernel, allow<float>(machine, x, "x"), x.size(),
-                 allow<double>(machine, partial, "partial"));
+  machine.launch(
+      "normalise_kernel",
+      blocks,
+      fastguard::reduce_threads,
+      0,
+      true,
+      fastguard::normalise_kernel,
+      allow<float>(machine, x, "x"),
+      x.size(),
+      allow<double>(machine, partial, "partial"));
   return machine.report();
 }
 
@@ -39,52 +58,104 @@ Report transpose(const Options& options, bool padded, const py::array& from, con
   Machine machine(options);
   const int64_t rows = from.shape(0);
   const int64_t columns = from.shape(1);
-  const dim3 grid((columns + fastguard::tile - 1) / fastguard::tile,
-                  (rows + fastguard::tile - 1) / fastguard::tile);
-  machine.launch("transpose_kernel", grid, {fastguard::tile, fastguard::tile_rows}, 0, false,
-                 padded ? fastguard::transpose_kernel<33> : fastguard::transpose_kernel<32>,
-                 allow<const float>(machine, from, "from"), allow<float>(machine, to, "to"), rows,
-                 columns);
+  const dim3 grid(
+      (columns + fastguard::tile - 1) / fastguard::tile,
+      (rows + fastguard::tile - 1) / fastguard::tile);
+  machine.launch(
+      "transpose_kernel",
+      grid,
+      {fastguard::tile, fastguard::tile_rows},
+      0,
+      false,
+      padded ? fastguard::transpose_kernel<33> : fastguard::transpose_kernel<32>,
+      allow<const float>(machine, from, "from"),
+      allow<float>(machine, to, "to"),
+      rows,
+      columns);
   return machine.report();
 }
 
 Report reverse(const Options& options, const py::array& from, const py::array& to) {
   Machine machine(options);
-  machine.launch("reverse_kernel", 1, from.size(), from.size() * sizeof(float), false,
-                 fastguard::reverse_kernel, allow<const float>(machine, from, "from"),
-                 allow<float>(machine, to, "to"));
+  machine.launch(
+      "reverse_kernel",
+      1,
+      from.size(),
+      from.size() * sizeof(float),
+      false,
+      fastguard::reverse_kernel,
+      allow<const float>(machine, from, "from"),
+      allow<float>(machine, to, "to"));
   return machine.report();
 }
 
-Report shuffle(const Options& options, const py::array& values, int argument, int width,
-               const py::array& out) {
+Report shuffle(
+    const Options& options,
+    const py::array& values,
+    int argument,
+    int width,
+    const py::array& out) {
   Machine machine(options);
-  machine.launch("shuffle_kernel", 1, 32, 0, false, fastguard::shuffle_kernel,
-                 allow<const int64_t>(machine, values, "values"), argument, width,
-                 allow<int64_t>(machine, out, "out"));
+  machine.launch(
+      "shuffle_kernel",
+      1,
+      32,
+      0,
+      false,
+      fastguard::shuffle_kernel,
+      allow<const int64_t>(machine, values, "values"),
+      argument,
+      width,
+      allow<int64_t>(machine, out, "out"));
   return machine.report();
 }
 
-Report histogram(const Options& options, const py::array& x, const py::array& counts,
-                 const py::array& sum, const py::array& least, const py::array& greatest,
-                 const py::array& lock) {
+Report histogram(
+    const Options& options,
+    const py::array& x,
+    const py::array& counts,
+    const py::array& sum,
+    const py::array& least,
+    const py::array& greatest,
+    const py::array& lock) {
   Machine machine(options);
-  machine.launch("histogram_kernel", (x.size() + 63) / 64, 64, 0, false,
-                 fastguard::histogram_kernel, allow<const int>(machine, x, "x"), x.size(),
-                 allow<int>(machine, counts, "counts"), allow<double>(machine, sum, "sum"),
-                 allow<int>(machine, least, "least"), allow<int>(machine, greatest, "greatest"),
-                 allow<int>(machine, lock, "lock"));
+  machine.launch(
+      "histogram_kernel",
+      (x.size() + 63) / 64,
+      64,
+      0,
+      false,
+      fastguard::histogram_kernel,
+      allow<const int>(machine, x, "x"),
+      x.size(),
+      allow<int>(machine, counts, "counts"),
+      allow<double>(machine, sum, "sum"),
+      allow<int>(machine, least, "least"),
+      allow<int>(machine, greatest, "greatest"),
+      allow<int>(machine, lock, "lock"));
   return machine.report();
 }
 
-Report copy(const Options& options, int n, const py::array& from, int offset, int stride,
-            const py::array& to) {
+Report copy(
+    const Options& options,
+    int n,
+    const py::array& from,
+    int offset,
+    int stride,
+    const py::array& to) {
   Machine machine(options);
   const int64_t count = to.size() / n;
-  machine.launch("copy_kernel", (count + 63) / 64, 64, 0, false,
-                 n == 4 ? fastguard::copy_kernel<4> : fastguard::copy_kernel<1>,
-                 allow<const float>(machine, from, "from") + offset,
-                 allow<float>(machine, to, "to"), count, stride);
+  machine.launch(
+      "copy_kernel",
+      (count + 63) / 64,
+      64,
+      0,
+      false,
+      n == 4 ? fastguard::copy_kernel<4> : fastguard::copy_kernel<1>,
+      allow<const float>(machine, from, "from") + offset,
+      allow<float>(machine, to, "to"),
+      count,
+      stride);
   return machine.report();
 }
 
@@ -93,25 +164,40 @@ Report stride(const Options& options, int n, int stride, const py::array& out) {
   auto* const kernel = n == 4 ? fastguard::stride_kernel<4>
       : n == 2                ? fastguard::stride_kernel<2>
                               : fastguard::stride_kernel<1>;
-  machine.launch("stride_kernel", 1, 32, 32 * stride * n * sizeof(float), false, kernel,
-                 allow<float>(machine, out, "out"), stride);
+  machine.launch(
+      "stride_kernel",
+      1,
+      32,
+      32 * stride * n * sizeof(float),
+      false,
+      kernel,
+      allow<float>(machine, out, "out"),
+      stride);
   return machine.report();
 }
 
 #define FAULT(name) {#name, fastguard::name}
 const std::map<std::string, void (*)(float*)> faults = {
-    FAULT(load_beyond),       FAULT(load_before),         FAULT(load_across),
-    FAULT(shared_beyond),     FAULT(shared_before),       FAULT(shared_across),
-    FAULT(write_after_write), FAULT(read_after_write),    FAULT(write_after_read),
-    FAULT(atomic_and_plain),  FAULT(shuffle_is_no_fence), FAULT(other_barrier),
-    FAULT(other_collective),  FAULT(lane_ends_first),     FAULT(lane_ends_last),
-    FAULT(half_a_mask),       FAULT(half_at_the_barrier), FAULT(odd_width),
-    FAULT(grid_sync_alone),   FAULT(no_end),              FAULT(blocks_disagree),
+    FAULT(load_beyond),         FAULT(load_before),
+    FAULT(load_across),         FAULT(shared_beyond),
+    FAULT(shared_before),       FAULT(shared_across),
+    FAULT(write_after_write),   FAULT(read_after_write),
+    FAULT(write_after_read),    FAULT(atomic_and_plain),
+    FAULT(shuffle_is_no_fence), FAULT(other_barrier),
+    FAULT(other_collective),    FAULT(lane_ends_first),
+    FAULT(lane_ends_last),      FAULT(half_a_mask),
+    FAULT(half_at_the_barrier), FAULT(odd_width),
+    FAULT(grid_sync_alone),     FAULT(no_end),
+    FAULT(blocks_disagree),
 };
 #undef FAULT
 
-Report fault(const Options& options, const std::string& name, int blocks, bool writable,
-             const py::array& x) {
+Report fault(
+    const Options& options,
+    const std::string& name,
+    int blocks,
+    bool writable,
+    const py::array& x) {
   Machine machine(options);
   float* const memory = static_cast<float*>(const_cast<void*>(x.data()));
   machine.memory.allow(memory, x.nbytes(), "x", writable);

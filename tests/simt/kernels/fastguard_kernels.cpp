@@ -21,7 +21,8 @@ using simt::Options;
 namespace py = pybind11;
 
 // data, other (0 for none), numel, type, type of the other, (stride, row-major stride)...
-using Tensor = std::tuple<uintptr_t, uintptr_t, int64_t, int, int, std::vector<std::pair<int64_t, int64_t>>>;
+using Tensor =
+    std::tuple<uintptr_t, uintptr_t, int64_t, int, int, std::vector<std::pair<int64_t, int64_t>>>;
 using Tensors = std::vector<Tensor>;
 
 // A machine whose memory holds the tensors and their plan.
@@ -29,7 +30,9 @@ class Device {
  public:
   // `writes` the tensors, `writes_others` those of the second list.
   Device(const Options& options, const Tensors& tensors, bool writes, bool writes_others = false)
-      : machine(options), host_(given(tensors, writes, writes_others)), memory_(host_.bytes() / sizeof(Word16)) {
+      : machine(options),
+        host_(given(tensors, writes, writes_others)),
+        memory_(host_.bytes() / sizeof(Word16)) {
     std::memset(static_cast<void*>(memory_.data()), 0xff, host_.bytes());
     machine.memory.allow(memory_.data(), host_.bytes(), "plan", true);
     plan = host_.at(memory_.data());
@@ -37,9 +40,19 @@ class Device {
       const int n = static_cast<int>(std::min<size_t>(upload_words, host_.words.size() - begin));
       UploadPart part;
       std::copy_n(&host_.words[begin], n, part.words);
-      machine.launch("upload_kernel", (n + threads - 1) / threads, threads, 0, false, upload_kernel, part, &memory_[begin], n);
+      machine.launch(
+          "upload_kernel",
+          (n + threads - 1) / threads,
+          threads,
+          0,
+          false,
+          upload_kernel,
+          part,
+          &memory_[begin],
+          n);
     }
-    machine.launch("expand_plan_kernel", plan.tensors + 1, threads, 0, false, expand_plan_kernel, plan);
+    machine.launch(
+        "expand_plan_kernel", plan.tensors + 1, threads, 0, false, expand_plan_kernel, plan);
   }
 
   Machine machine;
@@ -118,20 +131,34 @@ Deciding deciding_of(Machine& machine, const py::dict& given) {
 }
 
 simt::Report grad_norm(
-    const Options& options, int blocks, const Tensors& tensors, int repeats, const py::dict& out,
+    const Options& options,
+    int blocks,
+    const Tensors& tensors,
+    int repeats,
+    const py::dict& out,
     const std::optional<py::dict>& decision) {
   Device device(options, tensors, false);
   const Norms norms = norms_of(device.machine, out);
   const Deciding deciding = decision ? deciding_of(device.machine, *decision) : Deciding{};
   for (int i = 0; i < repeats; ++i) {
     device.machine.launch(
-        "grad_norm_kernel", blocks, threads, 0, false, grad_norm_kernel, device.plan, norms, deciding);
+        "grad_norm_kernel",
+        blocks,
+        threads,
+        0,
+        false,
+        grad_norm_kernel,
+        device.plan,
+        norms,
+        deciding);
   }
   return device.machine.report();
 }
 
 simt::Report guard_decide(
-    const Options& options, const py::array& total_norm, const py::array& norms,
+    const Options& options,
+    const py::array& total_norm,
+    const py::array& norms,
     const py::dict& decision) {
   Machine machine(options);
   machine.launch(
@@ -149,7 +176,10 @@ simt::Report guard_decide(
 }
 
 simt::Report decide_(
-    const Options& options, const py::array& total_norm, double max_norm, double skip_norm,
+    const Options& options,
+    const py::array& total_norm,
+    double max_norm,
+    double skip_norm,
     const py::dict& out) {
   Machine machine(options);
   machine.launch(
@@ -168,7 +198,10 @@ simt::Report decide_(
 }
 
 simt::Report scale(
-    const Options& options, int blocks, const Tensors& tensors, const py::array& clip_coef,
+    const Options& options,
+    int blocks,
+    const Tensors& tensors,
+    const py::array& clip_coef,
     int next_coef) {
   Device device(options, tensors, true);
   device.machine.launch(
@@ -185,8 +218,13 @@ simt::Report scale(
 }
 
 simt::Report clip(
-    const Options& options, int blocks, const Tensors& tensors, double max_norm, double skip_norm,
-    bool float32_norm, const py::dict& out) {
+    const Options& options,
+    int blocks,
+    const Tensors& tensors,
+    double max_norm,
+    double skip_norm,
+    bool float32_norm,
+    const py::dict& out) {
   Device device(options, tensors, true);
   device.machine.launch(
       "clip_kernel",
@@ -207,8 +245,14 @@ simt::Report clip(
 }
 
 simt::Report adamw(
-    const Options& options, int blocks, const Tensors& tensors, const py::dict& state,
-    const py::array& grad_coef, int next_coef, const py::array& verdict, const py::dict& rule) {
+    const Options& options,
+    int blocks,
+    const Tensors& tensors,
+    const py::dict& state,
+    const py::array& grad_coef,
+    int next_coef,
+    const py::array& verdict,
+    const py::dict& rule) {
   Device device(options, tensors, true);
   Machine& machine = device.machine;
   const auto moments = [&](const char* name) -> void* {
@@ -251,8 +295,12 @@ simt::Report adamw(
 }
 
 simt::Report accumulate(
-    const Options& options, int blocks, const Tensors& tensors, const py::array& verdict,
-    const py::array& window, double weight) {
+    const Options& options,
+    int blocks,
+    const Tensors& tensors,
+    const py::array& verdict,
+    const py::array& window,
+    double weight) {
   Device device(options, tensors, true);
   device.machine.launch(
       "accumulate_kernel",
@@ -269,16 +317,38 @@ simt::Report accumulate(
 }
 
 simt::Report settle(
-    const Options& options, int blocks, const Tensors& tensors, const py::array& verdict,
-    const py::array& owners, const py::array& lost) {
+    const Options& options,
+    int blocks,
+    const Tensors& tensors,
+    const py::array& verdict,
+    const py::array& owners,
+    const py::array& lost) {
   Device device(options, tensors, true, true);
   const auto* of_step = allow<const int64_t>(device.machine, verdict, "verdict");
   const auto* owner = allow<const int64_t>(device.machine, owners, "owners");
   auto* found = reinterpret_cast<unsigned*>(allow<int32_t>(device.machine, lost, "lost"));
   device.machine.launch(
-      "find_lost_kernel", blocks, threads, 0, false, find_lost_kernel, device.plan, of_step, owner, found);
+      "find_lost_kernel",
+      blocks,
+      threads,
+      0,
+      false,
+      find_lost_kernel,
+      device.plan,
+      of_step,
+      owner,
+      found);
   device.machine.launch(
-      "settle_kernel", blocks, threads, 0, false, settle_kernel, device.plan, of_step, owner, found);
+      "settle_kernel",
+      blocks,
+      threads,
+      0,
+      false,
+      settle_kernel,
+      device.plan,
+      of_step,
+      owner,
+      found);
   return device.machine.report();
 }
 

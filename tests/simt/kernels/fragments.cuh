@@ -53,8 +53,14 @@ __global__ void mma_kernel(const uint32_t* a, const uint32_t* b, float* d) {
   }
 }
 
-__global__ void numbers_kernel(const float* x, const float* y, int n, float* most, float* least,
-                               float* power, float* inverse) {
+__global__ void numbers_kernel(
+    const float* x,
+    const float* y,
+    int n,
+    float* most,
+    float* least,
+    float* power,
+    float* inverse) {
   const int i = blockIdx.x * blockDim.x + threadIdx.x;
   if (within(i, n)) {
     store(most + i, max_nan(load(x + i), load(y + i)));

@@ -34,15 +34,22 @@ struct Tile {
 // Brings the tile at (top, left) of a matrix on its way; zeros stand for what is outside. Both
 // `columns` and `left` are multiples of what 16 bytes hold.
 template <class T, bool swizzled>
-__device__ void copy_tile(Tile<T, swizzled> tile, const T* matrix, int64_t rows, int64_t columns,
-                          int64_t top, int64_t left) {
+__device__ void copy_tile(
+    Tile<T, swizzled> tile,
+    const T* matrix,
+    int64_t rows,
+    int64_t columns,
+    int64_t top,
+    int64_t left) {
   for (int i = threadIdx.x; i < matmul_tile * tile_chunks; i += matmul_threads) {
     const int64_t row = top + i / tile_chunks;
     const int64_t column = left + i % tile_chunks * chunk_elements<T>;
     const bool row_exists = within(row, rows);
     const bool column_exists = within(column, columns);
-    copy_async16(tile.at(i / tile_chunks, i % tile_chunks), matrix + row * columns + column,
-                 row_exists && column_exists);
+    copy_async16(
+        tile.at(i / tile_chunks, i % tile_chunks),
+        matrix + row * columns + column,
+        row_exists && column_exists);
   }
 }
 
@@ -111,9 +118,7 @@ __global__ void __launch_bounds__(matmul_threads)
   const int64_t top = int64_t{blockIdx.y} * matmul_tile;
   const int64_t left = int64_t{blockIdx.x} * matmul_tile;
   const int tiles = static_cast<int>((depth + step - 1) / step);
-  const auto tile = [](int i) {
-    return Tile<T, swizzled>{dynamic_shared<T>(i * tile_bytes)};
-  };
+  const auto tile = [](int i) { return Tile<T, swizzled>{dynamic_shared<T>(i * tile_bytes)}; };
   const auto copy = [&](int i) {
     copy_tile(tile(i % 2), a, rows, depth, top, int64_t{i} * step);
     if constexpr (b_rows) {

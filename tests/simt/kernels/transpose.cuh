@@ -11,7 +11,7 @@ constexpr int tile_rows = 8;  // rows that the block of 32 x 8 threads moves at 
 
 template <int row>
 __global__ void transpose_kernel(const float* from, float* to, int64_t rows, int64_t columns) {
-  FASTGUARD_SHARED(float, staged, tile * row);
+  FASTGUARD_SHARED(float, staged, tile* row);
   const int x = threadIdx.x;
   const int64_t top = int64_t{blockIdx.y} * tile;
   const int64_t left = int64_t{blockIdx.x} * tile;

@@ -26,7 +26,8 @@ namespace {
 constexpr int sms = 2;
 constexpr int blocks_per_sm = 2;
 constexpr size_t most_shared = 48 << 10;  // unless cudaFuncSetAttribute has asked for more
-constexpr int most_to_ask_for = 99 << 10;  // of a block on sm_86, sm_89 and sm_120, which have least
+constexpr int most_to_ask_for = 99
+    << 10;  // of a block on sm_86, sm_89 and sm_120, which have least
 
 std::string name_of(const void* kernel) {
   Dl_info info;
@@ -123,7 +124,9 @@ class Gpu {
     return std::exchange(launches_, {});
   }
 
-  static int device_of(cudaStream_t stream) { return static_cast<int>(reinterpret_cast<uintptr_t>(stream) >> 32); }
+  static int device_of(cudaStream_t stream) {
+    return static_cast<int>(reinterpret_cast<uintptr_t>(stream) >> 32);
+  }
   cudaStream_t stream_of(int device) const {
     return reinterpret_cast<cudaStream_t>(static_cast<uintptr_t>(device) << 32 | stream);
   }
@@ -146,8 +149,13 @@ class Gpu {
     machine_->memory = allocations();
     const auto& [config, cooperative, name, body] = launched;
     machine_->launch(
-        name, config.gridDim, config.blockDim, config.dynamicSmemBytes, cooperative,
-        +[](const std::function<void()>* run) { (*run)(); }, &body);
+        name,
+        config.gridDim,
+        config.blockDim,
+        config.dynamicSmemBytes,
+        cooperative,
+        +[](const std::function<void()>* run) { (*run)(); },
+        &body);
   }
 
   std::mutex mutex_;

@@ -68,9 +68,7 @@ cudaError_t cudaLaunchKernelEx(
   static_assert((0 + ... + sizeof(Parameters)) <= 32764, "CUDA takes no more");
   const std::tuple<Parameters...> parameters(std::forward<Arguments>(arguments)...);
   return simt::launch(
-      *config,
-      reinterpret_cast<const void*>(kernel),
-      [=] { std::apply(kernel, parameters); });
+      *config, reinterpret_cast<const void*>(kernel), [=] { std::apply(kernel, parameters); });
 }
 
 namespace fastguard {
