@@ -36,10 +36,7 @@ class Regression(lightning.LightningModule):
     def configure_optimizers(self):
         optimizer = torch.optim.AdamW(self.parameters(), lr=1e-2)
         scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, total_iters=100)
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
-        }
+        return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
 
 
 def main():
@@ -47,15 +44,8 @@ def main():
     torch.manual_seed(0)
     module = Regression()
     callback = GuardCallback(max_norm=1.0, skip_norm=10.0)
-    trainer = lightning.Trainer(
-        accelerator="cpu",
-        max_epochs=1,
-        callbacks=[callback],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_checkpointing": False}
+    trainer = lightning.Trainer(accelerator="cpu", max_epochs=1, callbacks=[callback], **quiet)
     trainer.fit(module, torch.utils.data.DataLoader([*batches(100, bad=40)], batch_size=None))
 
     skipped = trainer.callback_metrics["guard/skipped_steps"]

@@ -1,4 +1,4 @@
-"""The README's commands in an environment without extras: each runs, or names the extra."""
+"""The documents' commands in an environment without extras: each runs, or names the extra."""
 
 import json
 import os
@@ -14,14 +14,18 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from . import recordings
+from .docs.blocks import documents
 
 ROOT = Path(__file__).resolve().parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+#: Without that for developers, who have the extras.
+DOCUMENTS = "".join(
+    path.read_text(encoding="utf-8") for path in documents() if path.name != "CONTRIBUTING.md"
+)
 
 
-def readme_commands():
-    """Files and modules that the README has Python run, and the trainer's table of commands."""
-    text = README.replace("\\\n", " ")
+def documented_commands():
+    """Files and modules that the documents have Python run, and the trainer's table of commands."""
+    text = DOCUMENTS.replace("\\\n", " ")
     named = re.findall(r"python\s+(bench/\w+\.py|-m\s+[\w.]*\w)|torchrun[^`\n]* (-m [\w.]+)", text)
     commands = {" ".join((one or two).split()) for one, two in named} - {"-m fastguard"}
     table = re.search(r"\| `python -m fastguard\.` \| \|\n\|---\|---\|\n((?:\|.*\n)+)", text)
@@ -29,7 +33,7 @@ def readme_commands():
 
 
 def commands_of_the_checkout():
-    """All files that can be run, by what README would call them."""
+    """All files that can be run, by what a document would call them."""
     found = set()
     for pattern in ("fastguard/*.py", "*/*/__main__.py", "bench/*.py", "tests/*.py"):
         for path in ROOT.glob(pattern):
@@ -40,11 +44,11 @@ def commands_of_the_checkout():
     return found
 
 
-#: Of those of tests/, which are for developers, the ones that README has its readers run.
+#: Of those of tests/, which are for developers, the ones that a document has its readers run.
 COMMANDS = sorted(
     command
     for command in commands_of_the_checkout()
-    if not command.startswith("-m tests.") or command in readme_commands()
+    if not command.startswith("-m tests.") or command in documented_commands()
 )
 
 #: Runs each command with --help in one process, which imports torch once.
@@ -153,8 +157,8 @@ def test_the_environment_has_no_extras(plain):
         assert f"ModuleNotFoundError: No module named '{module}'" in done.stderr
 
 
-def test_the_readmes_commands_are_there():
-    named = readme_commands()
+def test_the_documents_commands_are_there():
+    named = documented_commands()
     assert len(named) >= 12
     assert named <= set(COMMANDS)
 

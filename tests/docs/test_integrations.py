@@ -1,15 +1,10 @@
-"""The blocks of README's "The guard in other loops" run, and a NaN batch leaves no NaN."""
-
-import re
-from pathlib import Path
+"""The blocks of docs/integrations.md run, and a NaN batch leaves no NaN."""
 
 import lightning
 import pytest
 import torch
 
-from fastguard import GradGuard
-
-from .runs import (
+from tests.integrations.runs import (
     OPTIMIZERS,
     LightningNet,
     Net,
@@ -21,17 +16,10 @@ from .runs import (
     transformers_trainer,
 )
 
-README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
-START, END = map(README.index, ("## The guard in other loops", "## What it costs"))
-BLOCKS = re.findall(r"```python\n(.*?)```", README[START:END], re.DOTALL)
+from .blocks import run_block
+
 ADAMW = OPTIMIZERS["torch.AdamW"]
 DATA = batches(6, {2: "NaN input"})
-
-
-def block(word):
-    """The one block with this word."""
-    (found,) = [text for text in BLOCKS if word in text]
-    return found
 
 
 def assert_finite(model):
@@ -42,29 +30,12 @@ def skips(caplog):
     return [r.message for r in caplog.records if "skipping batch" in r.message]
 
 
-def test_every_block_is_run_here():
-    words = "guard.attach(", "integrations.lightning", "integrations.transf", "integrations.acc"
-    assert sorted(map(block, words)) == sorted(BLOCKS)
-
-
-def test_attach(caplog):
-    model = Net()
-    optimizer = ADAMW(model.parameters())
-    here = {"torch": torch, "GradGuard": GradGuard, "model": model, "optimizer": optimizer}
-    here |= {"scheduler": scheduler_of(optimizer), "scaler": grad_scaler(), "device": "cpu"}
-    here |= {"loader": DATA, "loss": lambda model, batch: model(batch)["loss"]}
-    exec(block("guard.attach("), here)
-    assert_finite(model)
-    assert len(skips(caplog)) == 1
-    assert here["scheduler"].last_epoch == 5
-
-
 def test_lightning(caplog):
     def trainer_of(**options):
         return lightning_trainer(**options)
 
     here = {"Trainer": trainer_of}
-    exec(block("integrations.lightning"), here)
+    run_block("lightning", here)
     module = LightningNet(ADAMW)
     assert isinstance(here["trainer"], lightning.Trainer)
     here["trainer"].fit(module, torch.utils.data.DataLoader(DATA, batch_size=None))
@@ -74,7 +45,7 @@ def test_lightning(caplog):
 
 def test_transformers(caplog):
     trainer = transformers_trainer(ADAMW, "fp32", DATA, max_grad_norm=0.5)
-    exec(block("integrations.transf"), {"trainer": trainer})
+    run_block("transformers", {"trainer": trainer})
     trainer.train()
     assert_finite(trainer.model)
     assert len(skips(caplog)) == 1
@@ -87,7 +58,7 @@ def test_accelerate(scaler, caplog):
     optimizer = ADAMW(model.parameters())
     here = {"accelerator": accelerator_of(scaler=scaler), "model": model, "optimizer": optimizer}
     here["scheduler"] = scheduler_of(optimizer)
-    exec(block("integrations.acc"), here)
+    run_block("accelerate", here)
     for batch in DATA:
         here["accelerator"].backward(here["model"](batch)["loss"])
         here["optimizer"].step()
