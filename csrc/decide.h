@@ -1,5 +1,5 @@
 // The guard's decision, one source for CPU and CUDA. References: decide_ref and guard_decide_ref_
-// in fastguard/ops/operators.py; what the thresholds mean and where they come from:
+// in fastguard/ops/decide.py; what the thresholds mean and where they come from:
 // fastguard/thresholds.py.
 #pragma once
 

@@ -1,5 +1,5 @@
 // Every op of fastguard, one list. Kernels register themselves from csrc/cpu and csrc/cuda;
-// fake kernels, references and docstrings are in fastguard/ops/operators.py.
+// fake kernels, references and docstrings are in fastguard/ops/.
 
 #include <torch/csrc/stable/library.h>
 

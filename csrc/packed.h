@@ -1,5 +1,5 @@
 // How the optimizer's state lies in memory: the moments of all parameters of a call in one tensor.
-// Twin: packed_offsets in fastguard/ops/operators.py.
+// Twin: packed_offsets in fastguard/ops/packed.py.
 #pragma once
 
 #include "adamw_options.h"

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from . import ops
+from ._tensors import by_device, is_dtensor, local_part, readable, scale_, values_of
+from .thresholds import check_threshold
 
-_COMPLEX = (torch.complex64, torch.complex128, torch.complex32)
-_DTYPES = frozenset((*ops.DTYPES, *_COMPLEX))
+_DTYPES = frozenset(ops.FLOATING_DTYPES)
 _DOUBLE = {torch.float64, torch.complex128}
 
 
@@ -132,14 +133,6 @@ def clip_grads_with_norm_(
 
 
 # --- arguments ----------------------------------------------------------------------------------
-
-
-def check_threshold(name: str, value: float) -> float:
-    """``value`` as a float; ValueError if it is negative or NaN (torch flips signs, writes NaN)."""
-    value = float(value)
-    if not value >= 0:
-        raise ValueError(f"{name} must be a number >= 0 (inf turns it off), got {value}")
-    return value
 
 
 def _check_nonfinite(nonfinite: str) -> None:
@@ -282,50 +275,13 @@ def _vector_norm(values: Tensor, norm_type: float) -> Tensor:
     return unit * torch.linalg.vector_norm(values / unit, norm_type)
 
 
-def readable(grads: list[Tensor]) -> list[Tensor]:
-    """What the 2-norm of each gradient is of: strided and real.
-
-    Of a sparse gradient the values, duplicates added up; of a complex one both parts.
-    """
-    if {g.layout for g in grads} == {torch.strided} and {g.dtype for g in grads} <= set(ops.DTYPES):
-        return grads
-    return [_real(_values(g)) for g in grads]
-
-
-def _values(grad: Tensor) -> Tensor:
-    if grad.layout == torch.strided:
-        return grad
-    return (grad.coalesce() if grad.layout == torch.sparse_coo else grad).values()
-
-
-def _real(tensor: Tensor) -> Tensor:
-    """Both parts of a complex tensor, in its memory; conj() is lazy, autograd leaves it so."""
-    if not tensor.is_complex():
-        return tensor
-    return torch.view_as_real(tensor.conj() if tensor.is_conj() else tensor)
-
-
 def _magnitudes(tensor: Tensor) -> Tensor:
     """What other norms are of: an element that is complex counts by its absolute value."""
-    values = _values(tensor)
+    values = values_of(tensor)
     return values.to(torch.complex128).abs() if values.is_complex() else values
 
 
-def by_device(tensors: list[Tensor]) -> list[list[Tensor]]:
-    """The tensors of each device, in the order in which the devices come."""
-    if len({t.device for t in tensors}) == 1:
-        return [tensors]
-    groups: dict[torch.device, list[Tensor]] = {}
-    for tensor in tensors:
-        groups.setdefault(tensor.device, []).append(tensor)
-    return list(groups.values())
-
-
 # --- DTensor (torch.distributed.tensor is imported only where there is one) ---------------------
-
-
-def is_dtensor(tensor_or_type: object) -> bool:
-    return hasattr(tensor_or_type, "full_tensor")
 
 
 def _dtensor_norms(dtensors: list[Tensor], norm_type: float) -> list[Tensor]:
@@ -340,7 +296,7 @@ def _dtensor_norms(dtensors: list[Tensor], norm_type: float) -> list[Tensor]:
             continue  # a mesh without this rank, which holds no part and can not ask for one
         dtensor = _summed_up(dtensor)
         sharded = tuple(not placement.is_replicate() for placement in dtensor.placements)
-        groups.setdefault((dtensor.device_mesh, sharded), []).append(_local(dtensor))
+        groups.setdefault((dtensor.device_mesh, sharded), []).append(local_part(dtensor))
     norms = []
     for (mesh, sharded), shards in groups.items():
         local = torch.cat([n.to(mesh.device_type) for n in _norms(shards, norm_type)])
@@ -377,18 +333,6 @@ def _summed_up(dtensor: Tensor) -> Tensor:
     return dtensor.redistribute(placements=placements)
 
 
-def local_parts(tensors: list[Tensor]) -> list[Tensor]:
-    """What this rank holds of each: of a DTensor its shard."""
-    if not any(map(is_dtensor, set(map(type, tensors)))):
-        return tensors
-    return [_local(t) if is_dtensor(t) else t for t in tensors]
-
-
-def _local(dtensor: Tensor) -> Tensor:
-    local = dtensor.to_local()
-    return local.wait() if hasattr(local, "wait") else local  # a collective may be under way
-
-
 def _rounded(total_norm: Tensor, grads: _Gradients) -> Tensor:
     return total_norm if grads.dtypes & _DOUBLE else total_norm.float()
 
@@ -416,20 +360,3 @@ def _clip_(grads: _Gradients, max_norm: float, total_norm: Tensor, nonfinite: st
             ops.scale_(grads.tensors, clip_coef.to(grads.tensors[0].device))
         else:
             scale_(grads.tensors, clip_coef)
-
-
-def scale_(grads: list[Tensor], clip_coef: Tensor) -> None:
-    """:func:`fastguard.ops.scale_` for gradients of any layout, dtype, device, and DTensors."""
-    plain = readable(grads) is grads and not any(map(is_dtensor, set(map(type, grads))))
-    for group in by_device(grads if plain else [_memory(g) for g in grads]):
-        ops.scale_(group, clip_coef.to(group[0].device))
-    if not plain:  # a DTensor's version does not count what is written to its shard
-        ops.count_writes([g for g in grads if is_dtensor(g)])
-
-
-def _memory(grad: Tensor) -> Tensor:
-    """What there is to write of a gradient on this rank, strided and real."""
-    grad = _local(grad) if is_dtensor(grad) else grad
-    if grad.layout == torch.sparse_coo:
-        return _real(grad._values())  # coalesce() would copy; summands scale like their sum
-    return _real(_values(grad))

@@ -11,7 +11,15 @@ import dataclasses
 import enum
 import functools
 import math
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
+
+
+def check_threshold(name: str, value: float) -> float:
+    """``value`` as a float; ValueError if it is negative or NaN (torch flips signs, writes NaN)."""
+    value = float(value)
+    if not value >= 0:
+        raise ValueError(f"{name} must be a number >= 0 (inf turns it off), got {value}")
+    return value
 
 
 class Kind(enum.IntEnum):
@@ -24,6 +32,14 @@ class Kind(enum.IntEnum):
     ADAGC = 4
 
 
+class Options(NamedTuple):
+    """What the native code takes of a threshold. Twin: Policy in csrc/decide.h."""
+
+    a: float  # the first parameter of the dataclass: ZClip's z, AdaGC's relative, ...
+    b: float  # the second: ZClip's alpha, AdaGC's beta
+    warmup: float  # accepted norms before the threshold leaves max_norm
+
+
 class Threshold:
     """What the native code needs to know; the classes below differ in meaning only."""
 
@@ -31,10 +47,10 @@ class Threshold:
     warmup: int
 
     @functools.cached_property
-    def options(self) -> list[float]:
-        """Two parameters, then the warm-up."""
+    def options(self) -> Options:
+        """The threshold's parameters as numbers; 0 for those that it does not have."""
         a, b = (*self._parameters(), 0.0, 0.0)[:2]
-        return [float(a), float(b), float(self.warmup)]
+        return Options(float(a), float(b), float(self.warmup))
 
     def _parameters(self) -> tuple[float, ...]:
         return ()

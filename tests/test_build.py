@@ -114,11 +114,11 @@ def test_no_python_c_api(name):
 )
 def test_a_gpu_without_a_binary_gets_the_references(capabilities, runs, monkeypatch):
     """Binaries serve the later minor versions of their generation, PTX what comes after 120."""
-    monkeypatch.setattr(ops, "cuda_info", lambda: {"archs": "80 90 100 120 PTX"})
+    monkeypatch.setattr(_library, "cuda_info", lambda: {"archs": "80 90 100 120 PTX"})
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for number in capabilities:
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, n=number: divmod(n, 10))
-        assert ops._runs_on.__wrapped__(torch.device("cuda", 0)) == runs
+        assert _library.runs_on.__wrapped__(torch.device("cuda", 0)) == runs
 
 
 @pytest.mark.cuda

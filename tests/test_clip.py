@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import fastguard
-from fastguard import clip
+from fastguard._tensors import by_device
 from tests.drawn import DTYPES, gradients
 
 
@@ -440,7 +440,7 @@ def test_several_devices(norm_type):
     assert (norm.device.type, norm.shape, norm.dtype) == ("meta", (), torch.float32)
     fastguard.clip_grads_with_norm_([there, here], 1.0, 2.0)
     torch.testing.assert_close(here.grad, torch.full((4,), 1.5))
-    assert clip.by_device([there.grad, here.grad, there.grad]) == [
+    assert by_device([there.grad, here.grad, there.grad]) == [
         [there.grad, there.grad],
         [here.grad],
     ]

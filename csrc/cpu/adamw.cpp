@@ -1,6 +1,6 @@
 // adamw_: one Adam or AdamW step of all parameters in one parallel region. It reads the guard's
 // verdict and coefficient itself: gradients are never rewritten, and on a skip nothing is.
-// Reference: adamw_ref_ in fastguard/ops/operators.py.
+// Reference: adamw_ref_ in fastguard/ops/adamw.py.
 //
 // It is bound by memory: 28 bytes per fp32 parameter, four arrays read and three written. Where the
 // parameters are small it is bound by the dispatcher's conversion of lists, 0.2 us a tensor: so the

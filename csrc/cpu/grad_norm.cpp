@@ -1,6 +1,6 @@
 // grad_norm: global L2 norm, norm of every tensor, its NaNs and Infs and where they begin, from one
 // read of the tensors in one parallel region. Reference: grad_norm_ref in
-// fastguard/ops/operators.py.
+// fastguard/ops/grad_norm.py.
 //
 // The tensors are cut into chunks of fixed size and every chunk's sum has its place in an array, so
 // the result does not depend on which thread took which chunk, nor on how many threads there are.

@@ -1,7 +1,7 @@
 // scale_: all gradients times one coefficient, or each times its own, in one parallel region,
 // computed in double: a coefficient of 1e-43 brings fp32 gradients of 1e38 down to 1e-5 without
 // losing a bit. clip_: norm, decision and this in one.
-// References: scale_ref_ and clip_ref_ in fastguard/ops/operators.py.
+// References: scale_ref_ in fastguard/ops/scale.py, clip_ref_ in fastguard/ops/clip.py.
 
 #include "checks.h"
 #include "decide.h"

@@ -1,5 +1,5 @@
 // accumulate_: adds one micro-batch's gradients to the sums, unless its verdict is a skip.
-// Reference: accumulate_ref_ in fastguard/ops/operators.py.
+// Reference: accumulate_ref_ in fastguard/ops/accumulate.py.
 #pragma once
 
 #include "cuda/elements.cuh"

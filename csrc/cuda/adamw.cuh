@@ -1,6 +1,6 @@
 // adamw_: one Adam or AdamW step of all parameters in one launch, which reads verdict and
 // coefficient itself. On a skip it ends at once: no gradient is read and nothing is written.
-// Reference: adamw_ref_ in fastguard/ops/operators.py; the rounding is that of
+// Reference: adamw_ref_ in fastguard/ops/adamw.py; the rounding is that of
 // csrc/cpu/adamw_kernel.cpp, with no contraction but what is written as fma.
 #pragma once
 

@@ -1,7 +1,7 @@
 // clip_: norm, decision and clipping in one cooperative launch. The blocks meet between the two
 // halves; each keeps the last chunk that it measured in shared memory and reads the others again
 // from the last to the first, which finds the later ones in L2.
-// Reference: clip_ref_ in fastguard/ops/operators.py.
+// Reference: clip_ref_ in fastguard/ops/clip.py.
 #pragma once
 
 #include "cuda/measure.cuh"

@@ -1,5 +1,5 @@
 // guard_decide_ and decide. References: guard_decide_ref_ and decide_ref in
-// fastguard/ops/operators.py.
+// fastguard/ops/decide.py.
 #pragma once
 
 #include "cuda/judge.cuh"

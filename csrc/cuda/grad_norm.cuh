@@ -1,5 +1,5 @@
 // grad_norm, and grad_norm_decide_: one launch, whose last block to finish decides.
-// References: grad_norm_ref and guard_decide_ref_ in fastguard/ops/operators.py.
+// References: fastguard/ops/grad_norm.py and fastguard/ops/decide.py.
 #pragma once
 
 #include "cuda/judge.cuh"

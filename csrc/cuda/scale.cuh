@@ -1,4 +1,4 @@
-// scale_. Reference: scale_ref_ in fastguard/ops/operators.py.
+// scale_. Reference: scale_ref_ in fastguard/ops/scale.py.
 #pragma once
 
 #include "cuda/times.cuh"

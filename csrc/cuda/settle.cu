@@ -12,7 +12,7 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 // Which way a copy goes is known on the device alone, so both must be memory that can be copied as
-// it is; fastguard/ops/operators.py passes no others.
+// it is; fastguard/ops/settle.py passes no others.
 void check_memory(const Tensor& buffer, const Tensor& saved, size_t i) {
   STD_TORCH_CHECK(
       buffer.strides().equals(saved.strides()) && !densify(buffer).copied,

@@ -1,6 +1,6 @@
 // settle_: on a skip the buffers are set back to their saved copies, and so are those of an owner
 // of which one was finite and is not any more; otherwise the copies are brought up to date.
-// Reference: settle_ref_ in fastguard/ops/operators.py.
+// Reference: settle_ref_ in fastguard/ops/settle.py.
 #pragma once
 
 #include "cuda/reduce.cuh"

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from torch import nn
 from torch.nn.utils import parametrize
 
-from fastguard.clip import is_dtensor
+from fastguard._tensors import is_dtensor
 
 from .functional import check_options
 from .module import ClampedMultiheadAttention

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 from fastguard import ops
-from fastguard.clip import is_dtensor, local_parts, readable, scale_
+from fastguard._tensors import is_dtensor, local_parts, readable, scale_
 
 from .buffers import Buffers
 from .distributed import Ranks

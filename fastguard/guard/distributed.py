@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 from fastguard import ops
-from fastguard.clip import is_dtensor
+from fastguard._tensors import is_dtensor
 
 _BUCKET_ELEMENTS = 2**24  # 64 MiB of float32: large enough that the network's speed counts
 

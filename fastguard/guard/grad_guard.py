@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from fastguard import ops
-from fastguard.clip import check_threshold, local_parts
+from fastguard._tensors import local_parts
 from fastguard.optim.checks import poisoned
-from fastguard.thresholds import Fixed, Kind, Threshold
+from fastguard.thresholds import Fixed, Kind, Threshold, check_threshold
 
 from . import attached
 from .accumulation import Window, check_alone, check_summable

@@ -10,17 +10,17 @@ import torch
 from torch import Tensor, nn
 
 from fastguard import ops
+from fastguard._tensors import readable
 from fastguard.attention import AttentionStats
 from fastguard.attention.module import ClampedMultiheadAttention
-from fastguard.clip import readable
 from fastguard.optim.checks import check_options, check_state
 
 from .distributed import check_whole_state
 from .module_names import Names, bare
 from .update import plain_class, reads_decision
 
-_COMPLEX = {torch.complex64, torch.complex128}
-_DTYPES = {*ops.DTYPES, *_COMPLEX}
+_COMPLEX = frozenset(ops.COMPLEX_DTYPES)
+_DTYPES = frozenset(ops.FLOATING_DTYPES)
 
 
 class Watched:

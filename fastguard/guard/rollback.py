@@ -13,7 +13,7 @@ import numpy
 import torch
 from torch import Tensor
 
-from fastguard.clip import is_dtensor, local_parts
+from fastguard._tensors import is_dtensor, local_parts
 
 from .update import plain_class
 

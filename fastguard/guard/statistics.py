@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fastguard import ops
-from fastguard.clip import is_dtensor
+from fastguard._tensors import is_dtensor
 
 WINDOW = 128  # norms whose median says what is usual; llm.c's and OLMo-core's window
 

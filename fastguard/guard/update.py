@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.optim import optimizer as torch_optimizer
 
 from fastguard import ops, optim
-from fastguard.clip import is_dtensor, scale_
+from fastguard._tensors import is_dtensor, scale_
 
 #: Wrappers whose ``step`` calls that of their ``optimizer``, by the package of a class of theirs.
 _WRAPPERS = ("accelerate", "lightning", "lightning_fabric", "pytorch_lightning")

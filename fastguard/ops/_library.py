@@ -1,10 +1,13 @@
-"""Loads the shared libraries that setup.py built. Imported by fastguard.ops, by nobody else."""
+"""Loads the shared libraries that setup.py built, and says which tensors have a kernel there."""
 
+import functools
 import sys
 import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 _SUFFIX = ".dll" if sys.platform == "win32" else ".so"
 
@@ -35,4 +38,77 @@ if cpu_problem is not None:
         "on the PATH, `pip install --force-reinstall --no-deps -e .` builds the kernels.",
         RuntimeWarning,
         stacklevel=2,
+    )
+
+
+def cpu_info() -> dict[str, str]:
+    """What the CPU library was built with and which instruction set it chose; {} if not built."""
+    return {} if cpu_problem else _parse(torch.ops.fastguard.cpu_info.default())
+
+
+def cuda_info() -> dict[str, str]:
+    """What the CUDA library was built with; {} if it is not in use."""
+    return {} if cuda_problem else _parse(torch.ops.fastguard.cuda_info.default())
+
+
+def _parse(info: str) -> dict[str, str]:
+    return dict(line.split("=", 1) for line in info.splitlines())
+
+
+def has_kernel(tensor: Tensor) -> bool:
+    """Whether a native kernel serves this tensor; where none does, the reference serves."""
+    if tensor.device.type == "cuda":
+        return cuda_problem is None and runs_on(tensor.device)
+    return tensor.device.type == "cpu" and cpu_problem is None
+
+
+@functools.cache
+def runs_on(device: torch.device) -> bool:
+    """Whether the CUDA library holds code for this GPU: cubins of its generation, or PTX."""
+    if not torch.cuda.is_available():
+        return True  # a fake tensor's
+    archs = cuda_info()["archs"].split()
+    built = [int(arch) for arch in archs if arch.isdigit()]
+    major, minor = torch.cuda.get_device_capability(device)
+    here = 10 * major + minor
+    as_cubin = any(arch // 10 == major and arch <= here for arch in built)
+    return as_cubin or ("PTX" in archs and here >= built[-1])
+
+
+def count_writes(tensors: Sequence[Tensor]) -> None:
+    """Raise the version counters of tensors that a kernel wrote, so that autograd sees the write.
+
+    The dispatcher does not count what an operator writes to the tensors of a list.
+    """
+    try:
+        torch.autograd.graph.increment_version(tensors)
+    except RuntimeError:  # a tensor made in inference mode has no version
+        torch.autograd.graph.increment_version([t for t in tensors if not t.is_inference()])
+
+
+# Registrations live as long as this object.
+_registrations = None if cpu_problem else torch.library.Library("fastguard", "IMPL")
+
+
+def register(name: str, fake: Callable, *, writes: bool = False) -> None:
+    """Give an operator of csrc/ops.cpp its fake kernel, if the CPU library is there.
+
+    Args:
+        name: as in csrc/ops.cpp.
+        fake: makes results of the operator's shapes and dtypes for fake tensors.
+        writes: whether the operator writes to its arguments. It then refuses lazily negated and
+            conjugated ones: torch would hand it a copy, whose new values are lost.
+    """
+    if _registrations is None:
+        return
+    torch.library.register_fake(f"fastguard::{name}", fake)
+    if writes:
+        for key in ("Negative", "Conjugate"):
+            _registrations.impl(name, _refuse_lazy, key)
+
+
+def _refuse_lazy(*args):
+    raise RuntimeError(
+        "fastguard: a tensor to be written has a lazy negation or conjugation; materialize it with "
+        "resolve_neg() or resolve_conj()"
     )

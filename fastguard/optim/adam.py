@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from fastguard import ops
-from fastguard.clip import is_dtensor, local_parts
+from fastguard._tensors import is_dtensor, local_parts
 from fastguard.guard.distributed import lay_out_
 
 from .checks import check_group, state_problem

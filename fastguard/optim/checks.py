@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 import torch
 from torch import Tensor
 
-from fastguard.clip import is_dtensor
+from fastguard._tensors import is_dtensor
 
 _OPTIONS = ("lr", "betas", "eps", "weight_decay", "momentum")
 _NEVER_NEGATIVE = ("exp_avg_sq", "max_exp_avg_sq", "step")

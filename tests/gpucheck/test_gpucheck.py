@@ -215,7 +215,7 @@ def test_an_operator_that_raises_is_told_and_the_next_is_run(report, monkeypatch
 @needs_kernel
 def test_who_served_is_told(report, monkeypatch):
     run_check(ALL["decide"], CPU, TINY, report)
-    monkeypatch.setattr(ops, "_has_kernel", lambda tensor: False)
+    monkeypatch.setattr(_library, "has_kernel", lambda tensor: False)
     run_check(ALL["decide"], CPU, TINY, report)
     kernel, reference = written(report).splitlines()
     assert " kernel " in kernel

@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 import fastguard
-from fastguard import GradGuard, ops
+from fastguard import GradGuard
 from fastguard.guard import report as step_report
+from fastguard.ops.settle import can_settle
 
 from .test_grad_guard import small_model, train_step
 
@@ -589,5 +590,5 @@ def test_a_buffer_on_another_device_than_the_verdict(monkeypatch):
     """As after a rollback, whose verdict is the host's: no kernel is asked for both."""
     buffer, saved = torch.ones(2), torch.zeros(2)
     elsewhere = torch.ones(2, device="meta")
-    assert ops._can_settle([buffer], [saved], torch.device("cpu"))
-    assert not ops._can_settle([buffer, elsewhere], [saved, elsewhere], torch.device("cpu"))
+    assert can_settle([buffer], [saved], torch.device("cpu"))
+    assert not can_settle([buffer, elsewhere], [saved, elsewhere], torch.device("cpu"))

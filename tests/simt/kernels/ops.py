@@ -11,6 +11,7 @@ import math
 import torch
 
 from fastguard import ops
+from fastguard.ops.settle import same_memory
 from tests import simt
 
 TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3, torch.uint8: 4}
@@ -102,7 +103,7 @@ class Device:
         return ops.GradNorm(**found), ops.Decision(**decided)
 
     def settle_(self, buffers, saved, verdict, owners):
-        if not ops._same_memory(buffers, saved):
+        if not same_memory(buffers, saved):
             return ops.settle_ref_(buffers, saved, verdict, owners)
         lost = torch.zeros(2 * len(buffers), dtype=torch.int32)
         tensors = []

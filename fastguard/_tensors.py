@@ -1,0 +1,81 @@
+"""Tensors of every kind as the operators take them: dense, real, local, of one device.
+
+torch.distributed.tensor is imported only where there is a DTensor.
+"""
+
+import torch
+from torch import Tensor
+
+from . import ops
+
+
+def is_dtensor(tensor_or_type: object) -> bool:
+    """Whether a tensor, or a type of tensors, is a ``torch.distributed.tensor.DTensor``."""
+    return hasattr(tensor_or_type, "full_tensor")
+
+
+def local_parts(tensors: list[Tensor]) -> list[Tensor]:
+    """What this rank holds of each: of a DTensor its shard."""
+    if not any(map(is_dtensor, set(map(type, tensors)))):
+        return tensors
+    return [local_part(t) if is_dtensor(t) else t for t in tensors]
+
+
+def local_part(dtensor: Tensor) -> Tensor:
+    """This rank's shard of a DTensor."""
+    local = dtensor.to_local()
+    return local.wait() if hasattr(local, "wait") else local  # a collective may be under way
+
+
+def by_device(tensors: list[Tensor]) -> list[list[Tensor]]:
+    """The tensors of each device, in the order in which the devices come."""
+    if len({t.device for t in tensors}) == 1:
+        return [tensors]
+    groups: dict[torch.device, list[Tensor]] = {}
+    for tensor in tensors:
+        groups.setdefault(tensor.device, []).append(tensor)
+    return list(groups.values())
+
+
+def readable(grads: list[Tensor]) -> list[Tensor]:
+    """What the 2-norm of each gradient is of: strided and real.
+
+    Of a sparse gradient the values, duplicates added up; of a complex one both parts.
+    """
+    if {g.layout for g in grads} == {torch.strided} and {g.dtype for g in grads} <= set(ops.DTYPES):
+        return grads
+    return [as_real(values_of(g)) for g in grads]
+
+
+def values_of(grad: Tensor) -> Tensor:
+    """The values of a sparse gradient, duplicates added up; a strided gradient itself."""
+    if grad.layout == torch.strided:
+        return grad
+    return (grad.coalesce() if grad.layout == torch.sparse_coo else grad).values()
+
+
+def as_real(tensor: Tensor) -> Tensor:
+    """The real and imaginary parts of a complex tensor, in its memory; a real tensor itself.
+
+    The memory of a lazily conjugated tensor, which autograd may return, is not conjugated.
+    """
+    if not tensor.is_complex():
+        return tensor
+    return torch.view_as_real(tensor.conj() if tensor.is_conj() else tensor)
+
+
+def scale_(grads: list[Tensor], clip_coef: Tensor) -> None:
+    """:func:`fastguard.ops.scale_` for gradients of any layout, dtype, device, and DTensors."""
+    plain = readable(grads) is grads and not any(map(is_dtensor, set(map(type, grads))))
+    for group in by_device(grads if plain else [_memory(g) for g in grads]):
+        ops.scale_(group, clip_coef.to(group[0].device))
+    if not plain:  # a DTensor's version does not count what is written to its shard
+        ops.count_writes([g for g in grads if is_dtensor(g)])
+
+
+def _memory(grad: Tensor) -> Tensor:
+    """What there is to write of a gradient on this rank, strided and real."""
+    grad = local_part(grad) if is_dtensor(grad) else grad
+    if grad.layout == torch.sparse_coo:
+        return as_real(grad._values())  # coalesce() would copy; summands scale like their sum
+    return as_real(values_of(grad))

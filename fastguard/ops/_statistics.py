@@ -1,0 +1,121 @@
+"""The decision's statistics in plain torch: windows of norms, medians, moments.
+
+Twins of the functions of the same names in csrc/decide.h.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from fastguard.thresholds import Options
+
+from .types import (
+    ADAGC_RESTART_AFTER,
+    OUTLIER_AFTER,
+    OUTLIER_FACTOR,
+    RISEN_FACTOR,
+    USUAL_BETA,
+    Statistics,
+)
+
+
+def outlier_above(statistics: Statistics, skip_norm: float) -> Tensor:
+    """The norm above which a finite norm is an outlier, float64, shape ().
+
+    The larger of ``skip_norm`` and 4 times the median of the last norms seen and one more that is
+    above them all; inf while fewer than 16 were seen. The rule asks for the median of the last
+    norms and the norm in question. Both say the same: a norm below the larger of those in the
+    middle is no outlier by either.
+    """
+    usual = OUTLIER_FACTOR * _median_with_a_larger(statistics.seen_norms, statistics.seen)
+    larger = torch.where(usual > skip_norm, usual, skip_norm)
+    return torch.where(statistics.seen >= OUTLIER_AFTER, larger, math.inf)
+
+
+def find_new_level(known: Statistics, norm: Tensor, z: float, warm: Tensor) -> Tensor:
+    """Restart ZClip's moments where this norm and the median are both spikes.
+
+    Returns the deviation.
+    """
+    median = _median_with_a_larger(known.seen_norms, known.seen)
+    deviation = known.variance.sqrt()
+    spike = known.mean + z * deviation
+    found = warm & (known.accepted >= 1) & (known.seen >= OUTLIER_AFTER)
+    found = found & (norm > spike) & (median > spike)
+    moved = median - known.mean
+    moments = torch.stack([median, moved.square()])
+    known.moments.copy_(torch.where(found, moments, known.moments))
+    return torch.where(found, moved, deviation)
+
+
+def adagc_restarts(known: Statistics, step: int) -> Tensor:
+    """Where AdaGC has clipped to less than half for so long that its average is out of date."""
+    long = (known.clipped_since >= 0) & (step - known.clipped_since >= ADAGC_RESTART_AFTER)
+    return long & (known.usual_norms < math.inf) & (known.usual_norms > known.ema_norms)
+
+
+def see_each(known: Statistics, norms: Tensor, step: int, sees: Tensor) -> None:
+    """Take the norm of each tensor into its usual norm."""
+    usual, most = known.usual_norms, RISEN_FACTOR * known.usual_norms
+    since = torch.where(known.risen_since >= 0, known.risen_since, float(step))
+    since = torch.where(norms > most, since, -1.0)
+    average = USUAL_BETA * usual + (1 - USUAL_BETA) * torch.where(norms < most, norms, most)
+    sees = sees & (norms != 0)
+    first = ~(usual < math.inf)
+    known.risen_since.copy_(torch.where(sees & ~first, since, known.risen_since))
+    usual.copy_(torch.where(sees, torch.where(first, norms, average), usual))
+
+
+def _whole(count: Tensor) -> Tensor:
+    """A count of norms, >= 0 and whole whatever it was."""
+    return torch.where(count >= 1, count.clamp(max=2.0**53), 0.0).floor()
+
+
+def remember(norms: Tensor, count: Tensor, norm: Tensor, wanted: Tensor) -> None:
+    """Put the norm in the place of the oldest."""
+    oldest = torch.arange(len(norms), device=norms.device) == _whole(count) % len(norms)
+    norms.copy_(torch.where(wanted & oldest, norm, norms))
+
+
+def quantile(norms: Tensor, count: Tensor, q: float) -> Tensor:
+    """As numpy.percentile, of the norms that ``count`` have left in the window.
+
+    Where it has none, the result is anything.
+    """
+    return _at(norms, count, lambda held: q * (held - 1).clamp(min=0))
+
+
+def _median_with_a_larger(norms: Tensor, count: Tensor) -> Tensor:
+    """The median of the norms in the window and of one more that is above them all.
+
+    Where it has none, the result is anything.
+    """
+    return _at(norms, count, lambda held: 0.5 * held)
+
+
+def _at(norms: Tensor, count: Tensor, place_among: Callable[[Tensor], Tensor]) -> Tensor:
+    """Linear between neighbours, at a place in the ascending order of what the window holds."""
+    held = torch.arange(len(norms), device=norms.device) < _whole(count)
+    ascending = norms.where(held, math.nan).sort()[0]  # NaN comes last
+    last = (held.sum() - 1).clamp(min=0)
+    place = place_among(held.sum().double())
+    below = place.long()
+    above = torch.minimum(below + 1, last)
+    # Not by indexing: an index of shape () is read by the host.
+    low, high = ascending.gather(0, torch.stack([below, above])).unbind()
+    return low + (high - low) * (place - below)
+
+
+def zclip_moments(known: Statistics, clipped: Tensor, norm: Tensor, options: Options) -> Tensor:
+    """Mean and variance with one more norm."""
+    alpha = options.b
+    count, mean, variance = known.accepted + 1, known.mean, known.variance
+    delta = norm - mean
+    first_mean = mean + delta / count
+    first_variance = variance + (delta * (norm - first_mean) - variance) / count
+    later_mean = alpha * mean + (1 - alpha) * clipped
+    later_variance = alpha * variance + (1 - alpha) * (clipped - later_mean).square()
+    first = torch.stack([first_mean, first_variance])
+    return torch.where(count <= options.warmup, first, torch.stack([later_mean, later_variance]))
