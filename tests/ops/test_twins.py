@@ -43,6 +43,10 @@ def test_a_constant_is_the_same_in_both_languages(module, name, file):
     assert getattr(module, name) == constant(name.lower(), file)
 
 
+def test_the_widest_head_of_cuda_is_the_same_in_both_languages():
+    assert constant("most_kernel_width", "cuda/attention.cuh") == attention.MOST_CUDA_HEAD_DIM
+
+
 def test_verdicts_have_the_same_numbers():
     known_on_the_host = {v.name.lower(): int(v) for v in types.Verdict}
     assert known_on_the_host.pop("skip_rollback") == 4
