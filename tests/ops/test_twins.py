@@ -22,7 +22,7 @@ def constant(name, file):
 
 
 def enumerators(name, file):
-    (body,) = re.findall(rf"enum class {name} : int64_t \{{ (.*?) \}};", source(file))
+    (body,) = re.findall(rf"enum class {name} : int64_t \{{(.*?)\}};", source(file), re.DOTALL)
     return {key: int(value) for key, value in re.findall(r"(\w+) = (\d+)", body)}
 
 
