@@ -14,7 +14,7 @@ from fastguard.diagnose.__main__ import main, utterances_of
 from fastguard.speech.data.corpora import read_rows
 from fastguard.speech.data.readers import CorpusError
 from fastguard.speech.data.tokenizer import CharTokenizer
-from fastguard.speech.recognition.recognizer import network
+from fastguard.speech.recognition.recognizer import untrained_model
 from fastguard.speech.storage import checkpoint
 from fastguard.speech.training.options import parse
 from tests.recordings import tones, write_manifest
@@ -25,7 +25,7 @@ def save(path, data, *options, change=None):
     config = parse(["--data", data, *options])
     tokenizer = CharTokenizer.from_texts(["ab"])
     torch.manual_seed(config.seed)
-    model = network(config, tokenizer.vocab_size)
+    model = untrained_model(config, tokenizer.vocab_size)
     stable_init_(model, config.init.linear_std, config.init.conv_scale)
     if change is not None:
         with torch.no_grad():

@@ -35,9 +35,9 @@ class Recognizer:
             config = Config.from_dict(state["config"])
             tokenizer = tokenizer_from_dict(state["tokenizer"])
             with torch.device("meta"):  # before the memory is taken that the settings ask for
-                wanted = network(config, tokenizer.vocab_size).state_dict()
+                wanted = untrained_model(config, tokenizer.vocab_size).state_dict()
             checkpoint.check_fit(state["model"], wanted)
-            model = network(config, tokenizer.vocab_size)
+            model = untrained_model(config, tokenizer.vocab_size)
             model.load_state_dict(state["model"])
         except (KeyError, OverflowError, RuntimeError, TypeError, ValueError) as error:
             raise checkpoint.CheckpointError(
@@ -57,8 +57,8 @@ def features(config: Config) -> LogMel:
     return LogMel(wanted.sample_rate, wanted.n_mels, normalization=wanted.normalization)
 
 
-def network(config: Config, vocab_size: int) -> nn.Module:
-    """The model that these settings speak of, with torch's initial weights."""
+def untrained_model(config: Config, vocab_size: int) -> nn.Module:
+    """The model that the settings describe, with torch's initial weights."""
     options = {"dropout": config.network.dropout}
     if config.model == "teacher":
         options["attention_clamp"] = config.network.attention_clamp

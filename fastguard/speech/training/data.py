@@ -9,10 +9,12 @@ from typing import TextIO
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from fastguard._io.files import replacing
-from fastguard.speech.data.batching import BucketBatchSampler, SpeechDataset, make_loader
+from fastguard.speech.data.batching import SpeechDataset
 from fastguard.speech.data.corpora import Corpus, load_corpus
 from fastguard.speech.data.features import Augment, LogMel, SpecAugment, SpeedPerturb
+from fastguard.speech.data.loader import make_loader
 from fastguard.speech.data.readers import CorpusError
+from fastguard.speech.data.sampler import BucketBatchSampler
 from fastguard.speech.data.tokenizer import Tokenizer, build_tokenizer
 from fastguard.speech.data.utterances import Utterances
 from fastguard.speech.models.ctc import CTCModel
@@ -111,6 +113,15 @@ class Data:
             max_duration=config.max_duration,
         )
         return sampler, make_loader(dataset, sampler, config.num_workers)
+
+    def evaluation_split(self) -> str:
+        """The split whose error rates are measured: "dev", or "train" with a warning."""
+        if self.corpus.split("dev"):
+            return "dev"
+        logger.warning(
+            "%s has no dev split: the error rates are those of the training split", self.config.data
+        )
+        return "train"
 
     def evaluation_loader(self, split: str, parallel: Parallel) -> StatefulDataLoader:
         """This process's share of a split, unperturbed."""

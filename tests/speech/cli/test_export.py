@@ -19,7 +19,7 @@ from fastguard.speech.data.features import LogMel, load_audio
 from fastguard.speech.data.tokenizer import CharTokenizer
 from fastguard.speech.models import build_model
 from fastguard.speech.recognition.decoding import greedy_decode
-from fastguard.speech.recognition.recognizer import Recognizer, network
+from fastguard.speech.recognition.recognizer import Recognizer, untrained_model
 from fastguard.speech.storage import checkpoint, weights
 from fastguard.speech.training.config import Config
 from tests.recordings import asterisk_or_skip
@@ -45,7 +45,7 @@ def write_checkpoint(path, name):
     config = Config(model=name, run_dir=path.parent)
     config.network.attention_clamp = 0.2 if name == "teacher" else None  # which then holds values
     tokenizer = CharTokenizer.from_texts(["abc"])
-    model = network(config, tokenizer.vocab_size)
+    model = untrained_model(config, tokenizer.vocab_size)
     model.head.weight.data.mul_(20)
     model.train()(torch.randn(2, 200, 80), torch.tensor([200, 90]))
     state = {

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fastguard.speech.data.tokenizer import CharTokenizer
-from fastguard.speech.recognition.recognizer import Recognizer, features, network
+from fastguard.speech.recognition.recognizer import Recognizer, features, untrained_model
 from fastguard.speech.storage import checkpoint
 from fastguard.speech.training.config import Config
 
@@ -14,7 +14,7 @@ def saved(tmp_path):
     torch.manual_seed(0)
     config = Config(model="baseline", run_dir=tmp_path)
     tokenizer = CharTokenizer.from_texts(["abc"])
-    model = network(config, tokenizer.vocab_size).eval()
+    model = untrained_model(config, tokenizer.vocab_size).eval()
     state = {
         "model": model.state_dict(),
         "tokenizer": tokenizer.to_dict(),

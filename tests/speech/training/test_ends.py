@@ -16,6 +16,7 @@ from fastguard.guard import GradGuard
 from fastguard.speech.cli.train import main
 from fastguard.speech.data.batching import LoadError
 from fastguard.speech.storage import checkpoint
+from fastguard.speech.training.learner import Learner
 from fastguard.speech.training.trainer import Trainer
 from tests import faults
 from tests.recordings import tones
@@ -116,7 +117,7 @@ def test_a_fault_in_the_second_batch_of_a_step(tmp_path, data, monkeypatch):
     """What the first one added up, and its statistics, are undone with it."""
     options = ("--grad-accumulation", "2")
     assert run(tmp_path / "whole", data, *options) == 0
-    loss = Trainer._loss
+    loss = Learner.loss
     calls = []
 
     def faulty(self, batch):
@@ -126,7 +127,7 @@ def test_a_fault_in_the_second_batch_of_a_step(tmp_path, data, monkeypatch):
         return loss(self, batch)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_loss", faulty)
+        patch.setattr(Learner, "loss", faulty)
         assert run(tmp_path / "run", data, *options) == 1
     assert checkpoint.load(tmp_path / "run" / "last.pt")["batches"] == 2
     assert run(tmp_path / "run", data, *options) == 0

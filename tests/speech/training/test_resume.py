@@ -34,14 +34,14 @@ def kill_at(monkeypatch, step):
     train, evaluate = Trainer._train_step, Trainer._close_epoch
 
     def dying_step(self, *args):
-        if self.step == step:
+        if self.progress.step == step:
             raise Killed
         return train(self, *args)
 
-    def dying_evaluation(self, epoch):
-        if epoch == -step:
+    def dying_evaluation(self):
+        if self.progress.epoch == -step:
             raise Killed
-        return evaluate(self, epoch)
+        return evaluate(self)
 
     monkeypatch.setattr(Trainer, "_train_step", dying_step)
     monkeypatch.setattr(Trainer, "_close_epoch", dying_evaluation)
@@ -93,7 +93,7 @@ def test_stopped_after_the_last_batch_of_an_epoch_and_in_its_evaluation(tmp_path
 
     def stopped_step(self, *args):
         loss = train(self, *args)
-        if self.step == steps:
+        if self.progress.step == steps:
             signal.raise_signal(signal.SIGTERM)
         return loss
 

@@ -12,10 +12,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import fastguard
 from fastguard import thresholds
 from fastguard.guard import GradGuard
-from fastguard.speech.data.batching import Draw, collate
+from fastguard.speech.data.batching import collate
 from fastguard.speech.data.readers import Rejected
+from fastguard.speech.data.sampler import Draw
 from fastguard.speech.storage import checkpoint
-from fastguard.speech.training import trainer
+from fastguard.speech.training import agreement, journal
 from fastguard.speech.training.distillation import distillation_loss
 from fastguard.speech.training.loss import ctc_loss
 from fastguard.speech.training.metrics import StepMetrics
@@ -51,7 +52,7 @@ def train_step(made):
     """The report of a step with the first batch."""
     reports, step = [], made.stepper.step
     made.stepper.step = lambda *a, **k: reports.append(step(*a, **k)) or reports[-1]
-    made._train_step([next(iter(made.loader))], 1, 0, 0.0)
+    made._train_step([next(iter(made.loader))], 0.0)
     return reports[0]
 
 
@@ -72,10 +73,10 @@ def test_every_setting_reaches_its_part(make):
     assert isinstance(made.stepper, GradGuard)
     assert isinstance(made.optimizer, fastguard.AdamW)
     assert (made.stepper.max_norm, made.stepper.skip_norm, made.stepper.patience) == (0.6, 7, 8)
-    assert made.model.config.dropout == 0.25
-    assert made.model.blocks[3].attention.clamp == 9
-    assert made.model.head.weight.std().item() == pytest.approx(0.05, rel=0.1)
-    assert made.model.blocks[3].attention.dropout == 0.125
+    assert made.learner.model.config.dropout == 0.25
+    assert made.learner.model.blocks[3].attention.clamp == 9
+    assert made.learner.model.head.weight.std().item() == pytest.approx(0.05, rel=0.1)
+    assert made.learner.model.blocks[3].attention.dropout == 0.125
     assert isinstance(made.stepper.threshold, thresholds.RunningMedian)
     train = made.loader.dataset
     dev = made.data.evaluation_loader("dev", made.parallel).dataset
@@ -92,8 +93,8 @@ def test_every_setting_reaches_its_part(make):
 
 def test_convolutions_start_scaled(make):
     torch.manual_seed(0)
-    plain = make("--init.conv_scale", "1.0").model.layers[0].conv.weight
-    half = make("--init.conv_scale", "0.5").model.layers[0].conv.weight
+    plain = make("--init.conv_scale", "1.0").learner.model.layers[0].conv.weight
+    half = make("--init.conv_scale", "0.5").learner.model.layers[0].conv.weight
     torch.testing.assert_close(half, plain / 2)
 
 
@@ -102,7 +103,7 @@ def test_without_the_guard_torch_clips(make):
     assert isinstance(made.stepper, PlainClip)
     assert type(made.optimizer) is torch.optim.AdamW
     report = train_step(made)
-    grads = [p.grad for p in made.model.parameters()]
+    grads = [p.grad for p in made.learner.model.parameters()]
     assert torch.nn.utils.get_total_norm(grads).item() == pytest.approx(0.001, rel=1e-3)
     assert report.clip_coef == pytest.approx(0.001 / report.total_norm, rel=1e-3)
 
@@ -125,7 +126,7 @@ def test_without_a_dev_split_the_training_split_is_scored_and_said(make, tmp_pat
     tones(tmp_path)
     row = {"audio_filepath": "tone0.wav", "text": "ab", "split": "train"}
     made = make(data=write_manifest(tmp_path / "m.jsonl", [row]))
-    assert made.evaluation_split == "train"
+    assert made.evaluator.split == "train"
     assert "has no dev split" in caplog.text
 
 
@@ -134,7 +135,7 @@ def test_evaluation_reads_the_dev_split_in_eval_mode_and_training_goes_on_in_tra
 ):
     made = make("--epochs", "2", "--checkpoint.keep_best", "1")
     modes, found = [], []
-    made.model.register_forward_hook(lambda m, i, o: modes.append(m.training))
+    made.learner.model.register_forward_hook(lambda m, i, o: modes.append(m.training))
     evaluate = made.evaluate
     monkeypatch.setattr(made, "evaluate", lambda m: found.append(evaluate(m)) or found[-1])
     made.fit()
@@ -181,9 +182,9 @@ def test_the_averaged_weights_are_evaluated_and_kept(make):
     made = make("--epochs", "1", "--ema", "0.5", "--stable", "--optim.lr", "0.1")
     made.fit()
     best = checkpoint.load(made.folder.path / "best.pt")["model"]
-    for name, value in made.ema.module.state_dict().items():
+    for name, value in made.learner.ema.module.state_dict().items():
         assert torch.equal(best[name], value)
-    assert not torch.equal(best["head.weight"], made.model.head.weight)
+    assert not torch.equal(best["head.weight"], made.learner.model.head.weight)
 
 
 def test_a_skipped_step_does_not_move_the_averaged_weights(make):
@@ -191,18 +192,18 @@ def test_a_skipped_step_does_not_move_the_averaged_weights(make):
     window = [next(iter(made.loader))]
 
     def averaged():
-        return {name: v.clone() for name, v in made.ema.module.state_dict().items()}
+        return {name: v.clone() for name, v in made.learner.ema.module.state_dict().items()}
 
-    for number in range(2):  # the first only copies
-        made._train_step(window, 1, number, 0.0)
+    for _ in range(2):  # the first only copies
+        made._train_step(window, 0.0)
     before = averaged()
-    assert not torch.equal(before["head.weight"], made.model.head.weight)
+    assert not torch.equal(before["head.weight"], made.learner.model.head.weight)
     healthy = window[0].features.clone()
     window[0].features[0, 0, 0] = float("nan")
-    made._train_step(window, 1, 2, 0.0)
+    made._train_step(window, 0.0)
     assert all(torch.equal(v, before[name]) for name, v in averaged().items())
     window[0].features.copy_(healthy)
-    made._train_step(window, 1, 3, 0.0)
+    made._train_step(window, 0.0)
     assert not torch.equal(averaged()["head.weight"], before["head.weight"])
 
 
@@ -211,8 +212,9 @@ def test_cosine_comes_down_with_the_epochs_and_with_the_steps(make):
     options = ("--optim.schedule", "cosine", "--optim.lr", "1", "--optim.warmup", "0")
 
     def rate(made, epoch, number, step):
-        made.step = step
-        made._set_learning_rate(epoch, number)
+        made.progress.step, made.progress.batches = step, number
+        made.progress.epochs = [None] * (epoch - 1)
+        made._set_learning_rate()
         return made.optimizer.param_groups[0]["lr"]
 
     by_epochs = make(*options, "--epochs", "50", "--max-steps", "1000000")
@@ -233,11 +235,11 @@ def test_accumulated_batches_take_the_step_of_one_large_batch(make):
             made = make(*options, "--guard.enabled", guard, "--guard.max_norm", "1e9",
                         "--network.dropout", "0", "--augment.freq_masks", "0",
                         "--augment.time_masks", "0", "--optim.lr", "1e-12")  # fmt: skip
-            made.model.eval()
+            made.learner.model.eval()
             window = list(made.loader)
-            made._train_step(window, 1, 0, 0.0)
-            moments.append(made.optimizer.state[made.model.head.weight]["exp_avg"])
-            steps.append(made.totals)
+            made._train_step(window, 0.0)
+            moments.append(made.optimizer.state[made.learner.model.head.weight]["exp_avg"])
+            steps.append(made.progress.totals)
     for totals in steps[1:]:
         assert totals.losses == pytest.approx(steps[0].losses, rel=1e-5)
         assert totals.norms == pytest.approx(steps[0].norms, rel=1e-4)
@@ -250,7 +252,7 @@ def test_a_recording_that_breaks_after_the_check_is_left_out_and_named(make, tmp
     (tmp_path / "tone0.wav").unlink()
     made.fit()
     assert "Left out tone0.wav" in caplog.text
-    assert made.step == 3
+    assert made.progress.step == 3
     assert len(metrics(made.folder.path, "step")) == 3
     made = make("--epochs", "1", "--batch-size", "4")
     (tmp_path / "tone0.wav").unlink()
@@ -267,11 +269,11 @@ def test_the_student_learns_from_the_teacher_too(make, tmp_path):
     losses = {}
     for weight in ("0", "0.25", "1"):
         made = make("--teacher", path, "--distill.weight", weight, *options)
-        made.model.eval()
+        made.learner.model.eval()
         batch = next(iter(made.loader))
-        losses[weight] = made._loss(batch)[0].item()
-        ours, lengths = made.model(batch.features, batch.feature_lengths)
-        theirs, _ = made.teacher(batch.features, batch.feature_lengths)
+        losses[weight] = made.learner.loss(batch)[0].item()
+        ours, lengths = made.learner.model(batch.features, batch.feature_lengths)
+        theirs, _ = made.learner.teacher(batch.features, batch.feature_lengths)
     distance = distillation_loss(ours, theirs, lengths, 2.0).item()
     ctc = ctc_loss(ours, lengths, batch.targets, batch.target_lengths).item()
     assert losses["0"] == pytest.approx(ctc)
@@ -284,10 +286,10 @@ def test_two_views_are_to_be_heard_alike(make):
     losses = {}
     for weight in ("0.5", "2"):
         made = make("--consistency.weight", weight, "--network.dropout", "0")
-        made.model.eval()
+        made.learner.model.eval()
         batch = next(iter(made.loader))
-        losses[weight], frames = made._loss(batch)
-        log_probs, lengths = made.model(batch.features, batch.feature_lengths)
+        losses[weight], frames = made.learner.loss(batch)
+        log_probs, lengths = made.learner.model(batch.features, batch.feature_lengths)
     assert batch.views == 2
     assert frames == lengths.sum()
     ctc = ctc_loss(log_probs, lengths, batch.targets, batch.target_lengths).item()
@@ -318,14 +320,10 @@ def test_a_teacher_of_other_features_is_refused(make, tmp_path):
         make("--teacher", str(tmp_path / "absent.pt"))
 
 
-def test_curves_for_tensorboard(make):
+def test_curves_for_tensorboard(make, monkeypatch):
     made = make("--epochs", "1", "--stable", "--batch-size", "1")
-    tracking_every = trainer._NORMS_EVERY
-    trainer._NORMS_EVERY = 1
-    try:
-        made.fit()
-    finally:
-        trainer._NORMS_EVERY = tracking_every
+    monkeypatch.setattr(journal, "_NORMS_EVERY", 1)
+    made.fit()
     events = EventAccumulator(str(made.folder.path / "tensorboard"))
     events.Reload()
     tags = events.Tags()["scalars"]
@@ -356,14 +354,14 @@ def test_curves_of_a_run_that_goes_on(tmp_path):
 
 def test_a_batch_of_nothing_teaches_nothing(make):
     made = make()
-    made.model.train()
-    before = {name: value.clone() for name, value in made.model.state_dict().items()}
-    loss, frames = made._loss(collate([Rejected("a", "gone")], n_mels=80))
+    made.learner.model.train()
+    before = {name: value.clone() for name, value in made.learner.model.state_dict().items()}
+    loss, frames = made.learner.loss(collate([Rejected("a", "gone")], n_mels=80))
     loss.backward()
     assert (loss.item(), frames) == (0.0, 0)
-    assert made.model.training
-    assert all(not p.grad.any() for p in made.model.parameters())
-    for name, value in made.model.state_dict().items():
+    assert made.learner.model.training
+    assert all(not p.grad.any() for p in made.learner.model.parameters())
+    for name, value in made.learner.model.state_dict().items():
         assert torch.equal(value, before[name]), name
 
 
@@ -371,9 +369,9 @@ def test_a_batch_of_nothing_teaches_nothing(make):
 def test_precision(make, precision, dtype):
     made = make("--precision", precision)
     seen = []
-    made.model.head.register_forward_hook(lambda m, i, o: seen.append(o.dtype))
+    made.learner.model.head.register_forward_hook(lambda m, i, o: seen.append(o.dtype))
     train_step(made)
-    made.evaluate(made.model)
+    made.evaluate(made.learner.model)
     assert set(seen) == {dtype}
 
 
@@ -382,7 +380,7 @@ def test_a_search_for_a_loss_scale_is_in_the_metrics(make, guarded):
     made = make("--precision", "fp16", "--guard.enabled", guarded)
     made.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
     recorded = []
-    made._record = recorded.append
+    made.journal.write = recorded.append
     report = train_step(made)
     assert report.scale_search == (guarded == "true")
     assert recorded[0].scale_search == report.scale_search
@@ -393,12 +391,12 @@ def test_a_search_for_a_loss_scale_is_in_the_metrics(make, guarded):
 def test_signals_stop_once_and_interrupt_twice(make, monkeypatch):
     made = make()
     before = signal.getsignal(signal.SIGINT)
-    with made._stop_on_interrupt():
+    with made.agreement.stop_on_signals():
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)  # torchrun sends one more
-        made._agree()
+        made.agreement.agree()
         assert made.stopping
-        monkeypatch.setattr(trainer, "_ONE_SIGNAL", 0.0)
+        monkeypatch.setattr(agreement, "_ONE_SIGNAL", 0.0)
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGTERM)
     assert signal.getsignal(signal.SIGINT) is before

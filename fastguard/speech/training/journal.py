@@ -1,0 +1,123 @@
+"""What a run writes down as it trains: metrics.jsonl, TensorBoard's curves and lines of the log."""
+
+import contextlib
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+from fastguard.guard.report import PendingReport, StepReport
+from fastguard.speech.data.readers import Rejected
+
+from .metrics import EpochMetrics, MetricsFile, StepMetrics, epoch_table
+from .progress import Progress
+from .run_folder import RunFolder
+from .tracking import Curves
+
+logger = logging.getLogger(__name__)
+
+_NORMS_EVERY = 50  # steps between curves of each parameter's norm
+
+
+class Journal:
+    """Records each step and each epoch. Only the process that writes opens files."""
+
+    def __init__(self) -> None:
+        self._metrics: MetricsFile | None = None
+        self._curves: Curves | None = None
+
+    @contextlib.contextmanager
+    def open(self, folder: Path, progress: Progress):
+        """Append to the files of a run's folder, after what belongs to ``progress``."""
+        with contextlib.ExitStack() as stack:
+            metrics = MetricsFile(folder / "metrics.jsonl", progress.step, len(progress.epochs))
+            self._metrics = stack.enter_context(contextlib.closing(metrics))
+            curves = Curves(folder / "tensorboard", progress.step, progress.skipped)
+            self._curves = stack.enter_context(contextlib.closing(curves))
+            yield
+
+    def write(self, metrics: StepMetrics | EpochMetrics) -> None:
+        """Write metrics into the files that are open."""
+        for sink in filter(None, (self._metrics, self._curves)):
+            sink.write(metrics)
+
+    def step(
+        self,
+        progress: Progress,
+        number: int,
+        loss: float,
+        report: StepReport | PendingReport,
+        *,
+        lr: float,
+        seconds: float,
+        ids: Sequence[str],
+        rejected: Sequence[Rejected],
+    ) -> None:
+        """Record an optimizer step.
+
+        Args:
+            progress: the run's, this step included; its totals take the step.
+            number: of the step's first batch in the epoch.
+            loss: mean over the processes.
+            report: what the guard did.
+            lr: learning rate.
+            seconds: wall time of the step, loading included.
+            ids: of the step's utterances.
+            rejected: rows that could not be used.
+        """
+        metrics = StepMetrics(
+            progress.step,
+            progress.epoch,
+            number,
+            loss,
+            report.total_norm,
+            report.clip_coef,
+            report.verdict.name.lower(),
+            lr,
+            seconds,
+            tuple(ids) if report.skipped else (),
+            report.nonfinite,
+            report.loss_scale,
+            report.scale_search,
+            tuple(row.id for row in rejected),
+        )
+        progress.totals.add(metrics)
+        self.write(metrics)
+        due = progress.step % _NORMS_EVERY == 0 and isinstance(report, PendingReport)
+        if due and self._curves is not None:
+            self._curves.write_norms(report.norms(), progress.step)
+        logger.info("Batch %d: loss=%.2f, grad_norm=%.2f", number, loss, report.total_norm)
+
+    def epoch(self, ended: EpochMetrics) -> None:
+        """Record an epoch."""
+        self.write(ended)
+        logger.info(
+            "Epoch %d: loss=%.3f, grad_norm=%.2f, wer=%.3f, cer=%.3f, skipped=%d/%d, %.0f s (%s)",
+            ended.epoch,
+            ended.loss,
+            ended.grad_norm,
+            ended.wer,
+            ended.cer,
+            ended.skipped,
+            ended.steps,
+            ended.seconds,
+            ended.status,
+        )
+
+    def end(self, progress: Progress, folder: RunFolder, stopped: bool) -> None:
+        """Log the table of epochs, how the run ended, and how it can be continued."""
+        epochs = [*progress.epochs, *filter(None, [progress.unfinished])]
+        logger.info("\n%s", epoch_table(epochs))
+        how = "Stopped" if stopped else "Finished"
+        if folder.unsaved:
+            reasons = "; ".join(f"no {what}: {reason}" for what, reason in folder.unsaved.items())
+            logger.error(
+                "%s at step %d, but not all could be written (%s); %s",
+                how,
+                progress.step,
+                reasons,
+                folder.way_on(),
+            )
+        elif stopped:
+            logger.info("Stopped at step %d; %s", progress.step, folder.way_on())
+        else:
+            logger.info("Finished at step %d; results are in %s", progress.step, folder.path)

@@ -1,0 +1,162 @@
+"""The model in training: its forward pass, its loss, its gradients and its averaged weights."""
+
+import contextlib
+import logging
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from fastguard.guard import GradGuard
+from fastguard.speech.data.batching import Batch
+from fastguard.speech.recognition.recognizer import Recognizer, untrained_model
+from fastguard.stable_init import stable_init_
+
+from .config import Config
+from .distillation import consistency_loss, distillation_loss
+from .loss import ctc_loss
+from .parallel import Parallel
+from .precision import autocast
+from .random_state import random_state, set_random_state
+from .stepper import PlainClip
+
+logger = logging.getLogger(__name__)
+
+
+class Learner:
+    """A new model with initial weights, as the settings describe it, and what trains it.
+
+    Args:
+        config: the run's settings.
+        vocab_size: V, the tokens of the tokenizer, the blank included.
+        teacher: the trained model whose outputs the loss compares with; None without one.
+        parallel: the processes that train together.
+    """
+
+    def __init__(
+        self, config: Config, vocab_size: int, teacher: Recognizer | None, parallel: Parallel
+    ):
+        self.config = config
+        self.teacher = teacher
+        self.parallel = parallel
+        self.device = parallel.device
+        self.model = self._initial_model(vocab_size).to(self.device)
+        self.wrapped = parallel.wrap(self.model)
+        if config.compile:
+            self.wrapped = torch.compile(self.wrapped, dynamic=True)
+        self.ema = self._average() if config.ema else None
+
+    def _initial_model(self, vocab_size: int) -> nn.Module:
+        config = self.config
+        model = untrained_model(config, vocab_size)
+        stable_init_(model, config.init.linear_std, config.init.conv_scale)
+        logger.info(
+            "%s: %.1f M parameters on %s%s, %s",
+            config.model,
+            sum(p.numel() for p in model.parameters()) / 1e6,
+            self.device,
+            f" x {self.parallel.world_size}" if self.parallel.world_size > 1 else "",
+            config.precision,
+        )
+        return model
+
+    def _average(self) -> AveragedModel:
+        return AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(self.config.ema))
+
+    @property
+    def evaluated(self) -> nn.Module:
+        """The model that is evaluated and kept as best: the averaged one if there is one."""
+        return self.model if self.ema is None else self.ema.module
+
+    def forward(self, features: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """log_probs (B, T', V) and output lengths (B,) of features (B, T, n_mels), for training."""
+        if self.parallel.sharded:
+            self.parallel.share_buffers(self.model)
+        with autocast(self.device, self.config.precision):
+            return self.wrapped(features, lengths)
+
+    def silence(self) -> tuple[Tensor, Tensor]:
+        """Features (1, 8, n_mels) and lengths (1,) that stand in for an empty batch."""
+        return torch.zeros(1, 8, self.config.features.n_mels, device=self.device), torch.tensor([8])
+
+    def loss(self, batch: Batch) -> tuple[Tensor, int]:
+        """Scalar float32 loss per output frame of a batch, and its number of output frames."""
+        if not len(batch):  # every process must take part in a step of all
+            self.model.eval()  # BatchNorm must not count the silence as speech
+            log_probs, _ = self.forward(*self.silence())
+            self.model.train()
+            return log_probs.sum() * 0.0, 0
+        batch = batch.to(self.device)
+        log_probs, lengths = self.forward(batch.features, batch.feature_lengths)
+        loss = ctc_loss(log_probs, lengths, batch.targets, batch.target_lengths)
+        if batch.views > 1:
+            loss = loss + self.config.consistency.weight * consistency_loss(log_probs, lengths)
+        if self.teacher is not None:
+            distill = self.config.distill
+            with autocast(self.device, self.config.precision):
+                targets, _ = self.teacher(batch.features, batch.feature_lengths)
+            distance = distillation_loss(log_probs, targets, lengths, distill.temperature)
+            loss = (1 - distill.weight) * loss + distill.weight * distance
+        return loss, int(lengths.sum())
+
+    def backward(
+        self,
+        micro_batches: Sequence[Batch],
+        number: int,
+        stepper: "GradGuard | PlainClip",
+        scaler: torch.amp.GradScaler | None,
+    ) -> Tensor | None:
+        """Add the gradients of a step's micro-batches.
+
+        Args:
+            micro_batches: of one optimizer step.
+            number: of the first one in the epoch, for messages.
+            stepper: takes the gradients after each micro-batch where they accumulate.
+            scaler: multiplies the loss in fp16.
+
+        Returns:
+            The loss per output frame of all micro-batches, scalar float32; None if no process has
+            an utterance in them.
+        """
+        losses, frames = [], []
+        for place, batch in enumerate(micro_batches, start=number):
+            loss, count = self.loss(batch)
+            everywhere = self.parallel.sum(count)
+            if everywhere == 0:
+                continue
+            # DistributedDataParallel and FSDP take the mean over processes.
+            loss = loss * (count * self.parallel.world_size / everywhere)
+            losses.append(loss.detach())
+            frames.append(everywhere)
+            accumulates = self.config.grad_accumulation > 1
+            total = loss * everywhere if accumulates else loss  # the step divides by the weights
+            (total if scaler is None else scaler.scale(total)).backward()
+            if accumulates:
+                stepper.accumulate(
+                    scaler=scaler,
+                    loss=losses[-1],
+                    batch_id=f"{place} [{', '.join(batch.ids)}]",
+                    weight=everywhere,
+                )
+        if not losses:
+            return None
+        weights = torch.tensor(frames, device=self.device, dtype=torch.float32)
+        return (torch.stack(losses) * weights).sum() / weights.sum()
+
+    @contextlib.contextmanager
+    def undo_on_failure(self) -> Iterator[None]:
+        """Restore the random numbers and the buffers after an error, such as a lack of memory.
+
+        A forward and a backward pass change nothing else of the model, so a state can be written
+        from which the run continues.
+        """
+        numbers = random_state(self.device)
+        buffers = [buffer.clone() for buffer in self.model.buffers()]
+        try:
+            yield
+        except Exception:
+            set_random_state(numbers, self.device)
+            for buffer, before in zip(self.model.buffers(), buffers, strict=True):
+                buffer.copy_(before)
+            raise
