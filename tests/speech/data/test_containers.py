@@ -91,7 +91,7 @@ def test_an_mp3_that_ends_in_the_tag_of_its_first_frame_has_no_tag():
 
 
 def test_a_header_that_is_too_short_for_a_parser_makes_the_file_damaged(whole, monkeypatch):
-    monkeypatch.setattr(containers, "_flac", lambda *_: struct.unpack("<I", b"ab"))
+    monkeypatch.setattr(containers, "flac_extent", lambda *_: struct.unpack("<I", b"ab"))
     with pytest.raises(containers.Incomplete, match="damaged: its header cannot be read"):
         examine(io.BytesIO(whole["flac"]))
 
