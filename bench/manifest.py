@@ -95,9 +95,11 @@ def write(folder: Path, rows: int) -> Path:
 
 def measure(manifest: Path) -> dict[str, float]:
     """Run in a process of its own: a peak does not go down again."""
-    from fastguard.speech.data.batching import BucketBatchSampler, SpeechDataset, make_loader
+    from fastguard.speech.data.batching import SpeechDataset
     from fastguard.speech.data.corpora import load_corpus
     from fastguard.speech.data.features import LogMel
+    from fastguard.speech.data.loader import make_loader
+    from fastguard.speech.data.sampler import BucketBatchSampler
     from fastguard.speech.data.tokenizer import CharTokenizer
 
     figures = {"baseline MB": memory("VmHWM")}

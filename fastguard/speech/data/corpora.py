@@ -19,7 +19,6 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from hashlib import sha256
-from itertools import pairwise
 from pathlib import Path
 from typing import Literal, TextIO
 
@@ -28,6 +27,7 @@ from tqdm import tqdm
 from fastguard._extras import MissingExtra
 
 from .audio import check_duration, decoded_duration, header_duration
+from .ctc_targets import check_feasible, encoded
 from .readers import (
     ASTERISK_SOUNDS,
     CorpusError,
@@ -369,25 +369,6 @@ def _with_splits(rows: Utterances) -> Utterances:
     texts = set(rows.of_split(None).texts())
     given = {text: name for name in SPLITS for text in rows.of_split(name).texts() if text in texts}
     return rows.with_splits(given | assign_splits(texts - given.keys()))
-
-
-def encoded(encode: Callable[[str], Sequence], text: str) -> Sequence:
-    """What ``encode`` gives; raises :class:`Unusable` for a text that has no tokens."""
-    try:
-        return encode(text)
-    except ValueError as error:
-        raise Unusable(f"no tokens: {error}") from error
-
-
-def check_feasible(tokens: Sequence, frames: int) -> None:
-    """Raises :class:`Unusable` if CTC can not align so many tokens to so many frames: each takes
-    one, and of two equal neighbours there is a blank between."""
-    repeats = sum(a == b for a, b in pairwise(tokens))
-    if frames < len(tokens) + repeats:
-        raise Unusable(
-            f"infeasible target: needs {len(tokens) + repeats} frames ({len(tokens)} symbols + "
-            f"{repeats} repeats), has {frames}; check the text, or use a model of smaller stride"
-        )
 
 
 def _amount(utterances: Utterances) -> str:

@@ -8,37 +8,32 @@ from fastguard.diagnose.findings import Finding
 from fastguard.speech.models.ctc import CTCModel
 
 from .batching import Batch
+from .ctc_targets import Needed
 
 QUIETEST = 1e-4  # 80 dB under full scale: a recording whose peak is lower holds no speech
 LOUDEST = 1.5  # decoders of MP3 and Vorbis overshoot full scale a little
 
 
 def ctc_problems(batch: Batch) -> list[Finding]:
-    """The utterances of which CTC has no alignment: their loss is infinite.
-
-    A text of U symbols with R equal neighbours needs U + R output frames.
-    """
+    """The utterances of which CTC has no alignment: their loss is infinite."""
     available = CTCModel.output_lengths(batch.feature_lengths).tolist()
     texts = batch.targets.split(batch.target_lengths.tolist())
     found = []
     for name, tokens, frames in zip(batch.ids, texts, available, strict=True):
-        repeats = int((tokens[1:] == tokens[:-1]).sum())
-        needed = len(tokens) + repeats
-        if frames < needed:
-            found.append(_infeasible(name, len(tokens), repeats, frames))
+        needed = Needed.by(tokens.tolist())
+        if frames < needed.frames:
+            found.append(_infeasible(name, needed, frames))
     return found
 
 
-def _infeasible(name: str, symbols: int, repeats: int, frames: int) -> Finding:
-    needed = symbols + repeats
+def _infeasible(name: str, needed: Needed, frames: int) -> Finding:
     return Finding(
         "infeasible target",
         name,
-        f"the target needs {needed} frames ({symbols} symbols + {repeats} repeats), and the "
-        f"recording has {frames}: the CTC loss is infinite",
+        f"the target needs {needed}, and the recording has {frames}: the CTC loss is infinite",
         "correct the text or the cut of the recording, or leave it out; a model of smaller stride "
         "has more frames; zero_infinity would only hide it",
-        evidence={"utterance": name, "needed": needed, "available": frames},
+        evidence={"utterance": name, "needed": needed.frames, "available": frames},
     )
 
 

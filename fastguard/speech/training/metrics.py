@@ -256,15 +256,37 @@ class _File(logging.FileHandler):
             super().close()
 
 
+class _Terminal(logging.StreamHandler):
+    """Writes to what is sys.stderr now, like the handler that logging falls back to."""
+
+    @property
+    def stream(self):
+        return sys.stderr
+
+    @stream.setter
+    def stream(self, _):
+        pass
+
+
 def log_to(path: Path | None) -> None:
-    """Send fastguard's log to the terminal and to a file; with None only warnings, to the first."""
-    root = logging.getLogger("fastguard")
-    root.setLevel(logging.INFO if path else logging.WARNING)
-    root.propagate = False
-    for handler in root.handlers:
+    """Send fastguard's log to the terminal and to a file.
+
+    Handlers that are not of this function stay as they are, and records still reach those of the
+    root logger.
+
+    Args:
+        path: of the log file. None: no file, and on the terminal only warnings.
+    """
+    package = logging.getLogger("fastguard")
+    package.setLevel(logging.INFO if path else logging.WARNING)
+    for handler in [h for h in package.handlers if isinstance(h, _Terminal | _File)]:
+        package.removeHandler(handler)
         handler.close()
-    root.handlers = [logging.StreamHandler()]
+    package.addHandler(_with_format(_Terminal(), tracebacks=False))
     if path is not None:
-        root.handlers.append(_File(path, encoding="utf-8"))
-    for handler in root.handlers:
-        handler.setFormatter(_Formatter(isinstance(handler, _File)))
+        package.addHandler(_with_format(_File(path, encoding="utf-8"), tracebacks=True))
+
+
+def _with_format(handler: logging.Handler, tracebacks: bool) -> logging.Handler:
+    handler.setFormatter(_Formatter(tracebacks))
+    return handler

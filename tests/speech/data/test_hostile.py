@@ -14,10 +14,11 @@ import soundfile
 import torch
 
 from fastguard.speech.data.audio import AudioError, header_duration
-from fastguard.speech.data.batching import Draw, SpeechDataset
+from fastguard.speech.data.batching import SpeechDataset
 from fastguard.speech.data.corpora import CorpusError, load_corpus
 from fastguard.speech.data.features import LogMel, load_audio
 from fastguard.speech.data.readers import LONGEST_LINE, read_librispeech
+from fastguard.speech.data.sampler import Draw
 from fastguard.speech.data.tokenizer import CharTokenizer
 from fastguard.speech.data.utterances import Utterance
 
