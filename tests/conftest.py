@@ -1,7 +1,5 @@
 """Tests marked ``cuda`` run where there is a GPU; a run that several tests share."""
 
-import logging
-
 import pytest
 import torch
 
@@ -11,12 +9,6 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if item.get_closest_marker("cuda"):
                 item.add_marker(pytest.mark.skip(reason="no CUDA device"))
-
-
-@pytest.fixture(autouse=True)
-def _logs_reach_caplog():
-    """A command that ran earlier in this process has turned that off (metrics.log_to)."""
-    logging.getLogger("fastguard").propagate = True
 
 
 @pytest.fixture(scope="session")

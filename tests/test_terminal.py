@@ -88,8 +88,7 @@ def test_no_command_prints_what_is_hidden(name, capsys, tmp_path, monkeypatch):
     except SystemExit as end:
         status = end.code
     finally:
-        logging.getLogger("fastguard").handlers.clear()
-        logging.getLogger("fastguard").propagate = True
+        log_to(None)
     said = "".join(capsys.readouterr())
     assert status in (1, 2)
     assert "[2J" in said and nothing_hidden(said)

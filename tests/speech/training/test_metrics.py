@@ -187,3 +187,18 @@ def test_a_full_disk_ends_the_log_file_and_not_the_run(tmp_path, capsys):
     assert error.count("train.log is not complete") == 1
     log_to(None)  # closes it
     assert "Traceback" not in error
+
+
+def test_the_log_leaves_the_handlers_of_others_and_reaches_the_root(tmp_path, capsys, caplog):
+    package, other = logging.getLogger("fastguard"), logging.NullHandler()
+    package.addHandler(other)
+    try:
+        log_to(tmp_path / "train.log")
+        log_to(tmp_path / "train.log")
+        logging.getLogger("fastguard.x").info("once")
+        assert other in package.handlers
+    finally:
+        package.removeHandler(other)
+        log_to(None)
+    assert capsys.readouterr().err == (tmp_path / "train.log").read_text() == "once\n"
+    assert caplog.messages == ["once"]
