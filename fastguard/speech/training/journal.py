@@ -26,7 +26,7 @@ class Journal:
         self._curves: Curves | None = None
 
     @contextlib.contextmanager
-    def open(self, folder: Path, progress: Progress):
+    def writing_to(self, folder: Path, progress: Progress):
         """Append to the files of a run's folder, after what belongs to ``progress``."""
         with contextlib.ExitStack() as stack:
             metrics = MetricsFile(folder / "metrics.jsonl", progress.step, len(progress.epochs))

@@ -122,7 +122,7 @@ class Trainer:
             stack.enter_context(self.agreement.stop_on_signals())
             stack.enter_context(logging_redirect_tqdm([logging.getLogger("fastguard")]))
             if self.parallel.main:
-                stack.enter_context(self.journal.open(self.folder.path, self.progress))
+                stack.enter_context(self.journal.writing_to(self.folder.path, self.progress))
             self._saved_at = time.monotonic()
             try:
                 self._train()
