@@ -763,7 +763,7 @@ def answers(tmp_path_factory):
 
 
 def spawn(size, folder):
-    command = [sys.executable, "-X", "faulthandler", "-m", "tests.test_guard_sharded"]
+    command = [sys.executable, "-X", "faulthandler", "-m", "tests.guard.test_distributed"]
     store = folder / f"store_{size}"
     ranks = [
         subprocess.Popen(
