@@ -52,7 +52,7 @@ def run(config: Config, parallel: Parallel) -> int:
     except KeyboardInterrupt:
         return 130
     except Exception as error:
-        _tell(error, folder.way_on() if trainer and parallel.main else None, parallel)
+        _tell(error, folder, parallel, begun=trainer is not None)
         return 1
     finally:
         folder.close()
@@ -61,8 +61,9 @@ def run(config: Config, parallel: Parallel) -> int:
     return 130 if trainer.stopping else 0
 
 
-def _tell(error: Exception, way_on: str | None, parallel: Parallel) -> None:
+def _tell(error: Exception, folder: RunFolder, parallel: Parallel, begun: bool) -> None:
     """In one line what ends the run; of a program's error the log file has the traceback, too."""
+    way_on = _way_on(folder, parallel) if begun else None
 
     def tell(cause: str, traceback: Exception | None = None) -> None:
         between = "\n" if "\n" in cause else "; "  # the guard's advice takes some lines
@@ -80,7 +81,26 @@ def _tell(error: Exception, way_on: str | None, parallel: Parallel) -> None:
     cause = str(error) if known else in_a_line(error)
     if parallel.world_size > 1:
         parallel.leave_word(cause)
+    if not known and not parallel.main:
+        cause = f"process {parallel.rank}: {cause}"
+        _log_errors_to(folder.path / "train.log")
     tell(cause, None if known else error)
+
+
+def _way_on(folder: RunFolder, parallel: Parallel) -> str | None:
+    """From where the run goes on, which a process that writes no states sees in the folder."""
+    if not parallel.main and not folder.look_for_newest():
+        return None  # another machine may have the folder
+    return folder.way_on()
+
+
+def _log_errors_to(path: Path) -> None:
+    """Have a process that does not write the log add its last words to it."""
+    try:
+        log_to(path)
+    except OSError as error:
+        log_to(None)
+        logger.warning("the traceback is in no log: %s", error)
 
 
 def _begin(folder: RunFolder) -> str | None:

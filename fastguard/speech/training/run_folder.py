@@ -292,6 +292,15 @@ class RunFolder:
             self.unsaved["averaged weights"] = str(error)
             logger.warning("No averaged checkpoint: %s", error)
 
+    def look_for_newest(self) -> bool:
+        """Take ``newest`` from the folder, where another process writes; whether there is any.
+
+        A state has its name only when it is whole, and is not read here.
+        """
+        states = self._saved_states(self.path)
+        self.newest = _step_of(states[-1]) if states else None
+        return bool(states)
+
     def way_on(self) -> str:
         """From where the run goes on."""
         if self.newest is None:

@@ -46,3 +46,23 @@ def test_one_process_fails_and_all_end(tmp_path, data, fault, kind, cause):
         assert checkpoint.load(tmp_path / "last.pt")["batches"] == len(metrics(tmp_path, "step"))
     before, *_ = errors.partition("torch/distributed/elastic")  # torchrun tells of each process
     assert "Traceback" not in before
+
+
+@pytest.mark.slow
+def test_the_survivors_name_the_state_of_the_process_that_is_gone(tmp_path, data):
+    status, errors = faulty(tmp_path, data, "killed:step:0", "--checkpoint.steps", "1")
+    assert status == 1, errors
+    (told,) = [line for line in errors.splitlines() if line.startswith("ERROR - ")]
+    assert "another process of this run is gone, without a word" in told
+    assert told.endswith(f"--run-dir {tmp_path} goes on from the state of step 2")
+    assert checkpoint.load(tmp_path / "last.pt")["step"] == 2
+
+
+@pytest.mark.slow
+def test_the_log_has_the_traceback_of_any_process(tmp_path, data):
+    status, errors = faulty(tmp_path, data, "error:step:1")
+    assert status == 1, errors
+    log = (tmp_path / "train.log").read_text()
+    _, _, after = log.partition("ERROR - process 1: ZeroDivisionError: a fault of the program")
+    assert "\nTraceback (most recent call last):\n" in after
+    assert 'raise MemoryError if what == "memory" else ZeroDivisionError' in after
