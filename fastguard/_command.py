@@ -17,7 +17,7 @@ def exit_status(command: Callable[[], int | None], *failures: type[Exception]) -
     missing; 130 after Ctrl-C."""
     try:
         status = command()
-        sys.stdout.flush()  # here a full disk is still an error that can be told
+        print(end="", flush=True)  # here a full disk is still an error that can be told
     except BrokenPipeError:  # the reader, such as `head`, has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
@@ -26,6 +26,7 @@ def exit_status(command: Callable[[], int | None], *failures: type[Exception]) -
         return 2
     except failures as error:
         print(f"error: {error}", file=sys.stderr)
+        _drop_unwritten()
         return 1
     except KeyboardInterrupt:
         return 130
@@ -35,6 +36,15 @@ def exit_status(command: Callable[[], int | None], *failures: type[Exception]) -
         print(f"error: {in_a_line(error)}", file=sys.stderr)
         return 1
     return status or 0
+
+
+def _drop_unwritten() -> None:
+    """Of output that finds no room; at the interpreter's end it would be a second message, and
+    the status 120."""
+    try:
+        print(end="", flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def check_words(parser: argparse.ArgumentParser, argv: list[str] | None) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from . import ops
+from ._command import exit_status
 from ._io import terminal
 from .ops import _library
 
@@ -65,9 +66,13 @@ def version() -> str:
 
 @terminal.command
 def main() -> int:
+    """Exit status: 0 done, 1 the output could not be written, 130 stopped by Ctrl-C."""
+    return exit_status(_print, OSError)
+
+
+def _print() -> None:
     for key, value in describe().items():
         print(f"{key:26} {value}")
-    return 0
 
 
 if __name__ == "__main__":

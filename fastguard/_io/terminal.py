@@ -82,7 +82,8 @@ def _protected() -> Iterator[None]:
     for stream in before:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="fastguard.escape")
-    sys.stdout, sys.stderr = map(_Visible, before)
+    # Of a stream that was closed before Python began there is None, to which print writes nothing.
+    sys.stdout, sys.stderr = (None if stream is None else _Visible(stream) for stream in before)
     try:
         yield
     except Exception:

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 
+from fastguard._command import exit_status
 from fastguard._io import terminal
 
 from . import machine, timing
@@ -79,6 +80,11 @@ def _device(text: str) -> torch.device:
 @terminal.command
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
+    return exit_status(lambda: _run(args, sys.argv[1:] if argv is None else argv), OSError)
+
+
+def _run(args: argparse.Namespace, argv: list[str]) -> int:
+    """The whole command; its exit status."""
     if args.device.type == "cuda":
         if (reason := machine.no_gpu()) is not None:
             print(reason)
@@ -88,7 +94,7 @@ def main(argv: list[str] | None = None) -> int:
             print(f"error: no {args.device}: {torch.cuda.device_count()} found", file=sys.stderr)
             return 2
         if args.built is None and machine.can_build():
-            return _build_and_start_again(sys.argv[1:] if argv is None else argv)
+            return _build_and_start_again(argv)
         torch.cuda.set_device(args.device)
     path = args.output or default_path(args.device)
     try:
