@@ -57,10 +57,10 @@ def corpus(folder: Path, draw: random.Random) -> str:
 
 
 @contextlib.contextmanager
-def small_disk(folder: Path):
-    """Mount one, if that is allowed; whether it was."""
+def small_disk(folder: Path, size: int = DISK):
+    """Mount one of `size` MiB, if that is allowed; whether it was."""
     folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", f"size={DISK}m", "tmpfs", str(folder)]
+    command = ["mount", "-t", "tmpfs", "-o", f"size={size}m", "tmpfs", str(folder)]
     try:
         mounted = subprocess.run(command, capture_output=True).returncode == 0
     except FileNotFoundError:  # not every system has mount

@@ -190,3 +190,13 @@ def test_a_link_is_a_copy_where_there_are_no_links(tmp_path, monkeypatch):
     files.link(tmp_path / "a", tmp_path / "b")
     assert (tmp_path / "b").read_text() == "text"
     assert not os.path.samefile("a", "b")
+
+
+def test_a_folder_of_our_own_naming_is_no_link(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "out").symlink_to("elsewhere")
+    with pytest.raises(files.UnusableFile, match="out is a symbolic link, where a folder is"):
+        files.make_folder(tmp_path / "out", named=False)
+    files.make_folder(tmp_path / "out", named=True)
+    files.make_folder(tmp_path / "new" / "one", named=False)
+    assert (tmp_path / "new" / "one").is_dir()

@@ -148,6 +148,19 @@ def check_own_folder(path: Path) -> None:
         raise UnusableFile(f"{path} is {kind}, where a folder is written: move it away")
 
 
+def make_folder(path: Path, named: bool) -> None:
+    """Make a folder for results, if it is not there. One that the user ``named`` may be a link;
+    in a folder of our own naming a link could lead out of the run.
+
+    Raises:
+        UnusableFile: it is a link, or a file.
+        OSError: it can not be made.
+    """
+    if not named:
+        check_own_folder(path)
+    path.mkdir(parents=True, exist_ok=True)
+
+
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary file that becomes ``path``, whole and on the disk, if all goes well; and

@@ -15,7 +15,7 @@ from .clip import clip_, clip_ref_
 from .decide import decide, decide_ref, guard_decide_, guard_decide_ref_
 from .grad_norm import grad_norm, grad_norm_ref
 from .grad_norm_decide import grad_norm_decide_, grad_norm_decide_ref_
-from .packed import packed_offsets, packed_strides, packed_view
+from .packed import packed_offsets, packed_strides, packed_view, sharing_memory
 from .scale import scale_, scale_ref_
 from .settle import settle_, settle_ref_
 from .types import (
@@ -77,4 +77,5 @@ __all__ = [
     "scale_ref_",
     "settle_",
     "settle_ref_",
+    "sharing_memory",
 ]

@@ -35,6 +35,8 @@ def accumulate_(
 
     Raises:
         RuntimeError: the lists do not match, a sum is expanded or of another dtype.
+
+    Sums that share memory are not looked for: GradGuard makes them itself, one for each parameter.
     """
     if _library.has_kernel(window):
         torch.ops.fastguard.accumulate_.default(sums, grads, verdict, window, weight)

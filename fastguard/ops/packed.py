@@ -4,7 +4,7 @@ Twin: csrc/packed.h.
 """
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -43,3 +43,24 @@ def packed_view(pack: Tensor, param: Tensor, offset: int) -> Tensor:
     """The part of packed moments that begins at ``offset``, with the parameter's shape."""
     part = pack.narrow(0, offset, param.numel())
     return part.as_strided(param.shape, packed_strides(param))
+
+
+def sharing_memory(tensors: Sequence[Tensor]) -> tuple[int, int] | None:
+    """The places of two tensors of one device that share memory; None if none are found.
+
+    A tensor that begins inside of a dense one is found, and one that begins where another does. Of
+    two with gaps the elements of one may lie between those of the other: that is no fault, and not
+    looked into. Takes O(N log N), for where a list is built: too long for each step.
+    """
+    starts = []
+    for place, tensor in enumerate(tensors):
+        if type(tensor) in (Tensor, torch.nn.Parameter) and tensor.numel() > 0:
+            dense = tensor.is_contiguous() or tensor.stride() == packed_strides(tensor)
+            start = tensor.data_ptr()  # 0 where the storage was let go of, as by FSDP
+            starts += [(start, start + dense * tensor.nbytes, place)] if start else []
+    (begun, ended), last = (-1, -1), -1
+    for start, end, place in sorted(starts):
+        if start == begun or start < ended:
+            return last, place
+        begun, ended, last = start, end, place
+    return None

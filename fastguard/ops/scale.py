@@ -21,6 +21,9 @@ def scale_(grads: Sequence[Tensor], clip_coef: Tensor) -> None:
 
     Raises:
         RuntimeError: a tensor of another dtype or device, or one that is expanded.
+
+    Two that share memory are not looked for, since the gradients of each step are others: what they
+    share may be multiplied once or twice. The callers here give each tensor once.
     """
     grads = list(grads)
     if grads and _library.has_kernel(grads[0]):

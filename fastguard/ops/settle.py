@@ -21,6 +21,8 @@ def settle_(
     whatever the verdict, all buffers of the same owner are set back then. BatchNorm's mean,
     variance and count belong together; the buffers of other modules are not held up.
 
+    Two buffers may share memory: their copies are equal there, so it gets the same from either.
+
     Args:
         buffers, saved: N tensors each, of any dtype and device, equal in shape and dtype in pairs.
         verdict: int64, shape (), as :func:`guard_decide_` returns it.

@@ -277,6 +277,7 @@ class _Bucket:
         self.params = params
         self.states = states
         self._parts = parts = local_parts(params)
+        self._check_apart(parts)
         self.sharded = parts is not params
         self.complex = any(p.is_complex() for p in params)
         self.amsgrad = bool(group["amsgrad"])
@@ -317,6 +318,16 @@ class _Bucket:
             for view, state in zip(self.views[name], states, strict=True):
                 state[name] = view
         self._copies = list(map(dict, states))
+
+    def _check_apart(self, parts: list[Tensor]) -> None:
+        """RuntimeError where two parameters share memory, which threads would write at once."""
+        if (shared := ops.sharing_memory(parts)) is not None:
+            places = {id(p): place for place, p in enumerate(self.group["params"])}
+            first, second = sorted(places[id(self.params[i])] for i in shared)
+            raise RuntimeError(
+                f"parameters {first} and {second} of group {self.number} share memory: give the "
+                "optimizer one of them, or clone the other"
+            )
 
     def unchanged(self) -> bool:
         """Whether the state's entries are the views, and parameters lie in memory as they did."""

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import fastguard
-from fastguard import GradGuard
+from fastguard import GradGuard, ops
 from fastguard.guard import report as step_report
 from fastguard.ops.settle import can_settle
 
@@ -592,3 +592,16 @@ def test_a_buffer_on_another_device_than_the_verdict(monkeypatch):
     elsewhere = torch.ones(2, device="meta")
     assert can_settle([buffer], [saved], torch.device("cpu"))
     assert not can_settle([buffer, elsewhere], [saved, elsewhere], torch.device("cpu"))
+
+
+@pytest.mark.parametrize("verdict", [ops.Verdict.APPLY, ops.Verdict.SKIP_NONFINITE])
+def test_buffers_that_share_memory_are_settled_as_one(verdict):
+    """Many enough that several threads write them."""
+    before, now = torch.arange(300_000.0), torch.arange(300_000.0) + 0.5
+    memory = now.clone()
+    buffers = [memory[:200_000], memory[100_000:]] * 4
+    saved = [before[:200_000].clone(), before[100_000:].clone()] * 4
+    ops.settle_(buffers, saved, torch.tensor(int(verdict)), torch.arange(8))
+    expected = before if verdict.skipped else now
+    assert torch.equal(memory, expected)
+    assert all(map(torch.equal, saved, [expected[:200_000], expected[100_000:]] * 4))

@@ -438,6 +438,39 @@ def test_a_parameter_that_overlaps_itself_is_refused():
             ops.adamw_(**tensors, grad_coef=scalar(1.0), verdict=verdict_(0), **OPTIONS)
 
 
+MEMORY = torch.zeros(12)
+
+
+@pytest.mark.parametrize(
+    "tensors, shared",
+    [
+        ([MEMORY[:6], MEMORY[6:]], None),
+        ([MEMORY[6:], MEMORY[:7]], (1, 0)),
+        ([MEMORY[:2], MEMORY[3:], MEMORY[5:6], torch.zeros(12)], (1, 2)),
+        ([MEMORY.view(3, 4).t(), MEMORY[11:]], (0, 1)),
+        ([MEMORY[::2], MEMORY[1::2]], None),
+        ([MEMORY[::2], MEMORY[::3]], (0, 1)),
+        ([MEMORY[:0], MEMORY[:0], MEMORY], None),
+    ],
+)
+def test_tensors_that_share_memory_are_found(tensors, shared):
+    assert ops.sharing_memory(tensors) == shared
+
+
+def test_parameters_that_share_memory_are_refused_and_none_is_written():
+    memory = torch.ones(10)
+    whole, *shared = map(torch.nn.Parameter, (torch.ones(3), memory[:6], memory[4:]))
+    for p in (whole, *shared):
+        p.grad = torch.ones_like(p)
+    optimizer = fastguard.AdamW([whole, *shared], lr=0.1)
+    with pytest.raises(RuntimeError, match="parameters 1 and 2 of group 0 share memory"):
+        optimizer.step()
+    assert (memory == 1).all() and (whole == 1).all()
+    optimizer.param_groups[0]["params"].pop()
+    optimizer.step()
+    assert (memory[:6] < 1).all() and (memory[6:] == 1).all()
+
+
 def test_copy_on_write_tensors_are_their_own_afterwards():
     tensors = packed(lists([(50,)], [torch.float32]))
     before = bits(flat(tensors))

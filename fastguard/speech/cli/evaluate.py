@@ -9,7 +9,7 @@ from typing import TextIO
 import torch
 
 from fastguard._command import check_words, exit_status
-from fastguard._io import terminal
+from fastguard._io import files, terminal
 from fastguard.speech.data.batching import Batch
 from fastguard.speech.data.corpora import SPECS, SPLITS, Corpus, load_corpus
 from fastguard.speech.data.readers import CorpusError, Rejected
@@ -98,7 +98,7 @@ def _evaluate(args: argparse.Namespace) -> None:
     decode = recognition_options.decoder(args, recognizer.tokenizer, recognizer.config.text)
     folder = args.output or path.parent / f"evaluation-{args.split}-{args.decoder}"
     data = args.data or recognizer.config.data
-    folder.mkdir(parents=True, exist_ok=True)
+    files.make_folder(folder, named=args.output is not None)
     with listing(folder, "changed_labels.jsonl") as changed:
         corpus = load_split(data, args.split, recognizer, changed)
     utterances = corpus.utterances if args.split == "all" else corpus.split(args.split)

@@ -12,6 +12,7 @@ sizes.
 import argparse
 import importlib.metadata
 import importlib.util
+import io
 import json
 import logging
 import warnings
@@ -89,8 +90,9 @@ def trace(model: nn.Module) -> ExportedProgram:
 
 
 def save_torch(path: Path, program: ExportedProgram) -> None:
-    with open(path, "wb") as file:  # given a path, torch insists on a suffix
-        torch.export.save(program, file)
+    content = io.BytesIO()  # torch's writer of archives aborts the process where a disk is full
+    torch.export.save(program, content)
+    path.write_bytes(content.getbuffer())
 
 
 def save_onnx(path: Path, program: ExportedProgram) -> None:
@@ -348,6 +350,7 @@ def _export(args: argparse.Namespace) -> None:
     path = checkpoint.best_of(args.checkpoint)
     recognizer = Recognizer.load(path)
     folder = args.output or path.parent / "exported"
+    files.make_folder(folder, named=args.output is not None)
     formats = list(dict.fromkeys(args.format))
     lines = export(recognizer, folder, formats)
     for line in tqdm(lines, "exporting", len(formats) + 1, leave=False, disable=None):

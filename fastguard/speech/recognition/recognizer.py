@@ -10,7 +10,7 @@ from fastguard.speech.data.features import LogMel
 from fastguard.speech.data.tokenizer import Tokenizer, tokenizer_from_dict
 from fastguard.speech.models import build_model
 from fastguard.speech.storage import checkpoint, weights
-from fastguard.speech.training.config import Config
+from fastguard.speech.training.config import Config, warn_without_text_rules
 
 
 @dataclass
@@ -43,6 +43,7 @@ class Recognizer:
             raise checkpoint.CheckpointError(
                 f"{path} can not be used by this version of fastguard: {error}"
             ) from error
+        warn_without_text_rules(path, state["config"])
         return cls(model.to(device).eval(), tokenizer, features(config), config)
 
     @torch.no_grad()

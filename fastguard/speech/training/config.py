@@ -1,5 +1,6 @@
 """Settings of a training run: dataclasses, and what makes a set of them impossible."""
 
+import logging
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +11,8 @@ import yaml
 from fastguard.speech.data.audio import SAMPLE_RATES
 from fastguard.speech.data.text import TextRules
 from fastguard.speech.storage.plain import from_plain, shown, to_plain
+
+logger = logging.getLogger(__name__)
 
 ModelName = Literal["teacher", "baseline"]
 MODELS = get_args(ModelName)
@@ -256,6 +259,20 @@ class Config:
     def to_yaml(self) -> str:
         """What ``--config`` reads back."""
         return yaml.safe_dump(self.to_dict(), sort_keys=False)
+
+
+def warn_without_text_rules(path: Path, values: dict) -> None:
+    """Say so where the settings in ``path`` are of a version that had no TextRules: what was done
+    to its texts is none of today's choices."""
+    if "text" in values:
+        return
+    rules = ", ".join(f"{name}={value}" for name, value in vars(TextRules()).items())
+    logger.warning(
+        "%s was written before the settings text.*: in its training the digits, * and # of a text "
+        "became English words one by one, and from now on texts are normalised with %s",
+        path,
+        rules,
+    )
 
 
 def _look_up(config: Config, name: str):

@@ -24,7 +24,7 @@ from fastguard.speech.storage.checkpoint import CheckpointError
 from fastguard.speech.storage.plain import shown
 from fastguard.speech.storage.yaml_file import read_yaml
 
-from .config import Config
+from .config import Config, warn_without_text_rules
 
 logger = logging.getLogger(__name__)
 
@@ -187,6 +187,7 @@ class RunFolder:
         if found is not None:
             logger.info("state: %s", found[0])
             self.newest = found[1]["step"]
+            warn_without_text_rules(found[0], found[1]["config"])
             return found[1]
         if (self.path / "metrics.jsonl").exists():
             logger.warning("%s holds no state yet: the run begins anew", self.path)

@@ -44,6 +44,19 @@ def test_settings_of_earlier_versions_get_defaults_and_unknown_ones_are_named(sa
         Recognizer.load(path)
 
 
+def test_settings_without_rules_for_texts_are_told_in_one_line(saved, caplog):
+    path, config, _, state = saved
+    Recognizer.load(path)
+    assert not caplog.messages
+    del state["config"]["text"]
+    checkpoint.save(path, state)
+    assert Recognizer.load(path).config == config
+    (message,) = caplog.messages
+    assert message.startswith(f"{path} was written before the settings text.*")
+    assert message.endswith("language=en, numbers=keep, brackets=drop, case=lower, unicode=NFKC")
+    assert "\n" not in message
+
+
 def test_weights_that_do_not_fit_are_refused(saved):
     path, _, _, state = saved
     state["config"]["features"]["n_mels"] = 40

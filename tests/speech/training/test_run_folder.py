@@ -19,7 +19,7 @@ from fastguard.speech.training.run_folder import RunError, RunFolder
 def state(step, value=1.0):
     return {
         "model": {"w": torch.full((4,), value)},
-        "config": {},
+        "config": Config().to_dict(),
         "tokenizer": {},
         "optimizer": {},
         "guard": {},
@@ -257,6 +257,17 @@ def test_auto_says_which_state_it_goes_on_from(tmp_path, caplog):
     caplog.set_level("INFO", "fastguard")
     assert folder.find_state()["step"] == 3
     assert f"state: {tmp_path / 'checkpoints' / 'step_000000003.pt'}" in caplog.messages
+
+
+def test_a_state_without_rules_for_texts_is_told(tmp_path, caplog):
+    folder = begun(tmp_path)
+    folder.save(state(1))
+    folder.find_state()
+    assert not [r for r in caplog.records if r.levelname == "WARNING"]
+    folder.save({**state(2), "config": {}})
+    folder.find_state()
+    (record,) = [r for r in caplog.records if r.levelname == "WARNING"]
+    assert "step_000000002.pt was written before the settings text.*" in record.getMessage()
 
 
 def test_a_run_killed_between_its_settings_and_the_state_of_another_takes_that_again(tmp_path):
