@@ -1,6 +1,7 @@
 """``python -m fastguard.evaluate``: error rates of a checkpoint, and every hypothesis in a file."""
 
 import argparse
+import contextlib
 import logging
 from functools import partial
 from pathlib import Path
@@ -13,6 +14,7 @@ from fastguard._io import files, terminal
 from fastguard.speech.data.batching import Batch
 from fastguard.speech.data.corpora import SPECS, SPLITS, Corpus, load_corpus
 from fastguard.speech.data.readers import CorpusError, Rejected
+from fastguard.speech.recognition.decoding import Decode
 from fastguard.speech.recognition.evaluation import (
     LONG,
     Evaluation,
@@ -99,12 +101,30 @@ def _evaluate(args: argparse.Namespace) -> None:
     folder = args.output or path.parent / f"evaluation-{args.split}-{args.decoder}"
     data = args.data or recognizer.config.data
     files.make_folder(folder, named=args.output is not None)
-    with listing(folder, "changed_labels.jsonl") as changed:
+    with contextlib.ExitStack() as results:  # their names are given when all are written
+        changed = results.enter_context(listing(folder, "changed_labels.jsonl"))
         corpus = load_split(data, args.split, recognizer, changed)
+        found = _recognised(args, recognizer, decode, corpus)
+        left_out = results.enter_context(listing(folder, "left_out.jsonl"))
+        corpus.write_left_out(left_out)
+        for listed in (changed, left_out):
+            listed.flush()  # a full disk is told before anything is replaced
+        write(folder, found)
+    print(f"checkpoint  {path}\ndata        {data}, {args.split}")
+    print(f"decoding    {recognition_options.decoder_name(args)}, {args.precision}\n")
+    print(table(found))
+    print(unused(corpus.rejected))
+    print(f"\n{worst_table(found)}\n\nAll hypotheses and their alignments are in {folder}")
+
+
+def _recognised(
+    args: argparse.Namespace, recognizer: Recognizer, decode: Decode, corpus: Corpus
+) -> Evaluation:
+    """The split of the options; recordings that can not be used join what the corpus left out."""
     utterances = corpus.utterances if args.split == "all" else corpus.split(args.split)
     # One longer than those of the training is a batch of its own.
     usual = recognizer.config.max_duration
-    found = evaluate(
+    return evaluate(
         partial(_forward, recognizer, args.device, args.precision),
         evaluation_loader(
             utterances,
@@ -120,14 +140,6 @@ def _evaluate(args: argparse.Namespace) -> None:
         progress=f"evaluating {args.split}",
         rejected=corpus.rejected,
     )
-    write(folder, found)
-    with listing(folder, "left_out.jsonl") as left_out:
-        corpus.write_left_out(left_out)
-    print(f"checkpoint  {path}\ndata        {data}, {args.split}")
-    print(f"decoding    {recognition_options.decoder_name(args)}, {args.precision}\n")
-    print(table(found))
-    print(unused(corpus.rejected))
-    print(f"\n{worst_table(found)}\n\nAll hypotheses and their alignments are in {folder}")
 
 
 def load_split(

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from fastguard._io.files import replacing, write_text
+from fastguard._io.files import replacing
 from fastguard.speech.data.batching import Batch
 from fastguard.speech.data.readers import Rejected
 from fastguard.speech.data.tokenizer import Tokenizer
@@ -217,18 +217,32 @@ def _finite(log_probs: Tensor, lengths: Tensor) -> Tensor:
 
 
 def write(folder: Path, found: Evaluation) -> None:
-    """hypotheses.jsonl, alignments.txt and rates.json, utterances with most errors first; each
-    whole or not at all. Raises OSError."""
-    rows = found.worst()
-    with replacing(folder / "hypotheses.jsonl") as path, path.open("w", encoding="utf-8") as file:
+    """hypotheses.jsonl, alignments.txt and rates.json, utterances with most errors first; all of
+    them, or none where the disk is full. Raises OSError."""
+    with (
+        replacing(folder / "hypotheses.jsonl") as hypotheses,
+        replacing(folder / "alignments.txt") as alignments,
+        replacing(folder / "rates.json") as rates,
+    ):
+        _write_rows(hypotheses, alignments, found.worst())
+        text = json.dumps(_without_nan(_summary(found)), indent=2) + "\n"
+        rates.write_text(text, encoding="utf-8", newline="\n")
+
+
+def _write_rows(hypotheses: Path, alignments: Path, rows: list[Scored]) -> None:
+    with hypotheses.open("w", encoding="utf-8") as file:
         for row in rows:
             values = _without_nan(dataclasses.asdict(row) | {"wer": row.wer, "cer": row.cer})
             print(json.dumps(values, ensure_ascii=False), file=file)
-    with replacing(folder / "alignments.txt") as path, path.open("w", encoding="utf-8") as file:
+    with alignments.open("w", encoding="utf-8") as file:
         for row in tqdm(rows, "aligning", leave=False, delay=1, disable=not sys.stderr.isatty()):
             file.write(f"{row.id}: {row.errors} errors in {row.words} words\n{alignment(row)}\n")
-    summary = {
-        "utterances": len(rows),
+
+
+def _summary(found: Evaluation) -> dict:
+    """What rates.json holds."""
+    return {
+        "utterances": len(found.rows),
         "minutes": found.seconds / 60,
         **dataclasses.asdict(found.rates),
         "wer_interval": wer_interval(found.rows),
@@ -237,9 +251,8 @@ def write(folder: Path, found: Evaluation) -> None:
             "words": sum(row.words for row in found.long_rows),
             "wer": pooled(found.long_rows).wer if found.long_rows else None,
         },
-        "nonfinite": [row.id for row in rows if not row.finite],
+        "nonfinite": [row.id for row in found.worst() if not row.finite],
     }
-    write_text(folder / "rates.json", json.dumps(_without_nan(summary), indent=2) + "\n")
 
 
 def alignment(row: Scored) -> str:
