@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from ._extras import MissingExtra
 from ._io.failures import in_a_line, out_of_memory
+from ._io.terminal import one_line
 
 _MOST_DIGITS = 40
 
@@ -22,10 +23,10 @@ def exit_status(command: Callable[[], int | None], *failures: type[Exception]) -
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except MissingExtra as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {one_line(str(error))}", file=sys.stderr)
         return 2
     except failures as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {one_line(str(error))}", file=sys.stderr)
         _drop_unwritten()
         return 1
     except KeyboardInterrupt:

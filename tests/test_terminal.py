@@ -15,6 +15,7 @@ import pytest
 
 from fastguard.__main__ import COMMANDS, main
 from fastguard._io import terminal
+from fastguard.speech.cli import evaluate, train
 from fastguard.speech.training.metrics import log_to
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -119,6 +120,39 @@ def test_the_log_hides_nothing(tmp_path, capsys):
         log_to(None)
     logged = (tmp_path / "train.log").read_text(encoding="utf-8")
     assert logged == f"WARNING - skipped {SHOWN}, {CYRILLIC}\n"
+
+
+FORGED = "run\nERROR - all is lost\x1b[2J"
+
+
+def test_a_file_name_forges_no_line_of_a_log(tmp_path):
+    log_to(tmp_path / "train.log")
+    try:
+        logging.getLogger("fastguard.x").warning("%s holds %d", Path(FORGED), 3)
+        logging.getLogger("fastguard.x").info("a table\n%s", "of two lines")
+    finally:
+        log_to(None)
+    logged = (tmp_path / "train.log").read_text(encoding="utf-8").splitlines()
+    assert logged == [
+        "WARNING - run\\u000aERROR - all is lost\\u001b[2J holds 3",
+        "a table",
+        "of two lines",
+    ]
+
+
+def test_a_file_name_forges_no_error(tmp_path, capsys):
+    assert evaluate.main([str(tmp_path / FORGED)]) == 1
+    (told,) = capsys.readouterr().err.splitlines()
+    assert told.startswith(f"error: {tmp_path}/run\\u000aERROR - all is lost\\u001b[2J")
+
+
+def test_the_log_tells_of_a_run_folder_in_one_line(tmp_path, capsys):
+    folder = tmp_path / FORGED
+    assert train.main(["--data", "manifest:absent", "--run-dir", str(folder)]) == 1
+    logged = (folder / "train.log").read_text(encoding="utf-8").splitlines()
+    told = capsys.readouterr().err.splitlines()
+    assert not [line for line in (*logged, *told) if line.startswith("ERROR - all is lost")]
+    assert any("run folder: " in line for line in logged)
 
 
 C_LOCALE = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}

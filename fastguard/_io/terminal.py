@@ -30,6 +30,12 @@ def visible(text: str) -> str:
     return "".join(map(_visible, text))
 
 
+def one_line(text: str) -> str:
+    """``text`` as :func:`visible` has it, and its ends of lines escaped, with which a file name
+    could forge a line of a log."""
+    return visible(text).replace("\n", _escaped("\n"))
+
+
 @functools.lru_cache(4096)
 def _visible(character: str) -> str:
     hidden = character not in _SHOWN and unicodedata.category(character) in _HIDDEN

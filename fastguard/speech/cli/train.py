@@ -45,7 +45,7 @@ def run(config: Config, parallel: Parallel) -> int:
     try:
         if error := parallel.from_main(_begin(folder) if parallel.main else None):
             if parallel.main:
-                print(f"error: {error}", file=sys.stderr)
+                print(f"error: {terminal.one_line(error)}", file=sys.stderr)
             return 2
         trainer = Trainer(config, folder, parallel)
         trainer.fit()
@@ -113,7 +113,7 @@ def _begin(folder: RunFolder) -> str | None:
     except OSError as error:
         return f"can not write the run folder: {error}; choose --run-dir"
     logger.info("run folder: %s", folder.path)
-    logger.info("command: %s", shlex.join(sys.orig_argv))
+    logger.info("command: %s", terminal.one_line(shlex.join(sys.orig_argv)))
     logger.info(
         "machine: %s, %d threads, torch %s, fastguard %s",
         torch.cuda.get_device_name() if torch.cuda.is_available() else processor(),

@@ -115,7 +115,7 @@ def _transcribe_all(args: argparse.Namespace, recognizer: Recognizer, decode) ->
         try:
             found = transcribe(recognizer, file, decode)
         except TranscriptionError as error:
-            print(f"error: {_shown(file)}: {error}", file=sys.stderr)
+            print(f"error: {_shown(file)}: {terminal.one_line(str(error))}", file=sys.stderr)
             failed = True
             continue
         print(_line(file, found, args.json, alone), flush=True)

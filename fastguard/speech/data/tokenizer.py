@@ -9,6 +9,8 @@ from typing import Literal, Protocol
 import sentencepiece
 import torch
 
+from fastguard.speech.storage.plain import shown
+
 BLANK = "<blank>"
 
 
@@ -198,7 +200,7 @@ def tokenizer_from_dict(state: dict) -> Tokenizer:
     kinds = {"char": CharTokenizer, "sentencepiece": SentencePieceTokenizer}
     kind = state.get("kind", "char")
     if not isinstance(kind, str) or kind not in kinds:
-        raise ValueError(f"no tokenizer {kind!r:.60}: this version knows {', '.join(kinds)}")
+        raise ValueError(f"no tokenizer {shown(kind)}: this version knows {', '.join(kinds)}")
     return kinds[kind].from_dict(state)
 
 

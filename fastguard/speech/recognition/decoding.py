@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastguard._extras import MissingExtra
 from fastguard._io import files
+from fastguard._io.terminal import visible
 from fastguard.speech.data.text import TextError, TextRules, normalize_text
 from fastguard.speech.data.tokenizer import Tokenizer
 
@@ -23,6 +24,7 @@ _HEAD = 1 << 12  # bytes of an ARPA file in which its counts stand
 _KENLM = b"mmap lm http://kheafield.com/code"
 _COUNT = re.compile(rb"ngram \d+=(\d{1,18})\s*")
 _SHORTEST_NGRAM = 4  # bytes of its line: a digit, a tab, a letter, an end
+_LONGEST_MESSAGE = 300
 _SPACE = "|"  # files of words and language models are separated by white space
 
 
@@ -126,8 +128,8 @@ class BeamSearch:
                 )
             except RuntimeError as error:
                 raise ValueError(
-                    f"{lm} can not be used as a language model: {str(error).splitlines()[-1]}; "
-                    "give an ARPA file of order 2 or more"
+                    f"{lm} can not be used as a language model: {_last_line(error)}; give an ARPA "
+                    "file of order 2 or more"
                 ) from error
 
     def _write_lexicon(self, path: Path) -> str:
@@ -243,6 +245,12 @@ def _spellings(lexicon: Path, tokenizer: Tokenizer, rules: TextRules | None) -> 
             "tokenizer; give a file with a word at the start of each line"
         )
     return usable
+
+
+def _last_line(error: RuntimeError) -> str:
+    """What KenLM says, in which pieces of the file are."""
+    *_, last = str(error).splitlines() or [""]
+    return visible(" ".join(last.split()))[:_LONGEST_MESSAGE]
 
 
 def _spoken(word: str, rules: TextRules | None) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy
 
 from fastguard._io import files
-from fastguard._io.terminal import visible
+from fastguard._io.terminal import one_line, visible
 from fastguard.speech.recognition.evaluation import Evaluation, pooled
 
 LARGEST_METRICS = 4 << 30
@@ -228,8 +228,10 @@ class _Formatter(logging.Formatter):
         self._tracebacks = tracebacks
 
     def format(self, record):
+        record = copy.copy(record)
+        if isinstance(record.args, tuple):
+            record.args = tuple(one_line(str(a)) if isinstance(a, Path) else a for a in record.args)
         if not self._tracebacks:
-            record = copy.copy(record)
             record.exc_info = record.exc_text = None
         message = visible(super().format(record))
         return message if record.levelno == logging.INFO else f"{record.levelname} - {message}"

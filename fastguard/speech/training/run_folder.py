@@ -18,6 +18,7 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 
 from fastguard._io import files
+from fastguard._io.terminal import one_line
 from fastguard.speech.recognition.evaluation import Evaluation, write
 from fastguard.speech.storage import checkpoint
 from fastguard.speech.storage.checkpoint import CheckpointError
@@ -307,8 +308,8 @@ class RunFolder:
         if self.newest is None:
             return "no state was written: the same command begins anew"
         return (
-            f"the same command with --run-dir {self.path} goes on from the state of step "
-            f"{self.newest}"
+            f"the same command with --run-dir {one_line(str(self.path))} goes on from the state of "
+            f"step {self.newest}"
         )
 
     def _promote(self, path: Path, found: Evaluation) -> None:

@@ -84,6 +84,7 @@ def test_settings_of_a_larger_model_than_the_file_take_no_memory(saved):
         ("config", {3: 1}),
         ("config", {"augment": {"speeds": [None]}}),
         ("tokenizer", {"kind": []}),
+        ("tokenizer", {"kind": torch.ones(2, 3)}),
         ("tokenizer", {"symbols": None}),
         ("tokenizer", {"kind": "sentencepiece", "model": "abc"}),
         ("tokenizer", {"kind": "sentencepiece", "model": torch.ones(9, dtype=torch.uint8)}),
