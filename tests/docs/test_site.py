@@ -21,12 +21,12 @@ def hooks(monkeypatch):
 
 
 @pytest.fixture
-def roles(monkeypatch):
-    """docs/griffe_roles.py, without griffe."""
+def docstrings(monkeypatch):
+    """docs/griffe_docstrings.py, without griffe."""
     griffe = types.ModuleType("griffe")
     griffe.Extension = object
     monkeypatch.setitem(sys.modules, "griffe", griffe)
-    return executed("griffe_roles")
+    return executed("griffe_docstrings")
 
 
 def executed(name):
@@ -55,10 +55,16 @@ def test_links_of_the_site(hooks, page, link, expected):
     assert hooks.on_page_markdown(link, place, None, None) == expected
 
 
-def test_docstrings_become_markdown(roles):
+def test_docstrings_become_markdown(docstrings):
     text = "See :class:`fastguard.AdamW`.\n\n::\n\n    a = 1\n\n    b = 2\n\nThen: ``c``."
     expected = "See `fastguard.AdamW`.\n\n```python\na = 1\n\nb = 2\n```\n\nThen: ``c``."
-    assert roles.as_markdown(text) == expected
+    assert docstrings.as_markdown(text) == expected
+
+
+def test_comments_become_docstrings(docstrings):
+    lines = ["class A:", "    #: One", "    #: two.", "    b: int = 0", "    c: int = 1"]
+    assert docstrings.comment_above(lines, 4) == "One two."
+    assert docstrings.comment_above(lines, 5) == ""
 
 
 def test_every_page_is_in_the_navigation_once(hooks):
