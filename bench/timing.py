@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 
 from fastguard._io import files
-from fastguard._timing import in_turns, synchronize, table
+from fastguard._table import table
+from fastguard._timing import in_turns, synchronize
 from fastguard.env import processor
 
 __all__ = ["arguments", "interleaved", "print_machine", "table", "write_json"]

@@ -1,4 +1,4 @@
-"""Functions timed in turns, and tables of what came out: shared by bench/ and gpucheck."""
+"""Functions timed in turns: shared by bench/ and gpucheck."""
 
 from collections.abc import Callable, Mapping
 from typing import TypeVar
@@ -33,17 +33,3 @@ def in_turns(
 def synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def table(title: str, header: list[str], rows: list[list[str]]) -> str:
-    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
-
-    def line(row):
-        return "  ".join(
-            [
-                row[0].ljust(widths[0]),
-                *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True)),
-            ]
-        )
-
-    return "\n".join([title, line(header), "-" * len(line(header)), *map(line, rows)])

@@ -12,13 +12,14 @@ import torch
 from . import ops
 from ._command import exit_status
 from ._io import terminal
+from ._table import facts
 from .ops import _library
 
 
 def describe() -> dict[str, str]:
     """One line of text per fact, in the order in which one asks for them."""
     cpu, cuda = ops.cpu_info(), ops.cuda_info()
-    facts = {
+    return {
         "python": platform.python_version(),
         "torch running": torch.__version__,
         "torch built against": f"{cpu['torch']} (Stable ABI, target 2.11)" if cpu else "-",
@@ -38,7 +39,6 @@ def describe() -> dict[str, str]:
         )
         or "none",
     }
-    return facts
 
 
 def processor() -> str:
@@ -71,8 +71,7 @@ def main() -> int:
 
 
 def _print() -> None:
-    for key, value in describe().items():
-        print(f"{key:26} {value}")
+    print("\n".join(facts(describe())))
 
 
 if __name__ == "__main__":

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import math
-import random
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from fastguard._random import random_state, set_random_state
 from fastguard.guard.buffers import Buffers
 from fastguard.guard.report import strict_json
 
@@ -232,19 +231,14 @@ def _unchanged(model: nn.Module) -> Iterator[None]:
     """Buffers, modes and generators are afterwards what they were."""
     buffers = Buffers(model)
     modes = {module: module.training for module in model.modules()}
-    numpy = sys.modules.get("numpy")
-    python_state, numpy_state = random.getstate(), numpy and numpy.random.get_state()
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
+    generators = random_state()
     try:
-        with torch.random.fork_rng(devices):
-            yield
+        yield
     finally:
         buffers.restore()
         for module, mode in modes.items():
             module.training = mode
-        random.setstate(python_state)
-        if numpy is not None:
-            numpy.random.set_state(numpy_state)
+        set_random_state(generators)
 
 
 def _plain(value):

@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass, fields
 
 from torch import nn
 
+from fastguard._table import aligned
+
 from .findings import Evidence, dead_share, repeated
 from .probes import ROOT, Call
 from .summary import Summary, merge
@@ -140,15 +142,7 @@ def render(rows: list[Layer]) -> str:
     names = [f.name for f in fields(Layer) if f.name in _COLUMNS and _says(f.name, rows)]
     table = [["layer", *(_COLUMNS[name] for name in names)]]
     table += [[row.name, *(_cell(name, getattr(row, name)) for name in names)] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    left = 1 + ("kind" in names)
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if i < left else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in table
-    )
+    return "\n".join(aligned(table, left=range(1 + ("kind" in names))))
 
 
 def _says(name: str, rows: list[Layer]) -> bool:

@@ -4,6 +4,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from fastguard import _table as table
+
 
 class Report:
     """Lines for a person and for an issue, and what failed among them."""
@@ -27,8 +29,8 @@ class Report:
         self.line(text or f"FAILED  {what}")
 
     def facts(self, facts: dict[str, str]) -> None:
-        for key, value in facts.items():
-            self.line(f"{key:26} {value}")
+        for line in table.facts(facts):
+            self.line(line)
 
     def close(self) -> None:
         self._file.close()

@@ -10,7 +10,8 @@ from torch import nn
 
 import fastguard
 from fastguard import ops
-from fastguard._timing import in_turns, synchronize, table
+from fastguard._table import table
+from fastguard._timing import in_turns, synchronize
 
 from . import machine
 from .report import Report

@@ -4,16 +4,15 @@ import contextlib
 import copy
 import dataclasses
 import logging
-import random
 from collections import deque
 from collections.abc import Iterator
 from typing import Any
 
-import numpy
 import torch
 from torch import Tensor
 
 from fastguard._tensors import is_dtensor, local_parts
+from fastguard._random import random_state, set_random_state
 
 from .update import plain_class
 
@@ -143,7 +142,7 @@ class Snapshots:
                 "scaler": None if scaler is None else (scaler, copy.deepcopy(scaler.state_dict())),
                 "scheduler": None if scheduler is None else copy.deepcopy(scheduler.state_dict()),
                 "guard": guard,
-                "generators": _generators(),
+                "generators": random_state(),
             }
         )
 
@@ -185,7 +184,7 @@ class Snapshots:
                 scaler.load_state_dict(saved)
         if self._rollback.scheduler is not None:
             self._rollback.scheduler.load_state_dict(snapshot["scheduler"])
-        _set_generators(snapshot["generators"])
+        set_random_state(snapshot["generators"])
         groups = [group for o, _, _ in snapshot["optimizers"] for group in o.param_groups]
         logger.warning(
             "Rolled back to the state after step %d; learning rate %s from here, %.3g of the "
@@ -260,19 +259,3 @@ def _to_host(value):
     if isinstance(value, (list, tuple)):
         return type(value)(map(_to_host, value))
     return copy.deepcopy(value)
-
-
-def _generators() -> dict:
-    states = {"torch": torch.get_rng_state(), "python": random.getstate()}
-    states["numpy"] = numpy.random.get_state()
-    if torch.cuda.is_available():
-        states["cuda"] = torch.cuda.get_rng_state_all()
-    return states
-
-
-def _set_generators(states: dict) -> None:
-    torch.set_rng_state(states["torch"])
-    random.setstate(states["python"])
-    numpy.random.set_state(states["numpy"])
-    if "cuda" in states:
-        torch.cuda.set_rng_state_all(states["cuda"])

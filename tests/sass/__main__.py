@@ -5,6 +5,7 @@ from importlib import metadata
 
 from fastguard import ops
 from fastguard._extras import MissingExtra
+from fastguard._table import aligned
 
 from . import LIBRARY, PROMISES, kernels
 
@@ -27,14 +28,8 @@ Attention's kernels: how many of these instructions they are written with, not h
 
 def columns(heads, rows):
     """Numbers to the right, words to the left."""
-    rows = [heads, *rows]
-    widths = [max(len(str(row[i])) for row in rows) for i in range(len(heads))]
-    for row in rows:
-        cells = (
-            str(cell).ljust(width) if isinstance(model, str) else str(cell).rjust(width)
-            for cell, width, model in zip(row, widths, rows[-1], strict=True)
-        )
-        yield "  ".join(cells).rstrip()
+    words = [i for i, cell in enumerate(rows[-1]) if isinstance(cell, str)]
+    return aligned([list(map(str, row)) for row in (heads, *rows)], left=words)
 
 
 def resources(found):
