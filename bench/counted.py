@@ -13,8 +13,7 @@ import torch
 from fastguard import ops
 from fastguard._extras import MissingExtra
 from fastguard._table import table
-from fastguard.guard.statistics import fresh_statistics
-from fastguard.guard.tensor_norms import unseen
+from fastguard.guard.statistics import fresh_statistics, unseen
 from fastguard.speech.models import build_model
 from fastguard.thresholds import Fixed
 

@@ -40,8 +40,8 @@ def main():
             loss.backward()  # not divided by WINDOW: the guard applies the mean of the good ones
             guard.accumulate(batch_id=f"{i}/{j}")
         report = guard.step(optimizer, batch_id=i)
-        for micro_batch in report.quarantined:
-            applied = report.micro_batches - len(report.quarantined)
+        for micro_batch in report.skipped_micro_batches:
+            applied = report.micro_batches - len(report.skipped_micro_batches)
             print(f"micro-batch {micro_batch.batch_id}: left out, {applied} applied")
         if i % 10 == 0:
             print(f"window {i}: loss={loss:.3f} grad_norm={report.total_norm:.3f}")

@@ -14,7 +14,9 @@ import torch
 from tqdm import tqdm
 
 from fastguard._command import exit_status
+from fastguard._deprecated import with_new_keys
 from fastguard._io import files, terminal
+from fastguard.guard.report import OLD_KEYS
 from fastguard.speech.data.batching import Batch, Item, collate
 from fastguard.speech.data.corpora import read_rows
 from fastguard.speech.data.features import load_audio, one_thread
@@ -135,10 +137,10 @@ def utterances_of(report: Path, known: Container[str]) -> list[str]:
     between two.
     """
     try:
-        content = files.read_json(report)
-        parts = content["quarantined"] or [content]
+        content = with_new_keys(files.read_json(report), OLD_KEYS)
+        parts = content["skipped_micro_batches"] or [content]
         texts = [str(part["batch_id"]) for part in parts]
-    except (ValueError, KeyError, TypeError) as error:
+    except (AttributeError, ValueError, KeyError, TypeError) as error:
         raise _Failure(
             f"{report} is no report on a bad step ({type(error).__name__}: {error}): give a "
             "bad_step_NUMBER.json of a run's folder"

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from fastguard import ops
-from fastguard.guard.statistics import WINDOW
-from fastguard.guard.tensor_norms import unseen
+from fastguard.guard.statistics import WINDOW, unseen
 from fastguard.ops import Verdict
 from fastguard.thresholds import AdaGC, AutoClip, Fixed, RunningMedian, ZClip
 

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from fastguard import ops
-from fastguard.guard.statistics import fresh_statistics
-from fastguard.guard.tensor_norms import unseen
+from fastguard.guard.statistics import fresh_statistics, unseen
 from fastguard.thresholds import AdaGC, Fixed, Threshold
 
 from .cases import Grid, Spec, draw

@@ -2,6 +2,7 @@
 
 import functools
 import logging
+import math
 
 import torch
 from torch import Tensor, distributed, nn
@@ -10,8 +11,9 @@ from fastguard import ops
 from fastguard._tensors import is_dtensor, local_parts, readable, scale_
 
 from .buffers import Buffers
+from .decision import Gradients, measurable, present, scalar, unscale_factor
 from .distributed import Ranks
-from .grad_scaler import check_not_unscaled, enabled
+from .grad_scaler import check_not_unscaled, enabled, loss_scale, overflowed
 from .parameters import Watched
 from .report import PendingReport
 from .update import reads_decision
@@ -43,7 +45,7 @@ class Window:
         self.buffers = buffers
         #: Micro-batches seen, the good ones, and the weight of the good ones.
         self._counts = torch.zeros(3, dtype=torch.float64, device=device)
-        #: How many overflowed under the scaler, by :func:`fastguard.guard.scale_search.overflowed`.
+        #: How many overflowed under the scaler, by :func:`fastguard.guard.grad_scaler.overflowed`.
         self._overflowed = torch.zeros((), dtype=torch.float64, device=device)
         self._sums: dict[Tensor, tuple[str, Tensor]] = {}
         #: The gradients that were left in place, and their versions when they were set to zero.
@@ -233,3 +235,111 @@ def _warn_of_ranks(size: int) -> None:
             "torch.distributed.group.WORLD, or their weights diverge",
             size,
         )
+
+
+class Accumulating:
+    """:meth:`fastguard.GradGuard.accumulate`."""
+
+    def __init__(self):
+        #: The micro-batches of the next step; None before the first.
+        self._window: Window | None = None
+
+    @torch._disable_dynamo
+    @torch.no_grad()
+    def accumulate(
+        self,
+        *,
+        scaler: torch.amp.GradScaler | None = None,
+        loss: Tensor | float | None = None,
+        batch_id: object = None,
+        weight: float = 1.0,
+    ) -> PendingReport:
+        """Take a micro-batch's gradients out of ``.grad`` and add them up, unless they are bad.
+
+        ::
+
+            optimizer.zero_grad()
+            for micro_batch in window:
+                loss(model, micro_batch).backward()     # not divided by the number of micro-batches
+                guard.accumulate(batch_id=micro_batch.id)
+            guard.step(optimizer)                        # applies the mean of the good ones
+
+        A micro-batch is bad where a step with its gradients alone would be skipped; its
+        contribution, also to the module's buffers, is as if it had never been. (A parameter that
+        only bad ones reach has a gradient of zero then, not None.) A window of bad ones only is a
+        skipped step.
+
+        The sums are float32, of float64 gradients float64, and take the memory of one more set of
+        gradients. So four float16 micro-batches of 30000 have the mean 30000. The tensors in
+        ``.grad`` stay where they are and are set to zero, here and by :meth:`step`: they may be
+        static memory of a CUDA graph, parts of a flat buffer or views of DDP's buckets.
+        :class:`fastguard.AdamW` steps with the float32 mean; for another optimizer it is rounded
+        to the dtype of the parameter.
+
+        With DistributedDataParallel, give GradGuard ``process_group=torch.distributed.group.WORLD``
+        and run the backwards under ``no_sync()``: each rank decides about its own micro-batches,
+        and :meth:`step` adds sums and weights up over the ranks, by all-reduces of the float32
+        sums. A micro-batch that is bad on one rank is left out on that rank alone. A backward that
+        DDP does average is right too, and communicates twice. Every rank needs at least one
+        micro-batch in each window. Of DTensors the gradients are whole only over all ranks, so a
+        micro-batch is bad for all or none, and :meth:`step` adds nothing up.
+
+        Args:
+            scaler, loss, batch_id: as for :meth:`step`; with the same scaler in all calls.
+            weight: share of this micro-batch in the mean: 1 for losses that are means, the number
+                of items for losses that are sums over items.
+
+        Returns:
+            What would have become of a step with these gradients alone.
+
+        Raises:
+            ValueError: a weight that is not a positive number; another scaler than before, or one
+                whose ``unscale_`` was called; no gradients, or some that are sparse or shared by
+                two parameters, or that :meth:`step` would refuse; those of one rank alone, under
+                DDP's ``no_sync`` without a ``process_group``. Nothing was changed then.
+        """
+        try:
+            return self._accumulate(scaler, loss, batch_id, float(weight))
+        except BaseException:
+            self._heal_buffers()
+            raise
+
+    def _accumulate(self, scaler, loss, batch_id, weight: float) -> PendingReport:
+        if not 0 < weight < math.inf:
+            raise ValueError(f"weight must be a positive number, got {weight}")
+        if self._watched.refresh():
+            self._look_up_again()
+        decider = self._decider
+        if decider.ranks is None:
+            check_alone(self._watched.module)
+        self._lay_out()
+        names, parameters, grads = present(self._watched.names, self._watched.parameters)
+        if not grads:
+            raise ValueError(
+                "no gradient to accumulate: call this after backward, before zero_grad"
+            )
+        values = measurable(names, local_parts(grads))
+        check_summable(names, grads)
+        device = grads[0].device
+        loss = scalar(loss, device)
+        window = self._window or Window(self._buffers.copy(), device, scaler)
+        window.check(scaler)
+        scale = loss_scale(scaler, [], device)
+        together = decider.ranks is not None and not decider.replicated
+        if together:
+            names_of_all, values = decider.ranks.all_of(names, values, device)
+        else:
+            names_of_all = names
+        unscale = unscale_factor(scale.scale, weight, device)
+        found = Gradients(names_of_all, values, unscale, loss)
+        measured, decision = decider.decide_micro_batch(found, self._steps, self._rules)
+        self._window = window
+        number, loss_counts = len(window.reports), loss is not None or together
+        batch_id = f"micro-batch {number}" if batch_id is None else batch_id
+        report = PendingReport(
+            self._steps, batch_id, decision.record, measured, unscale, names_of_all, loss,
+            scaled=scale, micro_batch=number, loss_counts=loss_counts,
+        )  # fmt: skip
+        over = overflowed(decision, measured, loss_counts) if scale.used else None
+        window.add(names, parameters, decision, weight, report, over)
+        return report

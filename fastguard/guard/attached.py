@@ -1,5 +1,7 @@
 """An optimizer whose own ``step`` is the guarded step: what :meth:`GradGuard.attach` makes of it.
 
+:class:`Attachable` holds the methods of :class:`fastguard.GradGuard` for loops that are not yours.
+
 Trainers call ``optimizer.step()`` from their own code, through schedulers, GradScalers and wrappers
 of their own. So the class of the optimizer is changed to a subclass with another ``step``: all of
 these then call the guard, also those that got the optimizer before. Code that kept the *method*
@@ -9,13 +11,16 @@ from before would step without the guard: a pre-step hook refuses that.
 import functools
 import json
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
-from .update import OnStep, calls_hooks, plain_class, unwrapped
+from .grad_scaler import taken_from
+from .lr_scheduler import GuardedScheduler
+from .report import PendingReport
+from .update import LINK, Link, StepCall, calls_hooks, link_of, plain_class, unwrapped
 
 if TYPE_CHECKING:
     from .grad_guard import GradGuard
@@ -26,33 +31,108 @@ if TYPE_CHECKING:
 STATE_KEY = "fastguard"
 
 
-class _Link(OnStep):
-    """The guard of an attached optimizer; as a pre-step hook it refuses steps without the guard."""
+class Attachable:
+    """The methods of :class:`fastguard.GradGuard` for loops that call ``optimizer.step()``."""
 
-    def __init__(self, guard: "GradGuard"):
-        self.guard = guard
-        #: Whether the guard is calling the optimizer's own step.
-        self.stepping = False
+    def __init__(self):
+        self._attached: torch.optim.Optimizer | None = None
+        #: Batch id and loss of the next step, by :meth:`describe`.
+        self._described: tuple[object, Tensor | float | None] = None, None
 
-    def __call__(self, optimizer, args, kwargs) -> None:
-        if not self.stepping:
-            raise RuntimeError(
-                f"{type(optimizer).__name__}.step was called around its guard: something kept the "
-                "method from before guard.attach(optimizer), as accelerate's prepare() does. Call "
-                "attach before it, or with what it returned. guard.detach() gives the plain step "
-                "back"
+    def attach(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+        """Make ``optimizer.step(closure=None)`` the guarded step, for loops that are not yours.
+
+        ::
+
+            guard = GradGuard(model, max_norm=0.5, skip_norm=10.0)
+            guard.attach(optimizer)
+            ...
+            loss.backward()
+            optimizer.step()        # guarded: clips, or skips; report in guard.last_report
+
+        It may be called before or after the optimizer is wrapped by accelerate, Lightning or
+        Fabric (it attaches to the optimizer inside), and before or after schedulers are built. The
+        class of the optimizer becomes a subclass of the same name; its step calls a closure first
+        and takes its loss. With a GradScaler the code stays as torch documents it:
+        ``scaler.scale(loss).backward(); scaler.step(optimizer); scaler.update()``; one scaler may
+        serve several guarded optimizers. ``optimizer.state_dict()`` holds the guard's state, in
+        ``param_groups[0]["fastguard"]``; a plain optimizer loads it too, and ignores that entry. A
+        torch.distributed.checkpoint without it has to be loaded before the optimizer is attached.
+        Copies and pickles of the optimizer are guarded by a copy of the guard.
+
+        Args:
+            optimizer: a torch optimizer, or accelerate's, Lightning's or Fabric's wrapper of one.
+
+        Returns:
+            The optimizer that is now attached: ``optimizer``, or the one inside.
+
+        Raises:
+            ValueError: this guard is attached to another optimizer, another guard to this one; its
+                ``step`` was replaced on the instance; what :meth:`step` would refuse. Nothing was
+                changed then.
+            TypeError: no torch optimizer.
+        """
+        if self._attached is not None and self._attached is not unwrapped(optimizer):
+            raise ValueError(
+                "this GradGuard is attached to another optimizer: give each optimizer a guard of "
+                "its own parameters, or call guard.step([one, two]) to step several by one verdict"
             )
+        if isinstance(unwrapped(optimizer), torch.optim.Optimizer):
+            self._check([unwrapped(optimizer)])
+        self._attached = attach(self, optimizer)
+        return self._attached
 
-    @contextmanager
-    def plainly(self) -> Iterator[None]:
-        before, self.stepping = self.stepping, True
-        try:
-            yield
-        finally:
-            self.stepping = before
+    def adopt(self, optimizer: torch.optim.Optimizer) -> None:
+        """Take a copy of the attached optimizer, made together with this copy of the guard."""
+        self._attached = optimizer
 
-    def __getstate__(self) -> dict:
-        return {"guard": self.guard, "stepping": False}
+    def detach(self) -> None:
+        """Give the attached optimizer its own step back; nothing if there is none."""
+        if self._attached is not None:
+            detach(self._attached)
+            self._attached = None
+
+    def describe(self, *, batch_id: object = None, loss: Tensor | float | None = None) -> None:
+        """Say of the next step of the attached optimizer what :meth:`step` takes as arguments.
+
+        Args:
+            batch_id: names the batch in reports, warnings and errors.
+            loss: of the batch, one number, unscaled; NaN or Inf skips the step.
+        """
+        self._described = batch_id, loss
+
+    def scheduler(self, lr_scheduler) -> GuardedScheduler:
+        """The scheduler, whose ``step()`` counts applied steps only.
+
+        For a scheduler that is stepped once per optimizer step. The host does not wait: a skip
+        that becomes known late, as on a GPU, is made up for by a later call that does nothing.
+
+        Args:
+            lr_scheduler: one of torch's, or anything with ``step``, ``state_dict`` and
+                ``load_state_dict``.
+        """
+        guarded = GuardedScheduler(lr_scheduler)
+        self._accounting.schedulers.append(guarded)
+        return guarded
+
+    @torch.no_grad()
+    def step_attached(self, optimizer, handed, loss: Tensor | float | None) -> PendingReport:
+        """The step of an attached optimizer, which calls this.
+
+        Args:
+            handed: the ``grad_scale`` and ``found_inf`` that ``GradScaler.step`` left in it; or
+                None.
+            loss: what its closure returned; :meth:`describe` comes first.
+        """
+        if handed is not None and self._window is not None:
+            raise ValueError(
+                "scaler.step(optimizer) does not see the gradients that guard.accumulate() took: "
+                "call guard.step(optimizer, scaler=scaler), which updates the scaler too"
+            )
+        (batch_id, given), self._described = self._described, (None, None)
+        loss = loss if given is None else given
+        call = StepCall([optimizer], loss, batch_id, handed=handed, called_by_it=True)
+        return self._guarded(call)
 
 
 class Attached:
@@ -84,15 +164,8 @@ class Attached:
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        handed = {name: vars(self).pop(name) for name in _HANDED if name in vars(self)}
-        try:
-            link.guard.step_attached(
-                self,
-                (handed.get("grad_scale"), handed.get("found_inf", 0.0)) if handed else None,
-                loss if _is_one_number(loss) else None,
-            )
-        finally:
-            vars(self).update(handed)  # GradScaler deletes them
+        with taken_from(self) as handed:
+            link.guard.step_attached(self, handed, loss if _is_one_number(loss) else None)
         return loss
 
     # torch would call the hooks of a step here too, also on a skip. The optimizer's own step does.
@@ -132,18 +205,14 @@ class Attached:
         return _new, (plain_class(self),), self.__getstate__()
 
     def __getstate__(self) -> dict:
-        return super().__getstate__() | {_LINK: link_of(self)}
+        return super().__getstate__() | {LINK: link_of(self)}
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
-        if (link := state.get(_LINK)) is not None:
+        if (link := state.get(LINK)) is not None:
             link.guard.adopt(self)
             if calls_hooks(self):
                 self.register_step_pre_hook(link)
-
-
-_LINK = "_fastguard_link"
-_HANDED = ("grad_scale", "found_inf")
 
 
 @functools.cache
@@ -157,10 +226,6 @@ def _new(cls: type) -> torch.optim.Optimizer:
     """An attached optimizer without a state, for pickle and copy."""
     attached = _attached_class(cls)
     return attached.__new__(attached)
-
-
-def link_of(optimizer: torch.optim.Optimizer) -> _Link | None:
-    return vars(optimizer).get(_LINK)
 
 
 def attach(guard: "GradGuard", optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
@@ -195,8 +260,8 @@ def attach(guard: "GradGuard", optimizer: torch.optim.Optimizer) -> torch.optim.
             inner.__class__ = _attached_class(plain)
         except TypeError as error:
             raise TypeError(f"the class {plain.__name__} cannot be extended: {error}") from error
-        link = _Link(guard)
-        setattr(inner, _LINK, link)
+        link = Link(guard)
+        setattr(inner, LINK, link)
         if calls_hooks(inner):
             inner.register_step_pre_hook(link)
         if tracked:
@@ -208,42 +273,12 @@ def attach(guard: "GradGuard", optimizer: torch.optim.Optimizer) -> torch.optim.
 
 def detach(optimizer: torch.optim.Optimizer) -> None:
     """Give the optimizer its own class and step back."""
-    link = vars(optimizer).pop(_LINK)
+    link = vars(optimizer).pop(LINK)
     optimizer.param_groups[0].pop(STATE_KEY, None)
     hooks = vars(optimizer).get("_optimizer_step_pre_hooks", {})
     for key in [key for key, hook in hooks.items() if hook is link]:
         del hooks[key]
     optimizer.__class__ = plain_class(optimizer)
-
-
-def check_own(optimizer: torch.optim.Optimizer, guard: "GradGuard") -> None:
-    """ValueError if ``guard`` is to step an optimizer that is attached to another."""
-    link = link_of(unwrapped(optimizer))
-    if link is not None and link.guard is not guard:
-        raise ValueError(
-            f"this {type(optimizer).__name__} is attached to another GradGuard, which has to step "
-            "it: call optimizer.step(), or detach() of that guard first"
-        )
-
-
-def plain_step_of(optimizer: torch.optim.Optimizer, attached: bool) -> Callable[[], object]:
-    """What calls the optimizer's own step.
-
-    Args:
-        attached: whether the guard was called by the optimizer's step: what wraps that has run.
-    """
-    link = link_of(unwrapped(optimizer))
-    if link is None:
-        return optimizer.step
-
-    def step():
-        with link.plainly():
-            if attached:
-                plain_class(optimizer).step(optimizer)
-            else:
-                optimizer.step()
-
-    return step
 
 
 def _tracked(optimizer: torch.optim.Optimizer) -> Callable:

@@ -1,7 +1,6 @@
-"""Which parameters a guard watches, and which of them have gradients."""
+"""Which parameters a guard watches, and which optimizers may step them."""
 
 import inspect
-import itertools
 import operator
 import weakref
 from collections.abc import Iterable
@@ -9,18 +8,14 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from fastguard import ops
-from fastguard._tensors import readable
 from fastguard.attention import AttentionStats
 from fastguard.attention.module import ClampedMultiheadAttention
 from fastguard.optim.checks import check_options, check_state
 
-from .distributed import check_whole_state
+from .buffers import Buffers, OnLoad
+from .distributed import check_whole, check_whole_state, lay_out_, ranks_of
 from .module_names import Names, bare
 from .update import plain_class, reads_decision
-
-_COMPLEX = frozenset(ops.COMPLEX_DTYPES)
-_DTYPES = frozenset(ops.FLOATING_DTYPES)
 
 
 class Watched:
@@ -153,39 +148,6 @@ class Watched:
         optimizer.register_load_state_dict_post_hook(loaded)
         self._listening.add(optimizer)
 
-    def with_gradients(self) -> tuple[list[str], list[Tensor], list[Tensor]]:
-        """The parameters that have a gradient: their names, they, their gradients."""
-        grads = [p.grad for p in self.parameters]
-        if all(map(operator.is_not, grads, itertools.repeat(None))):
-            return self.names, self.parameters, grads
-        present = [i for i, grad in enumerate(grads) if grad is not None]
-        return tuple([items[i] for i in present] for items in (self.names, self.parameters, grads))
-
-
-def measurable(names: list[str], grads: list[Tensor]) -> list[Tensor]:
-    """What :func:`fastguard.ops.grad_norm` is to read of each gradient.
-
-    Raises:
-        ValueError: other dtypes, several devices; with the parameter's name.
-    """
-    dtypes = {grad.dtype for grad in grads}
-    if not dtypes <= _DTYPES:
-        name, dtype = next(
-            (n, g.dtype) for n, g in zip(names, grads, strict=True) if g.dtype not in _DTYPES
-        )
-        raise ValueError(
-            f"the gradient of {name} has dtype {dtype}; float32, float64, bfloat16, float16 and "
-            "complex ones of these are supported"
-        )
-    if len(devices := {grad.device for grad in grads}) > 1:
-        raise ValueError(
-            f"gradients on several devices, {sorted(map(str, devices))}: GradGuard takes one; "
-            "use a guard for each, or fastguard.clip_grad_norm_"
-        )
-    if dtypes.isdisjoint(_COMPLEX) and {grad.layout for grad in grads} <= {torch.strided}:
-        return grads
-    return readable(grads)
-
 
 def _same(a: list[list[Tensor]], b: list[list[Tensor]]) -> bool:
     return list(map(len, a)) == list(map(len, b)) and all(
@@ -249,3 +211,78 @@ def _name(
                 f"{type(parameter).__name__}"
             )
     return named
+
+
+class Watching:
+    """What :class:`fastguard.GradGuard` watches: parameters, buffers, and their ranks.
+
+    Args:
+        params_or_model: as of GradGuard, as are ``buffers`` and ``process_group``.
+    """
+
+    def __init__(self, params_or_model, buffers, process_group):
+        self._watched = Watched(params_or_model)
+        self._buffers = Buffers(self._watched.module, buffers)
+        self._group = process_group
+        self._listening: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+    def commit_buffers(self) -> None:
+        """Tell the guard that what is in the module's buffers is good.
+
+        After something other than a training step wrote them: ``update_bn``, an average of weights
+        that is kept in buffers; or after layers without parameters were added, which it would not
+        find. ``load_state_dict`` of the module and its parts does it by itself.
+        """
+        self._buffers.commit()
+        if self._window is not None:
+            self._window.buffers.commit()
+
+    def _check(self, optimizers: list[torch.optim.Optimizer]) -> None:
+        """ValueError if a step with these cannot be guarded."""
+        if self._watched.check(optimizers):
+            self._look_up_again()
+            names, parameters = self._watched.names, self._watched.parameters
+            self._accounting.warnings.saw_optimizers(names, parameters, optimizers)
+
+    def _lay_out(self) -> None:
+        ranks = self._decider.ranks
+        if ranks is not None and ranks.sharded:
+            lay_out_(self._watched.parameters)
+
+    def _look_up_again(self) -> None:
+        """The parameters were looked up anew, and the module may have other parts."""
+        watched, backward = self._watched, self._decider.backward
+        check_whole(watched.module, watched.names, watched.parameters)
+        ranks = ranks_of(watched.names, watched.parameters, self._group)
+        if ranks is not None and backward is not None:
+            raise ValueError(
+                'measure="backward" sees gradients before they are added up over the ranks; use '
+                '"step" where processes train together'
+            )
+        self._decider.ranks = ranks
+        self._buffers.look_up()
+        self._listen()
+        if backward is not None:
+            backward.watch(watched.parameters)
+
+    def _listen(self) -> None:
+        """Have :meth:`_on_load` called after a load_state_dict of a module or a part of it."""
+        for part in self._buffers.modules():
+            if part not in self._listening:
+                self._listening.add(part)
+                part.register_load_state_dict_post_hook(OnLoad(self._on_load))
+
+    def _on_load(self, part: nn.Module) -> None:
+        """A part of the module got another state; its parameters may be new objects."""
+        self._buffers.commit(part)
+        if self._window is not None:
+            self._window.buffers.commit(part)
+        self._watched.stale = True
+        if part is self._watched.module:  # what is under way is of other weights
+            self._window = None
+            if self._snapshots is not None:
+                self._snapshots.clear()
+
+    def _heal_buffers(self) -> None:
+        """After an exception: a NaN that the forward pass wrote must not pass for good later."""
+        (self._buffers if self._window is None else self._window.buffers).heal()

@@ -8,17 +8,24 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastguard._deprecated import Renamed, renamed_object, with_new_keys
 from fastguard.attention import AttentionStats
 from fastguard.ops import RISEN_FACTOR, GradNorm, Verdict
 
-from .grad_scaler import NOT_SCALED, LossScale
-from .scale_search import is_search
+from .grad_scaler import NOT_SCALED, LossScale, is_search
 
 MOST_RISEN = 5  # parameters that a report names
 
+#: Keys of :meth:`StepReport.to_dict`, and so of JSON files and states, before they were renamed.
+OLD_KEYS = {
+    "offenders": "nonfinite_parameters",
+    "bracket": "finite_ranges",
+    "quarantined": "skipped_micro_batches",
+}
+
 
 @dataclasses.dataclass(frozen=True)
-class Offender:
+class NonfiniteParameter:
     """A parameter whose gradient is not finite."""
 
     name: str
@@ -60,7 +67,7 @@ class Risen(NamedTuple):
         )
 
 
-class Stretch(NamedTuple):
+class FiniteRange(NamedTuple):
     """Parameters that follow each other in the model, whose gradients are all finite or all not."""
 
     finite: bool
@@ -84,12 +91,12 @@ class StepReport:
     #: As given to the guard.
     loss: float | None = None
     #: The parameters with a NaN or Inf gradient, in the model's order.
-    offenders: tuple[Offender, ...] = ()
-    #: On a step with offenders the stretches of finite and of non-finite parameters in the model's
-    #: order. The fault lies where they meet.
-    bracket: tuple[Stretch, ...] = ()
+    nonfinite_parameters: tuple[NonfiniteParameter, ...] = ()
+    #: On a step with non-finite parameters the ranges of finite and of non-finite ones in the
+    #: model's order. The fault lies where they meet.
+    finite_ranges: tuple[FiniteRange, ...] = ()
     #: The micro-batches of this step whose gradients were left out.
-    quarantined: tuple["StepReport", ...] = ()
+    skipped_micro_batches: tuple["StepReport", ...] = ()
     #: How many micro-batches there were, 0 without ``GradGuard.accumulate``.
     micro_batches: int = 0
     #: Of a micro-batch its number in the window, from 0; None of a step.
@@ -98,7 +105,7 @@ class StepReport:
     #: was stepped after ``unscale_``.
     loss_scale: float | None = None
     #: Whether it was skipped because a GradScaler searches for its scale, by
-    #: :func:`fastguard.guard.scale_search.is_search`; of a window, because it did for all its
+    #: :func:`fastguard.guard.grad_scaler.is_search`; of a window, because it did for all its
     #: micro-batches, on all ranks.
     scale_search: bool = False
     #: A finite norm above this was an outlier: the larger of ``skip_norm`` and 4 times the median
@@ -106,6 +113,11 @@ class StepReport:
     outlier_above: float = math.inf
     #: Of a skipped outlier the parameters that rose most, as :meth:`PendingReport.risen` has them.
     most_risen: tuple[Risen, ...] = ()
+
+    offenders = Renamed("nonfinite_parameters")
+    bracket = Renamed("finite_ranges")
+    quarantined = Renamed("skipped_micro_batches")
+    all_quarantined = Renamed("all_micro_batches_skipped")
 
     @property
     def skipped(self) -> bool:
@@ -117,13 +129,13 @@ class StepReport:
         return self.step if self.batch_id is None else self.batch_id
 
     @property
-    def all_quarantined(self) -> bool:
-        return 0 < self.micro_batches == len(self.quarantined)
+    def all_micro_batches_skipped(self) -> bool:
+        return 0 < self.micro_batches == len(self.skipped_micro_batches)
 
     @property
     def nonfinite(self) -> tuple[str, ...]:
         """Names of the parameters with a NaN or Inf gradient, in the model's order."""
-        return tuple(offender.name for offender in self.offenders)
+        return tuple(each.name for each in self.nonfinite_parameters)
 
     @property
     def first_nonfinite(self) -> str | None:
@@ -132,29 +144,34 @@ class StepReport:
         None where all elements are finite, also if the norm of float64 gradients overflowed or the
         loss alone was not finite.
         """
-        return str(self.offenders[0]) if self.offenders else None
+        return str(self.nonfinite_parameters[0]) if self.nonfinite_parameters else None
 
     def to_dict(self) -> dict:
         """As plain values; the batch's id as text."""
         # Without the id, which may be anything: asdict copies what it finds.
-        bare = dataclasses.replace(self, batch_id=None, quarantined=())
+        bare = dataclasses.replace(self, batch_id=None, skipped_micro_batches=())
         values = dataclasses.asdict(bare)
         values["verdict"] = int(self.verdict)
-        values["bracket"] = [stretch._asdict() for stretch in self.bracket]
+        values["finite_ranges"] = [each._asdict() for each in self.finite_ranges]
         values["batch_id"] = None if self.batch_id is None else str(self.batch_id)
-        values["quarantined"] = [report.to_dict() for report in self.quarantined]
+        values["skipped_micro_batches"] = [
+            report.to_dict() for report in self.skipped_micro_batches
+        ]
         values["most_risen"] = [risen._asdict() for risen in self.most_risen]
         return values
 
     @classmethod
-    def from_dict(cls, values: dict) -> "StepReport":
+    def from_dict(cls, values: Mapping) -> "StepReport":
+        """The report of which :meth:`to_dict` made ``values``, also one of an older fastguard."""
+        values = with_new_keys(values, OLD_KEYS)
+        found, ranges = values["nonfinite_parameters"], values["finite_ranges"]
         return cls(
-            **{
-                **values,
+            **values
+            | {
                 "verdict": Verdict(values["verdict"]),
-                "offenders": tuple(Offender(**offender) for offender in values["offenders"]),
-                "bracket": tuple(Stretch(**stretch) for stretch in values["bracket"]),
-                "quarantined": tuple(map(cls.from_dict, values["quarantined"])),
+                "nonfinite_parameters": tuple(NonfiniteParameter(**each) for each in found),
+                "finite_ranges": tuple(FiniteRange(**each) for each in ranges),
+                "skipped_micro_batches": tuple(map(cls.from_dict, values["skipped_micro_batches"])),
                 "most_risen": tuple(Risen(**risen) for risen in values.get("most_risen", ())),
             }
         )
@@ -211,40 +228,38 @@ class PendingReport:
         return self._record.ready
 
     def result(self) -> StepReport:
+        """The report; waits for the device at the first call."""
         if self._result is None:
             record, *more = self._record.wait()
-            more = dict(zip(self._more, more, strict=True))
-            verdict, clip_coef, total_norm, max_norm, loss, outlier_above = record
-            verdict = Verdict(int(verdict))
-            micro_batches = [report.result() for report in self._micro_batches]
-            offenders, bracket = ((), ()) if math.isfinite(total_norm) else self._offenders()
-            loss_scale = more.get("loss_scale")
-            searches = is_search(
-                verdict,
-                self._scaled,
-                loss_scale,
-                more.get("all_overflowed") or any(each.infs for each in offenders),
-                self._loss_counts and not math.isfinite(loss),
-            )
-            self._result = StepReport(
-                self.step,
-                self.batch_id,
-                verdict,
-                total_norm,
-                clip_coef,
-                max_norm,
-                loss if self._loss_given else None,
-                offenders,
-                bracket,
-                quarantined=tuple(report for report in micro_batches if report.skipped),
-                micro_batches=len(micro_batches),
-                micro_batch=self._micro_batch,
-                loss_scale=loss_scale,
-                scale_search=searches,
-                outlier_above=outlier_above,
-                most_risen=tuple(self.risen()) if verdict is Verdict.SKIP_OUTLIER else (),
-            )
+            self._result = self._made_of(record, dict(zip(self._more, more, strict=True)))
         return self._result
+
+    def _made_of(self, record: list[float], more: dict) -> StepReport:
+        verdict, clip_coef, total_norm, max_norm, loss, outlier_above = record
+        verdict = Verdict(int(verdict))
+        micro_batches = [report.result() for report in self._micro_batches]
+        found, ranges = ((), ()) if math.isfinite(total_norm) else self._nonfinite()
+        overflow = more.get("all_overflowed") or any(each.infs for each in found)
+        loss_is_bad = self._loss_counts and not math.isfinite(loss)
+        loss_scale = more.get("loss_scale")
+        return StepReport(
+            self.step,
+            self.batch_id,
+            verdict,
+            total_norm,
+            clip_coef,
+            max_norm,
+            loss if self._loss_given else None,
+            nonfinite_parameters=found,
+            finite_ranges=ranges,
+            skipped_micro_batches=tuple(report for report in micro_batches if report.skipped),
+            micro_batches=len(micro_batches),
+            micro_batch=self._micro_batch,
+            loss_scale=loss_scale,
+            scale_search=is_search(verdict, self._scaled, loss_scale, overflow, loss_is_bad),
+            outlier_above=outlier_above,
+            most_risen=tuple(self.risen()) if verdict is Verdict.SKIP_OUTLIER else (),
+        )
 
     def norms(self) -> dict[str, float]:
         """L2 norm of each parameter's gradient before clipping, after unscaling."""
@@ -279,17 +294,18 @@ class PendingReport:
             for name, stats in self._attention_stats.items()
         }
 
-    def _offenders(self) -> tuple[tuple[Offender, ...], tuple[Stretch, ...]]:
+    def _nonfinite(self) -> tuple[tuple[NonfiniteParameter, ...], tuple[FiniteRange, ...]]:
+        """The parameters with a NaN or Inf, and the ranges; both empty where there is none."""
         rows = list(zip(self._names, self._measured.nonfinite.tolist(), strict=True))
-        offenders = tuple(Offender(name, *row) for name, row in rows if row[0] or row[1])
-        stretches: list[Stretch] = []
+        found = tuple(NonfiniteParameter(name, *row) for name, row in rows if row[0] or row[1])
+        ranges: list[FiniteRange] = []
         for name, (nans, infs, _) in rows:
             finite = nans == infs == 0
-            if stretches and stretches[-1].finite == finite:
-                stretches[-1] = stretches[-1]._replace(last=name)
+            if ranges and ranges[-1].finite == finite:
+                ranges[-1] = ranges[-1]._replace(last=name)
             else:
-                stretches.append(Stretch(finite, name, name))
-        return offenders, tuple(stretches) if offenders else ()
+                ranges.append(FiniteRange(finite, name, name))
+        return found, tuple(ranges) if found else ()
 
     def __getattr__(self, name: str):
         if name.startswith("_"):  # pickle and copy look for methods before there is a result
@@ -338,3 +354,11 @@ def shorten(items: Iterable, at_most: int = 8) -> str:
     words = [str(item) for item in items]
     more = f", ... ({len(words)} in all)" if len(words) > at_most else ""
     return ", ".join(words[:at_most]) + more
+
+
+def __getattr__(name: str):
+    old = {
+        "Offender": ("NonfiniteParameter", NonfiniteParameter),
+        "Stretch": ("FiniteRange", FiniteRange),
+    }
+    return renamed_object(__name__, name, old)

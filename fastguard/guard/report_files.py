@@ -22,7 +22,8 @@ class GradientExplosionError(RuntimeError):
     Args:
         reports: of the last skipped steps.
         skip_norm: the guard's.
-        what: how many were skipped of how many, as :class:`fastguard.guard.budget.Spent` says it.
+        what: how many were skipped of how many, in words, as
+            :class:`fastguard.guard.accounting.Spent` has it.
         poisoned: parameters, and entries of the optimizer's state, that are NaN or Inf by now.
     """
 
@@ -37,64 +38,85 @@ class GradientExplosionError(RuntimeError):
         self.skip_norm = skip_norm
         self.what = what
         self.poisoned = list(poisoned)
-        # Of a step without a good micro-batch, what was wrong with these.
-        evidence = [e for r in reports for e in (r.quarantined if r.all_quarantined else (r,))]
-        overflowed = [r for r in evidence if _overflowed(r)]
-        bad = [r for r in evidence if r.offenders and not _overflowed(r)]
-        large = [r for r in evidence if not r.offenders and not _bad_loss(r)]
-        losses = [r for r in evidence if not r.offenders and _bad_loss(r)]
-        seen, cures = [], []
-        if poisoned:
-            seen.append(f"NaN or Inf is in {shorten(poisoned)}")
-            cures.append(
-                "load an earlier state of the model and its optimizer: no batch can be good with "
-                "these, and no skipped step wrote them"
-            )
-        if overflowed:
-            places = dict.fromkeys(r.first_nonfinite for r in overflowed)
-            scales = dict.fromkeys(
-                "unknown" if r.loss_scale is None else f"{r.loss_scale:g}" for r in overflowed
-            )
-            seen.append(
-                f"{len(overflowed)} had an Inf gradient, first at {shorten(places)}, while no "
-                f"loss is known to be bad, under a GradScaler at scale {shorten(scales)}"
-            )
-            cures.append(
-                "gradients overflow though the scaler lowers its scale: run in bf16 or fp32, or "
-                "look for what makes them so large; lower the learning rate"
-            )
-        if bad:
-            places = dict.fromkeys(f"{r.first_nonfinite} ({r.offenders[0].kind})" for r in bad)
-            seen.append(f"{len(bad)} had a NaN or Inf gradient, first at {shorten(places)}")
-        if losses:
-            seen.append(
-                f"{len(losses)} had a loss of {shorten({str(r.loss): None for r in losses})}"
-            )
-        if bad or losses:
-            cures.append(
-                "look for corrupt or silent inputs and for targets longer than their inputs in "
-                "these batches; run in fp32; lower the learning rate; restart from a checkpoint "
-                "older than the first of them"
-            )
-        if large:
-            norms = shorten(f"{r.total_norm:.3g}" for r in large)
-            limit, cure = _limit_of(large[0], skip_norm)
-            seen.append(f"{len(large)} had a norm above {limit} ({norms})")
-            cures.append(f"{cure}; lower the learning rate")
-        first = [r for r in evidence if r.offenders]
-        # Of the first of these: the usual norms of later ones are those of the outliers, too.
-        risen = next((r.most_risen for r in large if r.most_risen), ())
-        rose = f"  parameters that rose most: {shorten(risen)}\n" if risen else ""
-        super().__init__(
-            f"{what}: {'; '.join(seen)}.\n"
-            f"  batches: {shorten(r.batch for r in evidence)}\n"
-            f"  parameters that were non-finite first: "
-            f"{shorten(first[0].nonfinite) if first else 'none'}\n{rose}"
-            f"  what to try: {'; '.join(cures)}."
-        )
+        super().__init__(_explosion(self.reports, skip_norm, what, self.poisoned))
 
     def __reduce__(self):  # exceptions are pickled by their message, and rebuilt from it
         return type(self), (self.reports, self.skip_norm, self.what, self.poisoned)
+
+
+def _explosion(reports: list[StepReport], skip_norm: float, what: str, poisoned: list[str]) -> str:
+    """The message: what was seen, where, and what to try."""
+    # Of a step without a good micro-batch, what was wrong with these.
+    causes = (r.skipped_micro_batches if r.all_micro_batches_skipped else (r,) for r in reports)
+    evidence = [each for group in causes for each in group]
+    overflowed = [r for r in evidence if _overflowed(r)]
+    bad = [r for r in evidence if r.nonfinite_parameters and not _overflowed(r)]
+    finite = [r for r in evidence if not r.nonfinite_parameters]
+    large = [r for r in finite if not _bad_loss(r)]
+    losses = [r for r in finite if _bad_loss(r)]
+    parts = [
+        *([_of_poisoned(poisoned)] if poisoned else []),
+        *([_of_overflows(overflowed)] if overflowed else []),
+        *([_of_nonfinite(bad, losses)] if bad or losses else []),
+        *([_of_large(large, skip_norm)] if large else []),
+    ]
+    seen, suggestions = zip(*parts, strict=True) if parts else ((), ())
+    nonfinite = next((r.nonfinite for r in evidence if r.nonfinite_parameters), ())
+    # Of the first outlier: the usual norms of later ones are those of the outliers, too.
+    risen = next((r.most_risen for r in large if r.most_risen), ())
+    rose = f"  parameters that rose most: {shorten(risen)}\n" if risen else ""
+    return (
+        f"{what}: {'; '.join(seen)}.\n"
+        f"  batches: {shorten(r.batch for r in evidence)}\n"
+        f"  parameters that were non-finite first: {shorten(nonfinite) or 'none'}\n{rose}"
+        f"  what to try: {'; '.join(suggestions)}."
+    )
+
+
+def _of_poisoned(poisoned: list[str]) -> tuple[str, str]:
+    """What was seen, and what to try; as the functions below."""
+    return f"NaN or Inf is in {shorten(poisoned)}", (
+        "load an earlier state of the model and its optimizer: no batch can be good with these, "
+        "and no skipped step wrote them"
+    )
+
+
+def _of_overflows(reports: list[StepReport]) -> tuple[str, str]:
+    places = dict.fromkeys(r.first_nonfinite for r in reports)
+    scales = dict.fromkeys(
+        "unknown" if r.loss_scale is None else f"{r.loss_scale:g}" for r in reports
+    )
+    seen = (
+        f"{len(reports)} had an Inf gradient, first at {shorten(places)}, while no loss is known "
+        f"to be bad, under a GradScaler at scale {shorten(scales)}"
+    )
+    return seen, (
+        "gradients overflow though the scaler lowers its scale: run in bf16 or fp32, or look for "
+        "what makes them so large; lower the learning rate"
+    )
+
+
+def _of_nonfinite(bad: list[StepReport], losses: list[StepReport]) -> tuple[str, str]:
+    seen = []
+    if bad:
+        places = dict.fromkeys(
+            f"{r.first_nonfinite} ({r.nonfinite_parameters[0].kind})" for r in bad
+        )
+        seen.append(f"{len(bad)} had a NaN or Inf gradient, first at {shorten(places)}")
+    if losses:
+        seen.append(f"{len(losses)} had a loss of {shorten({str(r.loss): None for r in losses})}")
+    return "; ".join(seen), (
+        "look for corrupt or silent inputs and for targets longer than their inputs in these "
+        "batches; run in fp32; lower the learning rate; restart from a checkpoint older than the "
+        "first of them"
+    )
+
+
+def _of_large(reports: list[StepReport], skip_norm: float) -> tuple[str, str]:
+    norms = shorten(f"{r.total_norm:.3g}" for r in reports)
+    limit, suggestion = _limit_of(reports[0], skip_norm)
+    seen = f"{len(reports)} had a norm above {limit} ({norms})"
+    return seen, f"{suggestion}; lower the learning rate"
 
 
 class BadStepFiles:
@@ -102,9 +124,9 @@ class BadStepFiles:
 
     A GradScaler's search for its scale is none.
 
-    It holds the report, the batch's id, the bracket, the norm of every parameter, and the logits of
-    the attentions that record them. At most 100 are written; a folder that can not be written costs
-    a warning, not the run.
+    It holds the report, the batch's id, the ranges of finite parameters, the norm of every
+    parameter, and the logits of the attentions that record them. At most 100 are written. A folder
+    that cannot be written costs a warning, not the run.
     """
 
     def __init__(self, folder: str | Path | None):
@@ -118,8 +140,9 @@ class BadStepFiles:
         content = report.result().to_dict()
         content["verdict"] = report.verdict.name.lower()
         content["skip_norm"] = skip_norm
-        for offender, found in zip(content["offenders"], report.offenders, strict=True):
-            offender["kind"] = found.kind
+        found = report.nonfinite_parameters
+        for values, each in zip(content["nonfinite_parameters"], found, strict=True):
+            values["kind"] = each.kind
         content["norms"] = report.norms()
         content["attention"] = report.attention()
         path = self._folder / f"bad_step_{report.step:06d}.json"
@@ -151,25 +174,25 @@ def log_skip(report: StepReport, skip_norm: float) -> None:
             report.batch,
             "the loss was not given" if report.loss is None else f"the loss is {report.loss:.4g}",
         )
-    elif report.all_quarantined:
+    elif report.all_micro_batches_skipped:
         logger.warning(
             "All %d micro-batches were bad, skipping batch %s", report.micro_batches, report.batch
         )
     elif report.verdict is Verdict.SKIP_ROLLBACK:
         logger.warning("Skipping batch %s after the rollback", report.batch)
-    elif _bad_loss(report) and not report.offenders:
+    elif _bad_loss(report) and not report.nonfinite_parameters:
         logger.warning("Infinite loss, skipping batch %s (loss %s)", report.batch, report.loss)
     else:
         logger.warning(
             "Infinite gradient, skipping batch %s (norm %s, first at %s)",
             report.batch,
             report.total_norm,
-            report.first_nonfinite or _why_without_offenders(report),
+            report.first_nonfinite or _why_no_parameter_is_nonfinite(report),
         )
 
 
 def _limit_of(report: StepReport, skip_norm: float) -> tuple[str, str]:
-    """What a finite norm was above, and the cure."""
+    """What a finite norm was above, and what to change."""
     if report.total_norm > report.outlier_above:
         limit = f"skip_norm={skip_norm:g}"
         if report.outlier_above > skip_norm:
@@ -184,7 +207,7 @@ def _limit_of(report: StepReport, skip_norm: float) -> tuple[str, str]:
     return f"{LARGEST_APPLIED:g}, what fp32 moments can hold", "set a finite max_norm"
 
 
-def _why_without_offenders(report: StepReport) -> str:
+def _why_no_parameter_is_nonfinite(report: StepReport) -> str:
     if math.isnan(report.total_norm):
         return "none: found by GradScaler.unscale_, perhaps on another rank"
     if math.isfinite(report.total_norm):
@@ -196,7 +219,7 @@ def _overflowed(report: StepReport) -> bool:
     """Whether gradients overflowed under a GradScaler, at any scale, with no bad loss known."""
     if report.scale_search:
         return True
-    if report.loss_scale is None or not any(offender.infs for offender in report.offenders):
+    if report.loss_scale is None or not any(each.infs for each in report.nonfinite_parameters):
         return False
     return report.loss is None or math.isfinite(report.loss)
 

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastguard._tensors import is_dtensor, local_parts
 from fastguard._random import random_state, set_random_state
+from fastguard._tensors import is_dtensor, local_parts
 
 from .update import plain_class
 

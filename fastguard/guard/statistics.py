@@ -1,13 +1,21 @@
-"""What a decision is made of: the statistics, the loss, and the factor that undoes a scale."""
+"""What the guard remembers of earlier norms: of all gradients together, and of each parameter.
+
+:class:`fastguard.ops.Statistics` holds the numbers. :class:`TensorNorms` knows whose the columns of
+its ``per_tensor`` are.
+"""
 
 import math
 import statistics
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from fastguard import ops
-from fastguard._tensors import is_dtensor
+from fastguard.thresholds import Kind
+
+#: Version of the state dict. Version 1 had no version entry and held the accepted norms alone.
+VERSION = 2
 
 WINDOW = 128  # norms whose median says what is usual; llm.c's and OLMo-core's window
 
@@ -64,37 +72,206 @@ def _in_order(window: Tensor, count: int) -> list[float]:
     return [norms[i % WINDOW] for i in range(max(0, count - WINDOW), count)]
 
 
-def scalar(loss: Tensor | float | None, device: torch.device) -> Tensor | None:
-    if loss is None:
-        return None
-    if is_dtensor(loss):
-        loss = loss.full_tensor()
-    if not isinstance(loss, Tensor):
-        try:
-            return torch.full((), float(loss), dtype=torch.float64, device=device)
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"loss must be one real number, got {loss!r}") from error
-    if loss.numel() != 1 or loss.is_complex():
+# --- the norm of each parameter -------------------------------------------------------------------
+
+#: The rows, as the properties of :class:`fastguard.ops.Statistics` that they are, and what they
+#: hold where nothing is known yet.
+ROWS = {"ema_norms": math.inf, "clipped_since": -1, "usual_norms": math.inf, "risen_since": -1}
+
+
+def unseen(n: int, device: torch.device) -> Tensor:
+    """Columns of ``n`` parameters of which nothing is known, float64, shape (4, n)."""
+    columns = torch.full((4, n), math.inf, dtype=torch.float64, device=device)
+    columns[1::2] = -1.0
+    return columns
+
+
+class TensorNorms:
+    """Whose the columns are. Those of parameters without a gradient at the moment are put aside.
+
+    Steps have mostly the same parameters; the operators then read and write the same tensor.
+    """
+
+    def __init__(self, aside: dict[str, Tensor] | None = None):
+        self._names: list[str] = []
+        self._aside = {} if aside is None else aside  # each (4,); never written in place
+
+    def copy(self) -> "TensorNorms":
+        copy = TensorNorms(dict(self._aside))
+        copy._names = self._names
+        return copy
+
+    def select(self, held: Tensor, names: list[str]) -> Tensor:
+        """The columns of these parameters, float64, shape (4, N), on the device of ``held``.
+
+        Args:
+            held: the columns of the names of the last call.
+        """
+        if names == self._names:
+            return held
+        self._aside = self._by_name(held)
+        self._names = list(names)
+        new = unseen(1, held.device)[:, 0]
+        columns = [self._aside.pop(name, new).to(held.device) for name in names]
+        return torch.stack(columns, dim=1) if columns else unseen(0, held.device)
+
+    def _by_name(self, held: Tensor) -> dict[str, Tensor]:
+        return self._aside | dict(zip(self._names, held.unbind(1), strict=True))
+
+    # --- checkpoints ------------------------------------------------------------------------------
+
+    def as_plain(self, held: Tensor) -> dict[str, dict[str, float]]:
+        """For each row a dict of the parameters of which there is something to say."""
+        columns = self._by_name(held)
+        rows = torch.stack([*columns.values()], dim=1) if columns else held[:, :0]
+        return {
+            row: {name: x for name, x in zip(columns, values, strict=True) if x != unknown}
+            for (row, unknown), values in zip(ROWS.items(), rows.tolist(), strict=True)
+        }
+
+    @classmethod
+    def from_plain(
+        cls, plain: dict, device: torch.device, renamed: Callable[[dict], dict] = dict
+    ) -> "TensorNorms":
+        """The names of which :meth:`as_plain` made ``plain``; all columns are put aside.
+
+        Rows that an older fastguard did not have may be missing. ``renamed`` gives a dict by names
+        the names of now.
+
+        Raises:
+            ValueError: a number is negative or not finite.
+            AttributeError, TypeError: it is something else.
+        """
+        rows = [renamed(plain.get(row, {})) for row in ROWS]
+        names = list(dict.fromkeys(name for row in rows for name in row))
+        if not all(0 <= number < math.inf for row in rows for number in row.values()):
+            raise ValueError("a norm or a step is negative or not finite")
+        values = [
+            [float(row.get(name, unknown)) for name in names]
+            for row, unknown in zip(rows, ROWS.values(), strict=True)
+        ]
+        columns = torch.tensor(values, dtype=torch.float64, device=device)
+        return cls(dict(zip(names, columns.unbind(1), strict=True)) if names else {})
+
+
+# --- both together --------------------------------------------------------------------------------
+
+
+class Memory:
+    """What the next decision depends on: of steps, of micro-batches and of each parameter.
+
+    Args:
+        device: of the parameters, where the decisions are made.
+    """
+
+    def __init__(self, device: torch.device):
+        self.statistics = fresh_statistics(device)
+        #: Of the micro-batches that ``GradGuard.accumulate`` decides about.
+        self.micro_statistics = fresh_statistics(device)
+        self.tensor_norms = TensorNorms()
+
+    def copy(self) -> "Memory":
+        copy = Memory(self.statistics.numbers.device)
+        copy.statistics = self.statistics.copy()
+        copy.micro_statistics = self.micro_statistics.copy()
+        copy.tensor_norms = self.tensor_norms.copy()
+        return copy
+
+    def select(self, names: list[str], device: torch.device) -> None:
+        """Move to ``device``, and give ``statistics`` the columns of these parameters."""
+        if self.statistics.numbers.is_meta and device.type != "meta":
+            self.tensor_norms = TensorNorms()
+        known = _on(self.statistics, device)
+        columns = self.tensor_norms.select(known.per_tensor, names)
+        self.statistics = known._replace(per_tensor=columns)
+
+    def of_micro_batches(self, device: torch.device) -> ops.Statistics:
+        """The statistics of micro-batches, on ``device``."""
+        self.micro_statistics = _on(self.micro_statistics, device)
+        return self.micro_statistics
+
+    def state_dict(self, kind: Kind) -> dict:
+        """Plain numbers; the host waits for the device.
+
+        Args:
+            kind: of the guard's threshold.
+        """
+        return {
+            "threshold": kind.name.lower(),
+            "statistics": as_plain(self.statistics),
+            "micro_statistics": as_plain(self.micro_statistics),
+            **self.tensor_norms.as_plain(self.statistics.per_tensor),
+        }
+
+    @classmethod
+    def from_state(
+        cls, state: dict, device: torch.device, kind: Kind, renamed: Callable[[dict], dict]
+    ) -> "Memory":
+        """What :meth:`state_dict` made ``state`` of.
+
+        Args:
+            kind: of the threshold of the guard that takes it, which may be another one.
+            renamed: gives a dict by parameter names the current names.
+
+        Raises:
+            ValueError: a number is negative or not finite; AdaGC accepted steps and no norms by
+                parameter are there.
+            AttributeError, KeyError, TypeError: it is something else.
+        """
+        memory = cls(device)
+        other = Kind[state["threshold"].upper()] is not kind
+        memory.statistics = from_plain(
+            state["statistics"], device, other
+        )  # ZClip alone has moments
+        memory.micro_statistics = from_plain(state["micro_statistics"], device, False)
+        memory.tensor_norms = TensorNorms.from_plain(state, device, renamed)
+        accepted = any(memory.statistics.accepted_norms)
+        if state["threshold"] == "adagc" and not state["ema_norms"] and accepted:
+            raise ValueError(
+                "AdaGC accepted steps, but the state has no norms by parameter. torch.distributed."
+                "checkpoint loses them where it loads into a fresh guard: save "
+                "json.dumps(guard.state_dict()), and load json.loads() of it"
+            )
+        return memory
+
+
+def _on(known: ops.Statistics, device: torch.device) -> ops.Statistics:
+    if known.numbers.is_meta and device.type != "meta":  # the guard was made before to_empty
+        return fresh_statistics(device)
+    if known.numbers.device == device:
+        return known
+    return ops.Statistics(*(tensor.to(device) for tensor in known))
+
+
+def of_this_version(state: dict) -> dict:
+    """The state dict as the present version writes it.
+
+    Raises:
+        ValueError: a newer fastguard wrote it.
+    """
+    version = state.get("version", 1)
+    if version == 1:
+        return _from_version_1(state)
+    if version != VERSION:
         raise ValueError(
-            f"loss must be one real number, got a {loss.dtype} tensor of shape {tuple(loss.shape)}"
+            f"it is of version {version}, and this fastguard knows the versions 1 to {VERSION}; "
+            "use the fastguard that wrote it, or a newer one"
         )
-    return loss.detach().reshape(()).to(device, torch.float64, non_blocking=True)
+    return state
 
 
-def unscaling(scale: Tensor | None, weight: Tensor | float, device: torch.device) -> Tensor | None:
-    """The factor that undoes the GradScaler's scale and makes a sum a mean; None for 1."""
-    if scale is None and not isinstance(weight, Tensor):
-        if weight == 1.0:
-            return None
-        return torch.full((), 1 / weight, dtype=torch.float64, device=device)
-    return (weight if scale is None else scale * weight).reciprocal()
-
-
-def discarded(measured, unscale, loss) -> ops.GuardDecision:
-    """The decision about a batch that a rollback passes over."""
-    one = torch.ones_like(measured.total_norm)
-    verdict = torch.full_like(one, int(ops.Verdict.SKIP_ROLLBACK), dtype=torch.int64)
-    norm = measured.total_norm if unscale is None else measured.total_norm * unscale
-    inf, loss = one * math.inf, one * math.nan if loss is None else loss
-    record = [verdict.double(), one, norm, inf, loss, inf]
-    return ops.GuardDecision(one, verdict, torch.stack(record))
+def _from_version_1(state: dict) -> dict:
+    count, mean, variance = state["moments"]
+    skips = list(state["skips_in_a_row"])
+    norms = {"seen_norms": state["accepted"], "accepted_norms": state["accepted"]}
+    counts = {"seen": count, "accepted": count, "mean": mean, "variance": variance}
+    return state | {
+        "statistics": counts | norms,
+        "micro_statistics": as_plain(fresh_statistics(torch.device("cpu"))),
+        "budget": {
+            "steps": [skip["step"] for skip in skips],
+            "skips": skips,
+            "in_a_row": len(skips),
+            "searches": state.get("searches", []),
+        },
+    }

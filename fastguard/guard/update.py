@@ -8,7 +8,9 @@ checks that the step was taken.
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,8 +19,37 @@ from torch.optim import optimizer as torch_optimizer
 from fastguard import ops, optim
 from fastguard._tensors import is_dtensor, scale_
 
+from .grad_scaler import handing
+
+if TYPE_CHECKING:
+    from .grad_guard import GradGuard
+
 #: Wrappers whose ``step`` calls that of their ``optimizer``, by the package of a class of theirs.
 _WRAPPERS = ("accelerate", "lightning", "lightning_fabric", "pytorch_lightning")
+
+
+class StepCall(NamedTuple):
+    """What one step is asked to do; the fields are the arguments of :meth:`GradGuard.step`."""
+
+    optimizers: list[torch.optim.Optimizer]
+    loss: Tensor | float | None
+    batch_id: object
+    scaler: torch.amp.GradScaler | None = None
+    update_scaler: bool = True
+    #: ``grad_scale`` and ``found_inf`` of an attached optimizer, if it was handed any.
+    handed: tuple | None = None
+    #: Whether the optimizer's own step called the guard.
+    called_by_it: bool = False
+
+
+def listed(optimizer) -> list[torch.optim.Optimizer]:
+    if hasattr(optimizer, "param_groups"):
+        return [optimizer]
+    listed = list(optimizer) if isinstance(optimizer, Iterable) else []
+    different = len(set(map(id, listed))) == len(listed)
+    if not listed or not different or not all(hasattr(o, "param_groups") for o in listed):
+        raise ValueError(f"step takes one optimizer or several different ones, got {optimizer!r}")
+    return listed
 
 
 def unwrapped(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
@@ -162,6 +193,74 @@ class OnStep:
     """A hook of ours, which :func:`_has_hooks` does not count."""
 
 
+#: The attribute of an attached optimizer that holds its :class:`Link`.
+LINK = "_fastguard_link"
+
+
+class Link(OnStep):
+    """The guard of an attached optimizer; as a pre-step hook it refuses steps without the guard."""
+
+    def __init__(self, guard: "GradGuard"):
+        self.guard = guard
+        #: Whether the guard is calling the optimizer's own step.
+        self.stepping = False
+
+    def __call__(self, optimizer, args, kwargs) -> None:
+        if not self.stepping:
+            raise RuntimeError(
+                f"{type(optimizer).__name__}.step was called around its guard: something kept the "
+                "method from before guard.attach(optimizer), as accelerate's prepare() does. Call "
+                "attach before it, or with what it returned. guard.detach() gives the plain step "
+                "back"
+            )
+
+    @contextmanager
+    def plainly(self) -> Iterator[None]:
+        before, self.stepping = self.stepping, True
+        try:
+            yield
+        finally:
+            self.stepping = before
+
+    def __getstate__(self) -> dict:
+        return {"guard": self.guard, "stepping": False}
+
+
+def link_of(optimizer: torch.optim.Optimizer) -> Link | None:
+    """None of an optimizer that is not attached."""
+    return vars(optimizer).get(LINK)
+
+
+def check_own(optimizer: torch.optim.Optimizer, guard: "GradGuard") -> None:
+    """ValueError if ``guard`` is to step an optimizer that is attached to another."""
+    link = link_of(unwrapped(optimizer))
+    if link is not None and link.guard is not guard:
+        raise ValueError(
+            f"this {type(optimizer).__name__} is attached to another GradGuard, which has to step "
+            "it: call optimizer.step(), or detach() of that guard first"
+        )
+
+
+def plain_step_of(optimizer: torch.optim.Optimizer, attached: bool) -> Callable[[], object]:
+    """What calls the optimizer's own step.
+
+    Args:
+        attached: whether the guard was called by the optimizer's step: what wraps that has run.
+    """
+    link = link_of(unwrapped(optimizer))
+    if link is None:
+        return optimizer.step
+
+    def step():
+        with link.plainly():
+            if attached:
+                plain_class(optimizer).step(optimizer)
+            else:
+                optimizer.step()
+
+    return step
+
+
 def _has_hooks(optimizer: torch.optim.Optimizer) -> bool:
     """Whether somebody wants to hear of the steps that are taken."""
     own = vars(unwrapped(optimizer))
@@ -197,12 +296,9 @@ def _step_fused(
     """
     skip = decision.verdict >= int(ops.Verdict.SKIP_NONFINITE)
     largest = torch.finfo(torch.float32).max
-    optimizer.grad_scale = decision.grad_coef.reciprocal().clamp(max=largest).float()
-    optimizer.found_inf = skip.float()
-    try:
+    grad_scale = decision.grad_coef.reciprocal().clamp(max=largest).float()
+    with handing(optimizer, grad_scale, skip.float()):
         step()
-    finally:
-        del optimizer.grad_scale, optimizer.found_inf
 
 
 class _Stepped(OnStep):

@@ -50,7 +50,7 @@ def test_a_bad_micro_batch_leaves_no_trace(make, bad_places, measure):
             ]
             report = window(model, guard, optimizer, batches)
             assert not report.skipped
-            assert len(report.quarantined) == (len(places) if bad else 0)
+            assert len(report.skipped_micro_batches) == (len(places) if bad else 0)
         runs.append((everything(model, optimizer), report.total_norm))
     assert_same_bits(runs[0][0], runs[1][0])
     assert runs[0][1] == runs[1][1]
@@ -116,7 +116,7 @@ def test_an_outlier_among_micro_batches_is_left_out():
         guard.accumulate()
     report = guard.step(optimizer)
     assert report.total_norm == pytest.approx(3.0)
-    assert [r.verdict for r in report.quarantined] == [Verdict.SKIP_OUTLIER]
+    assert [r.verdict for r in report.skipped_micro_batches] == [Verdict.SKIP_OUTLIER]
     assert (before - parameters[0].detach()).norm().item() == pytest.approx(3.0, rel=1e-5)
 
 

@@ -43,7 +43,14 @@ def test_the_same_steps(bucket_bytes, steps):
                 if bad is not None:
                     x[0, 0] = bad
                 report = train_step(model, optimizer, guard, x)
-                reports.append((report.verdict, report.offenders, report.bracket, report.norms()))
+                reports.append(
+                    (
+                        report.verdict,
+                        report.nonfinite_parameters,
+                        report.finite_ranges,
+                        report.norms(),
+                    )
+                )
                 reports.append(pytest.approx(report.total_norm, rel=1e-14, nan_ok=True))
             outcomes.append((reports, model, optimizer))
     finally:
@@ -182,7 +189,7 @@ def test_gradients_that_never_came_to_a_step_are_not_kept(bucket_bytes, monkeypa
         seen += [weakref.ref(p.grad) for p in model.parameters()]
     gc.collect()
     assert sum(ref() is not None for ref in seen) <= 6
-    assert len(guard._measure._norms) < 60
+    assert len(guard._decider.backward._norms) < 60
 
 
 def test_another_hook_that_takes_the_gradient():

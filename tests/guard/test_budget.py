@@ -1,4 +1,4 @@
-"""How many skips a run may cost: fastguard.guard.budget, by itself and in GradGuard."""
+"""How many skips a run may cost: fastguard.guard.accounting, by itself and in GradGuard."""
 
 import math
 import random
@@ -9,7 +9,7 @@ from torch import nn
 
 import fastguard
 from fastguard import GradGuard, GradientExplosionError, Rollback, StepReport, Verdict
-from fastguard.guard.budget import Budget
+from fastguard.guard.accounting import Budget
 
 from .test_grad_guard import set_gradient_norms
 

@@ -150,8 +150,10 @@ def compare_to_one_process(mesh, name, **options):
     for report, other in zip(reports, expected, strict=True):
         assert report.total_norm == pytest.approx(other.total_norm, rel=1e-4, nan_ok=True)
         assert report.loss == pytest.approx(other.loss, rel=1e-4, nan_ok=True)
-        assert report.nonfinite == other.nonfinite and report.bracket == other.bracket
-        assert [o.nans + o.infs for o in report.offenders] == [1 for _ in other.offenders]
+        assert report.nonfinite == other.nonfinite and report.finite_ranges == other.finite_ranges
+        assert [o.nans + o.infs for o in report.nonfinite_parameters] == [
+            1 for _ in other.nonfinite_parameters
+        ]
     for p, q in zip(net.parameters(), alone.parameters(), strict=True):
         torch.testing.assert_close(full(p.detach()), q.detach(), rtol=1e-4, atol=1e-5)
         for key, entry in expected_optimizer.state[q].items():
@@ -189,12 +191,12 @@ def a_report_counts_on_all_ranks_and_has_places_of_this_one():
         local(net.head.weight.grad).fill_(math.nan)  # of no elements
         net.plain.grad[2] = math.nan
     report = GradGuard(net).step(optimizer).result()
-    found = {o.name: (o.nans, o.infs) for o in report.offenders}
+    found = {o.name: (o.nans, o.infs) for o in report.nonfinite_parameters}
     assert found == {"body.0.bias": (1, 2), "plain": (1, 0)}
-    plain, bias = report.offenders
+    plain, bias = report.nonfinite_parameters
     assert bias.first_index == 0
     assert str(plain) == ("plain[2]" if rank else "plain, on another rank")
-    return [report.nonfinite, report.bracket]
+    return [report.nonfinite, report.finite_ranges]
 
 
 def one_all_reduce_and_no_dispatch_of_dtensors():
@@ -258,7 +260,7 @@ def a_window_leaves_out_what_was_bad_on_one_rank():
                     local(net.body[0].weight.grad)[0, 0] = math.nan
                 guard.accumulate()
             report = guard.step(optimizer).result()
-            assert [r.batch_id for r in report.quarantined] == ["micro-batch 1"] * bad
+            assert [r.batch_id for r in report.skipped_micro_batches] == ["micro-batch 1"] * bad
         nets.append(bits(net, optimizer))
     assert same(*nets)
     return report.total_norm.hex()
@@ -531,7 +533,7 @@ def a_bad_micro_batch_of_one_rank_is_left_out_there_alone():
                 torch.testing.assert_close(moment, torch.full((2,), 0.19 * mean))
             else:
                 assert net.always.tolist() == [-mean - mean + 0.5 * mean] * 2
-            assert len(report.quarantined) == (distributed.get_rank() == 0)
+            assert len(report.skipped_micro_batches) == (distributed.get_rank() == 0)
             assert scaler.get_scale() == 2.0**8  # both ranks heard of it, in both windows
             found.append([net.always.tolist(), net.sometimes.tolist(), report.total_norm.hex()])
     return found
@@ -540,7 +542,7 @@ def a_bad_micro_batch_of_one_rank_is_left_out_there_alone():
 def a_window_that_is_bad_everywhere_is_skipped_everywhere():
     nan, ones = math.nan, [[1.0, 1.0]] * 2
     net, *_, report = windows_of_replicas([[nan, nan], [nan, math.inf]], ones, ())
-    assert report.verdict is Verdict.SKIP_NONFINITE and report.all_quarantined
+    assert report.verdict is Verdict.SKIP_NONFINITE and report.all_micro_batches_skipped
     assert net.always.tolist() == [0.0] * 2
     net, *_, report = windows_of_replicas([[nan, nan], [nan, 4.0]], ones, ())
     assert net.always.tolist() == [-4.0 - 4.0 + 2.0] * 2
@@ -617,7 +619,7 @@ def meshes_of_a_part_of_the_ranks_decide_apart():
     assert report.skipped == bool(pair) and (
         pair or report.total_norm == pytest.approx(math.sqrt(32))
     )
-    assert GradGuard([p])._ranks._group is guard._ranks._group
+    assert GradGuard([p])._decider.ranks._group is guard._decider.ranks._group
 
     # Of two meshes all of whose ranks train together, given their group: one decision.
     guard = GradGuard([p], process_group=distributed.group.WORLD)

@@ -1,4 +1,4 @@
-"""What a bad step leaves behind: names, places, the bracket, and one JSON file."""
+"""What a bad step leaves behind: names, places, the finite_ranges, and one JSON file."""
 
 import json
 import math
@@ -12,7 +12,7 @@ import fastguard
 from fastguard import GradGuard, GradientExplosionError, StepReport, Verdict
 from fastguard.guard import report as step_report
 from fastguard.guard import report_files as bad_steps
-from fastguard.guard.report import Offender
+from fastguard.guard.report import NonfiniteParameter
 
 from .test_grad_guard import small_model, train_step
 
@@ -36,9 +36,11 @@ def test_the_bracket_shows_between_which_parameters_the_fault_lies():
     model = deep()
     report = bad_step(model, torch.optim.SGD(model.parameters(), lr=0.1), GradGuard(model))
     assert report.nonfinite == ("0.weight", "1.weight", "2.weight")
-    assert report.bracket == ((False, "0.weight", "2.weight"), (True, "3.weight", "4.weight"))
+    assert report.finite_ranges == ((False, "0.weight", "2.weight"), (True, "3.weight", "4.weight"))
     assert report.first_nonfinite == "0.weight[0]"
-    assert report.offenders[2] == Offender("2.weight", nans=3, infs=0, first_index=3)
+    assert report.nonfinite_parameters[2] == NonfiniteParameter(
+        "2.weight", nans=3, infs=0, first_index=3
+    )
     norms = report.norms()
     assert math.isnan(norms["2.weight"])
     assert norms["3.weight"] == pytest.approx(model[3].weight.grad.double().norm().item())
@@ -50,7 +52,7 @@ def test_nan_and_inf_are_told_apart():
     bias.grad = torch.tensor([math.nan, math.inf])
     guard = GradGuard([("weight", weight), ("bias", bias)])
     report = guard.step(torch.optim.SGD([weight, bias], lr=1.0))
-    assert [(str(o), o.kind) for o in report.offenders] == [
+    assert [(str(o), o.kind) for o in report.nonfinite_parameters] == [
         ("weight[1]", "Inf"),
         ("bias[0]", "NaN and Inf"),
     ]
@@ -58,11 +60,13 @@ def test_nan_and_inf_are_told_apart():
 
 def test_good_steps_materialise_nothing(monkeypatch, tmp_path):
     looked = []
-    monkeypatch.setattr(step_report.PendingReport, "_offenders", lambda self: looked.append(1))
+    monkeypatch.setattr(step_report.PendingReport, "_nonfinite", lambda self: looked.append(1))
     model = small_model()
     guard = GradGuard(model, report_dir=tmp_path / "run")
     optimizer = fastguard.AdamW(model.parameters())
-    assert train_step(model, optimizer, guard, torch.randn(6, 4)).result().offenders == ()
+    assert (
+        train_step(model, optimizer, guard, torch.randn(6, 4)).result().nonfinite_parameters == ()
+    )
     assert not looked
     assert not (tmp_path / "run").exists()
 
@@ -81,8 +85,8 @@ def test_one_file_for_a_bad_step(tmp_path, scale):
     assert found["batch_id"] == "a, b"
     assert found["total_norm"] == "nan"
     offender = {"name": "0.weight", "nans": 9, "infs": 0, "first_index": 0, "kind": "NaN"}
-    assert found["offenders"][0] == offender
-    assert found["bracket"] == [
+    assert found["nonfinite_parameters"][0] == offender
+    assert found["finite_ranges"] == [
         {"finite": False, "first": "0.weight", "last": "2.weight"},
         {"finite": True, "first": "3.weight", "last": "4.weight"},
     ]
@@ -101,8 +105,8 @@ def test_quarantined_micro_batches_are_in_the_file(tmp_path):
     assert not guard.step(torch.optim.SGD([weight], lr=1.0)).skipped
     found = json.loads((tmp_path / "bad_step_000000.json").read_text())
     assert found["verdict"] == "clip"
-    assert [q["batch_id"] for q in found["quarantined"]] == ["utterance inf"]
-    assert found["quarantined"][0]["offenders"][0]["infs"] == 1
+    assert [q["batch_id"] for q in found["skipped_micro_batches"]] == ["utterance inf"]
+    assert found["skipped_micro_batches"][0]["nonfinite_parameters"][0]["infs"] == 1
 
 
 def test_a_folder_that_can_not_be_written_costs_a_warning(tmp_path, caplog):

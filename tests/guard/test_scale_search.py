@@ -11,9 +11,8 @@ from torch import nn
 
 import fastguard
 from fastguard import GradGuard, GradientExplosionError, StepReport, Verdict
-from fastguard.guard.grad_scaler import LossScale
+from fastguard.guard.grad_scaler import LossScale, Searches, is_search
 from fastguard.guard.report import PendingReport
-from fastguard.guard.scale_search import Searches, is_search
 from fastguard.ops import GradNorm
 
 from .test_guard_device import slow
@@ -240,7 +239,10 @@ def test_micro_batches(warnings):
     loop = Loop(1024.0, patience=2)
     report = window(loop, [1.0, 1e9, math.nan])
     assert not report.skipped and not report.scale_search
-    assert [(q.micro_batch, q.scale_search) for q in report.quarantined] == [(1, True), (2, False)]
+    assert [(q.micro_batch, q.scale_search) for q in report.skipped_micro_batches] == [
+        (1, True),
+        (2, False),
+    ]
     assert report.micro_batch is None
     assert loop.scaler.get_scale() == 512.0
     for k in range(9):

@@ -12,7 +12,7 @@ from torch import nn
 import fastguard
 from fastguard import GradGuard, Rollback, Verdict
 from fastguard.guard.report import Risen
-from fastguard.guard.tensor_norms import TensorNorms
+from fastguard.guard.statistics import TensorNorms
 from fastguard.thresholds import AdaGC
 
 from .test_guard_device import slow
@@ -53,9 +53,9 @@ def test_the_usual_norm_is_kept_by_name_while_parameters_come_and_go():
 def test_the_same_tensor_serves_while_the_parameters_are_the_same():
     named = Named()
     named.step(a=1.0, b=1.0)
-    held = named.guard._statistics.per_tensor
+    held = named.guard._decider.memory.statistics.per_tensor
     named.step(a=1.0, b=1.0)
-    assert named.guard._statistics.per_tensor is held
+    assert named.guard._decider.memory.statistics.per_tensor is held
 
 
 def test_a_report_names_what_rose_and_since_when():
@@ -174,7 +174,10 @@ def test_a_resumed_guard_has_them(again):
 def test_copies_do_not_share_them():
     named = Named("ab")
     named.step(a=1.0)
-    other = copy.deepcopy(named.guard._tensor_norms), copy.deepcopy(named.guard._statistics)
+    other = (
+        copy.deepcopy(named.guard._decider.memory.tensor_norms),
+        copy.deepcopy(named.guard._decider.memory.statistics),
+    )
     named.step(a=3.0, b=1.0)
     assert other[0].as_plain(other[1].per_tensor)["usual_norms"] == {"a": 1.0}
 

@@ -39,20 +39,24 @@ TESTS = {
     "fastguard/guard/distributed.py": "guard/distributed",
     "fastguard/guard/parameters.py": "guard/parameters guard/grad_guard guard/update",
     "fastguard/clip.py": "clip clip_distributed",
-    "fastguard/guard/budget.py": "guard/budget guard/grad_guard",
+    "fastguard/guard/accounting.py": (
+        "guard/budget guard/on_skip guard/grad_guard guard/rollback guard/guard_device"
+    ),
+    "fastguard/guard/decision.py": (
+        "guard/grad_guard guard/outliers guard/rollback guard/parameters guard/distributed"
+    ),
+    "fastguard/guard/state.py": "guard/grad_guard guard/attached guard/rollback guard/tensor_norms",
     "fastguard/guard/report.py": "guard/report guard/scale_search guard/grad_guard",
     "fastguard/guard/report_files.py": (
         "guard/report guard/scale_search guard/grad_guard guard/outliers"
     ),
     "fastguard/guard/step_warnings.py": "guard/step_warnings",
-    "fastguard/guard/scale_search.py": "guard/scale_search",
-    "fastguard/guard/on_skip.py": "guard/on_skip",
-    "fastguard/guard/tensor_norms.py": "guard/tensor_norms guard/outliers guard/grad_guard",
     "fastguard/guard/lr_scheduler.py": "guard/attached",
     "fastguard/guard/module_names.py": "guard/module_names guard/parameters",
     "fastguard/thresholds.py": "guard/grad_guard guard/outliers ops/guard_ops",
     "fastguard/guard/statistics.py": (
-        "guard/outliers guard/grad_guard guard/scale_search guard/step_warnings guard/accumulation"
+        "guard/tensor_norms guard/outliers guard/grad_guard guard/scale_search "
+        "guard/step_warnings guard/accumulation"
     ),
     "csrc/decide.h": "guard/outliers guard/grad_guard ops/guard_ops",
 }

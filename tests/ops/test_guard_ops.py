@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastguard import ops
-from fastguard.guard.tensor_norms import unseen
+from fastguard.guard.statistics import unseen
 from fastguard.ops import Verdict
 from fastguard.thresholds import AdaGC, AutoClip, Fixed, RunningMedian, ZClip
 from tests.drawn import DTYPES, gradients

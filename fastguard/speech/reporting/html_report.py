@@ -127,13 +127,13 @@ class _BadStepView:
         self.loss, self.grad_norm, self.utterances = bad.loss, bad.grad_norm, bad.utterances
         details = bad.details
         self.batch = str(details.get("batch_id") or "")
-        offenders = [o for o in _list(details.get("offenders")) if isinstance(o, dict)]
+        offenders = [o for o in _list(details.get("nonfinite_parameters")) if isinstance(o, dict)]
         self.offenders = [_offender(o) for o in offenders[:_MOST_PARAMETERS]]
         self.offender_count = len(offenders) or len(bad.nonfinite)
         self.first = _place(offenders[0]) if offenders else next(iter(bad.nonfinite), "")
         self.bracket = [
             (bool(s.get("finite")), str(s.get("first")), str(s.get("last")))
-            for s in _list(details.get("bracket"))[: 2 * _MOST_PARAMETERS]
+            for s in _list(details.get("finite_ranges"))[: 2 * _MOST_PARAMETERS]
             if isinstance(s, dict)
         ]
         norms = details.get("norms")

@@ -8,7 +8,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
+from fastguard._deprecated import with_new_keys
 from fastguard._io import files
+from fastguard.guard.report import OLD_KEYS
 from fastguard.speech.storage.yaml_file import read_yaml
 from fastguard.speech.training.metrics import LARGEST_METRICS, EpochMetrics
 
@@ -256,12 +258,13 @@ def _read_bad_steps(run: Run) -> None:
         try:
             details = files.read_json(path)
             step = int(details["step"]) + 1
+            details = with_new_keys(details, OLD_KEYS)
         except (OSError, ValueError, TypeError, KeyError, OverflowError):
             bad += 1
             continue
         if step in run.bad_steps:
             run.bad_steps[step].details = details
-        elif details.get("quarantined") and step in run.steps.step:
+        elif details.get("skipped_micro_batches") and step in run.steps.step:
             run.bad_steps[step] = BadStep(
                 step, "micro-batches left out", grad_norm=number(details.get("total_norm"))
             )

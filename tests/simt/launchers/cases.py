@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastguard import ops
-from fastguard.guard.tensor_norms import unseen
+from fastguard.guard.statistics import unseen
 from fastguard.ops import attention as attention_ops
 from fastguard.thresholds import AdaGC, Fixed
 

@@ -1,0 +1,352 @@
+"""What follows from the reports of steps: the budget of skips, warnings, files, callbacks.
+
+The host learns of steps late, where a device decides. It takes the reports in order, each once.
+"""
+
+import copy
+import operator
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from fastguard.ops import Verdict
+from fastguard.optim.checks import poisoned
+from fastguard.thresholds import Threshold
+
+from .grad_scaler import Searches
+from .lr_scheduler import GuardedScheduler
+from .report import PendingReport, StepReport
+from .report_files import BadStepFiles, GradientExplosionError, log_skip
+from .rollback import RateFactor, Rollback, Snapshots
+from .step_warnings import StepWarnings
+
+
+class Accounting:
+    """Takes the reports of a guard in order, and says what each has for a consequence.
+
+    Args:
+        patience: as of :class:`fastguard.GradGuard`, as are ``on_skip`` and ``report_dir``.
+    """
+
+    def __init__(
+        self,
+        patience: int,
+        on_skip: Callable[[StepReport], object] | None,
+        report_dir: str | Path | None,
+    ):
+        self.budget = Budget(patience)
+        self.on_skip = OnSkip(on_skip)
+        self.warnings = StepWarnings()
+        self.schedulers: list[GuardedScheduler] = []
+        self._files = BadStepFiles(report_dir)
+        self._pending: deque[PendingReport] = deque()
+        self._reports: deque[StepReport] = deque(maxlen=1000)
+
+    def add(self, report: PendingReport) -> None:
+        self._pending.append(report)
+
+    def __len__(self) -> int:
+        """How many reports are under way."""
+        return len(self._pending)
+
+    @property
+    def next_is_ready(self) -> bool:
+        return bool(self._pending) and self._pending[0].ready
+
+    def take(self, threshold: Threshold, skip_norm: float) -> StepReport:
+        """Account for the oldest report that is under way; waits for the device.
+
+        Args:
+            threshold, skip_norm: the guard's, for warnings.
+        """
+        pending = self._pending.popleft()
+        report = pending.result()
+        self._reports.append(report)
+        self.warnings.saw_report(report, threshold)
+        left_out = report.skipped_micro_batches
+        for skipped in (*left_out, *([report] if report.skipped else [])):
+            log_skip(skipped, skip_norm)
+            self.on_skip.add(skipped)
+        if report.skipped:
+            for scheduler in self.schedulers:
+                scheduler.owe()
+        counts = self.budget.account(report)
+        if counts and (report.skipped or not all(each.scale_search for each in left_out)):
+            self._files.write(pending, skip_norm)
+        return report
+
+    def taken(self) -> list[StepReport]:
+        """The reports that were taken since the last call, the last 1000 of them."""
+        reports = list(self._reports)
+        self._reports.clear()
+        return reports
+
+    def clear(self) -> None:
+        """Forget the reports that are under way or not told yet."""
+        self._pending.clear()
+        self._reports.clear()
+        self.on_skip.clear()
+
+    def without_schedulers(self) -> "Accounting":
+        """For a copy of the guard: schedulers stay with the original."""
+        other = copy.copy(self)
+        other.on_skip, other.schedulers = copy.copy(self.on_skip), []
+        return other
+
+
+class Following:
+    """How :class:`fastguard.GradGuard` learns what became of its steps, and goes back or raises.
+
+    Args:
+        rollback, on_patience: as of GradGuard.
+    """
+
+    def __init__(self, rollback: Rollback, on_patience: str):
+        self._rollback = rollback
+        self._snapshots = Snapshots(rollback) if on_patience == "rollback" else None
+        self._rate = RateFactor(rollback)
+        self._batches_to_skip = 0
+        self._discarded: int | None = None  # the last step that was, after a rollback
+
+    def poll(self, wait: bool = False) -> list[StepReport]:
+        """Learn what became of earlier steps: warn, write files, go back or raise.
+
+        Every :meth:`step` does so too, without waiting unless more than ``max_lag`` reports are on
+        their way. Call it with ``wait`` at the end of a training, lest the last steps go unnoticed.
+
+        Returns:
+            The reports that came since the last call, in order, the last 1000 of them.
+
+        Raises:
+            GradientExplosionError: the ``patience`` is spent, and there is no copy to go back to.
+        """
+        self._heed(wait)
+        return self._accounting.taken()
+
+    def _heed(self, wait: bool = False) -> None:
+        """Account for the reports that are there, tell of skips, go back or raise."""
+        self._learn(wait)
+        self._accounting.on_skip.tell()
+        if (spent := self._accounting.budget.spent) is not None:
+            self._act(spent)
+            self._accounting.on_skip.tell()  # of steps that were undone
+
+    def _learn(self, wait: bool = False) -> None:
+        """Account for the reports that are there, up to a spent patience."""
+        accounting = self._accounting
+        while accounting and accounting.budget.spent is None:
+            if not (wait or len(accounting) > self.max_lag or self._may_look_early()):
+                break
+            report = accounting.take(self.threshold, self.skip_norm)
+            self._buffers.tell()
+            if not report.skipped:
+                self._rate.applied()
+
+    def _may_look_early(self) -> bool:
+        # Not on a device, where one rank would go back or raise steps before another.
+        together = self._decider.ranks is not None
+        on_device = self._decider.memory.statistics.numbers.device.type != "cpu"
+        return self._accounting.next_is_ready and not (together and on_device)
+
+    def _act(self, spent: "Spent") -> None:
+        """Go back or raise: the patience is spent."""
+        self._accounting.budget.clear()
+        if self._snapshots is not None:
+            self._snapshots.forget_since(spent.since, self._stepped[0])
+        if not self._snapshots:
+            names = dict(zip(map(id, self._watched.parameters), self._watched.names, strict=True))
+            found = poisoned(self._stepped[0], names)
+            raise GradientExplosionError(spent.reports, self.skip_norm, spent.what, found)
+        self._go_back()
+
+    def _take_snapshot(self) -> None:
+        # Whether the last verdicts were skips is not known yet, and need not be: a skip leaves
+        # everything alone. What is younger than an explosion is dropped when that is known.
+        if self._snapshots is None:
+            return
+        if self._discarded == self._steps - 1:
+            self._snapshots.postpone(self._steps)
+        if self._accounting.budget.in_a_row or not self._snapshots.due(self._steps):
+            return
+        own = {"memory": self._decider.memory.copy(), "buffers": self._buffers.copy()}
+        self._snapshots.take(self._steps, self._watched.parameters, *self._stepped, own)
+
+    @torch.no_grad()
+    def _go_back(self) -> None:
+        while self._accounting:  # steps after the explosion, which are undone: say what they were
+            self._learn(wait=True)
+            self._accounting.budget.clear()
+        self._rate.back_off()
+        own = self._snapshots.restore(self._steps, self.lr_factor)
+        self._decider.memory, self._buffers = own["memory"], own["buffers"]
+        self._buffers.restore()
+        self._window = None
+        self._batches_to_skip = self._rollback.skip_batches
+
+
+# --- the budget of skips --------------------------------------------------------------------------
+
+#: The window whose share of skips is looked at, as a multiple of ``patience``.
+SHARE_WINDOW = 8
+
+
+class Spent(NamedTuple):
+    """Why the budget is spent."""
+
+    #: In words, with the steps' numbers.
+    what: str
+    #: The first skip of those that spent it. What is older was before the explosion.
+    since: int
+    #: The last skips, at most ``patience``.
+    reports: tuple[StepReport, ...]
+
+
+class Budget:
+    """``patience`` skips in a row spend it, or more than half of the last 8 x ``patience`` steps.
+
+    The second catches a run that skips, say, nine steps of ten: never 25 in a row, and yet it does
+    not train.
+    """
+
+    def __init__(self, patience: int):
+        self.patience = operator.index(patience)
+        #: Of the last steps: the number of a step that was skipped, -1 of one that was taken.
+        self._steps: deque[int] = deque(maxlen=SHARE_WINDOW * self.patience)
+        self._skips: deque[StepReport] = deque(maxlen=self.patience)
+        self._searches = Searches()
+        self.in_a_row = 0
+        self.spent: Spent | None = None
+
+    def clear(self) -> None:
+        """Begin anew, but for the searches of a GradScaler that were free."""
+        self._steps.clear()
+        self._skips.clear()
+        self.in_a_row, self.spent = 0, None
+
+    def account(self, report: StepReport) -> bool:
+        """Take in the next step; ``spent`` says why, if it was one skip too many.
+
+        Returns:
+            Whether the step counts. A skip that does not is as if its step had not been.
+        """
+        if not report.skipped:
+            self.in_a_row = 0
+            self._steps.append(-1)
+            return True
+        if not self._spends(report):
+            return False
+        self.in_a_row += 1
+        self._steps.append(report.step)
+        self._skips.append(report)
+        self.spent = self._why()
+        return True
+
+    def _spends(self, report: StepReport) -> bool:
+        """Whether a skip uses up the budget. It is asked once for each."""
+        if report.verdict is Verdict.SKIP_ROLLBACK:
+            return False
+        return not (report.scale_search and self._searches.is_free(report.step))
+
+    def _why(self) -> Spent | None:
+        reports = tuple(self._skips)
+        if self.in_a_row >= self.patience:
+            what = f"{len(reports)} steps in a row were skipped, steps {_span(reports)}"
+            return Spent(what, reports[0].step, reports)
+        skipped = [step for step in self._steps if step >= 0]
+        if len(skipped) <= SHARE_WINDOW * self.patience // 2:
+            return None
+        what = (
+            f"{len(skipped)} of the last {len(self._steps)} steps were skipped, more than half of "
+            f"{SHARE_WINDOW} x patience={self.patience}, though never {self.patience} in a row; of "
+            f"the last {len(reports)}, steps {_span(reports)}"
+        )
+        return Spent(what, skipped[0], reports)
+
+    # --- checkpoints ------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict:
+        return {
+            "steps": list(self._steps),
+            # A tuple, which torch.distributed.checkpoint saves as one: of a list of dicts it would
+            # ask a fresh guard, which has none, for each by its place.
+            "skips": tuple(report.to_dict() for report in self._skips),
+            "in_a_row": self.in_a_row,
+            "searches": self._searches.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        """Raises what a dict that is no such state makes it raise; nothing is changed then."""
+        steps = list(map(operator.index, state["steps"]))
+        skips = list(map(StepReport.from_dict, state["skips"]))
+        in_a_row = operator.index(state["in_a_row"])
+        searches = Searches(state["searches"])
+        if in_a_row < 0 or min(steps, default=0) < -1:
+            raise ValueError(f"numbers of steps are negative: {in_a_row}, {steps}")
+        self.clear()
+        self._steps.extend(steps)
+        self._skips.extend(skips)
+        self.in_a_row, self._searches = in_a_row, searches
+
+
+def _span(reports: tuple[StepReport, ...]) -> str:
+    return f"{reports[0].step} to {reports[-1].step}"
+
+
+# --- the callback ---------------------------------------------------------------------------------
+
+
+class OnSkip:
+    """Calls a callback once with each report that was added, in order.
+
+    Reports are added while the guard accounts for them, and told when it is done with that: a
+    callback may raise, or call the guard.
+
+    Args:
+        callback: or None, and nothing is called.
+
+    Raises:
+        TypeError: the callback cannot be called.
+    """
+
+    def __init__(self, callback: Callable[[StepReport], object] | None):
+        if callback is not None and not callable(callback):
+            raise TypeError(f"on_skip must be a function of a StepReport, got {callback!r}")
+        self._callback = callback
+        self._untold: deque[StepReport] = deque()
+
+    def add(self, report: StepReport) -> None:
+        if self._callback is not None:
+            self._untold.append(report)
+
+    def tell(self) -> None:
+        """Call the callback. After an exception of it the next call goes on with the next report.
+
+        Raises:
+            Exception: what the callback raises.
+        """
+        while self._untold:
+            self._callback(self._untold.popleft())
+
+    def clear(self) -> None:
+        self._untold.clear()
+
+    # A copy tells of nothing that the original has still to tell.
+
+    def __copy__(self) -> "OnSkip":
+        return OnSkip(self._callback)
+
+    def __deepcopy__(self, memo: dict) -> "OnSkip":
+        return OnSkip(copy.deepcopy(self._callback, memo))
+
+    def __reduce__(self):
+        name = getattr(self._callback, "__qualname__", "")
+        if "<" in name:  # "<lambda>", "function.<locals>.inner"
+            raise TypeError(
+                f"a GradGuard with on_skip={name} cannot be pickled: pickle finds functions by "
+                "their name. Give on_skip a function from the top level of a module, or a method "
+                "of an object that can be pickled"
+            )
+        return OnSkip, (self._callback,)

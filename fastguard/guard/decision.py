@@ -1,0 +1,232 @@
+"""The gradients of a step: which they are, what one read says of them, and the decision."""
+
+import itertools
+import math
+import operator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastguard import ops
+from fastguard._tensors import is_dtensor, local_parts, readable
+from fastguard.thresholds import Fixed, Threshold
+
+from .backward_hooks import BackwardMeasure
+from .distributed import Ranks
+from .statistics import Memory
+
+_COMPLEX = frozenset(ops.COMPLEX_DTYPES)
+_DTYPES = frozenset(ops.FLOATING_DTYPES)
+
+
+class Rules(NamedTuple):
+    """What a guard was told to skip and to clip."""
+
+    threshold: Threshold
+    max_norm: float
+    skip_norm: float
+
+
+class Gradients(NamedTuple):
+    """What one decision is about."""
+
+    names: list[str]
+    #: Of each name the gradient, or the sum of those of several micro-batches.
+    tensors: list[Tensor]
+    #: The factor that undoes a GradScaler's scale and makes a sum a mean, float64, shape (); None
+    #: for 1.
+    unscale: Tensor | None
+    #: float64, shape (); None if it was not given.
+    loss: Tensor | None
+
+
+class Decider:
+    """Measures gradients and decides about them, on their device.
+
+    Args:
+        device: of the parameters.
+        backward: measures the gradients in the backward pass; None to read them in the step.
+    """
+
+    def __init__(self, device: torch.device, backward: BackwardMeasure | None):
+        self.memory = Memory(device)
+        self.backward = backward
+        #: None where this process decides by itself.
+        self.ranks: Ranks | None = None
+
+    def without_gradients(self) -> "Decider":
+        """For a copy of the guard: the same memory, and nothing that was measured in backward."""
+        other = Decider(self.memory.statistics.numbers.device, self.backward and BackwardMeasure())
+        other.memory = self.memory
+        return other
+
+    @property
+    def in_one_call(self) -> bool:
+        """Whether one operator measures and decides."""
+        return self.backward is None and self.ranks is None
+
+    @property
+    def replicated(self) -> bool:
+        """Whether each of several ranks holds all of every parameter."""
+        return self.ranks is not None and not self.ranks.sharded
+
+    def decide(
+        self, found: Gradients, step: int, rules: Rules, scaling: ops.Scaling | None = None
+    ) -> tuple[ops.GradNorm, ops.GuardDecision]:
+        """The norms and the decision about a step; the statistics are updated.
+
+        Args:
+            step: its number.
+            scaling: a GradScaler's state, which the same call updates; None to leave it alone.
+        """
+        known = self.memory.statistics
+        return self._decide(found, known, step, rules, scaling, self.in_one_call)
+
+    def decide_micro_batch(
+        self, found: Gradients, step: int, rules: Rules
+    ) -> tuple[ops.GradNorm, ops.GuardDecision]:
+        """As :meth:`decide`, by the norms of micro-batches; of replicas each decides by itself."""
+        known = self.memory.of_micro_batches(found.tensors[0].device)
+        alone = self.in_one_call or self.replicated
+        return self._decide(found, known, step, rules._replace(threshold=Fixed()), None, alone)
+
+    def _decide(self, found: Gradients, known, step: int, rules: Rules, scaling, alone: bool):
+        threshold, max_norm, skip_norm = rules
+        arguments = (known, step, threshold, max_norm, skip_norm)
+        if alone:
+            given = (found.unscale, found.loss, *arguments, scaling)
+            return _measured(ops.grad_norm_decide_, found, *given)
+        norms, unscale, loss = self._agreed(found)
+        return norms, ops.guard_decide_(norms, unscale, loss, *arguments)
+
+    def discard(self, found: Gradients) -> tuple[ops.GradNorm, ops.GuardDecision]:
+        """The norms, and the decision to skip: a batch that is passed over after a rollback."""
+        # A NaN: ranks that do not pass over this batch must not apply it without this one.
+        bad = torch.full((), math.nan, dtype=torch.float64, device=self._device_of(found))
+        norms, *_ = self._agreed(found._replace(loss=bad))
+        return norms, discarded(norms, found.unscale, found.loss)
+
+    def _device_of(self, found: Gradients) -> torch.device:
+        return found.tensors[0].device if found.tensors else self.memory.statistics.numbers.device
+
+    def _agreed(self, found: Gradients):
+        """The norms, ``unscale`` and ``loss``; where ranks train together those of all ranks."""
+        measure = ops.grad_norm if self.backward is None else self.backward.collect
+        if self.ranks is None:
+            return _measured(measure, found), found.unscale, found.loss
+        norms = _measured(measure, found._replace(tensors=local_parts(found.tensors)))
+        return self.ranks.agree(norms, found.unscale, found.loss)
+
+
+def _measured(measure, found: Gradients, *args):
+    try:
+        # To look at dtype, layout and device of 2000 tensors first takes as long as this.
+        return measure(found.tensors, *args)
+    except RuntimeError:  # the operator takes no sparse, complex and distributed tensors
+        values = measurable(found.names, found.tensors)
+        if values is found.tensors:
+            raise  # it was something else
+        return measure(values, *args)
+
+
+def discarded(
+    measured: ops.GradNorm, unscale: Tensor | None, loss: Tensor | None
+) -> ops.GuardDecision:
+    """The decision about a batch that is passed over after a rollback."""
+    one = torch.ones_like(measured.total_norm)
+    verdict = torch.full_like(one, int(ops.Verdict.SKIP_ROLLBACK), dtype=torch.int64)
+    norm = measured.total_norm if unscale is None else measured.total_norm * unscale
+    inf, loss = one * math.inf, one * math.nan if loss is None else loss
+    record = [verdict.double(), one, norm, inf, loss, inf]
+    return ops.GuardDecision(one, verdict, torch.stack(record))
+
+
+# --- the gradients --------------------------------------------------------------------------------
+
+
+def present(
+    names: list[str], parameters: list[Tensor]
+) -> tuple[list[str], list[Tensor], list[Tensor]]:
+    """The parameters that have a gradient: their names, they, and their gradients."""
+    grads = [p.grad for p in parameters]
+    if all(map(operator.is_not, grads, itertools.repeat(None))):
+        return names, parameters, grads
+    there = [i for i, grad in enumerate(grads) if grad is not None]
+    return tuple([items[i] for i in there] for items in (names, parameters, grads))
+
+
+def once(names: list[str], grads: list[Tensor]) -> tuple[list[str], list[Tensor]]:
+    """Each gradient once: one that two parameters share has the first name."""
+    if len(set(map(id, grads))) == len(grads):
+        return names, grads
+    first: dict[int, tuple[str, Tensor]] = {}
+    for name, grad in zip(names, grads, strict=True):
+        first.setdefault(id(grad), (name, grad))
+    return [name for name, _ in first.values()], [grad for _, grad in first.values()]
+
+
+def measurable(names: list[str], grads: list[Tensor]) -> list[Tensor]:
+    """What :func:`fastguard.ops.grad_norm` is to read of each gradient.
+
+    Raises:
+        ValueError: other dtypes, several devices; with the parameter's name.
+    """
+    dtypes = {grad.dtype for grad in grads}
+    if not dtypes <= _DTYPES:
+        name, dtype = next(
+            (n, g.dtype) for n, g in zip(names, grads, strict=True) if g.dtype not in _DTYPES
+        )
+        raise ValueError(
+            f"the gradient of {name} has dtype {dtype}; float32, float64, bfloat16, float16 and "
+            "complex ones of these are supported"
+        )
+    if len(devices := {grad.device for grad in grads}) > 1:
+        raise ValueError(
+            f"gradients on several devices, {sorted(map(str, devices))}: GradGuard takes one; "
+            "use a guard for each, or fastguard.clip_grad_norm_"
+        )
+    if dtypes.isdisjoint(_COMPLEX) and {grad.layout for grad in grads} <= {torch.strided}:
+        return grads
+    return readable(grads)
+
+
+# --- beside the gradients -------------------------------------------------------------------------
+
+
+def scalar(loss: Tensor | float | None, device: torch.device) -> Tensor | None:
+    """The loss, float64, shape (), on ``device``; the host does not wait.
+
+    Raises:
+        ValueError: it is not one real number.
+    """
+    if loss is None:
+        return None
+    if is_dtensor(loss):
+        loss = loss.full_tensor()
+    if not isinstance(loss, Tensor):
+        try:
+            return torch.full((), float(loss), dtype=torch.float64, device=device)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"loss must be one real number, got {loss!r}") from error
+    if loss.numel() != 1 or loss.is_complex():
+        raise ValueError(
+            f"loss must be one real number, got a {loss.dtype} tensor of shape {tuple(loss.shape)}"
+        )
+    return loss.detach().reshape(()).to(device, torch.float64, non_blocking=True)
+
+
+def unscale_factor(
+    scale: Tensor | None, weight: Tensor | float, device: torch.device
+) -> Tensor | None:
+    """The factor that undoes a GradScaler's scale and makes a sum a mean; None for 1.
+
+    Args:
+        scale: of the GradScaler, float64, shape (); None for 1.
+        weight: what the gradients sum to, as a number or a float64 tensor of shape ().
+    """
+    if scale is None and not isinstance(weight, Tensor):
+        if weight == 1.0:
+            return None
+        return torch.full((), 1 / weight, dtype=torch.float64, device=device)
+    return (weight if scale is None else scale * weight).reciprocal()
