@@ -78,6 +78,8 @@ def test_the_picture_says_what_happens(bench):
     runs = found["runs"]
     assert runs["fastguard"]["skipped"] == sorted(found["loud"] + found["nan"])
     assert None not in runs["fastguard"]["loss"]
+    ends = rf"^fastguard +{runs['fastguard']['loss'][-1]:.4f}  60, 120, 170, 240$"
+    assert re.search(ends, BENCHMARKS, re.M)
     (nan,) = found["nan"]
     for name in ("AdamW", "clip_grad_norm_ + AdamW"):
         assert None not in runs[name]["loss"][:nan]
