@@ -13,6 +13,9 @@ from .ops import Verdict
 from .optim import Adam, AdamW
 from .stable_init import stable_init_
 
+#: Of a commit, too: ``python -m fastguard.env`` prints both.
+__version__ = "0.1.0"
+
 __all__ = [
     "Adam",
     "AdamW",

@@ -1,6 +1,5 @@
 """``python -m fastguard.env``: what was built, and what this machine chose of it."""
 
-import importlib.metadata
 import os
 import platform
 import subprocess
@@ -9,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from . import ops
+from . import __version__, ops
 from ._command import exit_status
 from ._io import terminal
 from ._table import facts
@@ -52,16 +51,12 @@ def processor() -> str:
 
 def version() -> str:
     """fastguard's version, and the commit of a checkout, with + where files differ from it."""
-    try:
-        number = importlib.metadata.version("torch-fastguard")
-    except importlib.metadata.PackageNotFoundError:
-        number = "not installed"
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+"]
     try:
         commit = subprocess.run(git, capture_output=True, text=True, timeout=5, check=True).stdout
     except (OSError, subprocess.SubprocessError):
-        return number
-    return f"{number} at {commit.strip()}"
+        return __version__
+    return f"{__version__} at {commit.strip()}"
 
 
 @terminal.command

@@ -226,3 +226,13 @@ def test_native_code_under_sanitizers(tmp_path):
         cwd=folder, capture_output=True, text=True, env=environment,
     )  # fmt: skip
     assert drawn.returncode == 0, drawn.stdout[-3000:] + drawn.stderr[-3000:]
+
+
+def test_the_version_has_one_home():
+    assert re.fullmatch(r"\d+\.\d+\.\d+", fastguard.__version__)
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    assert 'version = { attr = "fastguard.__version__" }' in project
+    citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    assert f"\nversion: {fastguard.__version__}\n" in citation
+    changes = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert f"\n## {fastguard.__version__}" in changes

@@ -10,7 +10,6 @@ sizes.
 """
 
 import argparse
-import importlib.metadata
 import importlib.util
 import io
 import json
@@ -26,6 +25,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from tqdm import tqdm
 
+from fastguard import __version__
 from fastguard._command import exit_status
 from fastguard._extras import MissingExtra
 from fastguard._io import files, terminal
@@ -177,7 +177,7 @@ def describe(recognizer: Recognizer, files: list[str]) -> dict:
     """What model.json holds but for the tokenizer."""
     symbols = recognizer.tokenizer.vocab_size
     return {
-        "made_by": {"torch-fastguard": _version(), "torch": torch.__version__},
+        "made_by": {"torch-fastguard": __version__, "torch": torch.__version__},
         "model": recognizer.config.model,
         "files": files,
         "inputs": {
@@ -193,13 +193,6 @@ def describe(recognizer: Recognizer, files: list[str]) -> dict:
         "features": describe_features(recognizer.log_mel),
         "text": to_plain(recognizer.config.text),
     }
-
-
-def _version() -> str:
-    try:
-        return importlib.metadata.version("torch-fastguard")
-    except importlib.metadata.PackageNotFoundError:
-        return "a checkout"
 
 
 def describe_features(log_mel: LogMel) -> dict:
