@@ -6,6 +6,7 @@ import pytest
 
 import fastguard
 from fastguard import Verdict, _deprecated
+from fastguard.diagnose.findings import Finding
 from fastguard.guard import report
 from fastguard.guard.report import FiniteRange, NonfiniteParameter
 
@@ -77,3 +78,9 @@ def test_a_report_of_an_older_fastguard_is_read_without_a_warning():
 
 def test_the_new_key_counts_where_both_are_there():
     assert _deprecated.with_new_keys({"a": 1, "b": 2, "c": 3}, {"a": "b"}) == {"b": 2, "c": 3}
+
+
+def test_a_finding_has_its_old_attribute():
+    finding = Finding("dead units", "0", "all are zero", "lower the learning rate")
+    with pytest.warns(DeprecationWarning, match=r"Finding\.cure is now called Finding\.suggestion"):
+        assert finding.cure == finding.suggestion == "lower the learning rate"

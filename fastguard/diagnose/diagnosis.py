@@ -14,8 +14,11 @@ from fastguard._random import random_state, set_random_state
 from fastguard.guard.buffers import Buffers
 from fastguard.guard.report import strict_json
 
-from .findings import BackwardOrigin, Evidence, Finding, backward_origin, find, gradient_growths
+from .findings import Evidence, Finding
+from .growth import gradient_growths
+from .nonfinite import BackwardOrigin, backward_origin
 from .probes import ForwardOrigin, Probe, poisoned_tensors
+from .rules import find
 from .summary import Summary, summarize
 from .table import Layer, layers, render
 

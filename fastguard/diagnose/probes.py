@@ -43,7 +43,7 @@ class Call:
     entered: int | None = None
     #: For each channel, whether all its outputs are zero, and whether their gradients are.
     silent: Tensor | None = None
-    untaught: Tensor | None = None
+    zero_grad_channels: Tensor | None = None
     #: Of how many values each.
     positions: int = 0
     #: BatchNorm: the variance of each channel that it divides by, and of how many values.
@@ -247,7 +247,7 @@ class Probe:
             call.entered = self._entered
             self._entered += 1
         if index is not None and readable(gradient) and gradient.dim() >= -index:
-            call.untaught = _all_zero(gradient, index)
+            call.zero_grad_channels = _all_zero(gradient, index)
 
     # --- channels -------------------------------------------------------------------------------
 

@@ -9,7 +9,9 @@ from torch import nn
 
 from fastguard._table import aligned
 
-from .findings import Evidence, dead_share, repeated
+from .findings import Evidence
+from .growth import repeated
+from .layer_rules import dead_share
 from .probes import ROOT, Call
 from .summary import Summary, merge
 

@@ -80,7 +80,7 @@ def errors(compared: Compared) -> Tensor:
     )
 
 
-def judge(compared: Compared) -> tuple[float, str | None]:
+def largest_error(compared: Compared) -> tuple[float, str | None]:
     """The largest error in ulps, and what is wrong with it, if anything is."""
     found, expected = compared.found, compared.expected
     if found.shape != expected.shape:
@@ -132,7 +132,7 @@ def run_check(check: Check, device: torch.device, grid: Grid, report: Report) ->
 def _worst(case: Case) -> tuple[float, str | None]:
     worst, problem = 0.0, None
     for compared in case.run():
-        error, wrong = judge(compared)
+        error, wrong = largest_error(compared)
         worst, problem = max(worst, error), problem or wrong
     return worst, problem
 

@@ -52,7 +52,7 @@ def environment(report: Report, device: torch.device) -> None:
         if problem is not None and (name == "CPU" or device.type == "cuda"):
             report.fail(
                 f"{name} library",
-                f"FAILED  the {name} library is not in use: {problem}\n        {cure(name)}\n"
+                f"FAILED  the {name} library is not in use: {problem}\n        {suggestion(name)}\n"
                 "        What follows is of the pure-torch references in its place.",
             )
 
@@ -84,7 +84,7 @@ def _output(*command) -> str:
     return run.stdout.strip() or "?"
 
 
-def cure(name: str) -> str:
+def suggestion(name: str) -> str:
     if name == "CUDA" and torch.version.cuda is None:
         return "Install a torch with CUDA (pytorch.org), then `pip install -e .` once more."
     tool = "a C++20 compiler" if name == "CPU" else f"the CUDA toolkit {torch.version.cuda} (nvcc)"

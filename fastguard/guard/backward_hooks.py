@@ -11,8 +11,8 @@ from fastguard import ops
 _BUCKET_BYTES = 16 << 20  # what caches hold; smaller ones cost more in calls than they save
 
 
-def _gone() -> None:
-    """As a reference to what is no more."""
+def _no_parameter() -> None:
+    """Stands for the weak reference of a parameter that was never seen."""
 
 
 class BackwardMeasure:
@@ -25,7 +25,13 @@ class BackwardMeasure:
 
     def __init__(self):
         self._hooked: dict[int, weakref.ref] = {}
-        self.forget()
+        #: id of a parameter -> its gradient, not measured yet
+        self._open: dict[int, Tensor] = {}
+        self._open_bytes = 0
+        self._norms: list[ops.GradNorm] = []
+        #: id of a parameter -> its gradient, the gradient's version, its row in all of _norms
+        self._rows: dict[int, tuple[Tensor, int, int]] = {}
+        self._measured = 0
 
     def watch(self, parameters: Iterable[Tensor]) -> None:
         """Register a hook on each parameter that has none yet."""
@@ -38,7 +44,7 @@ class BackwardMeasure:
         for parameter in parameters:
             if (
                 parameter.requires_grad
-                and self._hooked.get(id(parameter), _gone)() is not parameter
+                and self._hooked.get(id(parameter), _no_parameter)() is not parameter
             ):
                 parameter.register_post_accumulate_grad_hook(hook)
                 self._hooked[id(parameter)] = weakref.ref(parameter)
@@ -57,11 +63,7 @@ class BackwardMeasure:
         if not self._open:
             return
         if self._measured > 8 * len(self._rows):
-            self._measured, self._norms, self._rows = (
-                0,
-                [],
-                {},
-            )  # of batches that were never stepped
+            self._measured, self._norms, self._rows = 0, [], {}  # of batches without a step
         grads = list(self._open.values())
         for row, (parameter, grad) in enumerate(self._open.items(), start=self._measured):
             self._rows[parameter] = grad, grad._version, row
@@ -95,10 +97,6 @@ class BackwardMeasure:
         return ops.GradNorm(torch.linalg.vector_norm(norms), norms, nonfinite)
 
     def forget(self) -> None:
-        #: id of a parameter -> its gradient, not measured yet
-        self._open: dict[int, Tensor] = {}
-        self._open_bytes = 0
-        self._norms: list[ops.GradNorm] = []
-        #: id of a parameter -> its gradient, the gradient's version, its row in all of _norms
-        self._rows: dict[int, tuple[Tensor, int, int]] = {}
-        self._measured = 0
+        """Drop what was measured and not collected."""
+        self._open, self._open_bytes = {}, 0
+        self._norms, self._rows, self._measured = [], {}, 0

@@ -70,7 +70,8 @@ class GradGuard(Watching, Accumulating, Attachable, Following, Restorable):
     from there on. A rule "skip whatever is above 10" would skip for ever where 10 is an ordinary
     norm. A norm that is above 1e18 after clipping (with ``max_norm=inf``) is always skipped: fp32
     second moments could not hold its square.
-    Micro-batches (:meth:`accumulate`) are judged by the norms of micro-batches in the same way.
+    Micro-batches (:meth:`accumulate`) are decided about in the same way, by the norms of
+    micro-batches.
 
     A skipped step leaves parameters and optimizer state as they are, bit for bit, and, where the
     guard was given a module, sets its buffers back to what they were after the last accepted step

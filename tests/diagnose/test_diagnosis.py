@@ -208,7 +208,7 @@ def test_fp16_overflow_and_that_it_is_none_in_fp32():
     assert found.findings[0].where == "1"
     assert "fp16 overflow" in found.verdict
     assert "in float32 the same computation gives" in found.verdict
-    assert "bf16" in found.findings[0].cure
+    assert "bf16" in found.findings[0].suggestion
     assert "overflow" not in kinds(diagnose(model, lambda: loss(torch.float32)))
 
 

@@ -14,7 +14,7 @@ from fastguard.gpucheck import __main__ as gpucheck
 from fastguard.gpucheck import checks, machine, timing
 from fastguard.gpucheck.adamw import Options
 from fastguard.gpucheck.cases import LAYOUTS, Grid, Spec, draw, place
-from fastguard.gpucheck.checks import Case, Check, Compared, DeviceLost, judge, run_check
+from fastguard.gpucheck.checks import Case, Check, Compared, DeviceLost, largest_error, run_check
 from fastguard.gpucheck.guarded import GUARDED
 from fastguard.gpucheck.operators import OPERATORS
 from fastguard.gpucheck.properties import PROPERTIES
@@ -237,7 +237,7 @@ def test_who_served_is_told(report, monkeypatch):
 )
 def test_errors_are_in_ulps(found, expected, error):
     expected = torch.tensor(expected, dtype=torch.float64)
-    worst, problem = judge(Compared("it", found, expected))
+    worst, problem = largest_error(Compared("it", found, expected))
     assert worst == pytest.approx(error, rel=1e-5)
     assert (problem is None) == (error == 0)
 

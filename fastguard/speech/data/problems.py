@@ -56,5 +56,5 @@ def recording_problems(name: str, waveform: Tensor, features: Tensor) -> list[Fi
     return []
 
 
-def _bad_input(name: str, what: str, cure: str, fault: bool = True) -> Finding:
-    return Finding("bad input", name, what, cure, fault, {"utterance": name})
+def _bad_input(name: str, what: str, suggestion: str, fault: bool = True) -> Finding:
+    return Finding("bad input", name, what, suggestion, fault, {"utterance": name})

@@ -1,0 +1,40 @@
+"""All rules, in order: from what the modules saw to what is wrong, and which setting to change."""
+
+from . import growth, layer_rules, nonfinite
+from .findings import KINDS, Evidence, Finding
+
+_RULES = (
+    nonfinite.first_nonfinite_value,
+    nonfinite.poisoned,
+    nonfinite.loss,
+    nonfinite.first_nonfinite_gradient,
+    layer_rules.logits,
+    growth.exploding,
+    growth.vanishing,
+    layer_rules.batch_norm,
+    layer_rules.dead,
+    layer_rules.unreached,
+)
+
+
+def find(evidence: Evidence, known: tuple[Finding, ...] = ()) -> list[Finding]:
+    """All findings, causes first; `known` are those about the data."""
+    found = [*known]
+    for rule in _RULES:
+        found += rule(evidence)
+    found = [finding for finding in found if not _explained(finding, found)]
+    return sorted(found, key=lambda f: (not f.fault, KINDS.index(f.kind)))
+
+
+def _explained(finding: Finding, found: list[Finding]) -> bool:
+    """Whether another finding says the same, and why."""
+    kinds = {f.kind for f in found if f is not finding and f.fault}
+    if finding.kind == "bad input":  # the model's word on it, beside that of the recordings
+        return "utterance" not in finding.evidence and any(
+            f.kind == "bad input" and "utterance" in f.evidence for f in found
+        )
+    if finding.kind == "undefined loss":
+        return "infeasible target" in kinds
+    return finding.kind in ("undefined value", "overflow") and any(
+        f.kind == "zero variance" and f.fault and f.where == finding.where for f in found
+    )
