@@ -175,7 +175,7 @@ def _batch(recognizer: Recognizer, rows: list[Row]) -> tuple[Batch, list[Finding
                 features = recognizer.log_mel(waveform)
             tokens = torch.tensor(recognizer.tokenizer.encode(row.text))
         except (soundfile.SoundFileError, OSError, TypeError, ValueError) as error:
-            raise _Failure(f"utterance {row.id} can not be read: {error}") from error
+            raise _Failure(f"utterance {row.id} cannot be read: {error}") from error
         found += recording_problems(row.id, waveform, features)
         items.append(Item(row.id, row.text, features, tokens))
     batch = collate(items)

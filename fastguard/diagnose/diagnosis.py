@@ -35,7 +35,7 @@ class Diagnosis:
     layers: tuple[Layer, ...]
     first_nonfinite_forward: ForwardOrigin | None
     first_nonfinite_backward: BackwardOrigin | None
-    #: The cause first, then its consequences, then what is no fault but worth a look.
+    #: The cause first, then its consequences, then notes that are not faults.
     findings: tuple[Finding, ...]
     #: Change of the gradient over the layer that is repeated most often, in words.
     growth: str = ""

@@ -32,7 +32,7 @@ def repeated(calls: list[Call]) -> dict[str, list[Call]]:
     """Calls of the same module, or of modules of one class in one parent, by name; in order."""
     groups: dict[tuple[str, type], list[Call]] = defaultdict(list)
     for call in calls:
-        if call.name != ROOT:  # which is no child beside its own
+        if call.name != ROOT:  # the model itself is not one of its children
             groups[call.name.rpartition(".")[0], type(call.module)].append(call)
     named = {}
     for (_, kind), group in groups.items():

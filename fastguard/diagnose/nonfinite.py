@@ -24,7 +24,7 @@ def first_nonfinite_value(evidence: Evidence) -> Iterator[Finding]:
     harmless = evidence.loss.finite and evidence.gradients_finite
     if harmless and not evidence.poisoned_buffers:
         what = (
-            f"{origin.found.nonfinite} here, and yet the loss and all gradients are finite: a "
+            f"{origin.found.nonfinite} here, but the loss and all gradients are finite: a "
             "mask, or padding that nothing reads"
         )
         suggestion = "nothing, if that is meant"

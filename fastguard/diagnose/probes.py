@@ -91,6 +91,7 @@ class Probe:
         self._open: list[tuple[Call, tuple, dict]] = []
         self._entered = 0
         self._paused = False
+        self._stack = contextlib.ExitStack()  # of the hooks that are to be removed
         self._origin_of: Call | None = None
         self._channels: tuple[int, int] | None = None  # dimensions, channel's index from the end
 

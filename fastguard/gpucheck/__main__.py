@@ -100,7 +100,7 @@ def _run(args: argparse.Namespace, argv: list[str]) -> int:
     try:
         report = Report(path)
     except OSError as error:
-        print(f"error: can not write the report: {error}; choose --output", file=sys.stderr)
+        print(f"error: cannot write the report: {error}; choose --output", file=sys.stderr)
         return 2
     guard_log = logging.getLogger("fastguard")
     level = guard_log.level
@@ -167,7 +167,7 @@ def check(report: Report, device: torch.device, parts: Iterable[tuple[str, Part]
     except DeviceLost as error:
         report.fail(
             "all that was to come",
-            f"FAILED  CUDA's context is broken, {error}\nThe rest can not run. To see which kernel "
+            f"FAILED  CUDA's context is broken, {error}\nThe rest cannot run. To see which kernel "
             "it was, start again with CUDA_LAUNCH_BLOCKING=1 set, or under compute-sanitizer.",
         )
     except KeyboardInterrupt:

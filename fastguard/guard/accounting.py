@@ -112,16 +112,16 @@ class Following:
         self._discarded: int | None = None  # the last step that was, after a rollback
 
     def poll(self, wait: bool = False) -> list[StepReport]:
-        """Learn what became of earlier steps: warn, write files, go back or raise.
+        """Read the reports of earlier steps: warn, write files, roll back or raise.
 
-        Every :meth:`step` does so too, without waiting unless more than ``max_lag`` reports are on
-        their way. Call it with ``wait`` at the end of a training, lest the last steps go unnoticed.
+        Every :meth:`step` does this too. It waits only if more than ``max_lag`` reports are under
+        way. Call it with ``wait=True`` at the end of a training: then the last steps count too.
 
         Returns:
-            The reports that came since the last call, in order, the last 1000 of them.
+            The reports since the last call, in order; at most the last 1000.
 
         Raises:
-            GradientExplosionError: the ``patience`` is spent, and there is no copy to go back to.
+            GradientExplosionError: the ``patience`` is spent, and there is no copy for a rollback.
         """
         self._heed(wait)
         return self._accounting.taken()
@@ -207,7 +207,7 @@ class Spent(NamedTuple):
 class Budget:
     """``patience`` skips in a row spend it, or more than half of the last 8 x ``patience`` steps.
 
-    The second catches a run that skips, say, nine steps of ten: never 25 in a row, and yet it does
+    The second catches a run that skips, say, nine steps of ten: never 25 in a row, but it does
     not train.
     """
 
@@ -278,7 +278,7 @@ class Budget:
         }
 
     def load_state_dict(self, state: dict) -> None:
-        """Raises what a dict that is no such state makes it raise; nothing is changed then."""
+        """Load what :meth:`state_dict` returned; after an error nothing is changed."""
         steps = list(map(operator.index, state["steps"]))
         skips = list(map(StepReport.from_dict, state["skips"]))
         in_a_row = operator.index(state["in_a_row"])

@@ -192,7 +192,7 @@ def _dtype_for(parameter: Tensor) -> torch.dtype:
 
 
 def check_summable(names: list[str], grads: list[Tensor]) -> None:
-    """ValueError for gradients that can not be added up in place."""
+    """ValueError for gradients that cannot be added up in place."""
     for name, grad in zip(names, grads, strict=True):
         if grad.layout != torch.strided:
             raise ValueError(
@@ -201,7 +201,7 @@ def check_summable(names: list[str], grads: list[Tensor]) -> None:
             )
     if len(set(map(id, grads))) < len(grads):
         raise ValueError(
-            "two parameters share one gradient tensor: GradGuard.accumulate can not tell whose "
+            "two parameters share one gradient tensor: GradGuard.accumulate cannot tell whose "
             "sum it is; give each its own"
         )
 

@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from .grad_guard import GradGuard
 
 #: Where a guard's state lies in the state dict of its optimizer: in the first param group, as JSON.
-#: torch.distributed.checkpoint keeps param groups only, and flattens all that is no plain value. It
-#: asks for the keys that the optimizer's own groups have: they have this one, with an empty text.
+#: torch.distributed.checkpoint keeps param groups only, and flattens everything but plain values.
+#: It asks for the keys that the optimizer's own groups have, so these have this one, empty.
 STATE_KEY = "fastguard"
 
 

@@ -26,14 +26,14 @@ Place = tuple[nn.Module, str]  # a module and the name of its buffer
 
 class _Saved(NamedTuple):
     buffer: Tensor | None  # the object that was in the buffer's place
-    copy: Tensor | None  # its values; None also of what can not be written in place
+    copy: Tensor | None  # its values; None also of what cannot be written in place
 
 
 class Buffers:
     """Copies of modules' buffers, to be kept or put back by a verdict that is on the device.
 
     All are copied each time: torch's own batch normalisation writes its running statistics without
-    counting it in ``_version``, so there is no telling what changed.
+    counting it in ``_version``: what changed is not known.
 
     What is finite in a copy is never replaced by a NaN or Inf, whatever the verdict: then all
     buffers of the module that holds it are put back, for mean, variance and count belong together.
@@ -54,6 +54,8 @@ class Buffers:
         self._roots = [] if module is None else [("", module)]
         self._roots += _named([others] if isinstance(others, nn.Module) else others)
         self._saved: dict[Place, _Saved] = {}
+        #: The modules that have buffers, and their names.
+        self._owners: dict[nn.Module, str] = {}
         self._lost = _Lost()
         #: The places that ops.settle_ saw last, the numbers of their owners, and their names.
         self._settled: tuple[list[Place], Tensor, list[str]] | None = None
@@ -79,7 +81,7 @@ class Buffers:
 
     def look_up(self) -> None:
         """Find the modules that have buffers."""
-        self._owners: dict[nn.Module, str] = {}
+        self._owners = {}
         for prefix, root in self._roots:
             names = Names(root)
             for path, owner in root.named_modules():

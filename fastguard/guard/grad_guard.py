@@ -12,9 +12,9 @@
 ``accounting``            what the host does with it: patience, warnings, files, callbacks
 ========================= ==================================================================
 
-Others serve those who use them: ``accumulation`` micro-batches, ``attached`` loops that are not
-yours, ``grad_scaler`` fp16, ``distributed`` several processes, ``rollback`` the way back, ``state``
-checkpoints, ``backward_hooks`` the measure in the backward pass.
+Other modules are for those who use them: ``accumulation`` (micro-batches), ``attached`` (the loops
+of others), ``grad_scaler`` (fp16), ``distributed`` (several processes), ``rollback``, ``state``
+(checkpoints) and ``backward_hooks`` (the measure in the backward pass).
 """
 
 import math
@@ -60,39 +60,42 @@ class GradGuard(Watching, Accumulating, Attachable, Following, Restorable):
         loss.backward()
         report = guard.step(optimizer)      # in place of clip_grad_norm_ and optimizer.step
 
-    A step is skipped when the norm of all gradients (or the loss, if it is given) is NaN or Inf. A
-    finite norm is an outlier, and its step is skipped, if it is above ``skip_norm`` *and* above 4
-    times the median of itself and the last 128 norms *seen*, of at least 16. Seen are all finite
-    norms of finite losses, also those of skipped steps, but neither norms of 0 nor the batches that
-    are passed over after a rollback. Other norms are clipped. So a sudden jump is skipped, and a
-    slow growth and two levels that alternate are clipped. A jump that stays spends the
-    ``patience``; where that is above 64, the new level is ordinary after 64 steps and is clipped
-    from there on. A rule "skip whatever is above 10" would skip for ever where 10 is an ordinary
-    norm. A norm that is above 1e18 after clipping (with ``max_norm=inf``) is always skipped: fp32
-    second moments could not hold its square.
-    Micro-batches (:meth:`accumulate`) are decided about in the same way, by the norms of
-    micro-batches.
+    **The rule.** ``norm`` is the L2 norm of all gradients that the guard watches.
 
-    A skipped step leaves parameters and optimizer state as they are, bit for bit, and, where the
-    guard was given a module, sets its buffers back to what they were after the last accepted step
-    (or the last ``load_state_dict``, or :meth:`commit_buffers`). In an accepted step too, a buffer
-    that became NaN or Inf is set back, with those of the same layer and a warning.
+    - A step is skipped when the norm or the loss (if it is given) is NaN or Inf.
+    - A step is skipped when its norm is an outlier: above ``skip_norm`` *and* above 4 times the
+      median of itself and the last 128 norms seen, of which there must be at least 16. A norm is
+      seen when it and its loss are finite and it is not 0, whether its step was skipped or not.
+      Batches that are passed over after a rollback do not count.
+    - A step is skipped when its norm is above 1e18 after clipping (possible with ``max_norm=inf``):
+      fp32 second moments cannot hold its square.
+    - Any other norm above the threshold is clipped.
 
-    The decision is taken and carried out on the gradients' device. The host learns of it later,
-    when it looks at the report or in :meth:`poll`, which every step calls; on the CPU that is at
-    once, on a GPU at most ``max_lag`` steps later. With :class:`fastguard.AdamW`, and with torch's
-    ``fused=True`` optimizers, no step waits for the device; any other optimizer needs the host to
-    know the verdict before it is called.
+    A sudden jump is therefore skipped. A slow growth and two alternating levels are clipped. A jump
+    that stays uses up the ``patience``; with a patience above 64 the new level is ordinary after 64
+    steps and is clipped from then on. The rule "skip everything above 10" would skip for ever where
+    10 is an ordinary norm. :meth:`accumulate` applies the same rule to micro-batches, with the
+    norms of micro-batches.
 
-    The norm is that of every gradient among the guard's parameters, whichever optimizer holds them.
-    Networks that are stepped apart, as a GAN's, need a guard each.
+    **A skipped step** changes no bit of parameters and optimizer state. If the guard was given a
+    module, its buffers are set back to their values after the last accepted step (or the last
+    ``load_state_dict`` or :meth:`commit_buffers`). A buffer that becomes NaN or Inf in an accepted
+    step is set back too, with the other buffers of its layer and a warning.
 
-    Where processes train together, all come to the same decision, by one small all-reduce in each
-    :meth:`step`, of DTensors also in :meth:`accumulate`: where parameters are DTensors, as FSDP2's
-    ``fully_shard`` makes them, and where ``process_group`` is given. The norm is that of the whole
-    gradients, and a NaN or Inf in the gradient or the loss of any rank is one of all. Every rank
-    then has to make the same calls, with the same settings; of DTensors also with the same weights
-    in :meth:`accumulate`. Shards that are no DTensors (FSDP1, ZeRO, DeepSpeed) are refused.
+    **No host-device sync.** The decision is made and carried out on the device of the gradients.
+    The host reads it later: from the report, or in :meth:`poll`, which every step calls. On the CPU
+    this is immediate, on a GPU at most ``max_lag`` steps later. :class:`fastguard.AdamW` and
+    torch's ``fused=True`` optimizers need no sync. Any other optimizer needs one in each step.
+
+    **Several optimizers.** The norm covers every gradient of the guard's parameters, whichever
+    optimizer holds them. Networks that are stepped separately, as in a GAN, need a guard each.
+
+    **Several processes** make the same decision, through one small all-reduce in each :meth:`step`
+    (with DTensors also in :meth:`accumulate`). This happens where parameters are DTensors, as
+    FSDP2's ``fully_shard`` makes them, and where ``process_group`` is given. The norm is that of
+    the whole gradients. A NaN or Inf in the gradient or the loss of one rank counts for all ranks.
+    All ranks must make the same calls with the same settings, and with DTensors give the same
+    weights to :meth:`accumulate`. Other shards (FSDP1, ZeRO, DeepSpeed) are refused.
 
     Args:
         params_or_model: a module; or a parameter, or an iterable of parameters or of (name,
@@ -100,9 +103,9 @@ class GradGuard(Watching, Accumulating, Attachable, Following, Restorable):
             change and after ``load_state_dict``.
         max_norm: largest norm let through unclipped; inf turns clipping off.
         skip_norm: no norm up to this is an outlier; inf turns the skipping of finite norms off.
-        patience: this many skips in a row, or more than half of the last 8 times as many steps
-            skipped, raise :class:`GradientExplosionError`. Those of a GradScaler that searches for
-            its scale do not count; see :attr:`StepReport.scale_search`.
+        patience: :class:`GradientExplosionError` is raised after this many skips in a row, or when
+            more than half of the last 8 x ``patience`` steps were skipped. Skips of a GradScaler
+            that searches for its scale do not count; see :attr:`StepReport.scale_search`.
         threshold: one of :mod:`fastguard.thresholds`, which learns where to clip below
             ``max_norm``; ``Fixed()`` by default.
         measure: "step" reads the gradients in :meth:`step`; "backward" measures each while it is
@@ -112,13 +115,13 @@ class GradGuard(Watching, Accumulating, Attachable, Following, Restorable):
         rollback: how; by default ``Rollback()`` where ``on_patience`` is "rollback".
         report_dir: a folder for one JSON file per bad step: names of the non-finite parameters,
             the norms of all, the batch's id.
-        on_skip: called with the :class:`StepReport` of each skipped step when the host learns of
-            it, in order and once; also of each micro-batch that was left out (``micro_batch`` is
-            its number then), before its step, and of batches passed over after a rollback. It runs
-            inside of :meth:`step`, :meth:`poll` or :meth:`state_dict`, which raise what it raises,
-            after the step was done and accounted for.
-        max_lag: reports that may be on their way before a step waits for the oldest; where
-            processes train together on a device, the host learns exactly so late, on all ranks.
+        on_skip: called with the :class:`StepReport` of each skipped step, in order and once, when
+            the host learns of it. It is also called for each micro-batch that was left out, before
+            its step (``micro_batch`` is its number), and for batches passed over after a rollback.
+            It runs inside :meth:`step`, :meth:`poll` or :meth:`state_dict`, after the step is
+            complete. These methods raise what it raises.
+        max_lag: how many reports may be under way before a step waits for the oldest. Where
+            processes train together on a device, all ranks learn exactly this many steps late.
         process_group: of the ranks that decide together, each of which holds a part of every
             parameter; ``torch.distributed.group.WORLD`` with DistributedDataParallel, whose
             gradients are equal but whose losses are not. By default all ranks of the DTensors'
@@ -132,7 +135,7 @@ class GradGuard(Watching, Accumulating, Attachable, Following, Restorable):
             unknown word, a ``rollback`` that nothing would use; a ``process_group`` that lacks
             ranks of a DTensor's mesh; DTensors or ``process_group`` with ``measure="backward"``;
             FSDP1, DeepSpeed, or optimizers that step in the backward pass.
-        TypeError: something that is no parameter, threshold, function, module or buffer.
+        TypeError: an argument is not a parameter, threshold, function, module or buffer.
     """
 
     def __init__(

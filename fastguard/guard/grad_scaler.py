@@ -124,7 +124,7 @@ def loss_scale(
     if not enabled(scaler):
         return NOT_SCALED
     scale = _current_scale(scaler, device)
-    # Not by indexing: that makes an entry, and a scaler with entries can not be pickled.
+    # Not by indexing: that makes an entry, and a scaler with entries cannot be pickled.
     states = [scaler._per_optimizer_states.get(id(optimizer)) for optimizer in optimizers]
     stages = {OptState.READY if state is None else state["stage"] for state in states}
     if OptState.STEPPED in stages:

@@ -39,6 +39,12 @@ class Watched:
         # Of each optimizer: the parameters that it held last, and those that are not watched.
         self._checked: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
         self._listening: weakref.WeakSet = weakref.WeakSet()
+        self.names: list[str] = []
+        self.parameters: list[Tensor] = []
+        self._ids: set[int] = set()
+        self._attentions: list[tuple[str, ClampedMultiheadAttention]] = []
+        #: Whether the module is to be walked again before the next step.
+        self.stale = False
         self._look_up()
         if len(set(self.names)) < len(self.names):
             twice = next(name for i, name in enumerate(self.names) if name in self.names[:i])
@@ -98,7 +104,7 @@ class Watched:
         return self.module is not None
 
     def check(self, optimizers: list[torch.optim.Optimizer]) -> bool:
-        """ValueError if a step with these can not be guarded; True after a new walk."""
+        """ValueError if a step with these cannot be guarded; True after a new walk."""
         return any([self._check(optimizer) for optimizer in optimizers])
 
     def _check(self, optimizer: torch.optim.Optimizer) -> bool:

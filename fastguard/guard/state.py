@@ -13,9 +13,9 @@ class Restorable:
     def state_dict(self) -> dict:
         """What the next decision depends on, as plain numbers; waits for the device.
 
-        ``max_norm`` and its like are not part of it, nor are a window that :meth:`accumulate` has
-        begun and the copies that rollback goes back to: these start anew. Where processes train
-        together, every rank asks for it and any may save its own: they decide alike.
+        Settings such as ``max_norm`` are not part of it. A window that :meth:`accumulate` has begun
+        and the copies for a rollback are not part of it either: these start anew. Where processes
+        train together, every rank has to call it. Any rank may save its own: all decide alike.
 
         ``torch.distributed.checkpoint`` takes it as an entry of its own beside model and optimizer;
         with AdaGC, whose names a fresh guard does not have, as ``json.dumps(guard.state_dict())``.

@@ -1,4 +1,4 @@
-"""What is no error, and yet not what one wants: one warning each, once for each guard.
+"""Warnings about steps that are no error but are probably not intended; once for each guard.
 
 They need no host-device sync: which parameters have gradients is known on the host, and clip
 coefficients come with the reports.

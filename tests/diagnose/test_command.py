@@ -174,7 +174,7 @@ def test_a_recording_that_can_not_be_read_is_named(corpus, tmp_path, capsys):
     (tmp_path / "tone1.wav").write_bytes(b"no audio")
     path = save(tmp_path / "last.pt", corpus, "--model", "baseline")
     assert main([path, "--utterances", "tone1.wav"]) == 1
-    assert "utterance tone1.wav can not be read" in capsys.readouterr().err
+    assert "utterance tone1.wav cannot be read" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -106,7 +106,7 @@ def test_the_whole_command(tmp_path, monkeypatch, capsys):
 def test_a_report_that_can_not_be_written(tmp_path, capsys):
     path = tmp_path / "no" / "such" / "folder"
     assert gpucheck.main(["--device", "cpu", "--output", str(path)]) == 2
-    assert "can not write the report" in capsys.readouterr().err
+    assert "cannot write the report" in capsys.readouterr().err
 
 
 def test_a_missing_library_is_built_and_the_check_starts_again(monkeypatch, capsys):

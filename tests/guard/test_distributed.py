@@ -51,7 +51,6 @@ from .rank_windows import (
 )
 from .ranks import ROOT
 
-
 CASES = {
     2: [
         fsdp_goes_as_one_process_does,

@@ -15,26 +15,33 @@ from fastguard import GradGuard
 
 
 def test_the_internals_that_are_read_are_those_of_this_torch():
-    """Red on a torch that changed them: fastguard/guard/grad_scaler.py is the place to mend."""
     weight = nn.Parameter(torch.ones(2))
     optimizer = torch.optim.SGD([weight], lr=1.0)
     scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
-    assert scaler._scale is None
+    changed = f"torch {torch.__version__} changed GradScaler: mend fastguard/guard/grad_scaler.py; "
+    own = vars(scaler)
+    for name in ("_scale", "_growth_tracker", "_per_optimizer_states"):
+        assert name in own, f"{changed}it has no {name}, only {sorted(own)}"
+    assert own["_scale"] is None, f"{changed}_scale is not None before the first loss"
     scaler.scale(weight.sum()).backward()
-    assert scaler._scale.dtype == torch.float32 and scaler._scale.shape == ()
-    assert scaler._growth_tracker.dtype == torch.int32
-    assert scaler._per_optimizer_states.get(id(optimizer)) is None
+    for name, dtype in (("_scale", torch.float32), ("_growth_tracker", torch.int32)):
+        tensor = vars(scaler)[name]
+        kind = tensor.dtype, tuple(tensor.shape)
+        assert kind == (dtype, ()), f"{changed}{name} is of {kind}"
+    states = scaler._per_optimizer_states
+    assert states.get(id(optimizer)) is None, f"{changed}there is a state before unscale_"
     scaler.unscale_(optimizer)
-    state = scaler._per_optimizer_states[id(optimizer)]
-    assert state["stage"] is OptState.UNSCALED
-    assert state["found_inf_per_device"][torch.device("cpu")].item() == 0.0
+    state = states[id(optimizer)]
+    assert state["stage"] is OptState.UNSCALED, f"{changed}after unscale_ the state is {state}"
+    found = state["found_inf_per_device"][torch.device("cpu")]
+    assert found.item() == 0.0, f"{changed}unscale_ found {found} in finite gradients"
     scaler.step(optimizer)
-    assert state["stage"] is OptState.STEPPED
+    assert state["stage"] is OptState.STEPPED, f"{changed}after step the state is {state}"
     scaler.update()
-    assert not scaler._per_optimizer_states
+    assert not scaler._per_optimizer_states, f"{changed}update leaves states of optimizers"
     step = inspect.getsource(torch.amp.GradScaler.step)
     for word in ("_step_supports_amp_scaling", "optimizer.grad_scale", "optimizer.found_inf"):
-        assert word in step
+        assert word in step, f"{changed}step does not mention {word}"
 
 
 @pytest.mark.parametrize("unscale", [False, True])

@@ -164,7 +164,7 @@ def test_bf16_gradients_work_under_a_grad_scaler(name, device):
 @pytest.mark.parametrize("name", ["fastguard", "fused", "foreign"])
 def test_a_scheduler_can_follow_the_applied_steps(name):
     """18 torch: GradScaler.step returns None, and a fused optimizer skips in its kernel: the caller
-    can not know (pytorch#67590 and #55585; Lightning#5558, #21339), and the warm-up runs on."""
+    cannot know (pytorch#67590 and #55585; Lightning#5558, #21339), and the warm-up runs on."""
     parameters = [nn.Parameter(torch.ones(4))]
     optimizer = optimizers(parameters)[name]
     scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
