@@ -1,10 +1,10 @@
-"""Where :class:`fastguard.GradGuard` begins to clip: a fixed norm, or one that it learns.
+"""Where :class:`fastguard.GradGuard` begins to clip: at a fixed norm, or at one that it learns.
 
-``max_norm`` always caps the learnt threshold, and holds alone until ``warmup`` norms were accepted.
-Each threshold learns from accepted steps only: one NaN in the statistics would end ZClip's and
-AutoClip's clipping for the rest of a run. ZClip and AdaGC learn from norms as they clipped them; so
-that they find a level to which norms have risen for good, each restarts, which their papers do not
-have. The arithmetic is in csrc/decide.h, for every device.
+``max_norm`` is the upper limit of a learnt threshold. Until ``warmup`` norms were accepted, it is
+the threshold. A threshold learns from accepted steps only: with one NaN in their statistics ZClip
+and AutoClip would not clip for the rest of a run. ZClip and AdaGC learn from norms after clipping.
+Where norms have risen for good, both restart at the new level; the papers do not have this.
+csrc/decide.h holds the arithmetic for every device.
 """
 
 import dataclasses
@@ -41,7 +41,7 @@ class Options(NamedTuple):
 
 
 class Threshold:
-    """What the native code needs to know; the classes below differ in meaning only."""
+    """The base class of all thresholds: the numbers that the native code needs."""
 
     kind: ClassVar[Kind]
     warmup: int

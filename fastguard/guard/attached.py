@@ -50,15 +50,16 @@ class Attachable:
             loss.backward()
             optimizer.step()        # guarded: clips, or skips; report in guard.last_report
 
-        It may be called before or after the optimizer is wrapped by accelerate, Lightning or
-        Fabric (it attaches to the optimizer inside), and before or after schedulers are built. The
-        class of the optimizer becomes a subclass of the same name; its step calls a closure first
-        and takes its loss. With a GradScaler the code stays as torch documents it:
-        ``scaler.scale(loss).backward(); scaler.step(optimizer); scaler.update()``; one scaler may
-        serve several guarded optimizers. ``optimizer.state_dict()`` holds the guard's state, in
-        ``param_groups[0]["fastguard"]``; a plain optimizer loads it too, and ignores that entry. A
-        torch.distributed.checkpoint without it has to be loaded before the optimizer is attached.
-        Copies and pickles of the optimizer are guarded by a copy of the guard.
+        Call it before or after accelerate, Lightning or Fabric wraps the optimizer (it attaches to
+        the optimizer inside), and before or after schedulers are built. The class of the optimizer
+        becomes a subclass of the same name. Its step calls a closure first and takes the loss from
+        it. With a GradScaler the code stays as torch documents it: ``scaler.scale(loss).backward();
+        scaler.step(optimizer); scaler.update()``. One scaler may serve several guarded optimizers.
+
+        ``optimizer.state_dict()`` holds the guard's state in ``param_groups[0]["fastguard"]``. A
+        plain optimizer loads such a state dict too, and ignores that entry. Load a
+        torch.distributed.checkpoint without the entry before you attach the optimizer. Copies and
+        pickles of the optimizer are guarded by a copy of the guard.
 
         Args:
             optimizer: a torch optimizer, or accelerate's, Lightning's or Fabric's wrapper of one.

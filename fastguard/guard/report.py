@@ -77,41 +77,46 @@ class FiniteRange(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class StepReport:
-    """What the guard saw in one step and what it did."""
+    """What the guard saw in one step and what it did. Norms are L2 norms."""
 
+    #: The number of the step, from 0.
     step: int
+    #: As given to the guard; None if it was not.
     batch_id: object
+    #: Whether the gradients were applied, clipped or skipped, and why.
     verdict: Verdict
     #: L2 norm of all gradients before clipping, after unscaling.
     total_norm: float
-    #: Factor the gradients were clipped by, with AdaGC the smallest one; 1.0 where none was.
+    #: The factor that clipped the gradients, in (0, 1]; 1.0 without clipping. With AdaGC, which has
+    #: a factor for each parameter, the smallest one.
     clip_coef: float
-    #: The clipping threshold in force; inf where AdaGC has one for each parameter.
+    #: The clipping threshold in force; inf with AdaGC, which has one for each parameter.
     max_norm: float = math.inf
-    #: As given to the guard.
+    #: The loss that was given to the guard; None if it was not.
     loss: float | None = None
     #: The parameters with a NaN or Inf gradient, in the model's order.
     nonfinite_parameters: tuple[NonfiniteParameter, ...] = ()
-    #: On a step with non-finite parameters the ranges of finite and of non-finite ones in the
-    #: model's order. The fault lies where they meet.
+    #: The model's parameters, in order, as ranges of finite and of non-finite gradients. The fault
+    #: lies where two ranges meet. Empty on a step without non-finite parameters.
     finite_ranges: tuple[FiniteRange, ...] = ()
     #: The micro-batches of this step whose gradients were left out.
     skipped_micro_batches: tuple["StepReport", ...] = ()
     #: How many micro-batches there were, 0 without ``GradGuard.accumulate``.
     micro_batches: int = 0
-    #: Of a micro-batch its number in the window, from 0; None of a step.
+    #: The number of a micro-batch in its window, from 0; None for a step.
     micro_batch: int | None = None
-    #: What a GradScaler multiplied the loss by; None without one, and where an attached optimizer
-    #: was stepped after ``unscale_``.
+    #: The factor by which a GradScaler multiplied the loss; None without a GradScaler, and where an
+    #: attached optimizer was stepped after ``unscale_``.
     loss_scale: float | None = None
-    #: Whether it was skipped because a GradScaler searches for its scale, by
-    #: :func:`fastguard.guard.grad_scaler.is_search`; of a window, because it did for all its
-    #: micro-batches, on all ranks.
+    #: Whether the step was skipped because a GradScaler searches for its scale, as
+    #: :func:`fastguard.guard.grad_scaler.is_search` decides. For a window of micro-batches: whether
+    #: this holds for all of them, on all ranks.
     scale_search: bool = False
     #: A finite norm above this was an outlier: the larger of ``skip_norm`` and 4 times the median
     #: of the last norms seen and itself; inf while fewer than 16 were seen.
     outlier_above: float = math.inf
-    #: Of a skipped outlier the parameters that rose most, as :meth:`PendingReport.risen` has them.
+    #: The parameters that rose most, as in :meth:`PendingReport.risen`; empty unless the step is a
+    #: skipped outlier.
     most_risen: tuple[Risen, ...] = ()
 
     offenders = Renamed("nonfinite_parameters")
@@ -121,6 +126,7 @@ class StepReport:
 
     @property
     def skipped(self) -> bool:
+        """Whether the step was not applied."""
         return self.verdict.skipped
 
     @property
@@ -130,6 +136,7 @@ class StepReport:
 
     @property
     def all_micro_batches_skipped(self) -> bool:
+        """Whether there were micro-batches, and all of them were left out."""
         return 0 < self.micro_batches == len(self.skipped_micro_batches)
 
     @property

@@ -23,20 +23,19 @@ logger = logging.getLogger(__name__)
 class Rollback:
     """How :class:`fastguard.GradGuard` goes back when its patience is spent.
 
-    The state of parameters, optimizer, buffers, scheduler, GradScaler, guard and random number
-    generators (torch's of the CPU and of CUDA, Python's and numpy's) is copied to
-    host memory every ``every`` steps; ``keep`` copies are held. Restoring is exact: it
-    copies, it does not undo arithmetic. Each copy serves once; a run that explodes again goes
-    further back, and ends with :class:`fastguard.GradientExplosionError` when there is none left.
-    The position in the data is not turned back: the run goes on with new batches, as PaLM's did
-    (Chowdhery et al. 2022, section 5.1). Of DTensors each rank copies its own shards; all ranks go
-    back together.
+    Every ``every`` steps the guard copies the state of parameters, optimizer, buffers, scheduler,
+    GradScaler, guard and random number generators (Python's, NumPy's, and torch's on the CPU and on
+    CUDA) to host memory. It keeps the last ``keep`` copies. A rollback copies the state back, so it
+    is exact, bit for bit. Each copy is used once: a run that explodes again goes further back. When
+    no copy is left, it ends with :class:`fastguard.GradientExplosionError`. The position in the
+    data does not go back: the run continues with new batches, as in PaLM (Chowdhery et al. 2022,
+    section 5.1). With DTensors each rank copies its own shards, and all ranks go back together.
 
-    The learning rate is lowered afterwards and grows back as a GradScaler's scale does: at each
-    rollback it is multiplied by ``lr_factor``, after every ``growth_interval`` applied steps
-    divided by it, until it is that of its schedule again. The factor applies while the optimizer
-    steps. ``param_groups`` and schedulers keep their own rates, so that no schedule is changed by
-    it; ``GradGuard.lr_factor`` tells the factor, and the guard's ``state_dict`` holds it.
+    A rollback multiplies the learning rate by ``lr_factor``. After every ``growth_interval``
+    applied steps the rate is divided by ``lr_factor``, as a GradScaler's scale grows, until it is
+    that of its schedule again. The factor applies only while the optimizer steps: ``param_groups``
+    and schedulers keep their own rates. ``GradGuard.lr_factor`` is the present factor, and the
+    guard's ``state_dict`` holds it.
 
     Raises:
         ValueError: ``every`` < 1, ``keep`` < 1, ``lr_factor`` not in (0, 1], ``growth_interval`` <
@@ -45,11 +44,11 @@ class Rollback:
 
     #: Steps between copies.
     every: int = 500
-    #: Copies held; each takes as much memory as parameters and optimizer state.
+    #: How many copies are kept. Each needs as much memory as parameters and optimizer state.
     keep: int = 3
     #: The learning rate is multiplied by this at each rollback.
     lr_factor: float = 0.5
-    #: Applied steps after which it is divided by this once; inf: it stays lowered.
+    #: Applied steps after which the rate is divided by ``lr_factor`` once; with inf it stays low.
     growth_interval: float = 500
     #: Batches that are passed over after a rollback; see ``GradGuard.skip_batch``.
     skip_batches: int = 0
