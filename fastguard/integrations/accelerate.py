@@ -15,8 +15,7 @@ from torch import nn
 
 from fastguard import GradGuard
 from fastguard._extras import require
-from fastguard.guard.attached import link_of
-from fastguard.guard.update import unwrapped
+from fastguard.guard.update import link_of, unwrapped
 
 from ._logged import logged
 
