@@ -3,6 +3,7 @@
 On the path are the modules one of whose functions holds a gradient of the step: in a local variable
 or an argument, also inside of lists, tuples and dicts. ``ON_THE_PATH`` is the limit of issue 15.
 The other modules of a step decide nothing about gradients: statistics, buffers, reports, warnings.
+``IN_A_STEP`` keeps the number of all modules of a step from growing.
 """
 
 import sys
@@ -16,7 +17,7 @@ import fastguard
 from fastguard import GradGuard
 
 PACKAGE = Path(fastguard.__file__).parent
-ON_THE_PATH, IN_A_STEP = 8, 18
+ON_THE_PATH, IN_A_STEP = 8, 19
 
 
 def tensors_in(value, depth=4):
