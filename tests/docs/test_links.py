@@ -4,6 +4,8 @@ import re
 
 import pytest
 
+import fastguard
+
 from .blocks import ROOT, documents
 
 LINK = re.compile(r"\[[^\]]*\]\((?!\w+:)([^)#\s]*)(#[^)\s]*)?\)")
@@ -49,6 +51,11 @@ def test_links_are_found():
     assert sum(bool(anchor) for _, anchor in found) >= 10
     assert links("[a](b.md#c) `[d](e)`\n```text\n[f](g)\n```\n[h](https://i)") == [("b.md", "c")]
     assert anchors("# A `b` c?\n## d-e 1,000\n```sh\n# f\n```\n") == {"a-b-c", "d-e-1000"}
+
+
+def test_the_citation_names_the_present_version():
+    text = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    assert re.findall(r"^version: (\S+)$", text, re.M) == [fastguard.__version__]
 
 
 def test_each_mark_has_a_test_behind_it():
