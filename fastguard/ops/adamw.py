@@ -12,6 +12,19 @@ from .packed import packed_offsets, packed_view
 from .types import DTYPES, Verdict
 
 
+class AdamwOptions(NamedTuple):
+    """The last arguments of the operator ``adamw_``, which are the same for all parameters."""
+
+    lr: float
+    beta1: float
+    beta2: float
+    weight_decay: float
+    eps: float
+    decoupled_weight_decay: bool
+    amsgrad: bool
+    maximize: bool
+
+
 class AdamwArguments(NamedTuple):
     """The arguments of the operator ``adamw_``, in the order of its schema; see :func:`adamw_`."""
 

@@ -5,28 +5,35 @@ keys, so that either loads what the other saved. The state of a group lies packe
 as :func:`fastguard.ops.adamw_` takes it; the entries of ``state`` are views of these.
 """
 
-import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from itertools import repeat
 from operator import is_
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from fastguard import ops
-from fastguard._tensors import is_dtensor, local_parts
-from fastguard.guard.distributed import lay_out_
 
-from .checks import check_group, state_problem
-
-_MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
-
-_SPARSE = (
-    "Adam does not support sparse gradients, please consider SparseAdam instead; or make them "
-    "dense, with nn.Embedding(..., sparse=False) or p.grad = p.grad.to_dense()"
+from .checks import state_problem
+from .packed_state import (
+    MOMENTS,
+    Bucket,
+    check_dense,
+    leave_pack,
+    moment_dtype,
+    shares_memory,
 )
+
+
+class _Given(NamedTuple):
+    """What the buckets were filled from."""
+
+    groups: list[dict]
+    params: list[tuple[dict, list[Tensor]]]  # of each group
+    states: list[dict]
+    without_grad: list[Tensor]
 
 
 class _Fused:
@@ -44,7 +51,8 @@ class _Fused:
     #: The row of grad_coef for each gradient, by ``id(grad)``, where grad_coef has shape (N,).
     decision_index: dict[int, int] | None = None
 
-    _buckets: "list[_Bucket] | None" = None
+    _buckets: list[Bucket] | None = None
+    _filled_from: "_Given | None" = None
     _loading: dict | None = None
 
     def add_param_group(self, param_group: dict) -> None:
@@ -107,20 +115,21 @@ class _Fused:
         if any(any(map(is_, listed, repeat(None))) for listed in grads):
             self._fill_buckets()
             grads = [bucket.grads() for bucket in self._buckets]
-        # A single bucket's op looks itself before it writes, see _Bucket.step.
+        # A single bucket's op looks itself before it writes, see Bucket.step.
         if len(grads) > 1:
             for listed in grads:
-                _check_dense(listed)
+                check_dense(listed)
         return grads
 
     def _unchanged(self) -> bool:
         """Whether groups, parameters and state are those that filled the buckets."""
+        given = self._filled_from
         return (
-            _same(self.param_groups, self._groups)
-            and all(_same(group["params"], kept) for group, kept in self._params)
-            and _same(self.state.values(), self._states)
+            _same(self.param_groups, given.groups)
+            and all(_same(group["params"], kept) for group, kept in given.params)
+            and _same(self.state.values(), given.states)
             and all(bucket.unchanged() for bucket in self._buckets)
-            and all(p.grad is None for p in self._without_grad)
+            and all(p.grad is None for p in given.without_grad)
         )
 
     def _fill_buckets(self) -> None:
@@ -130,7 +139,30 @@ class _Fused:
         """
         before, self._buckets = self._buckets or [], None
         written = {id(view) for b in before for views in b.views.values() for view in views}
-        sorted_: dict[tuple, list[Tensor]] = {}
+        params_of, without_grad = self._sorted_params()
+        buckets = []
+        for (number, device, dtype), params in params_of.items():
+            group = self.param_groups[number]
+            kept = (b for b in before if b.group is group and _same(params, b.params))
+            bucket = next(kept, None)
+            states = [self.state[p] for p in params]
+            if bucket is None or not _same(states, bucket.states) or not bucket.unchanged():
+                bucket = Bucket(group, number, device, dtype, params, states, written)
+            bucket.number = number
+            buckets.append(bucket)
+        for p in without_grad:
+            leave_pack(self.state.get(p, {}))
+        self._filled_from = _Given(
+            list(self.param_groups),
+            [(group, list(group["params"])) for group in self.param_groups],
+            list(self.state.values()),
+            without_grad,
+        )
+        self._buckets = buckets
+
+    def _sorted_params(self) -> tuple[dict[tuple, list[Tensor]], list[Tensor]]:
+        """The parameters with gradients by number of group, device and dtype; those without."""
+        params_of: dict[tuple, list[Tensor]] = {}
         without_grad: list[Tensor] = []
         for number, group in enumerate(self.param_groups):
             # Once each: torch only warns about a parameter that is in a group twice.
@@ -138,27 +170,11 @@ class _Fused:
                 if p.grad is None:
                     without_grad.append(p)
                     continue
-                _check_dense([p.grad])
+                check_dense([p.grad])
                 _check_fused(group, number, p)
-                key = (number, p.device, _moment_dtype(p).to_real())
-                sorted_.setdefault(key, []).append(p)
-        buckets = []
-        for (number, device, dtype), params in sorted_.items():
-            group = self.param_groups[number]
-            kept = (b for b in before if b.group is group and _same(params, b.params))
-            bucket = next(kept, None)
-            states = [self.state[p] for p in params]
-            if bucket is None or not _same(states, bucket.states) or not bucket.unchanged():
-                bucket = _Bucket(group, number, device, dtype, params, states, written)
-            bucket.number = number
-            buckets.append(bucket)
-        for p in without_grad:
-            _leave_the_pack(self.state.get(p, {}))
-        self._groups = list(self.param_groups)
-        self._params = [(group, list(group["params"])) for group in self.param_groups]
-        self._states = list(self.state.values())
-        self._without_grad = without_grad
-        self._buckets = buckets
+                key = (number, p.device, moment_dtype(p).to_real())
+                params_of.setdefault(key, []).append(p)
+        return params_of, without_grad
 
     def _decide(self, grads: list[list[Tensor]]) -> list[tuple[Tensor, Tensor]]:
         """grad_coef and verdict for each bucket, on its device."""
@@ -223,7 +239,7 @@ class _Fused:
         state = defaultdict(dict)
         for p, entries in self.state.items():
             if isinstance(entries, dict):  # a hook may keep anything else here
-                entries = {k: v.clone() if _shares(v) else v for k, v in entries.items()}
+                entries = {k: v.clone() if shares_memory(v) else v for k, v in entries.items()}
             state[p] = entries
         return super().__getstate__() | {"state": state}
 
@@ -234,8 +250,8 @@ class _Fused:
             group["differentiable"] = False
         for p, original in self._before_torch_cast_it():
             own = self.state[p]
-            for name in own.keys() & original.keys() & set(_MOMENTS):
-                own[name] = original[name].to(p.device, _moment_dtype(p), copy=True)
+            for name in own.keys() & original.keys() & set(MOMENTS):
+                own[name] = original[name].to(p.device, moment_dtype(p), copy=True)
             if "step" in own:
                 step = torch.as_tensor(own["step"], dtype=torch.float32, device=p.device)
                 own["step"] = step.reshape(()).clone()
@@ -250,213 +266,6 @@ class _Fused:
                         yield p, self._loading["state"][number]
 
 
-class _NoComparison(TorchFunctionMode):
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        raise TypeError(f"{function} of tensors that should be the same object")
-
-
-class _Bucket:
-    """The parameters of one group that have a gradient, of one device and one dtype of moments.
-
-    Builds the packed state from whatever state there is, and puts views of it in its place.
-    """
-
-    def __init__(
-        self,
-        group: dict,
-        number: int,
-        device: torch.device,
-        dtype: torch.dtype,
-        params: list[Tensor],
-        states: list[dict[str, Tensor]],
-        written: set[int],
-    ):
-        self.group = group
-        self.number = number
-        self.device = device
-        self.params = params
-        self.states = states
-        self._parts = parts = local_parts(params)
-        self._check_apart(parts)
-        self.sharded = parts is not params
-        self.complex = any(p.is_complex() for p in params)
-        self.amsgrad = bool(group["amsgrad"])
-        self._contiguous = [p for p in parts if p.is_contiguous()]
-        self._numels = list(map(Tensor.numel, self._contiguous))
-        self._others = [p for p in parts if not p.is_contiguous()]
-        self._layouts = list(map(_layout, self._others))
-        names = _MOMENTS if self.amsgrad else _MOMENTS[:2]
-        for p, state in zip(params, states, strict=True):
-            if problem := _problem(p, state, names, written):
-                index = next(i for i, q in enumerate(group["params"]) if q is p)
-                raise RuntimeError(f"parameter {index} of group {number}: {problem}")
-        real = _real(parts) if self.complex else parts
-        offsets = ops.packed_offsets(p.numel() for p in real)
-        self._packs = {
-            name: torch.zeros(offsets[-1] if name in names else 0, dtype=dtype, device=device)
-            for name in _MOMENTS
-        }
-        self._packs["step"] = torch.zeros(len(params), dtype=torch.float32, device=device)
-        self.views = {
-            name: [
-                torch.view_as_complex(view) if p.is_complex() else view
-                for view, p in zip(
-                    map(ops.packed_view, repeat(self._packs[name]), real, offsets),
-                    params,
-                    strict=False,  # the last of the offsets is the end
-                )
-            ]
-            for name in names
-        }
-        self.views["step"] = [self._packs["step"][i] for i in range(len(params))]
-        for name in ("step", *names):
-            for view, state in zip(self.views[name], states, strict=True):
-                if name in state:
-                    view.copy_(*local_parts([state[name]]))
-            if self.sharded and name != "step":
-                self.views[name] = list(map(_laid_out_as, params, self.views[name]))
-            for view, state in zip(self.views[name], states, strict=True):
-                state[name] = view
-        self._copies = list(map(dict, states))
-
-    def _check_apart(self, parts: list[Tensor]) -> None:
-        """RuntimeError where two parameters share memory, which threads would write at once."""
-        if (shared := ops.sharing_memory(parts)) is not None:
-            places = {id(p): place for place, p in enumerate(self.group["params"])}
-            first, second = sorted(places[id(self.params[i])] for i in shared)
-            raise RuntimeError(
-                f"parameters {first} and {second} of group {self.number} share memory: give the "
-                "optimizer one of them, or clone the other"
-            )
-
-    def unchanged(self) -> bool:
-        """Whether the state's entries are the views, and parameters lie in memory as they did."""
-        return (
-            bool(self.group["amsgrad"]) == self.amsgrad
-            and self._holds_the_views()
-            and self._in_place()
-        )
-
-    def _holds_the_views(self) -> bool:
-        # Dicts are equal where their values are the same objects, found at a third of the price of
-        # three passes; where they are not, tensors would be compared, and that is an answer too.
-        try:
-            with _NoComparison():
-                if self.states == self._copies:
-                    return True
-        except (TypeError, ValueError, RuntimeError):
-            pass  # of an entry that can not be compared; what counts is compared below
-        same = all(
-            all(map(is_, map(dict.get, self.states, repeat(name)), views))
-            for name, views in self.views.items()
-        )
-        if same:  # what changed is an entry of somebody else's
-            self._copies = list(map(dict, self.states))
-        return same
-
-    def _in_place(self) -> bool:
-        if self.sharded:  # to_local makes new ones each time, and FSDP may have moved them
-            before, self._parts = self._parts, local_parts(self.params)
-            return list(map(_layout, before)) == list(map(_layout, self._parts))
-        # Contiguous and of one number of elements says enough, at half the price of the strides.
-        return (
-            all(map(Tensor.is_contiguous, self._contiguous))
-            and list(map(Tensor.numel, self._contiguous)) == self._numels
-            and list(map(_layout, self._others)) == self._layouts
-        )
-
-    def grads(self) -> list[Tensor | None]:
-        if self.sharded:
-            lay_out_(self.params)
-        return [p.grad for p in self.params]
-
-    def step(
-        self,
-        grads: list[Tensor],
-        decision: tuple[Tensor, Tensor],
-        options: tuple[float | bool, ...],
-        only_check: bool = False,
-    ) -> None:
-        params = self._parts
-        grads = local_parts(grads) if self.sharded else grads
-        state = (*(self._packs[name] for name in _MOMENTS), self._packs["step"])
-        try:
-            if self.complex:
-                params, grads = _real(params), _real(grads)
-            step = ops.check_adamw if only_check else ops.adamw_
-            step(params, grads, *state, *decision, *options)
-            if self.sharded:  # a DTensor's version does not count what is written to its shard
-                ops.count_writes(self.params)
-        except RuntimeError:
-            _check_dense(grads)
-            raise
-
-    def options(self) -> tuple[float | bool, ...]:
-        """The options of :func:`fastguard.ops.adamw_`, in its order.
-
-        Raises:
-            ValueError: one is NaN or infinite.
-        """
-        group = self.group
-        beta1, beta2 = group["betas"]
-        options = (group["lr"], beta1, beta2, group["weight_decay"], group["eps"])
-        numbers = tuple(map(float, options))
-        if not all(map(math.isfinite, numbers)):
-            lr, beta1, beta2, weight_decay, eps = numbers
-            check_group(
-                self.number,
-                {"lr": lr, "betas": (beta1, beta2), "weight_decay": weight_decay, "eps": eps},
-            )
-        flags = (group["decoupled_weight_decay"], group["amsgrad"], group["maximize"])
-        return *numbers, *map(bool, flags)
-
-
-def _problem(
-    p: Tensor, state: dict[str, Tensor], names: tuple[str, ...], written: set[int]
-) -> str | None:
-    """What is wrong with state that was there already; ``written``, by id, what a step wrote."""
-    for name in ("step", *names):
-        shape, dtype = p.shape, _moment_dtype(p)
-        if name == "step":
-            shape, dtype = torch.Size(), torch.float32
-        if name in state:
-            entry = state[name]
-            found = type(entry).__name__
-            if isinstance(entry, Tensor):
-                if entry.shape == shape and entry.dtype == dtype:
-                    if name == "step" or _placed(entry) == _placed(p):
-                        # Elsewhere the host would have to wait for the device.
-                        look = entry.device.type == "cpu" and id(entry) not in written
-                        if look and (problem := state_problem(name, entry)):
-                            return f"{problem}; delete it from the state to start from zero"
-                        continue
-                    return (
-                        f"its {name} must be a DTensor with the parameter's mesh and placements, "
-                        f"{_placed(p)}, got {_placed(entry)}; load it with "
-                        "torch.distributed.checkpoint.state_dict.set_optimizer_state_dict"
-                    )
-                found = f"{entry.dtype} of shape {tuple(entry.shape)}"
-            return (
-                f"its {name} must be a {dtype} tensor of shape {tuple(shape)}, got {found}; "
-                "delete it from the state to start from zero, or load it with load_state_dict"
-            )
-    return None
-
-
-def _placed(tensor: Tensor) -> tuple | None:
-    return (tensor.device_mesh, tensor.placements) if is_dtensor(tensor) else None
-
-
-def _laid_out_as(p: Tensor, part: Tensor) -> Tensor:
-    """``part`` itself or, where ``p`` is a DTensor, one whose shard here is in the same memory."""
-    if not is_dtensor(p):
-        return part
-    # DTensor.from_local would move what is offloaded to the mesh's device.
-    whole = torch.empty_like(p, dtype=part.dtype)
-    whole.to_local().set_(part)
-    return whole
-
-
 def _check_fused(group: dict, number: int, p: Tensor) -> None:
     if group["fused"] and p.is_meta:  # as torch's
         raise RuntimeError(
@@ -466,7 +275,7 @@ def _check_fused(group: dict, number: int, p: Tensor) -> None:
         )
 
 
-def _capturing(buckets: list[_Bucket]) -> bool:
+def _capturing(buckets: list[Bucket]) -> bool:
     on_cuda = any(bucket.device.type == "cuda" for bucket in buckets)
     # Without a driver the question itself is an error; tests with fake tensors have none.
     return on_cuda and torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
@@ -488,36 +297,9 @@ def _check_capture(groups: list[dict]) -> None:
             )
 
 
-def _check_dense(grads: list[Tensor]) -> None:
-    if any(grad.layout is not torch.strided for grad in grads):
-        raise RuntimeError(_SPARSE)
-
-
-def _layout(p: Tensor) -> tuple[torch.Size, tuple[int, ...]]:
-    return p.shape, p.stride()
-
-
-def _shares(value: object) -> bool:
-    """Whether a tensor, or of a DTensor its shard, is part of a larger one."""
-    if is_dtensor(value):
-        return _shares(value.to_local())
-    return (
-        isinstance(value, Tensor)
-        and value.layout == torch.strided
-        and value.untyped_storage().nbytes() > value.numel() * value.element_size()
-    )
-
-
-def _leave_the_pack(state: dict[str, Tensor]) -> None:
-    """Lest the state of one idle parameter keep the whole of an old pack in memory."""
-    for name in ("step", *_MOMENTS):
-        if _shares(state.get(name)):
-            state[name] = state[name].clone()
-
-
 def _remember(optimizer: _Fused, state_dict: dict) -> None:
     for number, entries in state_dict["state"].items():
-        for name in ("step", *_MOMENTS) if isinstance(entries, dict) else ():
+        for name in ("step", *MOMENTS) if isinstance(entries, dict) else ():
             if name in entries and (problem := state_problem(name, entries[name])):
                 raise ValueError(
                     f"state of parameter {number}: {problem}; nothing was loaded. Load an earlier "
@@ -532,14 +314,6 @@ def _same(these: Iterable, those: list) -> bool:
 
 def _to(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.to(device, non_blocking=True)
-
-
-def _real(tensors: list[Tensor]) -> list[Tensor]:
-    return [torch.view_as_real(t.resolve_conj()) if t.is_complex() else t for t in tensors]
-
-
-def _moment_dtype(p: Tensor) -> torch.dtype:
-    return torch.promote_types(p.dtype, torch.float32)
 
 
 _ARGUMENTS = """
