@@ -7,6 +7,9 @@ from hypothesis import strategies as st
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
+#: Orders of norms, as torch takes them.
+NORM_TYPES = [2.0, 1.0, 0.1, 0.5, 3, 3.5, 8, 20.0, 0, -1, -2.5, -9, math.inf, -math.inf, "inf"]
+
 
 def _layout(draw, tensor):
     """The same values, laid out as gradients may be."""

@@ -8,8 +8,8 @@ import torch
 from fastguard import ops
 from fastguard.ops import attention as attention_ops
 from fastguard.thresholds import Fixed
-from tests.ops.test_guard_ops import APPLY, SKIP, double, fresh
-from tests.ops.test_ops import needs_kernel
+from tests.native import needs_kernel
+from tests.ops.decide_cases import APPLY, SKIP, double, fresh
 
 pytestmark = needs_kernel
 half = double(0.5)

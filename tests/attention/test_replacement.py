@@ -12,7 +12,7 @@ from torch.nn.utils import parametrize
 
 from fastguard import ClampedMultiheadAttention, replace_attention_, unused_attention
 
-from .test_module import draw
+from .cases import draw
 
 
 class Custom(nn.MultiheadAttention):

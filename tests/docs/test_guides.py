@@ -11,7 +11,7 @@ from torch.distributed.fsdp import fully_shard
 import fastguard
 from fastguard import GradGuard, Rollback, thresholds
 from tests.guard.test_grad_guard import everything
-from tests.test_clip import assert_same_bits
+from tests.tensors import assert_same_bits
 
 from .blocks import ROOT, printed, run_block
 from .test_readme import batches, loss, model, names

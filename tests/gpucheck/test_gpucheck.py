@@ -17,7 +17,7 @@ from fastguard.gpucheck.properties import PROPERTIES
 from fastguard.gpucheck.report import Report
 from fastguard.ops import _library
 from fastguard.ops import attention as attention_ops
-from tests.ops.test_ops import needs_kernel
+from tests.native import needs_kernel
 
 CPU = torch.device("cpu")
 TINY = Grid(sizes=(0, 1, 65, 300), many=12, rounds=1, repeats=3)

@@ -10,7 +10,7 @@ from torch import nn
 import fastguard
 from fastguard import GradGuard, Verdict
 from fastguard.thresholds import ZClip
-from tests.test_clip import assert_same_bits
+from tests.tensors import assert_same_bits
 
 from .test_grad_guard import everything, set_gradient_norms, small_model
 

@@ -8,7 +8,7 @@ from torch import nn
 
 import fastguard
 from fastguard import GradGuard, Verdict
-from tests.test_clip import assert_same_bits
+from tests.tensors import assert_same_bits
 
 from .test_accumulation import batch, window
 from .test_grad_guard import everything, small_model

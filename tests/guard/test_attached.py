@@ -9,7 +9,7 @@ from torch import nn
 
 import fastguard
 from fastguard import GradGuard, Verdict
-from tests.test_clip import assert_same_bits
+from tests.tensors import assert_same_bits
 
 from .test_grad_guard import everything, set_gradient_norms, small_model
 from .test_guard_device import slow

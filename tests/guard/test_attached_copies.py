@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.state_dict import (
 from fastguard import GradGuard
 from fastguard.guard.attached import STATE_KEY, link_of
 from fastguard.thresholds import ZClip
-from tests.test_clip import assert_same_bits, bits
+from tests.tensors import assert_same_bits, bits
 
 from . import test_attached
 from .test_attached import BATCHES, backward, guarded

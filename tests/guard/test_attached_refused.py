@@ -9,7 +9,7 @@ from torch import nn
 
 import fastguard
 from fastguard import GradGuard, GradientExplosionError, Rollback, Verdict
-from tests.test_clip import assert_same_bits
+from tests.tensors import assert_same_bits
 
 from . import test_attached
 from .test_attached import backward, guarded

@@ -13,7 +13,7 @@ from torch import nn
 import fastguard
 from fastguard import GradGuard, Verdict, ops
 from fastguard.guard import backward_hooks
-from tests.test_clip import assert_same_bits
+from tests.tensors import assert_same_bits
 
 from .test_grad_guard import everything, small_model, train_step
 

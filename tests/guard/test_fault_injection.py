@@ -10,7 +10,7 @@ from torch import nn
 import fastguard
 from fastguard import GradGuard
 from fastguard.thresholds import AdaGC, Fixed, RunningMedian, ZClip
-from tests.test_clip import assert_same_bits
+from tests.tensors import assert_same_bits
 
 from .test_grad_guard import everything
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from fastguard import GradGuard, GradientExplosionError, Verdict
 from tests.drawn import gradients
-from tests.test_clip import assert_same_bits, bits, parameters_with
+from tests.tensors import assert_same_bits, bits, parameters_with
 
 
 def small_model():

@@ -9,7 +9,7 @@ from torch import nn
 import fastguard
 from fastguard import GradGuard
 from fastguard.thresholds import AdaGC, ZClip
-from tests.test_clip import parameters_with
+from tests.tensors import parameters_with
 
 from .test_grad_guard import small_model, train_step
 

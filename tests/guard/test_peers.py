@@ -19,8 +19,8 @@ from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 
 import fastguard
 from fastguard import GradGuard, Verdict
-from tests.ops.test_ops import needs_kernel
-from tests.test_clip import assert_same_bits, bits, parameters_with
+from tests.native import needs_kernel
+from tests.tensors import assert_same_bits, bits, parameters_with
 
 from .test_grad_guard import set_gradient_norms
 from .test_guard_device import HOST_READS, Ops, optimizers
@@ -45,13 +45,16 @@ ELSEWHERE = [
         "11 DeepSpeed undoes arithmetic",
         "guard.test_rollback:test_the_state_is_restored_bit_for_bit",
     ),
-    ("16 fmaxf drops the NaN", "test_clip:test_a_nan_stays_in_every_order"),
+    ("16 fmaxf drops the NaN", "test_clip_orders:test_a_nan_stays_in_every_order"),
     ("17 a parameter listed twice", "test_clip:test_a_parameter_listed_twice_counts_once"),
     (
         "17 a max_norm that is negative or NaN",
         "test_clip:test_refuses_a_threshold_that_would_flip_or_poison_gradients",
     ),
-    ("17 the maximum of no elements", "test_clip:test_gradients_without_elements_and_of_zeros"),
+    (
+        "17 the maximum of no elements",
+        "test_clip_orders:test_gradients_without_elements_and_of_zeros",
+    ),
     (
         "torch raises for Tensors beside DTensors, and for several meshes",
         "test_clip_distributed:mixed_with_tensors_and_other_meshes",

@@ -9,7 +9,7 @@ from torch import nn
 import fastguard
 from fastguard import GradGuard, Verdict
 from fastguard.thresholds import AdaGC, AutoClip, RunningMedian, ZClip
-from tests.test_clip import assert_same_bits, bits, parameters_with
+from tests.tensors import assert_same_bits, bits, parameters_with
 
 from .test_guard_device import optimizers
 from .test_peers import feed, state_of

@@ -12,7 +12,7 @@ import fastguard
 from fastguard import GradGuard, GradientExplosionError, Rollback, Verdict
 from fastguard.guard import report as step_report
 from fastguard.thresholds import AdaGC
-from tests.test_clip import assert_same_bits, bits
+from tests.tensors import assert_same_bits, bits
 
 from .test_grad_guard import everything, set_gradient_norms, small_model, train_step
 

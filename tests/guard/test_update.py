@@ -9,7 +9,7 @@ from torch import nn
 import fastguard
 from fastguard import GradGuard, Verdict
 from fastguard.thresholds import AdaGC
-from tests.test_clip import assert_same_bits, bits
+from tests.tensors import assert_same_bits, bits
 
 from .test_grad_guard import everything, set_gradient_norms, small_model, train_step
 

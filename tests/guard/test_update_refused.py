@@ -8,7 +8,7 @@ import torch
 
 import fastguard
 from fastguard import GradGuard
-from tests.test_clip import assert_same_bits
+from tests.tensors import assert_same_bits
 
 from . import test_update
 from .test_grad_guard import everything, small_model, train_step

@@ -32,7 +32,9 @@ TESTS = {
         "guard/grad_scaler guard/attached guard/scale_search guard/accumulation guard/update"
     ),
     "fastguard/optim/adam.py": "optim/checks optim/adam_torch optim/adam optim/packed_state",
-    "fastguard/optim/packed_state.py": "optim/checks optim/adam_torch optim/packed_state optim/adam",
+    "fastguard/optim/packed_state.py": (
+        "optim/checks optim/adam_torch optim/packed_state optim/adam"
+    ),
     "fastguard/optim/checks.py": "optim/checks guard/update",
     "fastguard/guard/accumulation.py": "guard/accumulation guard/distributed",
     "fastguard/guard/buffers.py": "guard/buffers guard/rollback",
@@ -40,6 +42,7 @@ TESTS = {
     "fastguard/guard/distributed.py": "guard/distributed",
     "fastguard/guard/parameters.py": "guard/parameters guard/grad_guard guard/update",
     "fastguard/clip.py": "clip clip_distributed",
+    "fastguard/_tensors.py": "clip clip_distributed",
     "fastguard/guard/accounting.py": (
         "guard/budget guard/on_skip guard/grad_guard guard/rollback guard/guard_device"
     ),
@@ -54,12 +57,14 @@ TESTS = {
     "fastguard/guard/step_warnings.py": "guard/step_warnings",
     "fastguard/guard/lr_scheduler.py": "guard/attached",
     "fastguard/guard/module_names.py": "guard/module_names guard/parameters",
-    "fastguard/thresholds.py": "guard/grad_guard guard/outliers ops/guard_ops",
+    "fastguard/thresholds.py": (
+        "guard/grad_guard guard/outliers ops/guard_decide ops/guard_thresholds"
+    ),
     "fastguard/guard/statistics.py": (
         "guard/tensor_norms guard/outliers guard/grad_guard guard/scale_search "
         "guard/step_warnings guard/accumulation"
     ),
-    "csrc/decide.h": "guard/outliers guard/grad_guard ops/guard_ops",
+    "csrc/decide.h": "guard/outliers guard/grad_guard ops/guard_decide ops/guard_thresholds",
 }
 _FAILED = 70  # the status of a child that never came to run the tests
 _DEVICES = ("cuda kernel", "warps one by one", "at random")  # the executor's, of tests/simt

@@ -1,25 +1,17 @@
-"""The operators of attention against their references, on whatever inputs they may be given."""
+"""The operator of attention against its reference, on whatever inputs it may be given."""
 
 import math
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils.checkpoint import checkpoint
 
 from fastguard import clamped_attention, ops
 from fastguard.attention import clamped_attention_and_weights
 from fastguard.ops import attention as attention_ops
-
-OPS = torch.ops.fastguard
-needs_kernel = pytest.mark.skipif(not ops.cpu_info(), reason="the CPU library is not built")
-DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-SEED = torch.tensor([0x123456789ABCDEF0, 0x7EDCBA9876543210])
+from tests.native import needs_kernel
+from tests.ops.attention_cases import DTYPES, OPS, SEED
 
 
 def laid_out(tensor, layout):
@@ -157,9 +149,6 @@ def test_kernels_against_the_reference_in_float64(dtype, data):
         assert_near(got, wanted, name, terms)
 
 
-# --- dropout --------------------------------------------------------------------------------------
-
-
 @needs_kernel
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_dropout_keeps_what_the_reference_keeps(dtype):
@@ -196,199 +185,6 @@ def test_dropout_is_independent_between_heads_rows_columns_and_seeds():
     assert correlation.abs().max() < 5 / 128
     for shift, dim in [(1, -1), (8, -1), (16, -1), (1, -2), (8, -2), (16, -2)]:
         assert (masks[0] * masks[0].roll(shift, dim)).mean().abs() < 0.25 * 5 / 256
-
-
-@needs_kernel
-def test_checkpointing_replays_dropout():
-    inputs = [torch.randn(1, 2, 70, 16).requires_grad_() for _ in range(3)]
-    results = []
-    for again in (lambda f, *x: f(*x), lambda f, *x: checkpoint(f, *x, use_reentrant=False)):
-        torch.manual_seed(0)
-        output = again(lambda q, k, v: clamped_attention(q, k, v, dropout_p=0.3), *inputs)
-        results.append((output, *torch.autograd.grad(output.square().sum(), inputs)))
-    for a, b in zip(*results, strict=True):
-        assert torch.equal(a, b)
-
-
-# --- autograd, compile ----------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("dropout_p", [0.0, 0.4])
-@pytest.mark.parametrize("softcap", [None, 1.5])
-def test_gradcheck(dropout_p, softcap):
-    torch.manual_seed(1)
-    query = torch.randn(2, 4, 5, 3, dtype=torch.float64, requires_grad=True)
-    key = torch.randn(2, 2, 7, 3, dtype=torch.float64, requires_grad=True)
-    value = torch.randn(2, 2, 7, 4, dtype=torch.float64, requires_grad=True)
-    padding = torch.arange(7) >= torch.tensor([[7], [4]])
-    bias = torch.randn(4, 5, 7, dtype=torch.float64)
-
-    def attend(query, key, value):
-        torch.manual_seed(2)
-        return clamped_attention(
-            query, key, value, key_padding_mask=padding, attn_mask=bias, is_causal=True,
-            dropout_p=dropout_p, softcap=softcap, clamp=1.0,
-        )  # fmt: skip
-
-    assert (attend(query, key, value).abs() == 1).any()
-    assert torch.autograd.gradcheck(attend, (query, key, value))
-
-
-def test_second_derivatives_are_refused():
-    x = torch.randn(1, 1, 3, 4, requires_grad=True)
-    (grad,) = torch.autograd.grad(clamped_attention(x, x, x).sum(), x, create_graph=True)
-    if ops.cpu_info():
-        with pytest.raises(NotImplementedError, match="create_graph=False"):
-            grad.sum().backward()
-
-
-def test_a_mask_that_wants_a_gradient_gets_it():
-    bias = torch.zeros(4, 6, requires_grad=True)
-    query, key, value = torch.randn(1, 2, 4, 8), torch.randn(1, 2, 6, 8), torch.randn(1, 2, 6, 8)
-    output = clamped_attention(query, key, value, attn_mask=bias)
-    (got,) = torch.autograd.grad(output.sum(), bias)
-    peer = F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
-    torch.testing.assert_close(got, torch.autograd.grad(peer.sum(), bias)[0])
-    assert got.abs().max() > 0
-
-
-@needs_kernel
-@pytest.mark.parametrize("return_stats", [False, True])
-@pytest.mark.parametrize("batch", [0, 2])
-def test_opcheck(batch, return_stats):
-    query = torch.randn(batch, 5, 4, 8).transpose(1, 2).requires_grad_()
-    key, value = (torch.randn(batch, 2, 6, 8, requires_grad=True) for _ in range(2))
-    padding = torch.zeros(batch, 6, dtype=torch.bool)
-    options = (padding, None, SEED, True, 0.1, 0.3, 2.0, 1.0)
-    torch.library.opcheck(OPS.attention.default, (query, key, value, *options, return_stats))
-    output, logsumexp, _ = OPS.attention(query, key, value, *options, return_stats)
-    saved = (output.detach(), query.detach(), key.detach(), value.detach(), output.detach())
-    torch.library.opcheck(
-        OPS.attention_backward.default,
-        (*saved, logsumexp, *options),
-        test_utils=("test_schema", "test_faketensor"),
-    )
-
-
-@needs_kernel
-def test_compiles_without_a_graph_break():
-    inputs = [torch.randn(2, 3, 20, 16).requires_grad_() for _ in range(3)]
-    padding = torch.arange(20) >= torch.tensor([[20], [11]])
-
-    def attend(query, key, value):
-        output, stats = clamped_attention(
-            query, key, value, key_padding_mask=padding, dropout_p=0.2, return_stats=True
-        )
-        return output * 2, stats
-
-    compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
-    results = []
-    for each in (attend, compiled):
-        torch.manual_seed(3)
-        output, stats = each(*inputs)
-        results.append((output, *stats, *torch.autograd.grad(output.sum(), inputs)))
-    for a, b in zip(*results, strict=True):
-        torch.testing.assert_close(a, b, equal_nan=True)
-
-
-# --- what must not depend on anything -------------------------------------------------------------
-
-
-def digest_of(threads, dtype, heads):
-    torch.set_num_threads(threads)
-    torch.manual_seed(0)
-    tensors = [torch.randn(2, heads, 300, 40).to(dtype) for _ in range(4)]
-    padding = torch.arange(300) >= torch.tensor([[300], [170]])
-    options = (padding, None, SEED, False, 0.1, 0.2, 0.0, 0.1)
-    output, logsumexp, _ = OPS.attention(*tensors[:3], *options, False)
-    grads = OPS.attention_backward(tensors[3], *tensors[:3], output, logsumexp, *options)
-    return output, logsumexp, *grads
-
-
-@needs_kernel
-@pytest.mark.parametrize("heads", [1, 3])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_same_bits_for_any_number_of_threads_and_every_time(dtype, heads):
-    threads = torch.get_num_threads()
-    try:
-        results = [digest_of(n, dtype, heads) for n in (1, 2, 2, 3, 7)]
-    finally:
-        torch.set_num_threads(threads)
-    for each in results[1:]:
-        for a, b in zip(each, results[0], strict=True):
-            assert torch.equal(a, b)
-
-
-@needs_kernel
-def test_other_tensors_do_not_change_a_row():
-    """A row of an utterance has the same bits whatever else is in the batch."""
-    query, key, value = (torch.randn(3, 2, 100, 32) for _ in range(3))
-    together = clamped_attention(query, key, value)
-    for b in range(3):
-        assert torch.equal(
-            clamped_attention(*(x[b : b + 1] for x in (query, key, value))), together[b : b + 1]
-        )
-
-
-_EVERY = """
-import pytest, sys
-sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "tests/ops/test_attention.py", "-k",
-                      "against_the_reference or dropout_keeps or same_bits"]))
-"""
-
-
-@needs_kernel
-@pytest.mark.parametrize("capability", ops.cpu_info().get("compiled", "default").split())
-def test_every_instruction_set(capability):
-    chosen = ops.cpu_info()["chosen"]
-    if capability == chosen:
-        return  # that is what all the other tests run on
-    run = subprocess.run(
-        [sys.executable, "-c", _EVERY],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "FASTGUARD_CPU_CAPABILITY": capability},
-    )
-    assert run.returncode == 0, run.stdout[-5000:]
-
-
-# --- memory ---------------------------------------------------------------------------------------
-
-
-_PEAK = """
-import sys, torch
-from fastguard import clamped_attention
-
-def peak():
-    status = open("/proc/self/status").read()  # getrusage's may be that of the parent
-    return int(status.split("VmHWM:")[1].split()[0]) * 1024
-
-def step(length):
-    inputs = [torch.randn(1, 1, length, 16, requires_grad=True) for _ in range(3)]
-    clamped_attention(*inputs, dropout_p=float(sys.argv[1]), softcap=5.0).square().sum().backward()
-
-step(64)
-before = peak()
-step(16384)
-print(peak() - before)
-"""
-
-
-@needs_kernel
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-@pytest.mark.parametrize("dropout_p", [0.0, 0.1])
-def test_no_tensor_is_of_rows_times_keys(dropout_p):
-    run = subprocess.run(
-        [sys.executable, "-c", _PEAK, str(dropout_p)], capture_output=True, text=True, check=True
-    )
-    # In units of one input, 1 MB: inputs, output and gradients are 8, the parts of the query's
-    # gradient 32, scratch 8 for each thread. The weights of one head would be 1024.
-    linear = 16384 * 16 * 4 * (8 + 32 + 8 * torch.get_num_threads())
-    assert 2**20 < int(run.stdout) < linear
-    print(f"peak {int(run.stdout) / 2**20:.0f} MB, bound {linear / 2**20:.0f} MB")
-
-
-# --- the rest -------------------------------------------------------------------------------------
 
 
 def test_gradients_do_not_pass_rows_without_a_key_even_if_they_are_not_finite():
@@ -437,24 +233,6 @@ def test_logits_that_overflow_are_not_taken_for_none(dtype):
     output, stats = clamped_attention(query, query, query, scale=1e10, return_stats=True)
     assert output.isnan().all()
     assert not stats.max_logit.isfinite().any()
-
-
-def test_forward_derivatives_and_torch_func():
-    x, tangent = torch.randn(2, 1, 2, 4, 8, dtype=torch.float64)
-
-    def attend(x):
-        return clamped_attention(x, x, x, clamp=1.0)
-
-    _, got = torch.func.jvp(attend, (x,), (tangent,))
-    step = 1e-6 * tangent
-    torch.testing.assert_close(got, (attend(x + step) - attend(x - step)) / 2e-6)
-    with torch.autograd.forward_ad.dual_level():
-        dual = attend(torch.autograd.forward_ad.make_dual(x, tangent))
-        torch.testing.assert_close(torch.autograd.forward_ad.unpack_dual(dual).tangent, got)
-    wanted = torch.autograd.grad(attend(x.requires_grad_()).sum(), x)[0]
-    torch.testing.assert_close(torch.func.grad(lambda x: attend(x).sum())(x.detach()), wanted)
-    each = torch.vmap(attend)(torch.stack([x, 2 * x]))
-    torch.testing.assert_close(each, torch.stack([attend(x), attend(2 * x)]))
 
 
 def test_a_bound_beyond_float16_is_none():

@@ -13,8 +13,7 @@ import torch
 from torch import nn
 
 import fastguard
-
-from .test_adam import assert_close
+from tests.tensors import assert_close
 
 PAIRS = [(fastguard.Adam, torch.optim.Adam), (fastguard.AdamW, torch.optim.AdamW)]
 IMPLEMENTATIONS = [{}, {"foreach": True}, {"foreach": False}, {"fused": True}, {"fused": False}]

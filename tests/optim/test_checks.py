@@ -12,8 +12,9 @@ from torch import nn
 import fastguard
 from fastguard.optim import adam
 from fastguard.optim.checks import check_options, check_state, nonfinite_state, state_problem
+from tests.tensors import assert_same_bits, bits
 
-from .test_adam import assert_same_bits, bits, give_grads, parameters, run, state_bits
+from .adam_cases import give_grads, parameters, run, state_bits
 
 BAD = [math.nan, math.inf, -math.inf]
 

@@ -15,7 +15,7 @@ LEFT_OUT = {
     "|settle_on_the_cpu",
     # The CUDA norm adds up 32 elements in float32, the CPU's all in float64: 1e-7 apart.
     "a norm as exact as the CPU's": "(grad_norm|decide_|clip_)-1e-1[23]"
-    "|test_ops.py::test_grad_norm$|test_clips_to_the_true_norm|test_every_order_is_torchs",
+    "|test_grad_norm.py::test_grad_norm$|test_clips_to_the_true_norm|test_every_order_is_torchs",
     "rounding as the CPU's": "test_the_kernel_rounds_as_the_reference_does",
     # fastguard.ops gives CUDA's settle_ no buffers with gaps, and takes these for the CPU's.
     "buffers with gaps": r"test_settle\[|test_opcheck_settle",

@@ -1,0 +1,69 @@
+"""ClampedMultiheadAttention in torch's encoder layers, whose fast paths must not pass it by."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from fastguard.attention.module import ClampedMultiheadAttention
+from fastguard.attention.replacement import replace_attention_
+
+from .cases import TORCHS_WARNINGS, draw, encoder_layers, length_mask
+
+pytestmark = TORCHS_WARNINGS
+
+
+@pytest.mark.parametrize("norm_first", [True, False])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("lengths", [None, [7, 3]])
+def test_encoder_layer_takes_it_and_no_fast_path_passes_it_by(norm_first, training, lengths):
+    theirs, ours = encoder_layers(norm_first=norm_first)
+    x = draw(2, 7, 24, seed=0, dtype=torch.float32)
+    mask = None if lengths is None else length_mask(lengths, 7)
+    theirs.train(training)
+    ours.train(training)
+    with torch.no_grad():
+        expected = theirs(x, src_key_padding_mask=mask)
+        torch.testing.assert_close(ours(x, src_key_padding_mask=mask), expected)
+        ours.self_attn.clamp = 1e-6
+        clamped = ours(x, src_key_padding_mask=mask)
+        ours.self_attn.out_proj.weight.zero_()
+        torch.testing.assert_close(clamped, ours(x, src_key_padding_mask=mask))
+    assert not torch.allclose(clamped, expected, atol=1e-3)
+
+
+@pytest.mark.parametrize("how", ["constructor", "replace_attention_"])
+def test_no_fast_path_of_an_encoder_passes_it_by(how):
+    """Built of ours, it makes nested tensors of what is padded; replaced, it makes none."""
+    theirs, ours = encoder_layers(clamp=1e-6)
+    if how == "constructor":
+        encoder = nn.TransformerEncoder(ours, 2).eval()
+    else:
+        encoder = nn.TransformerEncoder(theirs, 2).eval()
+        assert encoder.use_nested_tensor
+        assert len(replace_attention_(encoder, clamp=1e-6).replaced) == 2
+    x, mask = draw(2, 7, 24, seed=0, dtype=torch.float32), length_mask([7, 3], 7)
+    with torch.no_grad():
+        got = encoder(x, src_key_padding_mask=mask)
+        for layer in encoder.layers:
+            layer.self_attn.out_proj.weight.zero_()
+        torch.testing.assert_close(got, encoder(x, src_key_padding_mask=mask))
+    assert (got - x).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("lengths", [[3, 2], [5], [0, 4]])
+def test_a_nested_tensor_is_padded_and_nested_again(batch_first, lengths):
+    ours = ClampedMultiheadAttention(24, 4, batch_first=batch_first).eval()
+    rows = [draw(length, 24, seed=length).float() for length in lengths]
+    nested = torch.nested.nested_tensor(rows)
+    with torch.no_grad():
+        output, weights = ours(nested, nested, nested, need_weights=False)
+        assert weights is None and output.is_nested
+        for got, row in zip(output.unbind(), rows, strict=True):
+            torch.testing.assert_close(got, ours(row, row, row, need_weights=False)[0])
+        with pytest.raises(AssertionError, match=r"a nested tensor that is query, key and value"):
+            ours(nested, nested, nested)
+        with pytest.raises(AssertionError, match=r"a nested tensor that is query, key and value"):
+            ours(nested, nested.clone(), nested, need_weights=False)

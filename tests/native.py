@@ -1,0 +1,31 @@
+"""What tests of the CPU's kernels share."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from fastguard import ops
+from fastguard.ops import _library
+
+needs_kernel = pytest.mark.skipif(
+    _library.cpu_problem is not None, reason=f"no CPU kernels: {_library.cpu_problem}"
+)
+
+
+def assert_same_from_every_instruction_set(script):
+    """``script`` prints the instruction set that was chosen and a digest of its results."""
+    printed = {}
+    for capability in ops.cpu_info()["compiled"].split():
+        run = subprocess.run(
+            [sys.executable, "-c", script],
+            capture_output=True,
+            text=True,
+            check=True,
+            env={**os.environ, "FASTGUARD_CPU_CAPABILITY": capability},
+        )
+        chosen, values = run.stdout.split(" ", 1)
+        printed[chosen] = values
+    assert "default" in printed
+    assert len(set(printed.values())) == 1, printed
