@@ -1,8 +1,4 @@
-"""Attention's CUDA kernels on the executor, against the reference in float64."""
-
-import itertools
-import math
-import re
+"""Attention's CUDA kernels on the executor, against the reference."""
 
 import pytest
 import torch
@@ -10,93 +6,27 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastguard.ops.attention import attention_backward_ref, attention_ref
-from tests import simt
+from tests.simt.attention_cases import (
+    BF16,
+    F16,
+    F32,
+    F64,
+    INF,
+    NAN,
+    PRECISION,
+    SCHEDULES,
+    both,
+    gradient,
+    inputs,
+)
 
-from .build import ROOT
 from .kernels.attention import AttentionDevice
 from .test_kernels import bits, same
 
-INF, NAN = math.inf, math.nan
-BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
-# Of forward and backward, of the sums of absolute terms. 16-bit weights are rounded once and so is
-# what they make; backward has the output's rounding and that of the logits' gradients as well. In
-# float32 it is logits of up to 20, sums of 128 products, that are off by some 2e-6.
-PRECISION = {BF16: (2 * 2**-8, 4 * 2**-8), F16: (2 * 2**-11, 4 * 2**-11), F32: (8e-6, 16e-6)}
-SCHEDULES = ("round_robin", "greedy", "random", "unfair")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiler():
-    try:
-        AttentionDevice().attention(*inputs())
-    except simt.NoCompiler as error:
-        pytest.skip(str(error))
-
-
-# --- problems -------------------------------------------------------------------------------------
-
-
-def inputs(
-    dtype=BF16,
-    batch=1,
-    heads=1,
-    kv_heads=1,
-    queries=70,
-    keys=100,
-    head_dim=64,
-    value_dim=64,
-    padding=None,
-    mask=None,
-    is_causal=False,
-    dropout_p=0.0,
-    softcap=0.0,
-    clamp=INF,
-    return_stats=True,
-    layout="heads inside",
-    seed=0,
-):
-    """Arguments of the operator; ``padding`` and ``mask`` say how they are drawn."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(heads, rows, columns):
-        if layout == "heads outside":
-            return torch.randn(batch, heads, rows, columns, generator=generator).to(dtype)
-        # Rows of each head within those of all, as the projections leave them, or not aligned.
-        offset = 1 if layout == "misaligned" else 0
-        wide = torch.randn(batch, rows, heads, columns + offset, generator=generator).to(dtype)
-        return wide[..., offset:].transpose(1, 2)
-
-    def uniform(*shape):
-        return torch.rand(*shape, generator=generator)
-
-    tensors = (
-        normal(heads, queries, head_dim),
-        normal(kv_heads, keys, head_dim),
-        normal(kv_heads, keys, value_dim),
-    )
-    shape = (batch, heads, queries, keys)
-    masks = {
-        None: None,
-        "shown": uniform(*shape) < 0.7,
-        "of all heads": (uniform(1, 1, queries, keys) < 0.6).expand(shape),
-        "added": uniform(*shape).log() * 3,
-        "of keys": (uniform(batch, 1, 1, keys) * 4).expand(shape),
-        # Rows that see nothing of the first tiles, which others do see, and some that see nothing.
-        "from the query on": torch.ones(shape, dtype=torch.bool).triu(),
-        "from the query on, added": torch.full(shape, -INF).tril(-1),
-    }
-    paddings = {
-        None: None,
-        "some": uniform(batch, keys) < 0.4,
-        "all of the first": torch.arange(batch)[:, None].expand(-1, keys) == 0,
-        "after a length": torch.arange(keys) >= (uniform(batch, 1) * keys),
-        "of the first tiles": (torch.arange(keys) < 64).expand(batch, -1),
-    }
-    given = (paddings[padding], masks[mask], torch.tensor([7 << 40 | seed, -5]))
-    return (*tensors, *given, is_causal, dropout_p, 0.3, softcap, clamp, return_stats)
-
+pytestmark = pytest.mark.usefixtures("attention_compiler")
 
 MASKS = ["shown", "of all heads", "added", "of keys"]
+
 MASKS += ["from the query on", "from the query on, added"]
 
 
@@ -200,25 +130,6 @@ def assert_backward(arguments, grad_output, output, found):
     precision = PRECISION[arguments[0].dtype][1]
     for a, b, of_terms in zip(found, wanted, terms, strict=True):
         assert_within(a, b, precision * of_terms)
-
-
-def gradient(arguments, seed=1):
-    query, _, value = arguments[:3]
-    generator = torch.Generator().manual_seed(seed)
-    drawn = torch.randn(*query.shape[:3], value.size(3), generator=generator)
-    return drawn.to(query.dtype)
-
-
-def both(device, arguments):
-    """Output and gradients."""
-    found = device.attention(*arguments)
-    grads = device.attention_backward(
-        gradient(arguments), *arguments[:3], found.output, found.logsumexp, *arguments[3:-1]
-    )
-    return found, grads
-
-
-# --- results --------------------------------------------------------------------------------------
 
 
 @settings(max_examples=20, deadline=None)
@@ -348,146 +259,3 @@ def test_the_gradient_stops_at_the_bound(dtype):
         *(*arguments[:3], found.output, found.logsumexp, *arguments[3:-1]),
     )
     assert grad_value[0, 0, 0, :5].tolist() == [0, 0, 2, 3, 0]
-
-
-# --- order, bounds, barriers ----------------------------------------------------------------------
-
-CASES = {
-    "bfloat16, 40 of 64 columns": {
-        **{"heads": 2, "kv_heads": 1, "head_dim": 40, "value_dim": 24, "mask": "shown"},
-        **{"padding": "some", "dropout_p": 0.3},
-    },
-    "float16, 128 columns, causal": {
-        **{"dtype": F16, "head_dim": 128, "value_dim": 120, "queries": 130, "keys": 130},
-        **{"is_causal": True, "mask": "added", "softcap": 2.0},
-    },
-    "float32, 64 columns": {
-        **{"dtype": F32, "head_dim": 60, "value_dim": 64, "dropout_p": 0.2, "padding": "some"},
-    },
-}
-
-
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("seed", [0, 3])
-def test_the_result_is_the_same_on_every_schedule(case, seed):
-    """The seed also draws the order of the sums in an mma, which no GPU changes between runs."""
-    arguments = inputs(**CASES[case])
-    results = [
-        bits(both(AttentionDevice(schedule=s, seed=seed, weak_memory=s != "random"), arguments))
-        for s in SCHEDULES
-    ]
-    assert all(same(result, results[0]) for result in results[1:])
-
-
-class Both:
-    """Forward and backward with the reports of each."""
-
-    def __init__(self, **options):
-        self.forward, self.backward = AttentionDevice(**options), AttentionDevice(**options)
-
-    def attention(self, *arguments):
-        return self.forward.attention(*arguments)
-
-    def attention_backward(self, *arguments):
-        return self.backward.attention_backward(*arguments)
-
-    def removable(self):
-        return {*self.forward.report.removable(), *self.backward.report.removable()}
-
-
-@pytest.fixture(scope="module")
-def sites():
-    """Where each barrier, wait and bound is, and the cases that meet it."""
-    found = {}
-    for case in CASES:
-        device = Both()
-        both(device, inputs(**CASES[case]))
-        for site in device.removable():
-            found.setdefault(site, []).append(case)
-    return found
-
-
-def caught(site, cases, expected):
-    for case, (seed, schedule) in itertools.product(cases, enumerate(SCHEDULES)):
-        options = {"schedule": schedule, "seed": seed, "removed": frozenset([site])}
-        try:
-            found = bits(both(Both(**options), inputs(**CASES[case])))
-        except simt.Error:
-            return True
-        if not same(found, expected(case, seed)):
-            return True
-    return False
-
-
-def test_every_barrier_wait_and_bound_is_needed(sites):
-    """The kernels with one barrier, wait or bound taken away: each is noticed."""
-    known = {}
-
-    def expected(case, seed):
-        if (case, seed) not in known:
-            known[case, seed] = bits(both(Both(seed=seed), inputs(**CASES[case])))
-        return known[case, seed]
-
-    assert [site for site, cases in sites.items() if not caught(site, cases, expected)] == []
-
-
-def test_every_barrier_wait_and_bound_is_met(sites):
-    text = re.compile(r"\b(within|__syncthreads|__syncwarp|wait_async(<\d>)?)\(")
-    met = {site.rsplit(":", 1)[0] for site in sites}
-    for path in sorted((ROOT / "csrc/cuda").glob("attention*.cuh")):
-        for number, line in enumerate(path.read_text().splitlines(), start=1):
-            if text.search(line.split("//")[0]):
-                assert f"{path.relative_to(ROOT)}:{number}" in met
-
-
-# --- what is moved and computed -------------------------------------------------------------------
-
-
-def counted(**problem):
-    device = Both(count=True)
-    both(device, inputs(**problem))
-    return device.forward.report, device.backward.report
-
-
-@pytest.mark.parametrize("dtype", PRECISION)
-@pytest.mark.parametrize("width", [32, 64, 96, 128])
-def test_shared_memory_is_read_without_bank_conflicts(dtype, width):
-    reports = counted(dtype=dtype, head_dim=width, value_dim=width, is_causal=True)
-    for report in reports:
-        if dtype != F32:
-            assert report.total("calls", "ldmatrix") > 0
-            assert report.total("conflicts", "ldmatrix", "shared_store") == 0
-        assert report.total("conflicts", "shared_load") == 0
-
-
-@pytest.mark.parametrize("dtype", [BF16, F32])
-@pytest.mark.parametrize("length", [128, 256])
-def test_memory_is_read_and_written_in_proportion_to_the_length(dtype, length):
-    """Of what is read and written each sector counts once: nothing of T x S is among it."""
-    options = {"dtype": dtype, "queries": length, "keys": length, "return_stats": False}
-    forward, backward = counted(heads=2, kv_heads=2, **options)
-    size = 2 * length * 64 * (2 if dtype == BF16 else 4)  # bytes of a tensor
-    rows = 2 * length * 4  # of a number for each row
-    (launch,) = forward.launches
-    assert (launch.loaded_sectors * 32, launch.stored_sectors * 32) == (3 * size, size + rows)
-    moved = [(x.kernel, 32 * x.loaded_sectors, 32 * x.stored_sectors) for x in backward.launches]
-    assert moved == [
-        ("attention_delta_kernel", 2 * size + rows, size + 2 * rows),
-        ("attention_grad_query_kernel", 4 * size + 2 * rows, size),
-        ("attention_grad_key_kernel", 4 * size + 2 * rows, 2 * size),
-    ]
-    for report in (forward, backward):
-        for site in report.of("copy_async", "load", "store"):
-            if site.bytes == 16:
-                assert site.sectors == site.calls * 16 / 32, site
-
-
-def test_tiles_without_a_visible_key_are_left_out():
-    def products(**problem):
-        return [r.total("requests", "mma") for r in counted(queries=256, keys=256, **problem)]
-
-    whole = products()
-    assert whole == [2 * 256 * 256 * 64 // 2048, 7 * 256 * 256 * 64 // 2048]
-    # Of 2 x 8 tiles of 128 x 32 there are 12 at or below the diagonal, of 4 x 4 of 64 x 64 10.
-    assert products(is_causal=True) == [whole[0] * 12 // 16, whole[1] * 10 // 16]
-    assert products(padding="of the first tiles") == [n * 3 // 4 for n in whole]

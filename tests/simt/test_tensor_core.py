@@ -1,49 +1,19 @@
-"""Tensor cores and asynchronous copies: their layouts, their rules, and a kernel that uses both."""
+"""Matrix products on the executor, the functions they use, and what nvcc makes of them."""
 
 import importlib.util
 import os
 import re
 import shutil
 import subprocess
-from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from tests import simt
+from tests.simt.tensor_core_cases import ROUNDING, SCHEDULES, decoded, encoded, kernels
 
 from .build import ROOT
-
-SCHEDULES = [
-    (schedule, seed) for schedule in ("round_robin", "greedy", "random") for seed in (0, 7)
-]
-
-
-@cache
-def kernels():
-    try:
-        return simt.load("tensor_kernels", ["tests/simt/kernels/tensor_bindings.cpp"])
-    except simt.NoCompiler as error:
-        pytest.skip(str(error))
-
-
-# --- numbers --------------------------------------------------------------------------------------
-
-
-def encoded(x, dtype):
-    """As a kernel takes it: two bytes of an element, or a float, of which tf32 drops 13 bits."""
-    x = np.asarray(x, np.float32)
-    if dtype == "bfloat16":
-        return torch.from_numpy(x).bfloat16().view(torch.int16).numpy().view(np.uint16)
-    return x.astype(np.float16).view(np.uint16) if dtype == "float16" else x
-
-
-def decoded(x, dtype):
-    if dtype == "bfloat16":
-        return torch.from_numpy(x.view(np.int16)).view(torch.bfloat16).double().numpy()
-    return x.view(np.float16).astype(np.float64) if dtype == "float16" else x.astype(np.float64)
 
 
 def as_multiplied(x, dtype):
@@ -52,12 +22,6 @@ def as_multiplied(x, dtype):
         x = (x.view(np.uint32) & ~np.uint32(0x1FFF)).view(np.float32)
     return decoded(x, dtype)
 
-
-# Half a unit in the last place of the type that a product is stored in.
-ROUNDING = {"bfloat16": 2.0**-8, "float16": 2.0**-11, "tf32": 2.0**-24}
-
-
-# --- a matrix product -----------------------------------------------------------------------------
 
 PRODUCTS = [
     ("bfloat16", "rows"),  # b as rows, which ldmatrix transposes
@@ -169,123 +133,6 @@ def test_products_are_counted():
     assert report.total("requests", "mma") == 64 * 64 * 128 // (16 * 8 * 16)
 
 
-# --- layouts, as the tables of PTX's ISA give them ------------------------------------------------
-
-LANE = np.arange(32)
-GROUP, IN_GROUP = LANE // 4, LANE % 4  # PTX: groupID, threadID_in_group
-
-
-def places_of_a(dtype):
-    """Row and column of each element of each lane's registers, in their order."""
-    if dtype == "tf32":
-        rows = [GROUP + (8 if i in (1, 3) else 0) for i in range(4)]
-        columns = [IN_GROUP + (4 if i in (2, 3) else 0) for i in range(4)]
-    else:
-        rows = [GROUP + (0 if i < 2 or 4 <= i < 6 else 8) for i in range(8)]
-        columns = [IN_GROUP * 2 + (i & 1) + (0 if i < 4 else 8) for i in range(8)]
-    return np.stack(rows, 1), np.stack(columns, 1)
-
-
-def places_of_b(dtype):
-    if dtype == "tf32":
-        rows = [IN_GROUP, IN_GROUP + 4]
-    else:
-        rows = [IN_GROUP * 2 + (i & 1) + (0 if i < 2 else 8) for i in range(4)]
-    return np.stack(rows, 1), np.stack([GROUP] * len(rows), 1)
-
-
-def places_of_d():
-    rows = [GROUP + (0 if i < 2 else 8) for i in range(4)]
-    columns = [IN_GROUP * 2 + (i & 1) for i in range(4)]
-    return np.stack(rows, 1), np.stack(columns, 1)
-
-
-def mma(dtype, a, b, d, options):
-    """d + a b by one instruction."""
-    registers = [
-        np.ascontiguousarray(encoded(matrix, dtype)[places]).view(np.uint32)
-        for matrix, places in ((a, places_of_a(dtype)), (b, places_of_b(dtype)))
-    ]
-    sums = np.ascontiguousarray(np.asarray(d, np.float32)[places_of_d()])
-    getattr(kernels(), f"mma_{dtype}")(options, *registers, sums)
-    result = np.full((16, 8), np.nan, np.float32)
-    result[places_of_d()] = sums
-    return result
-
-
-@pytest.mark.parametrize("dtype", ROUNDING)
-@pytest.mark.parametrize("schedule, seed", SCHEDULES)
-def test_mma_has_the_layout_of_ptx(dtype, schedule, seed):
-    draw = np.random.default_rng(seed).integers
-    depth = 8 if dtype == "tf32" else 16
-    a, b, d = (draw(-99, 99, shape) for shape in ((16, depth), (depth, 8), (16, 8)))
-    result = mma(dtype, a, b, d, simt.Options(schedule, seed))
-    np.testing.assert_array_equal(result, d + a @ b)
-
-
-@pytest.mark.parametrize("dtype", ROUNDING)
-def test_nan_and_inf_pass_through_an_mma(dtype):
-    depth = 8 if dtype == "tf32" else 16
-    a, b, d = np.zeros((16, depth)), np.ones((depth, 8)), np.zeros((16, 8))
-    a[3, 5], a[9, 1], b[2, 4] = np.nan, np.inf, -np.inf
-    result = mma(dtype, a, b, d, simt.Options())
-    with np.errstate(invalid="ignore"):
-        np.testing.assert_array_equal(result, a @ b)
-
-
-def test_tf32_drops_the_low_bits():
-    a, b = np.zeros((16, 8), np.float32), np.eye(8, dtype=np.float32)
-    a[0] = np.array([0x3F801FFF, 0xBF803FFF], np.uint32).view(np.float32).repeat(4)
-    result = mma("tf32", a, b, np.zeros((16, 8)), simt.Options())
-    np.testing.assert_array_equal(result[0], np.repeat(np.float32([1, -(1 + 2**-10)]), 4))
-
-
-def test_the_seed_draws_the_order_of_the_sum():
-    draw = np.random.default_rng(3).standard_normal
-    a, b, d = (encoded(draw(shape), "float16") for shape in ((16, 16), (16, 8), (16, 8)))
-    a, b, d = (decoded(x, "float16") for x in (a, b, d))
-    results = [mma("float16", a, b, d, simt.Options(seed=seed)) for seed in (0, 1, 2, 1)]
-    for result in results:
-        np.testing.assert_allclose(result, d + a @ b, rtol=0, atol=1e-5)
-    assert len({result.tobytes() for result in results}) == 3
-    np.testing.assert_array_equal(results[1], results[3])  # one order for all that one seed runs
-
-
-@pytest.mark.parametrize("count", [1, 2, 4])
-@pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("stride", [1, 7])
-def test_ldmatrix_has_the_layout_of_ptx(count, transposed, stride):
-    rows = np.arange(256, dtype=np.uint16).reshape(32, 8)
-    registers = np.zeros((32, count), np.uint32)
-    run = kernels().ldmatrix_trans if transposed else kernels().ldmatrix
-    run(simt.Options("random", 3), count, simt.placed(rows), stride, registers)
-    matrices = rows[LANE * stride % 32].reshape(4, 8, 8)
-    if transposed:
-        matrices = matrices.transpose(0, 2, 1)
-    for i in range(count):
-        pairs = matrices[i][GROUP[:, None], IN_GROUP[:, None] * 2 + [0, 1]]
-        np.testing.assert_array_equal(registers[:, i].copy().view(np.uint16), pairs.ravel())
-
-
-@pytest.mark.parametrize("count", [1, 2, 4])
-@pytest.mark.parametrize("stride, conflicts", [(1, 0), (3, 0), (2, 1), (8, 3), (32, 0)])
-def test_bank_conflicts_of_ldmatrix(count, stride, conflicts):
-    """8 rows of 16 bytes at a time; the same row for all lanes is read once."""
-    report = kernels().ldmatrix(
-        simt.Options(count=True),
-        count,
-        simt.placed(np.zeros((32, 8), np.uint16)),
-        stride,
-        np.zeros((32, count), np.uint32),
-    )
-    (load,) = report.of("ldmatrix")
-    assert (load.requests, load.calls, report.bytes("ldmatrix")) == (1, 8 * count, 128 * count)
-    assert (load.wavefronts, load.conflicts) == (count * (1 + conflicts), count * conflicts)
-
-
-# --- functions ------------------------------------------------------------------------------------
-
-
 def numbers(x, y, seed=0):
     x, y = np.array(x, np.float32), np.array(y, np.float32)
     found = np.zeros((4, x.size), np.float32)
@@ -339,54 +186,6 @@ def test_two_elements_are_packed_as_each_is_rounded(dtype):
         np.testing.assert_array_equal(packed.view(np.uint16), encoded(x, dtype))
 
 
-# --- faults ---------------------------------------------------------------------------------------
-
-FAULTS = {
-    "read_before_the_wait": "race",
-    "others_read_before_the_wait": "race",
-    "read_before_the_barrier": "race",
-    "barrier_before_the_wait": "race",
-    "wait_for_too_few": "race",
-    "wait_without_a_commit": "race",
-    "fill_what_is_being_filled": "race",
-    "fill_what_others_read": "race",
-    "change_the_source": "race",
-    "end_before_the_wait": "not_awaited",
-    "end_before_zeros_arrive": "not_awaited",
-    "copy_from_beyond": "out_of_bounds",
-    "copy_from_across": "misaligned",
-    "copy_to_beyond": "out_of_bounds",
-    "copy_to_across": "misaligned",
-    "ldmatrix_beyond": "out_of_bounds",
-    "ldmatrix_across": "misaligned",
-    "ldmatrix_without_syncwarp": "race",
-    "overwrite_what_ldmatrix_reads": "race",
-    "half_at_the_ldmatrix": "divergent",
-    "other_mma": "divergent",
-    "half_a_warp_ends_before_the_mma": "divergent",
-}
-
-
-@pytest.mark.parametrize("weak_memory", [False, True])
-@pytest.mark.parametrize("name", FAULTS)
-@pytest.mark.parametrize("schedule, seed", SCHEDULES)
-def test_every_fault_is_named(name, schedule, seed, weak_memory):
-    x = simt.placed(np.zeros(256, np.float32))
-    with pytest.raises(simt.Error) as raised:
-        kernels().fault(simt.Options(schedule, seed, weak_memory=weak_memory), name, x)
-    assert raised.value.kind == FAULTS[name], raised.value
-    assert raised.value.kernel == name
-    assert raised.value.where.startswith("tests/simt/kernels/async_faults.cuh:")
-
-
-def test_a_read_too_soon_says_who_fills_it():
-    x = simt.placed(np.zeros(256, np.float32))
-    with pytest.raises(simt.Error, match="which is being filled by thread 62 at tests/simt/k"):
-        kernels().fault(simt.Options(), "others_read_before_the_wait", x)
-
-
-# --- nvcc -----------------------------------------------------------------------------------------
-
 MATMULS = """
 #include "simt/kernels/async_faults.cuh"
 #include "simt/kernels/fragments.cuh"
@@ -402,6 +201,7 @@ template __global__ void pack_kernel<BFloat16>(const float*, int, uint32_t*);
 template __global__ void pack_kernel<Float16>(const float*, int, uint32_t*);
 }
 """
+
 WANTED = [
     "HMMA.16816.F32.BF16",
     "HMMA.16816.F32",

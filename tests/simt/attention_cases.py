@@ -1,0 +1,92 @@
+"""Problems of attention that the tests of its CUDA kernels share."""
+
+import math
+
+import torch
+
+INF, NAN = math.inf, math.nan
+
+BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
+
+# Of forward and backward, of the sums of absolute terms. 16-bit weights are rounded once and so is
+# what they make; backward has the output's rounding and that of the logits' gradients as well. In
+# float32 it is logits of up to 20, sums of 128 products, that are off by some 2e-6.
+PRECISION = {BF16: (2 * 2**-8, 4 * 2**-8), F16: (2 * 2**-11, 4 * 2**-11), F32: (8e-6, 16e-6)}
+
+SCHEDULES = ("round_robin", "greedy", "random", "unfair")
+
+
+def inputs(
+    dtype=BF16,
+    batch=1,
+    heads=1,
+    kv_heads=1,
+    queries=70,
+    keys=100,
+    head_dim=64,
+    value_dim=64,
+    padding=None,
+    mask=None,
+    is_causal=False,
+    dropout_p=0.0,
+    softcap=0.0,
+    clamp=INF,
+    return_stats=True,
+    layout="heads inside",
+    seed=0,
+):
+    """Arguments of the operator; ``padding`` and ``mask`` say how they are drawn."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(heads, rows, columns):
+        if layout == "heads outside":
+            return torch.randn(batch, heads, rows, columns, generator=generator).to(dtype)
+        # Rows of each head within those of all, as the projections leave them, or not aligned.
+        offset = 1 if layout == "misaligned" else 0
+        wide = torch.randn(batch, rows, heads, columns + offset, generator=generator).to(dtype)
+        return wide[..., offset:].transpose(1, 2)
+
+    def uniform(*shape):
+        return torch.rand(*shape, generator=generator)
+
+    tensors = (
+        normal(heads, queries, head_dim),
+        normal(kv_heads, keys, head_dim),
+        normal(kv_heads, keys, value_dim),
+    )
+    shape = (batch, heads, queries, keys)
+    masks = {
+        None: None,
+        "shown": uniform(*shape) < 0.7,
+        "of all heads": (uniform(1, 1, queries, keys) < 0.6).expand(shape),
+        "added": uniform(*shape).log() * 3,
+        "of keys": (uniform(batch, 1, 1, keys) * 4).expand(shape),
+        # Rows that see nothing of the first tiles, which others do see, and some that see nothing.
+        "from the query on": torch.ones(shape, dtype=torch.bool).triu(),
+        "from the query on, added": torch.full(shape, -INF).tril(-1),
+    }
+    paddings = {
+        None: None,
+        "some": uniform(batch, keys) < 0.4,
+        "all of the first": torch.arange(batch)[:, None].expand(-1, keys) == 0,
+        "after a length": torch.arange(keys) >= (uniform(batch, 1) * keys),
+        "of the first tiles": (torch.arange(keys) < 64).expand(batch, -1),
+    }
+    given = (paddings[padding], masks[mask], torch.tensor([7 << 40 | seed, -5]))
+    return (*tensors, *given, is_causal, dropout_p, 0.3, softcap, clamp, return_stats)
+
+
+def gradient(arguments, seed=1):
+    query, _, value = arguments[:3]
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randn(*query.shape[:3], value.size(3), generator=generator)
+    return drawn.to(query.dtype)
+
+
+def both(device, arguments):
+    """Output and gradients."""
+    found = device.attention(*arguments)
+    grads = device.attention_backward(
+        gradient(arguments), *arguments[:3], found.output, found.logsumexp, *arguments[3:-1]
+    )
+    return found, grads
