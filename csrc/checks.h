@@ -1,6 +1,7 @@
 // Argument checks shared by the CPU and CUDA kernels.
 #pragma once
 
+#include "decide.h"
 #include "memory.h"
 
 #include <torch/csrc/stable/tensor.h>
@@ -112,7 +113,7 @@ inline void check_guard_decide(
     int64_t threshold,
     const std::vector<double>& options) {
   using torch::headeronly::ScalarType;
-  constexpr int64_t adagc = 4;
+  constexpr auto adagc = static_cast<int64_t>(Threshold::adagc);
   if (unscale.has_value()) {
     check_tensor(*unscale, op, "unscale", ScalarType::Double, 0);
   }

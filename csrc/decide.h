@@ -104,22 +104,22 @@ FASTGUARD_HOST_DEVICE inline bool less(double a, double b) {
 }
 
 // Where something lies among `size` > 0 norms in ascending order: linear between neighbours.
-struct Place {
+struct Rank {
   int64_t below;
   int64_t above;
   double fraction;
 
-  FASTGUARD_HOST_DEVICE Place(double place, int64_t size)
+  FASTGUARD_HOST_DEVICE Rank(double place, int64_t size)
       : below(static_cast<int64_t>(place)),
         above(below + 1 < size ? below + 1 : below),
         fraction(place - static_cast<double>(below)) {}
 
   // As numpy.percentile.
-  FASTGUARD_HOST_DEVICE static Place of_quantile(double q, int64_t size) {
+  FASTGUARD_HOST_DEVICE static Rank of_quantile(double q, int64_t size) {
     return {q * static_cast<double>(size - 1), size};
   }
   // Of the median of these norms and one more that is above them all.
-  FASTGUARD_HOST_DEVICE static Place of_median_with_a_larger(int64_t size) {
+  FASTGUARD_HOST_DEVICE static Rank of_median_with_a_larger(int64_t size) {
     return {0.5 * static_cast<double>(size), size};
   }
   FASTGUARD_HOST_DEVICE double between(double low, double high) const {
@@ -342,6 +342,28 @@ struct Judgement {
     return skipped() ? 1.0 : clip_coef * factor;
   }
 };
+
+// What the host is told of a decision: the elements of the operators' `record`, in this order.
+struct Record {
+  double verdict;
+  double clip_coef;  // the smallest one
+  double total_norm;  // after unscaling
+  double limit;
+  double loss;  // NaN if none was given
+  double outlier_above;
+};
+
+constexpr int64_t record_entries = sizeof(Record) / sizeof(double);
+
+FASTGUARD_HOST_DEVICE inline Record record_of(const Judgement& judged, double loss) {
+  return {
+      static_cast<double>(judged.decision.verdict),
+      judged.decision.clip_coef,
+      judged.norm,
+      judged.limit,
+      loss,
+      judged.outlier_above};
+}
 
 // `statistics` are changed where norms have found a new level.
 FASTGUARD_HOST_DEVICE inline Judgement judge(

@@ -13,7 +13,7 @@ STABLE_TORCH_LIBRARY(fastguard, m) {
   // The same with what is remembered of earlier norms, which it updates: statistics f64 (4,) as
   // struct Statistics, windows of W norms, per_tensor f64 (4, N) as struct TensorStatistics, or (4,
   // 0)
-  // -> grad_coef f64 () or (N,), verdict i64 (), record f64 (6,)
+  // -> grad_coef f64 () or (N,), verdict i64 (), record f64 (6,) as struct Record
   m.def(
       "guard_decide_(Tensor total_norm, Tensor norms, Tensor? unscale, Tensor? loss, "
       "Tensor(a!) statistics, Tensor(b!) seen_norms, Tensor(c!) accepted_norms, "

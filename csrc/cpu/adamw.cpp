@@ -26,7 +26,8 @@ struct Stretch {
   int8_t param_bytes;  // of one element
   int8_t grad_bytes;
   AdamwFunction* function;
-  AdamwStep step;
+  double grad_coef;
+  BiasCorrection bias;
 };
 
 int8_t bytes_of(const TensorView& tensor) {
@@ -38,43 +39,24 @@ AdamwFunction* pick_function(
   return pick(p.dtype() == g.dtype() ? kernels.same_dtype : kernels.float32_grad, p.scalar_type());
 }
 
-const AdamwKernels& adamw_kernels() {
-  switch (cpu_capability()) {
-#ifdef FASTGUARD_HAS_AVX512
-    case Capability::amx:
-    case Capability::avx512_bf16:
-    case Capability::avx512:
-      return adamw_kernels_avx512;
-#endif
-#ifdef FASTGUARD_HAS_AVX2
-    case Capability::avx2:
-      return adamw_kernels_avx2;
-#endif
-    default:
-      return adamw_kernels_default;
-  }
-}
-
-// The bias corrections of step t, kept while t stays the same, as it does for most parameters.
-class BiasCorrection {
+// The bias correction of step t, kept while t stays the same, as it does for most parameters.
+class BiasCorrections {
  public:
-  explicit BiasCorrection(const AdamwOptions& options) : options_(options) {}
+  explicit BiasCorrections(const AdamwOptions& options) : options_(options) {}
 
-  void at(double t, AdamwStep& step) {
+  const BiasCorrection& at(double t) {
     if (t != t_) {
       t_ = t;
-      step_size_ = options_.lr / (1.0 - std::pow(options_.beta1, t));
-      root_factor_ = 1.0 / std::sqrt(1.0 - std::pow(options_.beta2, t));
+      of_t_ =
+          bias_correction_of(options_, std::pow(options_.beta1, t), std::pow(options_.beta2, t));
     }
-    step.step_size = step_size_;
-    step.root_factor = root_factor_;
+    return of_t_;
   }
 
  private:
   AdamwOptions options_;
   double t_ = -1.0;
-  double step_size_ = 0.0;
-  double root_factor_ = 0.0;
+  BiasCorrection of_t_ = {};
 };
 
 void step(const Arguments& given) {
@@ -90,14 +72,8 @@ void step(const Arguments& given) {
   }
   const double* coefs = given.grad_coef.const_data_ptr<double>();
   const int64_t next_coef = given.grad_coef.dim() == 0 ? 0 : given.grad_coef.stride(0);
-  const AdamwKernels& kernels = adamw_kernels();
-  BiasCorrection bias_correction(options);
-  const AdamwRule rule{
-      options.beta1,
-      options.beta2,
-      options.eps,
-      options.weight_decay * (options.decoupled_weight_decay ? options.lr : 1.0),
-      !options.decoupled_weight_decay && options.weight_decay != 0.0};
+  const AdamwKernels& kernels = FASTGUARD_BEST_OF(adamw_kernels);
+  BiasCorrections bias_corrections(options);
   std::array<char*, roles> moments{};  // the last stays null without amsgrad
   for (int role = exp_avg; role < (given.amsgrad ? roles : max_exp_avg_sq); ++role) {
     moments[role] = static_cast<char*>(given.moments[role].mutable_data_ptr());
@@ -116,9 +92,8 @@ void step(const Arguments& given) {
     stretch.param_bytes = bytes_of(p);
     stretch.grad_bytes = bytes_of(g);
     stretch.function = pick_function(kernels, p, g);
-    const double factor = coefs[static_cast<int64_t>(i) * next_coef];
-    stretch.step.grad_coef = options.maximize ? -factor : factor;
-    bias_correction.at(static_cast<double>(steps[i]) + 1.0, stretch.step);
+    stretch.grad_coef = coefs[static_cast<int64_t>(i) * next_coef];
+    stretch.bias = bias_corrections.at(static_cast<double>(steps[i]) + 1.0);
     spans[i] = {stretch.places.param, p.numel(), p.scalar_type()};
   }
   const std::vector<Chunk> chunks = cut(spans);
@@ -138,8 +113,9 @@ void step(const Arguments& given) {
         moments[exp_avg_sq] + first,
         largest == nullptr ? nullptr : largest + first,
         chunk.size,
-        stretch.step,
-        rule);
+        stretch.grad_coef,
+        stretch.bias,
+        options);
   });
   stand_ins.copy_back();
 }

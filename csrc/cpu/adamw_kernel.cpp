@@ -81,31 +81,17 @@ inline void update(
     Real* __restrict exp_avg_sq,
     Real* __restrict max_exp_avg_sq,
     int64_t n,
-    const AdamwStep& step,
-    const AdamwRule& rule) {
-  const Real beta1 = static_cast<Real>(rule.beta1), to1 = static_cast<Real>(1.0 - rule.beta1);
-  const Real beta2 = static_cast<Real>(rule.beta2), to2 = static_cast<Real>(1.0 - rule.beta2);
-  const Real eps = static_cast<Real>(rule.eps), step_size = static_cast<Real>(step.step_size);
-  const Real root_factor = static_cast<Real>(step.root_factor);
-  const Real weight_decay = static_cast<Real>(rule.weight_decay);
+    const AdamwRule<Real>& given) {
+  const AdamwRule<Real> rule = given;  // in registers: no write can change it
   for (int64_t i = 0; i < n; ++i) {
-    const Real p = param[i];
-    const Real g = coupled ? grad[i] + weight_decay * p : grad[i];
-    const Real mean = beta1 * exp_avg[i] + to1 * g;
-    const Real square = beta2 * exp_avg_sq[i] + to2 * g * g;
-    exp_avg[i] = mean;
-    exp_avg_sq[i] = square;
-    Real under_root = square;
+    Real m = exp_avg[i], v = exp_avg_sq[i];
+    Real largest = amsgrad ? max_exp_avg_sq[i] : Real{0};
+    param[i] = adamw_update<amsgrad>(rule, coupled, param[i], grad[i], m, v, largest);
+    exp_avg[i] = m;
+    exp_avg_sq[i] = v;
     if constexpr (amsgrad) {
-      const Real before = max_exp_avg_sq[i];
-      under_root = square > before ? square : before;
-      under_root = square != square ? square : under_root;  // a NaN must stay seen
-      max_exp_avg_sq[i] = under_root;
+      max_exp_avg_sq[i] = largest;
     }
-    const Real move = step_size * (mean / (std::sqrt(under_root) * root_factor + eps));
-    // One rounding for both: 1 - lr * weight_decay, rounded to float, is off by a quarter of the
-    // decay at lr = 1e-5, and subtracted alone the decay would be lost in the last bit.
-    param[i] = p - (coupled ? move : weight_decay * p + move);
   }
 }
 
@@ -117,9 +103,11 @@ void adamw(
     void* exp_avg_sq,
     void* max_exp_avg_sq,
     int64_t n,
-    const AdamwStep& step,
-    const AdamwRule& rule) {
+    double grad_coef,
+    const BiasCorrection& bias,
+    const AdamwOptions& options) {
   using Real = Math<Param>;
+  const AdamwRule<Real> rule = adamw_rule_of<Real>(options, bias, grad_coef);
   constexpr bool in_place = std::is_same_v<typename Param::storage, Real>;
   auto* p = static_cast<typename Param::storage*>(param);
   auto* g = static_cast<const typename Grad::storage*>(grad);
@@ -138,12 +126,12 @@ void adamw(
     prefetch(g + i);
     prefetch(m + i);
     prefetch(v + i);
-    read<Grad>(g + i, scaled, size, step.grad_coef);
+    read<Grad>(g + i, scaled, size, rule.grad_coef);
     if constexpr (in_place) {
-      loop(p + i, scaled, m + i, v + i, max_tile, size, step, rule);
+      loop(p + i, scaled, m + i, v + i, max_tile, size, rule);
     } else {
       read<Param>(p + i, wide, size, 1.0);
-      loop(wide, scaled, m + i, v + i, max_tile, size, step, rule);
+      loop(wide, scaled, m + i, v + i, max_tile, size, rule);
       write<Param>(wide, p + i, size);
     }
   }

@@ -21,42 +21,22 @@ using torch::stable::Tensor;
 
 static_assert(most_head_dim == most_columns);
 
-const AttentionKernels& kernels_of_machine() {
-  switch (cpu_capability()) {
-#ifdef FASTGUARD_HAS_AVX512
-    case Capability::amx:
-    case Capability::avx512_bf16:
-    case Capability::avx512:
-      return attention_kernels_avx512;
-#endif
-#ifdef FASTGUARD_HAS_AVX2
-    case Capability::avx2:
-      return attention_kernels_avx2;
-#endif
-    default:
-      return attention_kernels_default;
-  }
-}
-
 const AttentionKernel& kernel_for(ScalarType dtype) {
-  const AttentionKernels& kernels = kernels_of_machine();
+  const AttentionKernels& kernels = FASTGUARD_BEST_OF(attention_kernels);
   switch (dtype) {
     case ScalarType::Double:
       return kernels.float64;
     case ScalarType::Half:
       return kernels.float16;
     case ScalarType::BFloat16:
-#ifdef FASTGUARD_HAS_AMX
-      if (cpu_capability() == Capability::amx) {
-        return attention_bf16_kernel_amx;
-      }
-#endif
-#ifdef FASTGUARD_HAS_AVX512_BF16
-      if (cpu_capability() == Capability::avx512_bf16) {
-        return attention_bf16_kernel_avx512_bf16;
-      }
-#endif
-      return kernels.bfloat16;
+      // Products of bf16 numbers have instructions of their own.
+      return *Variants<AttentionKernel>{
+          &kernels.bfloat16,
+          nullptr,
+          nullptr,
+          FASTGUARD_IF_AVX512_BF16(attention_bf16_kernel_avx512_bf16),
+          FASTGUARD_IF_AMX(attention_bf16_kernel_amx)}
+                  .best();
     default:
       return kernels.float32;
   }

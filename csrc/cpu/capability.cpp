@@ -88,6 +88,23 @@ Capability cpu_capability() {
   return chosen;
 }
 
+std::string compiled_capabilities() {
+  std::string names = "default";
+#ifdef FASTGUARD_HAS_AVX2
+  names += " avx2";
+#endif
+#ifdef FASTGUARD_HAS_AVX512
+  names += " avx512";
+#endif
+#ifdef FASTGUARD_HAS_AVX512_BF16
+  names += " avx512_bf16";
+#endif
+#ifdef FASTGUARD_HAS_AMX
+  names += " amx";
+#endif
+  return names;
+}
+
 const char* name(Capability capability) {
   switch (capability) {
     case Capability::amx:

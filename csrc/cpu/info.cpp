@@ -17,21 +17,9 @@ constexpr const char* compiler = "msvc";
 #endif
 
 std::string cpu_info() {
-  std::string variants = "default";
-#ifdef FASTGUARD_HAS_AVX2
-  variants += " avx2";
-#endif
-#ifdef FASTGUARD_HAS_AVX512
-  variants += " avx512";
-#endif
-#ifdef FASTGUARD_HAS_AVX512_BF16
-  variants += " avx512_bf16";
-#endif
-#ifdef FASTGUARD_HAS_AMX
-  variants += " amx";
-#endif
   return std::string("torch=") + TORCH_VERSION + "\ncompiler=" + compiler +
-      "\ncompiled=" + variants + "\nchosen=" + fastguard::name(fastguard::cpu_capability()) +
+      "\ncompiled=" + fastguard::compiled_capabilities() +
+      "\nchosen=" + fastguard::name(fastguard::cpu_capability()) +
       "\nthreads=" + std::to_string(torch::stable::get_num_threads());
 }
 

@@ -4,7 +4,7 @@
 // csrc/cpu/adamw_kernel.cpp, with no contraction but what is written as fma.
 #pragma once
 
-#include "adamw_options.h"
+#include "adamw_update.h"
 #include "cuda/elements.cuh"
 #include "cuda/reduce.cuh"
 #include "decide.h"
@@ -27,14 +27,6 @@ struct AdamwDecision {
   const int64_t* verdict;
 };
 
-// What is the same for all elements of a tensor, in the moments' precision.
-template <class Real>
-struct AdamwRule {
-  double grad_coef;
-  Real beta1, to1, beta2, to2, eps, weight_decay, step_size, root_factor;
-  bool coupled;
-};
-
 // By squaring: std::pow would be a call, for which the kernel's registers are spilled. What it
 // loses in t steps is below 2^-53 t: nothing to a float. (Float64 parameters step as on the CPU but
 // for that: 1e-14 after 10,000 steps.)
@@ -49,10 +41,9 @@ __device__ inline double power(double base, double exponent) {
 
 // lr / (1 - beta1^t) and 1 / sqrt(1 - beta2^t) for one step t after another: by one thread, for the
 // whole block, and only where t is not what it was.
-struct BiasCorrection {
+struct BiasCorrections {
   double t = -1.0;
-  double step_size = 0.0;
-  double root_factor = 0.0;
+  BiasCorrection of_t = {};
 
   __device__ void at(double next, const AdamwOptions& options) {
     if (next == t) {
@@ -60,33 +51,17 @@ struct BiasCorrection {
     }
     FASTGUARD_SHARED(double, shared, 2);
     if (threadIdx.x == 0) {
-      shared[0] = options.lr / (1.0 - power(options.beta1, next));
-      shared[1] = 1.0 / std::sqrt(1.0 - power(options.beta2, next));
+      const BiasCorrection of_next =
+          bias_correction_of(options, power(options.beta1, next), power(options.beta2, next));
+      shared[0] = of_next.step_size;
+      shared[1] = of_next.root_factor;
     }
     __syncthreads();
     t = next;
-    step_size = shared[0];
-    root_factor = shared[1];
+    of_t = {shared[0], shared[1]};
     __syncthreads();  // the next call writes them
   }
 };
-
-template <class Real>
-__device__ inline AdamwRule<Real> rule_of(
-    const AdamwOptions& options, const BiasCorrection& bias, double grad_coef) {
-  const double decay = options.weight_decay * (options.decoupled_weight_decay ? options.lr : 1.0);
-  return {
-      options.maximize ? -grad_coef : grad_coef,
-      static_cast<Real>(options.beta1),
-      static_cast<Real>(1.0 - options.beta1),
-      static_cast<Real>(options.beta2),
-      static_cast<Real>(1.0 - options.beta2),
-      static_cast<Real>(options.eps),
-      static_cast<Real>(decay),
-      static_cast<Real>(bias.step_size),
-      static_cast<Real>(bias.root_factor),
-      !options.decoupled_weight_decay && options.weight_decay != 0.0};
-}
 
 // A gradient times its factor: the product in float64, so that neither 1e38 nor a factor of 1e-43
 // is too much for it. That is three instructions of the fp64 units, which the 28 bytes of an
@@ -94,22 +69,6 @@ __device__ inline AdamwRule<Real> rule_of(
 template <class Real, class T>
 __device__ inline Real scaled(T grad, double factor) {
   return static_cast<Real>(widened(grad) * factor);
-}
-
-template <bool amsgrad, class Real>
-__device__ inline Real update(
-    const AdamwRule<Real>& rule, Real p, Real scaled_grad, Real& m, Real& v, Real& largest) {
-  const Real g = rule.coupled ? scaled_grad + rule.weight_decay * p : scaled_grad;
-  m = rule.beta1 * m + rule.to1 * g;
-  v = rule.beta2 * v + rule.to2 * g * g;
-  Real under_root = v;
-  if constexpr (amsgrad) {
-    under_root = v > largest ? v : largest;
-    under_root = v != v ? v : under_root;  // a NaN must stay seen
-    largest = under_root;
-  }
-  const Real move = rule.step_size * (m / (std::sqrt(under_root) * rule.root_factor + rule.eps));
-  return p - (rule.coupled ? move : rule.weight_decay * p + move);
 }
 
 // `width` elements of each array in one instruction; consecutive threads have consecutive ones.
@@ -132,8 +91,8 @@ __device__ inline void step_elements(
     for (int j = 0; j < width; ++j) {
       const Real grad = scaled<Real>(grads.at[j], rule.grad_coef);
       const Real param = static_cast<Real>(widened(params.at[j]));
-      params.at[j] =
-          narrowed<P>(update<amsgrad>(rule, param, grad, ms.at[j], vs.at[j], most.at[j]));
+      params.at[j] = narrowed<P>(
+          adamw_update<amsgrad>(rule, rule.coupled, param, grad, ms.at[j], vs.at[j], most.at[j]));
     }
     store(reinterpret_cast<Ps*>(p) + i, params);
     store_once(reinterpret_cast<Reals*>(m) + i, ms);
@@ -193,7 +152,7 @@ __global__ __launch_bounds__(threads, amsgrad ? 2 : 3) void adamw_kernel(
       verdict != static_cast<int64_t>(Verdict::clip)) {
     return;
   }
-  BiasCorrection bias;
+  BiasCorrections bias;
   // From the last chunk to the first: L2 still has the gradients that were measured last.
   for (int c = plan.n_chunks - 1 - static_cast<int>(blockIdx.x); c >= 0; c -= gridDim.x) {
     const Chunk chunk = load_chunk(plan.chunks + c);
@@ -203,7 +162,7 @@ __global__ __launch_bounds__(threads, amsgrad ? 2 : 3) void adamw_kernel(
       using P = std::remove_pointer_t<decltype(p)>;
       using G = std::remove_pointer_t<decltype(g)>;
       using Real = std::conditional_t<std::is_same_v<P, double>, double, float>;
-      step_chunk<amsgrad, P, G>(chunk, rule_of<Real>(options, bias, coef), state);
+      step_chunk<amsgrad, P, G>(chunk, adamw_rule_of<Real>(options, bias.of_t, coef), state);
     });
   }
   // The steps are counted when no thread of any block needs the old ones any more.

@@ -1,6 +1,5 @@
-// clip_ and scale_ on CUDA.
+// clip_ on CUDA.
 #include "cuda/clip.cuh"
-#include "cuda/scale.cuh"
 
 #include "cuda/tensors.h"
 
@@ -11,26 +10,6 @@ namespace {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-
-void scale_cuda(const std::vector<Tensor>& grads, const Tensor& clip_coef) {
-  check_coef(clip_coef, "scale_", "clip_coef", static_cast<int64_t>(grads.size()));
-  if (grads.empty()) {
-    return;
-  }
-  const Stream on(grads[0]);
-  const NoGrad no_grad;
-  check_on(on, clip_coef, "scale_", "clip_coef");
-  PlanTensors dense(grads, on.device, "scale_", true);
-  const DevicePlan prepared = plan_of(on, dense.given);
-  launch(
-      on,
-      scale_kernel,
-      {blocks_for(on, scale_kernel, prepared.plan.n_chunks)},
-      prepared.plan,
-      clip_coef.const_data_ptr<double>(),
-      static_cast<int32_t>(clip_coef.dim()));
-  dense.copy_back();
-}
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> clip_cuda(
     const std::vector<Tensor>& grads, double max_norm, double skip_norm, bool float32_norm) {
@@ -67,6 +46,5 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> clip_cuda(
 }  // namespace fastguard
 
 STABLE_TORCH_LIBRARY_IMPL(fastguard, FASTGUARD_CUDA_KEY, m) {
-  m.impl("scale_", TORCH_BOX(&fastguard::scale_cuda));
   m.impl("clip_", TORCH_BOX(&fastguard::clip_cuda));
 }

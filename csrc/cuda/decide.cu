@@ -85,20 +85,10 @@ std::tuple<Tensor, Tensor, Tensor> guard_decide_cuda(
   return {decided.grad_coef, decided.verdict, decided.record};
 }
 
-std::string cuda_info() {
-  return std::string("archs=") + FASTGUARD_CUDA_ARCHS +
-      "\ntoolkit=" + std::to_string(__CUDACC_VER_MAJOR__) + "." +
-      std::to_string(__CUDACC_VER_MINOR__) + "." + std::to_string(__CUDACC_VER_BUILD__);
-}
-
 }  // namespace
 }  // namespace fastguard
 
 STABLE_TORCH_LIBRARY_IMPL(fastguard, FASTGUARD_CUDA_KEY, m) {
   m.impl("decide", TORCH_BOX(&fastguard::decide_cuda));
   m.impl("guard_decide_", TORCH_BOX(&fastguard::guard_decide_cuda));
-}
-
-STABLE_TORCH_LIBRARY_IMPL(fastguard, CompositeExplicitAutograd, m) {
-  m.impl("cuda_info", TORCH_BOX(&fastguard::cuda_info));
 }

@@ -16,7 +16,7 @@ struct Decided {
                                                                   : std::vector<int64_t>{},
             torch::headeronly::ScalarType::Double)),
         verdict(on.empty({}, torch::headeronly::ScalarType::Long)),
-        record(on.empty({6}, torch::headeronly::ScalarType::Double)) {}
+        record(on.empty({record_entries}, torch::headeronly::ScalarType::Double)) {}
 
   torch::stable::Tensor grad_coef, verdict, record;
 };

@@ -25,7 +25,7 @@ struct Deciding {
   // Results.
   double* grad_coef;  // () or (n,)
   int64_t* verdict;
-  double* record;  // (6,)
+  double* record;  // as struct Record
 
   __host__ __device__ bool wanted() const { return verdict != nullptr; }
 };
@@ -38,7 +38,7 @@ __device__ inline double load_or(const double* scalar, double otherwise) {
 // found[first] and the next.
 template <class Found>
 __device__ inline void find_by_rank(
-    const double* norms, int64_t size, const Place& place, Found& found, int first) {
+    const double* norms, int64_t size, const Rank& place, Found& found, int first) {
   for (int64_t i = threadIdx.x; within(i, size); i += threads) {
     const double norm = load(norms + i);
     int64_t rank = 0;
@@ -60,8 +60,8 @@ __device__ inline Quantiles quantiles_in_block(const Deciding& given, const Stat
   FASTGUARD_SHARED(double, found, 4);
   const int64_t seen = needs_seen(given.policy) ? held(known.seen, given.window) : 0;
   const int64_t accepted = needs_accepted(given.policy) ? held(known.accepted, given.window) : 0;
-  const Place median = Place::of_median_with_a_larger(seen);
-  const Place chosen = Place::of_quantile(accepted_quantile(given.policy), accepted);
+  const Rank median = Rank::of_median_with_a_larger(seen);
+  const Rank chosen = Rank::of_quantile(accepted_quantile(given.policy), accepted);
   find_by_rank(given.seen_norms, seen, median, found, 0);
   find_by_rank(given.accepted_norms, accepted, chosen, found, 2);
   __syncthreads();
@@ -151,12 +151,13 @@ __device__ inline void write_decision(
   }
   learn(given, judged, known);
   store(given.verdict, static_cast<int64_t>(judged.decision.verdict));
-  store(given.record, static_cast<double>(judged.decision.verdict));
-  store(given.record + 1, judged.decision.clip_coef);
-  store(given.record + 2, judged.norm);
-  store(given.record + 3, judged.limit);
-  store(given.record + 4, load_or(given.loss, NAN));
-  store(given.record + 5, judged.outlier_above);
+  const Record record = record_of(judged, load_or(given.loss, NAN));
+  store(given.record, record.verdict);
+  store(given.record + 1, record.clip_coef);
+  store(given.record + 2, record.total_norm);
+  store(given.record + 3, record.limit);
+  store(given.record + 4, record.loss);
+  store(given.record + 5, record.outlier_above);
   if (given.scale != nullptr) {
     grow_scale(given, total_norm);
   }
