@@ -1,6 +1,7 @@
 """What setup.py builds, with and without the tools; and that it holds under sanitizers."""
 
 import importlib.util
+import json
 import os
 import re
 import shutil
@@ -57,6 +58,70 @@ def test_a_wrapper_on_the_path_leads_to_its_toolkit(setup_module, tmp_path, monk
     monkeypatch.delenv("CUDA_PATH", raising=False)
     monkeypatch.setenv("PATH", f"{wrapper.parent}:{os.environ['PATH']}")
     assert setup_module.find_cuda_home() == real
+
+
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="no compiler here")
+
+
+@needs_compiler
+def test_what_changed_is_compiled_again_and_nothing_else(
+    setup_module, tmp_path, monkeypatch, capfd
+):
+    monkeypatch.setattr(setup_module, "ROOT", tmp_path)
+    header, one, two = (tmp_path / name for name in ("a header.h", "one.cpp", "two.cpp"))
+    header.write_text("constexpr int value = 1;\n")
+    one.write_text('#include "a header.h"\nint one() { return value; }\n')
+    two.write_text("int two() { return 2; }\n")
+
+    def compiled(flags=("-I.",), force=False):
+        """The sources that were compiled."""
+        compilations = [
+            setup_module.Compilation.of(["g++"], flags, source, "build")
+            for source in ("one.cpp", "two.cpp")
+        ]
+        capfd.readouterr()
+        setup_module.compile_(compilations, force)
+        assert all((tmp_path / each.object).is_file() for each in compilations)
+        return sorted(re.findall(r" -c (\S+) ", capfd.readouterr().out))
+
+    def change(path, text):
+        """Write the file some seconds after all else was written."""
+        for file in tmp_path.rglob("*.*"):
+            before = file.stat().st_mtime_ns - 10**10
+            os.utime(file, ns=(before, before))
+        path.write_text(text)
+
+    assert compiled() == ["one.cpp", "two.cpp"]
+    assert compiled() == []
+    assert compiled(force=True) == ["one.cpp", "two.cpp"]
+    assert compiled(["-I.", "-O2"]) == ["one.cpp", "two.cpp"]
+    assert compiled(["-I.", "-O2"]) == []
+    change(two, "int two() { return 3; }\n")
+    assert compiled(["-I.", "-O2"]) == ["two.cpp"]
+    change(header, "constexpr int value = 2;\n")
+    assert compiled(["-I.", "-O2"]) == ["one.cpp"]
+    header.unlink()
+    with pytest.raises(setup_module.CompileError, match=r"^one\.cpp did not compile$"):
+        compiled(["-I.", "-O2"])
+
+
+def test_compile_commands_name_every_source_and_compile_none(tmp_path):
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path)
+    shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
+    (tmp_path / "fastguard").mkdir()
+    shutil.copy(ROOT / "fastguard" / "__init__.py", tmp_path / "fastguard")
+    done = subprocess.run(
+        [sys.executable, "setup.py", "compile_commands"], cwd=tmp_path, capture_output=True,
+        text=True, env={**os.environ, "FASTGUARD_CUDA": "0"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    entries = json.loads((tmp_path / "compile_commands.json").read_text())
+    sources = {path.relative_to(tmp_path).as_posix() for path in tmp_path.glob("csrc/**/*.cpp")}
+    assert {entry["file"] for entry in entries} == sources
+    assert all(entry["directory"] == str(tmp_path) for entry in entries)
+    assert all(entry["output"] in entry["arguments"] for entry in entries)
+    assert not list(tmp_path.rglob("*.o"))
 
 
 def run(*command, **environment):
