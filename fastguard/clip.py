@@ -29,19 +29,19 @@ def clip_grad_norm_(
 ) -> Tensor:
     """Clip the norm of the gradients in place; a drop-in for ``torch.nn.utils.clip_grad_norm_``.
 
-    The same coefficient, ``max_norm / (total_norm + 1e-6)``, and these differences:
+    The coefficient is torch's, ``max_norm / (total_norm + 1e-6)``. The differences are:
 
-    - a non-finite norm leaves every gradient as it is (torch writes NaN and zeros over the
-      finite ones, and with them over the trace of what went wrong);
-    - finite float32, bfloat16 and float16 gradients are clipped however large they are, and the
-      norm is at least float32 (torch zeroes fp16 gradients with a norm over 65504);
-    - nothing is written when the coefficient is 1 (where there is no kernel for a device, they are
-      multiplied by 1: to look would need the host to wait);
-    - an expanded gradient, whose elements share memory, is refused also if nothing needs clipping;
-    - a gradient listed twice counts once;
-    - DTensors may be mixed with tensors and come from several meshes. The norm is of the whole
+    - A non-finite norm leaves every gradient unchanged. Torch overwrites the finite ones with NaN
+      and zeros, and so destroys the evidence of what went wrong.
+    - Finite float32, bfloat16 and float16 gradients are clipped however large they are. The norm
+      is at least float32. Torch zeroes fp16 gradients with a norm above 65504.
+    - Nothing is written when the coefficient is 1. (Without a kernel for the device, the gradients
+      are multiplied by 1: reading the coefficient would need a host-device sync.)
+    - An expanded gradient, whose elements share memory, is refused even if nothing needs clipping.
+    - A gradient listed twice counts once.
+    - DTensors may be mixed with tensors and come from several meshes. The norm is that of the whole
       gradients, so every rank of their meshes decides the same. A plain tensor is taken to be the
-      same on every rank; a DTensor counts on the ranks of its mesh only.
+      same on every rank; a DTensor counts only on the ranks of its mesh.
 
     Equivalent to :func:`get_total_norm` followed by :func:`clip_grads_with_norm_`, bit for bit
     where the norm is below 3.4e38; above, it is Inf in float32 and only this function still clips.
@@ -57,10 +57,10 @@ def clip_grad_norm_(
             multiplies them as torch does (NaN: all become NaN; Inf: 0, and NaN where one was Inf).
 
     Returns:
-        The total norm before clipping, shape (), on the first gradient's device; float32, or
-        float64 where a gradient is. (A norm above 3.4e38 is Inf in float32; gradients are clipped
-        by its true value, and it is no error.) A replicated DTensor if all gradients are DTensors
-        of one mesh, else a plain tensor.
+        The total norm before clipping, shape (), on the first gradient's device; float64 if a
+        gradient is, else float32. A norm above 3.4e38 is Inf in float32; the gradients are clipped
+        by its true value, and it is no error. The result is a replicated DTensor if all gradients
+        are DTensors of one mesh, else a plain tensor.
 
     Raises:
         ValueError: ``max_norm`` is negative or NaN, or ``nonfinite`` is unknown.
@@ -89,7 +89,7 @@ def get_total_norm(
     error_if_nonfinite: bool = False,
     foreach: bool | None = None,
 ) -> Tensor:
-    """The norm of all tensors together, as ``torch.nn.utils.get_total_norm`` takes it.
+    """The norm of all tensors together, as ``torch.nn.utils.get_total_norm`` computes it.
 
     Arguments, result and errors are those of :func:`clip_grad_norm_`, whose norm this is;
     ``tensors`` are the gradients themselves.
@@ -113,8 +113,8 @@ def clip_grads_with_norm_(
 ) -> None:
     """Scale the gradients in place by ``max_norm / (total_norm + 1e-6)`` where that is below 1.
 
-    As ``torch.nn.utils.clip_grads_with_norm_``, except that a non-finite ``total_norm`` leaves
-    every gradient as it is; see :func:`clip_grad_norm_` for this and for the other arguments.
+    Equivalent to ``torch.nn.utils.clip_grads_with_norm_``, except that a non-finite ``total_norm``
+    leaves every gradient unchanged. See :func:`clip_grad_norm_` for the other arguments.
 
     Args:
         total_norm: >= 0; a number, or a tensor of one element, of any dtype and device, or DTensor.
@@ -178,7 +178,7 @@ def _looked_over(tensors: list[Tensor], given: Iterable[Tensor | None]) -> _Grad
             (i, t) for i, t in enumerate(given) if t is not None and t.dtype in dtypes - _DTYPES
         )
         raise RuntimeError(
-            f"gradient {i}, of shape {tuple(bad.shape)}, has dtype {bad.dtype}, which can not be "
+            f"gradient {i}, of shape {tuple(bad.shape)}, has dtype {bad.dtype}, which cannot be "
             "clipped; float32, float64, bfloat16, float16 and complex ones can. Leave its tensor "
             "out of the list or set its grad to None"
         )

@@ -16,7 +16,7 @@ from fastguard.ops import attention as attention_ops
 
 
 class AttentionStats(NamedTuple):
-    """What tells a head that is about to explode from one that is not; each of shape (H,)."""
+    """Numbers that show whether a head is about to explode; each has shape (H,)."""
 
     #: The largest logit of all rows, after `softcap` and `attn_mask`; -inf if no row has a key.
     max_logit: Tensor
@@ -43,10 +43,10 @@ def clamped_attention(
 ) -> Tensor | tuple[Tensor, AttentionStats]:
     """``clamp(softmax(scale * query @ key^T) @ value, -clamp, clamp)`` in one operator.
 
-    Equivalent to `F.scaled_dot_product_attention` followed by ``clamp``, but: dropout stays in the
-    fused kernel; NaN or Inf in a padded key or value reaches nothing; keys that are padded or
-    above the diagonal are skipped, not computed and masked. Memory is linear in T and S. Tiled
-    after Dao 2023 (FlashAttention-2, arXiv 2307.08691).
+    Equivalent to `F.scaled_dot_product_attention` followed by ``clamp``, with these differences.
+    Dropout stays in the fused kernel. NaN or Inf in a padded key or value reaches nothing. Keys
+    that are padded or above the diagonal are skipped, not computed and masked. Memory is linear in
+    T and S. The tiles follow Dao 2023 (FlashAttention-2, arXiv 2307.08691).
 
     Args:
         query: (B, H, T, D), float32, float64, bfloat16 or float16. Heads wider than 256 channels
@@ -78,8 +78,8 @@ def clamped_attention(
     on; earlier releases pass it at exact equality). There are no second derivatives.
 
     Raises:
-        TypeError: a mask that is no tensor.
-        ValueError: shapes, dtypes, devices or options that do not fit; the message has them.
+        TypeError: a mask is no tensor.
+        ValueError: shapes, dtypes, devices or options do not fit; the message names them.
     """
     operands = _operands(
         query, key, value, key_padding_mask, attn_mask, is_causal, dropout_p, scale, softcap, clamp

@@ -27,10 +27,10 @@ class ClampedMultiheadAttention(nn.MultiheadAttention):
     NaN where it returns weights) and that NaN in a padded key or value reaches no output. (It does
     reach the gradient of the weight that projects it, which multiplies it by zero, as in torch.)
 
-    It always computes what `forward` says: torch's inference fast path, which reads the weights of
-    a module and passes its `forward` by, takes none of this class, nor an
-    `nn.TransformerEncoderLayer` that holds one. For torch.fx it is one module that is called, like
-    torch's. `torch.jit.script` compiles a twin in plain torch.
+    `forward` is always called. Torch's inference fast path reads a module's weights and does not
+    call `forward`; it is switched off for this class and for an `nn.TransformerEncoderLayer` that
+    holds one. torch.fx treats it as one module, as it does torch's. `torch.jit.script` compiles a
+    twin in plain torch.
 
     Args:
         embed_dim: C, width of query and output.

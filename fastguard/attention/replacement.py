@@ -1,4 +1,4 @@
-"""`nn.MultiheadAttention` of somebody's model, made clamped in place."""
+"""Turns each `nn.MultiheadAttention` of a model into a clamped one, in place."""
 
 from __future__ import annotations
 

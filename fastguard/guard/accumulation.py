@@ -95,7 +95,7 @@ class Window:
             overflowed: whether this micro-batch did so under the scaler; None without one.
         """
         verdict = decision.verdict
-        self.found_inf = self.found_inf | ~decision.record[2].isfinite()
+        self.found_inf = self.found_inf | ~decision.entries.total_norm.isfinite()
         if overflowed is not None:
             self._overflowed += overflowed
         for name, p in zip(names, parameters, strict=True):

@@ -322,7 +322,7 @@ def overflowed(decision: GuardDecision, measured: GradNorm, loss_counts: bool) -
         loss_counts: whether the record has a loss.
     """
     found = (decision.verdict == int(Verdict.SKIP_NONFINITE)) & measured.nonfinite[:, 1].any()
-    return found & decision.record[4].isfinite() if loss_counts else found
+    return found & decision.entries.loss.isfinite() if loss_counts else found
 
 
 class Searches:

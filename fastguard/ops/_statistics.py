@@ -24,10 +24,14 @@ from .types import (
 def outlier_above(statistics: Statistics, skip_norm: float) -> Tensor:
     """The norm above which a finite norm is an outlier, float64, shape ().
 
-    The larger of ``skip_norm`` and 4 times the median of the last norms seen and one more that is
-    above them all; inf while fewer than 16 were seen. The rule asks for the median of the last
-    norms and the norm in question. Both say the same: a norm below the larger of those in the
-    middle is no outlier by either.
+    It is the larger of ``skip_norm`` and 4 times a median, and inf while fewer than 16 norms were
+    seen. The median is that of the last norms seen and one more norm that is above them all. The
+    rule names the median of the last norms and the norm in question. Both decide alike: a norm
+    below the larger of the two norms in the middle is no outlier by either.
+
+    Args:
+        statistics: on any device; only read.
+        skip_norm: threshold; inf makes the result inf.
     """
     usual = OUTLIER_FACTOR * _median_with_a_larger(statistics.seen_norms, statistics.seen)
     larger = torch.where(usual > skip_norm, usual, skip_norm)

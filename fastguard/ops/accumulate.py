@@ -31,10 +31,10 @@ def accumulate_(
             :func:`grad_norm`, sums of float64 for float64 gradients, of float32 for all others.
         verdict: int64, shape ().
         window: float64, shape (3,): micro-batches seen, the good ones, the weight of the good ones.
-        weight: of this micro-batch.
+        weight: the weight of this micro-batch, e.g. its number of samples.
 
     Raises:
-        RuntimeError: the lists do not match, a sum is expanded or of another dtype.
+        RuntimeError: the lists do not match, or a sum is expanded or has another dtype.
 
     Sums that share memory are not looked for: GradGuard makes them itself, one for each parameter.
     """

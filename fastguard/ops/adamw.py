@@ -82,14 +82,14 @@ def adamw_(
             decay = lr * weight_decay * p if decoupled_weight_decay else 0
             p -= decay + lr / (1 - beta1**t) * m / (sqrt(v_max / (1 - beta2**t)) + eps)
 
-    in float32, for float64 parameters in float64, the bias corrections in float64. Gradients are
-    only read. The result does not depend on the number of threads, nor on the CPU's instruction
-    set. Where a gradient lies otherwise in memory than its parameter, or the parameter has gaps,
-    copies are made.
+    The arithmetic is in float32, in float64 for float64 parameters. The bias corrections are in
+    float64. Gradients are only read. The result does not depend on the number of threads, nor on
+    the CPU's instruction set. A gradient whose memory layout differs from its parameter's is
+    copied, and so is a parameter with gaps.
 
-    The state is packed, one tensor for all parameters: the moments of parameter i start at
-    ``packed_offsets(p.numel() for p in params)[i]`` and lie in the order of the parameter's memory
-    (row-major where that has gaps), so that parameter and moments are read straight through.
+    The state is packed, one tensor for all parameters. The moments of parameter i start at
+    ``packed_offsets(p.numel() for p in params)[i]``. They lie in the order of the parameter's
+    memory, or in row-major order if that has gaps.
 
     Source: Kingma & Ba, "Adam: A Method for Stochastic Optimization", ICLR 2015; Loshchilov &
     Hutter, "Decoupled Weight Decay Regularization", ICLR 2019; amsgrad: Reddi et al., "On the
@@ -107,8 +107,8 @@ def adamw_(
         verdict: a :class:`Verdict`, int64, shape ().
 
     Raises:
-        RuntimeError: a tensor of another number, dtype, shape or device, or one to be written that
-            is expanded; nothing is written then.
+        RuntimeError: a list has another length; a tensor has another dtype, shape or device; or one
+            to be written is expanded. Nothing is written then.
     """
     params = params if isinstance(params, list) else list(params)
     grads = grads if isinstance(grads, list) else list(grads)

@@ -21,8 +21,8 @@ def clip_(
 
     Args:
         grads: N >= 0 tensors as for :func:`scale_`.
-        float32_norm: decide by the norm rounded to float32 (unless that is Inf), as one who is
-            handed the norm in float32 would.
+        float32_norm: decide by the norm rounded to float32, unless that is Inf. A caller who gets
+            the norm in float32 then comes to the same decision.
         max_norm, skip_norm: as for :func:`decide`.
 
     Raises:

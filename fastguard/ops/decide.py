@@ -32,7 +32,7 @@ from .types import (
 
 
 def decide(total_norm: Tensor, max_norm: float, skip_norm: float) -> Decision:
-    """Apply, clip or skip, without a host synchronisation.
+    """Apply, clip or skip, without a host-device sync.
 
     A non-finite norm is skipped, a norm above ``skip_norm`` is skipped, a norm above ``max_norm``
     is clipped with torch's coefficient ``max_norm / (total_norm + 1e-6)``.
@@ -109,16 +109,16 @@ def guard_decide_(
         measured: of N gradients, as :func:`grad_norm` returns it.
         unscale: factor that turns the measured norms and gradients into the true ones, float64,
             shape (); None for 1.
-        loss: float64, shape (); a NaN or Inf is a verdict by itself. None if not known.
-        statistics: updated in place; by a finite norm whose step is skipped only the seen norms
-            and the usual ones.
+        loss: float64, shape (); a NaN or Inf alone makes the step a skip. None if not known.
+        statistics: updated in place. A finite norm whose step is skipped updates only the seen
+            norms and the usual ones.
         step: the number of this step, for ``clipped_since`` and ``risen_since``.
         threshold: where clipping begins, one of :mod:`fastguard.thresholds`.
         max_norm, skip_norm: as for :func:`decide`.
 
     Raises:
-        RuntimeError: a tensor of another dtype or shape, or an AdaGC with a ``per_tensor`` that has
-            no columns.
+        RuntimeError: a tensor has another dtype or shape, or the threshold is AdaGC and
+            ``per_tensor`` has no columns.
     """
     args = (measured.total_norm, measured.norms, unscale, loss, *statistics, step)
     args += (int(threshold.kind), max_norm, skip_norm, threshold.options)

@@ -14,10 +14,10 @@ from .types import GradNorm
 def grad_norm(grads: Sequence[Tensor]) -> GradNorm:
     """Global norm, norm of each tensor and place of the non-finite elements, from one read.
 
-    Finite float32, bfloat16 and float16 elements can not overflow, however large, nor do small ones
-    vanish. The sum is in float64; on CUDA 32 elements at a time are summed in float32 first, which
-    may be 1.1e-7 of the norm. The result does not depend on the number of threads or blocks, nor on
-    the CPU's instruction set.
+    Finite float32, bfloat16 and float16 elements cannot overflow and small ones do not vanish: the
+    sum is in float64. CUDA first sums 32 elements at a time in float32, which may change the norm
+    by a relative 1.1e-7. The result does not depend on the number of threads or blocks, nor on the
+    CPU's instruction set.
 
     Args:
         grads: N >= 0 dense tensors of one device and any shape, stride and dtype of float32,
@@ -36,7 +36,9 @@ def grad_norm(grads: Sequence[Tensor]) -> GradNorm:
 def grad_norm_ref(grads: Sequence[Tensor], device: torch.device | None = None) -> GradNorm:
     """:func:`grad_norm` in plain torch: several reads of every tensor, and copies in float64.
 
-    ``device`` is where the results of no tensors are to be.
+    Args:
+        grads: as for :func:`grad_norm`.
+        device: where the results are made if there are no tensors.
     """
     check_dtypes("grad_norm", grads)
     check_same_device("grad_norm", grads)

@@ -57,9 +57,9 @@ def grad_norm_decide_(
     """:func:`grad_norm` and :func:`guard_decide_` in one; on CUDA in one launch.
 
     Args:
-        scaling: updated in place as by ``GradScaler.update``: a norm that is not finite, as it was
-            measured, multiplies the scale by ``backoff_factor``; ``growth_interval`` finite ones in
-            a row by ``growth_factor``.
+        scaling: updated in place as ``GradScaler.update`` does. A measured norm that is not finite
+            multiplies the scale by ``backoff_factor``; ``growth_interval`` finite norms in a row
+            multiply it by ``growth_factor``. None without a scaler.
         grads, unscale, loss, statistics, step, threshold, max_norm, skip_norm: as for those two.
 
     Raises:

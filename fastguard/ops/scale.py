@@ -22,8 +22,8 @@ def scale_(grads: Sequence[Tensor], clip_coef: Tensor) -> None:
     Raises:
         RuntimeError: a tensor of another dtype or device, or one that is expanded.
 
-    Two that share memory are not looked for, since the gradients of each step are others: what they
-    share may be multiplied once or twice. The callers here give each tensor once.
+    Tensors that share memory are not looked for, because each step has new gradients. Shared
+    elements may be multiplied once or twice. Callers must pass each tensor once.
     """
     grads = list(grads)
     if grads and _library.has_kernel(grads[0]):
@@ -35,7 +35,7 @@ def scale_(grads: Sequence[Tensor], clip_coef: Tensor) -> None:
 
 @torch.no_grad()
 def scale_ref_(grads: Sequence[Tensor], clip_coef: Tensor) -> None:
-    """:func:`scale_` in plain torch; it writes a product with 1 too, lest the host wait."""
+    """:func:`scale_` in plain torch; it also writes products with 1, to avoid a sync."""
     check_dtypes("scale_", grads)
     check_no_overlap("scale_", grads)
     check_same_device("scale_", (*grads, clip_coef))

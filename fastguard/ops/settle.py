@@ -17,11 +17,11 @@ def settle_(
 ) -> Tensor:
     """Set ``buffers`` back to their ``saved`` copies on a skip, else bring the copies up to date.
 
-    An element that is finite in a copy and NaN or Inf in its buffer is never brought into the copy:
-    whatever the verdict, all buffers of the same owner are set back then. BatchNorm's mean,
-    variance and count belong together; the buffers of other modules are not held up.
+    If an element is finite in a copy and NaN or Inf in its buffer, all buffers of the same owner
+    are set back, whatever the verdict: BatchNorm's mean, variance and count belong together. The
+    buffers of other owners follow the verdict.
 
-    Two buffers may share memory: their copies are equal there, so it gets the same from either.
+    Two buffers may share memory: their copies are equal there, so both write the same values.
 
     Args:
         buffers, saved: N tensors each, of any dtype and device, equal in shape and dtype in pairs.
@@ -30,12 +30,12 @@ def settle_(
             module that holds it, from 0 to N - 1.
 
     Returns:
-        int32, shape (2 * N,): not zero, in the first half for each buffer that was set back for its
-        own NaN or Inf, in the second half for each owner of one. All zero on a skip.
+        int32, shape (2 * N,). The first half is nonzero for each buffer that was set back because
+        of its own NaN or Inf, the second half for each owner of such a buffer. All zero on a skip.
 
     Raises:
-        RuntimeError: the lists differ in length, shapes or dtypes; on the CPU, an owner that is not
-            there. On a device such a buffer counts as its own owner.
+        RuntimeError: the lists differ in length, shapes or dtypes; on the CPU, an owner is out of
+            range. On a GPU a buffer whose owner is out of range counts as its own owner.
     """
     if _library.has_kernel(verdict) and can_settle(buffers, saved, verdict.device):
         return torch.ops.fastguard.settle_.default(buffers, saved, verdict, owners)
@@ -43,14 +43,17 @@ def settle_(
 
 
 def can_settle(buffers, saved, device: torch.device) -> bool:
-    """Whether all are where the verdict is and, on a device, which alone knows the direction of the
-    copy, can be copied as the memory that they are."""
+    """Whether the operator takes the buffers: all are on the verdict's device.
+
+    On a GPU they must also lie alike in memory, without gaps: the kernel copies memory.
+    """
     if any(tensor.device != device for tensor in (*buffers, *saved)):
         return False
     return device.type == "cpu" or same_memory(buffers, saved)
 
 
 def same_memory(buffers, saved) -> bool:
+    """Whether each buffer and its copy have the same strides and no gaps."""
     return all(
         b.stride() == s.stride() == packed_strides(b) for b, s in zip(buffers, saved, strict=True)
     )

@@ -317,13 +317,13 @@ def _to(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 _ARGUMENTS = """
-    Clipping, unscaling and skipping take no pass of their own: :class:`fastguard.GradGuard` leaves
-    its decision in ``decision`` and GradScaler its scale and ``found_inf`` (of which any non-zero
-    value and NaN skip), the step multiplies as it reads, the gradients stay as they are, and on a
-    skip parameters and state stay so too, bit for bit.
+    Clipping, unscaling and skipping take no pass of their own. :class:`fastguard.GradGuard` sets
+    ``decision``; GradScaler sets its scale and ``found_inf``, of which NaN and any nonzero value
+    skip the step. The step multiplies the gradients while it reads them and does not change them.
+    On a skip, parameters and state stay unchanged too, bit for bit.
 
-    All parameters of a group, device and dtype are one call of a native kernel; without one the
-    pure-torch :func:`fastguard.ops.adamw_ref_` serves. The step is always fused.
+    One call of a native kernel steps all parameters of a group, device and dtype. Without a kernel
+    the pure-torch :func:`fastguard.ops.adamw_ref_` serves. The step is always fused.
 
     Args:
         params: parameters, (name, parameter) pairs or param groups, as for torch's optimizers, of
@@ -334,21 +334,20 @@ _ARGUMENTS = """
         weight_decay: {weight_decay}.
         amsgrad: divide by the largest second moment so far instead of the present one.
         maximize: step along the gradient, not against it.
-        foreach, fused: None, False or True, without effect on the step: it is always fused. Not
-            both True, as with torch's. They stay in the groups, so that torch's optimizer that
-            loads the state steps as it was asked for here.
-        capturable: without effect outside of a CUDA graph's capture, inside of which it must be
-            True: ``step`` is an argument on the device, but lr, betas, eps and weight_decay are
-            taken from the host, and a replay repeats those of the capture.
+        foreach, fused: None, False or True, but not both True. They do not change the step, which
+            is always fused. They stay in the groups for a torch optimizer that loads the state.
+        capturable: must be True while a CUDA graph is captured, and has no other effect. ``step``
+            is an argument on the device. lr, betas, eps and weight_decay are read on the host: a
+            replay repeats those of the capture.
         differentiable: False.
 
     Its state, per parameter: ``step``, float32 of shape () on the parameter's device, and
     ``exp_avg``, ``exp_avg_sq`` and with amsgrad ``max_exp_avg_sq`` of the parameter's shape, in
-    float32 for bfloat16 and float16 parameters too, where torch's are in the parameter's dtype. All
-    are views of a few packed tensors; an entry that is replaced is copied into these at the next
-    step. ``torch.save`` writes a packed tensor once, and all of it even where the state of a single
-    parameter is saved: clone that first. So does plain ``pickle``, and once for each view: pickle
-    the optimizer, which takes care of that, or a deep copy made of clones, not its state dict.
+    float32 for bfloat16 and float16 parameters too; torch's are in the parameter's dtype. All are
+    views of a few packed tensors. An entry that is replaced is copied into these at the next step.
+    ``torch.save`` writes a packed tensor once, and all of it even if the state of a single
+    parameter is saved: clone that first. Plain ``pickle`` writes it once for each view: pickle the
+    optimizer, which clones the views, or a deep copy made of clones, but not the state dict.
 
     The moments of a parameter that is a DTensor (FSDP2) are DTensors with its mesh and placements,
     as torch.distributed.checkpoint saves them; the step works on this rank's shards, and takes
