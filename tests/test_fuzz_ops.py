@@ -1,4 +1,4 @@
-"""The operators with arguments that nobody should give them: tests/fuzz_ops.py, for a while."""
+"""The operators with arguments that nobody should give them: tests/fuzz_ops, for a while."""
 
 import sys
 
@@ -19,7 +19,8 @@ half = double(0.5)
 @pytest.mark.skipif(sys.platform != "linux", reason="guard pages are made by Linux's mmap")
 def test_drawn_arguments_are_refused_or_served_as_by_the_reference():
     """`python -m tests.fuzz_ops --seconds N --seed S` runs longer."""
-    from tests.fuzz_ops import REFERENCES, fuzz
+    from tests.fuzz_ops.__main__ import fuzz
+    from tests.fuzz_ops.case import REFERENCES
 
     counts, failures = fuzz(60, 0)
     assert failures == []
