@@ -1,130 +1,19 @@
-"""``python -m fastguard.report``: what the page says, survives, and looks like in a browser."""
+"""``python -m fastguard.report``: what the page says, and what it survives."""
 
 import json
 import math
 import os
 import re
-import shutil
-from collections.abc import Iterator
-from html.parser import HTMLParser
 
 import numpy as np
 import pytest
-import yaml
 
 from fastguard.speech.cli.report import main
-from fastguard.speech.cli.train import main as train
 from fastguard.speech.reporting import plots
 from fastguard.speech.reporting.html_report import render
 from fastguard.speech.reporting.run_history import RunFolderError, read
-from fastguard.speech.training.metrics import EpochMetrics, MetricsFile, StepMetrics
-from tests.recordings import tones
-from tests.speech.training.test_train import poison
 
-HOSTILE = (
-    "<script>alert(1)</script>\n\"'><img src=x onerror=alert(2)> $\\frac$ {{ 7 * 7 }} \u202e \x00"
-)
-VOID = {"meta", "link", "br", "img", "path", "circle", "use", "rect"}
-
-
-class Page(HTMLParser):
-    """Tags with their attributes, the text, the rows of tables; all that opens has to close."""
-
-    def __init__(self, html: str):
-        super().__init__()
-        self.tags, self.open, self.text = [], [], ""
-        self.rows: list[list[str]] = []
-        self.feed(html)
-        assert self.open == []
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-        if tag == "small":
-            self.text += " "
-        if tag not in VOID:
-            self.open.append(tag)
-        if tag == "tr":
-            self.rows.append([])
-        elif tag in ("td", "th"):
-            self.rows[-1].append("")
-
-    def handle_startendtag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag):
-        if tag not in VOID:
-            assert self.open.pop() == tag
-        if tag in ("dt", "dd", "div"):
-            self.text += " "
-
-    def handle_data(self, data):
-        if "style" in self.open:
-            return
-        self.text += data
-        if "td" in self.open or "th" in self.open:
-            self.rows[-1][-1] += data
-
-    def names(self):
-        return {tag for tag, _ in self.tags}
-
-    def row(self, first):
-        return next(row for row in self.rows if row and row[0].strip() == first)
-
-
-def step(number, loss=2.0, norm=1.5, verdict="clip", **more):
-    coef = 0.5 if verdict == "clip" else 1.0
-    return StepMetrics(number, 1, number - 1, loss, norm, coef, verdict, 1e-3, 0.25, **more)
-
-
-def epoch(number, step, wer, loss=2.0, skipped=0):
-    return EpochMetrics(number, step, loss, wer, wer / 2, 1.5, skipped, 10, 2.5)
-
-
-def run_folder(path, lines, settings=None):
-    path.mkdir()
-    file = MetricsFile(path / "metrics.jsonl")
-    for line in lines:
-        file.write(line)
-    file.close()
-    (path / "config.yaml").write_text(yaml.safe_dump(settings or {"model": "baseline"}))
-    (path / "train.log").write_text("run folder: x\nbaseline: 15.6 M parameters on cpu, bf16\n")
-    return path
-
-
-def page_of(*folders):
-    return Page(render([read(folder) for folder in folders]))
-
-
-@pytest.fixture
-def good(tmp_path):
-    lines = [step(i, loss=4 - i / 10) for i in range(1, 21)]
-    lines += [epoch(1, 10, 0.5), epoch(2, 20, 0.25), epoch(3, 20, 0.4)]
-    return run_folder(tmp_path / "good", lines, {"optim": {"lr": 1e-3}, "seed": 0, "run_dir": "g"})
-
-
-@pytest.fixture
-def hostile(tmp_path):
-    """Every text that a run can hold is markup."""
-    bad = step(3, math.nan, math.inf, "skip_nonfinite", skipped_utterances=(HOSTILE,))
-    folder = run_folder(
-        tmp_path / "<b>hostile$x$",
-        [step(1), step(2), bad, step(4, norm=50.0, verdict="skip_outlier"), epoch(1, 4, 0.9)],
-        {"data": HOSTILE.replace("\0", ""), HOSTILE.replace("\0", ""): {"lr": [HOSTILE[:9]]}},
-    )
-    details = {
-        "step": 2,
-        "batch_id": HOSTILE,
-        "offenders": [{"name": HOSTILE, "nans": 3, "infs": 1, "first_index": 7, "kind": "NaN"}],
-        "bracket": [{"finite": False, "first": HOSTILE, "last": "z"}],
-        "norms": {HOSTILE: 2.5, "head.weight": "nan"},
-        "max_norm": "inf",
-    }
-    (folder / "bad_step_000002.json").write_text(json.dumps(details))
-    row = {"id": HOSTILE, "reference": f"a {HOSTILE}", "hypothesis": HOSTILE, "wer": 2, "cer": 1}
-    (folder / "hypotheses.jsonl").write_text(json.dumps(row) + "\n")
-    with (folder / "train.log").open("a") as log:
-        log.write(f"ERROR - {HOSTILE}")
-    return folder
+from .pages import Page, epoch, page_of, run_folder, step
 
 
 def test_what_the_page_says_of_a_run(good):
@@ -368,18 +257,6 @@ def test_the_command(good, tmp_path, capsys):
         read(tmp_path / "empty")
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """A run of the trainer itself in which one recording is corrupt."""
-    folder = tmp_path_factory.mktemp("trained")
-    with pytest.MonkeyPatch.context() as patch:
-        poison(patch, {"tone2.wav"})
-        options = ["--model", "baseline", "--stable", "--precision", "fp32", "--epochs", "2"]
-        options += ["--batch-size", "2", "--data", tones(folder), "--run-dir", str(folder / "run")]
-        assert train(options) == 0
-    return folder / "run"
-
-
 def test_a_run_on_recorded_prompts(trained_run):
     page = page_of(trained_run)
     words = " ".join(page.text.split())
@@ -402,98 +279,6 @@ def test_a_run_of_the_trainer(trained):
         assert "tone2.wav" in row[5]
         assert re.match(r"subsampling\S*\[\d+\]", row[4])
     assert page.row("guard.max_norm")[1] == "0.5"
-
-
-# --- in a browser -----------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def chromium() -> Iterator:
-    """A selenium driver that keeps the console's and the network's logs."""
-    browser, driver = shutil.which("chromium"), shutil.which("chromedriver")
-    if browser is None or driver is None:
-        pytest.skip("chromium and chromedriver are absent")
-    from selenium import webdriver
-
-    options = webdriver.ChromeOptions()
-    options.binary_location = browser
-    for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"):
-        options.add_argument(argument)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    chrome = webdriver.Chrome(options, webdriver.ChromeService(driver))
-    yield chrome
-    chrome.quit()
-
-
-def open_page(chrome, path, width: int, theme: str = "light") -> None:
-    """Load a file as a screen of this width shows it."""
-    feature = {"name": "prefers-color-scheme", "value": theme}
-    chrome.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [feature]})
-    screen = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 600}
-    chrome.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
-    chrome.get_log("browser"), chrome.get_log("performance")  # of the page before
-    chrome.get(path.as_uri())
-
-
-def requests(chrome) -> list[str]:
-    """The addresses that the page has asked for."""
-    events = [json.loads(entry["message"])["message"] for entry in chrome.get_log("performance")]
-    sent = [e["params"] for e in events if e["method"] == "Network.requestWillBeSent"]
-    return [params["request"]["url"] for params in sent]
-
-
-MEASURE = """
-const box = e => {
-  const b = e.getBoundingClientRect(); return [b.left, b.right, b.width, b.height];
-};
-const clipped = e => e.closest('.scroll, pre, details:not([open])');
-return {
-  width: document.documentElement.scrollWidth,
-  svgs: [...document.querySelectorAll('figure > svg')].map(box),
-  texts: [...document.querySelectorAll('figure > svg text, p, li, dd, h1, h2, h3, figcaption span')]
-    .filter(e => !clipped(e)).map(e => [...box(e), e.textContent]),
-  ticks: [...document.querySelectorAll('figure > svg')].map(svg =>
-    [...svg.querySelectorAll('text')].map(e => {
-      const b = e.getBoundingClientRect(); return [b.left, b.top, b.right, b.bottom, e.textContent];
-    })),
-  ink: getComputedStyle(document.querySelector('figure > svg text')).fill,
-  page: getComputedStyle(document.body).backgroundColor,
-};
-"""
-
-
-def overlapping(boxes):
-    def apart(a, b):
-        return a[2] <= b[0] + 1 or b[2] <= a[0] + 1 or a[3] <= b[1] + 1 or b[3] <= a[1] + 1
-
-    return [(a[4], b[4]) for i, a in enumerate(boxes) for b in boxes[i + 1 :] if not apart(a, b)]
-
-
-@pytest.mark.parametrize("width", [390, 1280])
-def test_a_browser_shows_it(chromium, trained, hostile, tmp_path, width):
-    path = tmp_path / "report.html"
-    assert main([str(trained), str(hostile), "-o", str(path)]) == 0
-    open_page(chromium, path, width)
-    assert requests(chromium) == [path.as_uri()]
-    assert chromium.get_log("browser") == []
-    chromium.execute_script("document.querySelectorAll('details').forEach(d => d.open = true)")
-    seen = chromium.execute_script(MEASURE)
-    assert seen["width"] <= width
-    assert len(seen["svgs"]) == 7
-    assert all(w > 200 and h > 100 for _, _, w, h in seen["svgs"])
-    assert [t for t in seen["texts"] if t[0] < 0 or t[1] > width] == []
-    assert [pairs for ticks in seen["ticks"] if (pairs := overlapping(ticks))] == []
-
-
-def test_light_and_dark(chromium, good):
-    assert main([str(good)]) == 0
-    seen = {}
-    for theme in ("light", "dark"):
-        open_page(chromium, good / "report.html", 1280, theme)
-        seen[theme] = chromium.execute_script(MEASURE)
-    light, dark = (sum(map(int, re.findall(r"\d+", seen[t]["page"])[:3])) for t in seen)
-    assert light > 600 and dark < 150
-    assert seen["light"]["ink"] != seen["dark"]["ink"]
 
 
 def test_hypotheses_without_end_are_aligned_in_part(tmp_path):

@@ -6,46 +6,19 @@ from fractions import Fraction
 
 import pytest
 import torch
-import torch.nn.functional as F
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import fastguard
 from fastguard import thresholds
 from fastguard.guard import GradGuard
-from fastguard.speech.data.batching import collate
-from fastguard.speech.data.readers import Rejected
 from fastguard.speech.data.sampler import Draw
 from fastguard.speech.storage import checkpoint
-from fastguard.speech.training import agreement, journal
-from fastguard.speech.training.distillation import distillation_loss
-from fastguard.speech.training.loss import ctc_loss
-from fastguard.speech.training.metrics import StepMetrics
-from fastguard.speech.training.options import parse
-from fastguard.speech.training.parallel import Parallel
-from fastguard.speech.training.run_folder import RunError, RunFolder
+from fastguard.speech.training import agreement
+from fastguard.speech.training.run_folder import RunError
 from fastguard.speech.training.stepper import PlainClip
-from fastguard.speech.training.tracking import Curves
-from fastguard.speech.training.trainer import Trainer
 from tests.recordings import tones, write_manifest
 
 from .test_run_folder import of_wer
 from .test_train import metrics
-
-
-@pytest.fixture
-def make(tmp_path):
-    """make("--option", ...) -> a Trainer of the baseline on tones, in fp32 unless told so."""
-
-    def build(*options, data=None):
-        run_dir = tmp_path / f"run{len(list(tmp_path.glob('run*')))}"
-        run_dir.mkdir()
-        options = ["--model", "baseline", "--precision", "fp32", "--batch-size", "2", *options]
-        config = parse([*options, "--data", data or tones(tmp_path)])
-        folder = RunFolder(run_dir, config)
-        folder.begin()
-        return Trainer(config, folder, Parallel())
-
-    return build
 
 
 def train_step(made):
@@ -89,13 +62,6 @@ def test_every_setting_reaches_its_part(make):
     assert train.log_mel.normalization == dev.log_mel.normalization == "level"
     assert [len(train), len(dev)] == [4, 2]
     assert train[Draw(0, 1)].features.shape[1] == 40
-
-
-def test_convolutions_start_scaled(make):
-    torch.manual_seed(0)
-    plain = make("--init.conv_scale", "1.0").learner.model.layers[0].conv.weight
-    half = make("--init.conv_scale", "0.5").learner.model.layers[0].conv.weight
-    torch.testing.assert_close(half, plain / 2)
 
 
 def test_without_the_guard_torch_clips(make):
@@ -261,47 +227,6 @@ def test_a_recording_that_breaks_after_the_check_is_left_out_and_named(make, tmp
     assert step["left_out_utterances"] == ["tone0.wav"]
 
 
-def test_the_student_learns_from_the_teacher_too(make, tmp_path):
-    teacher = make("--epochs", "1", "--seed", "5")
-    teacher.fit()
-    options = ("--network.dropout", "0", "--augment.freq_masks", "0", "--augment.time_masks", "0")
-    path = str(teacher.folder.path)
-    losses = {}
-    for weight in ("0", "0.25", "1"):
-        made = make("--teacher", path, "--distill.weight", weight, *options)
-        made.learner.model.eval()
-        batch = next(iter(made.loader))
-        losses[weight] = made.learner.loss(batch)[0].item()
-        ours, lengths = made.learner.model(batch.features, batch.feature_lengths)
-        theirs, _ = made.learner.teacher(batch.features, batch.feature_lengths)
-    distance = distillation_loss(ours, theirs, lengths, 2.0).item()
-    ctc = ctc_loss(ours, lengths, batch.targets, batch.target_lengths).item()
-    assert losses["0"] == pytest.approx(ctc)
-    assert losses["1"] == pytest.approx(distance)
-    assert losses["0.25"] == pytest.approx(0.75 * ctc + 0.25 * distance)
-    assert distance > 0
-
-
-def test_two_views_are_to_be_heard_alike(make):
-    losses = {}
-    for weight in ("0.5", "2"):
-        made = make("--consistency.weight", weight, "--network.dropout", "0")
-        made.learner.model.eval()
-        batch = next(iter(made.loader))
-        losses[weight], frames = made.learner.loss(batch)
-        log_probs, lengths = made.learner.model(batch.features, batch.feature_lengths)
-    assert batch.views == 2
-    assert frames == lengths.sum()
-    ctc = ctc_loss(log_probs, lengths, batch.targets, batch.target_lengths).item()
-    first, second = log_probs.chunk(2)
-    there = distillation_loss(first, second, lengths.chunk(2)[0]).item()
-    back = distillation_loss(second, first, lengths.chunk(2)[0]).item()
-    assert there > 0
-    for weight, loss in losses.items():
-        assert loss.item() == pytest.approx(ctc + float(weight) * (there + back) / 2)
-    assert next(iter(make().loader)).views == 1
-
-
 def test_a_teacher_of_other_features_is_refused(make, tmp_path):
     teacher = make("--epochs", "1", "--features.n_mels", "40")
     teacher.fit()
@@ -318,51 +243,6 @@ def test_a_teacher_of_other_features_is_refused(make, tmp_path):
         )
     with pytest.raises(RunError, match=r"--teacher .*absent\.pt can not be read"):
         make("--teacher", str(tmp_path / "absent.pt"))
-
-
-def test_curves_for_tensorboard(make, monkeypatch):
-    made = make("--epochs", "1", "--stable", "--batch-size", "1")
-    monkeypatch.setattr(journal, "_NORMS_EVERY", 1)
-    made.fit()
-    events = EventAccumulator(str(made.folder.path / "tensorboard"))
-    events.Reload()
-    tags = events.Tags()["scalars"]
-    steps = metrics(made.folder.path, "step")
-    for name in ("loss", "norm_before_clip", "norm_after_clip", "clip_coef", "skips", "lr",
-                 "seconds_per_step"):  # fmt: skip
-        assert f"train/{name}" in tags
-    before = [e.value for e in events.Scalars("train/norm_before_clip")]
-    after = [e.value for e in events.Scalars("train/norm_after_clip")]
-    assert before == pytest.approx([s["grad_norm"] for s in steps], rel=1e-6)
-    assert after == pytest.approx([0.5] * len(steps), rel=1e-4)  # all are clipped here
-    assert {"epoch/wer", "epoch/cer", "norms/head.weight"} <= set(tags)
-
-
-def test_curves_of_a_run_that_goes_on(tmp_path):
-    step = StepMetrics(3, 1, 2, 1.0, 1.0, 1.0, "skip_nonfinite", 0.1, 0.1)
-    for skips in (0, 5):  # the first was killed before it had a state
-        curves = Curves(tmp_path, 0 if skips == 0 else 2, skips)
-        curves.write(step)
-        curves.close()
-        if skips == 0:  # of one second and one process, files are read in the order of ".10", ".9"
-            (file,) = tmp_path.iterdir()
-            file.rename(file.with_name(file.name.replace("tfevents.", "tfevents.0")))
-    events = EventAccumulator(str(tmp_path))
-    events.Reload()
-    assert [e.value for e in events.Scalars("train/skips")] == [6]
-
-
-def test_a_batch_of_nothing_teaches_nothing(make):
-    made = make()
-    made.learner.model.train()
-    before = {name: value.clone() for name, value in made.learner.model.state_dict().items()}
-    loss, frames = made.learner.loss(collate([Rejected("a", "gone")], n_mels=80))
-    loss.backward()
-    assert (loss.item(), frames) == (0.0, 0)
-    assert made.learner.model.training
-    assert all(not p.grad.any() for p in made.learner.model.parameters())
-    for name, value in made.learner.model.state_dict().items():
-        assert torch.equal(value, before[name]), name
 
 
 @pytest.mark.parametrize("precision, dtype", [("fp32", torch.float32), ("bf16", torch.bfloat16)])
@@ -400,20 +280,3 @@ def test_signals_stop_once_and_interrupt_twice(make, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGTERM)
     assert signal.getsignal(signal.SIGINT) is before
-
-
-def test_ctc_loss_is_per_frame_in_fp32_and_infinite_where_no_alignment_exists():
-    torch.manual_seed(0)
-    log_probs = torch.randn(2, 9, 5).log_softmax(-1)
-    lengths, targets = torch.tensor([9, 6]), torch.tensor([1, 2, 2, 4])
-    target_lengths = torch.tensor([3, 1])
-    with torch.autocast("cpu", torch.bfloat16):
-        loss = ctc_loss(log_probs, lengths, targets, target_lengths)
-    one = F.ctc_loss(
-        log_probs[0, :9, None].double(), targets[None, :3], (9,), (3,), reduction="sum"
-    )
-    two = F.ctc_loss(
-        log_probs[1, :6, None].double(), targets[None, 3:], (6,), (1,), reduction="sum"
-    )
-    assert loss.item() == pytest.approx(((one + two) / 15).item(), rel=1e-5)
-    assert ctc_loss(log_probs, torch.tensor([3, 6]), targets, target_lengths).item() == float("inf")
