@@ -44,13 +44,13 @@ def open_regular(path: Path, largest: int) -> BinaryIO:
 
     Raises:
         UnusableFile: it is no regular file, or has more than ``largest`` bytes.
-        OSError: it is not there, or can not be opened.
+        OSError: it is not there, or cannot be opened.
     """
     flags = os.O_RDONLY | _flag("O_NONBLOCK") | _flag("O_BINARY") | _flag("O_CLOEXEC")
     try:
         descriptor = os.open(path, flags)
     except ValueError as error:  # NUL in the name
-        raise UnusableFile(f"{path!r} can not be opened: {error}") from error
+        raise UnusableFile(f"{path!r} cannot be opened: {error}") from error
     try:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
@@ -237,7 +237,7 @@ def open_appending(path: Path) -> TextIO:
 
     Raises:
         UnusableFile: it is a symbolic link, a FIFO or anything else than a regular file.
-        OSError: it can not be written.
+        OSError: it cannot be written.
     """
     check_own(path)
     flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT

@@ -21,7 +21,7 @@ and of words:
 
 
 class DecoderError(RuntimeError):
-    """The decoder that was asked for can not be had; the message says why."""
+    """The decoder that was asked for cannot be had; the message says why."""
 
 
 def add_decoder_options(parser: argparse.ArgumentParser) -> None:
@@ -99,7 +99,7 @@ def check_decoder_options(parser: argparse.ArgumentParser, args: argparse.Namesp
 def decoder(args: argparse.Namespace, tokenizer: Tokenizer, rules: TextRules) -> Decode:
     """That of the options; words of a lexicon are spelled by the ``rules`` of the model.
 
-    Raises DecoderError for a file that can not be used, MissingExtra without flashlight-text."""
+    Raises DecoderError for a file that cannot be used, MissingExtra without flashlight-text."""
     if args.decoder == "greedy":
         return greedy_decode
     names = ("beam_size", "lm", "lm_binary", "lexicon", "lm_weight", "word_score")

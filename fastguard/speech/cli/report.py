@@ -42,8 +42,8 @@ def _write(args: argparse.Namespace) -> None:
     page = render([read(run) for run in args.runs])
     write = files.write_where_told if args.output else files.write_text
     try:
-        # A lone surrogate, which JSON can hold and UTF-8 can not, becomes a question mark.
+        # A lone surrogate, which JSON can hold and UTF-8 cannot, becomes a question mark.
         write(path, page, errors="replace")
     except OSError as error:
-        raise OSError(f"can not write the report: {error}; choose --output") from error
+        raise OSError(f"cannot write the report: {error}; choose --output") from error
     print(path)

@@ -111,7 +111,7 @@ def _begin(folder: RunFolder) -> str | None:
     except RunError as error:
         return str(error)
     except OSError as error:
-        return f"can not write the run folder: {error}; choose --run-dir"
+        return f"cannot write the run folder: {error}; choose --run-dir"
     logger.info("run folder: %s", folder.path)
     logger.info("command: %s", terminal.one_line(shlex.join(sys.orig_argv)))
     logger.info(

@@ -47,7 +47,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description="What is said in recordings of any length, rate and number of channels. Of\n"
         "one file the text is printed, of several a line each: file, tab, text. Files that\n"
-        "can not be read are named on stderr, and the exit status is 1.",
+        "cannot be read are named on stderr, and the exit status is 1.",
         epilog=recognition_options.LANGUAGE_MODEL_HELP
         + "\nexample:\n"
         + "  python -m fastguard.transcribe --checkpoint runs/my --json call.wav lectures/",
@@ -126,7 +126,7 @@ def _transcribe_all(args: argparse.Namespace, recognizer: Recognizer, decode) ->
 
 def recordings(paths: Iterable[Path], passed_over: list[Path]) -> Iterator[Path]:
     """The files as they are; in place of a folder the recordings in it, by name. What else is in
-    there, and what can not be listed, comes into ``passed_over``. Links to folders are not
+    there, and what cannot be listed, comes into ``passed_over``. Links to folders are not
     followed."""
     for path in paths:
         if not path.is_dir():
@@ -153,7 +153,7 @@ def passed_over_lines(files: list[Path]) -> Iterator[str]:
     for suffix, found in ordered:
         if suffix in _OTHER_RECORDINGS:
             yield (
-                f"passed over: {len(found)} {suffix} ({_first_names(found)}), which can not be "
+                f"passed over: {len(found)} {suffix} ({_first_names(found)}), which cannot be "
                 f"read: convert them, ffmpeg -i FILE{suffix} FILE.wav"
             )
     if others:

@@ -27,7 +27,7 @@ _CANCEL = 1 / 8  # of the energy that the mean of unrelated channels has
 
 
 class AudioError(Unusable):
-    """A recording that can not be used; the message names the file and the cure."""
+    """A recording that cannot be used; the message names the file and the cure."""
 
 
 class Recording:
@@ -52,7 +52,7 @@ class Recording:
         Channels that cancel (stereo with one side inverted, as of a badly wired microphone) have a
         mean of nothing: a warning names the file, and the louder one is taken from there on.
 
-        Raises AudioError where the file can not be decoded, or ends before what it claims.
+        Raises AudioError where the file cannot be decoded, or ends before what it claims.
         """
         blocks = [np.zeros(0, np.float32)]
         while frames > 0 and len(block := self._block(min(frames, _BLOCK // self.channels or 1))):
@@ -206,7 +206,7 @@ def decoded_duration(path: Path | str, max_duration: float) -> float:
 
 
 def header_duration(path: Path | str) -> float:
-    """Seconds that the header claims; raises AudioError for a file that can not be opened, and for
+    """Seconds that the header claims; raises AudioError for a file that cannot be opened, and for
     one whose header claims nothing."""
     with open_recording(path) as file:
         if file.frames is None:

@@ -24,7 +24,7 @@ from .utterances import Utterance
 class LoadError(RuntimeError):
     """A recording could not be loaded, for another reason than what is in it; the message names it.
 
-    Of no memory, for one: that it is bad data can not be said.
+    Of no memory, for one: that it is bad data cannot be said.
     """
 
 
@@ -72,7 +72,7 @@ class SpeechDataset(Dataset[Item | Rejected]):
     """Features and tokens of each utterance; ``augment`` varies those of a training set.
 
     What happens to an utterance depends on ``seed`` and its :class:`Draw` alone: not on workers,
-    nor on what was drawn before it.  A recording that can not be used after all is
+    nor on what was drawn before it.  A recording that cannot be used after all is
     :class:`Rejected`: gone, torn, NaN, outside the durations, or too short for its text by
     ``max_output_length`` (see :func:`fastguard.speech.data.corpora.load_corpus`).
 

@@ -7,7 +7,7 @@
     yesno:DIR                 the 60 recordings of OpenSLR 1
 
 Whatever could break a training step later is found here, in a corpus of moderate size: every
-recording is decoded once, and a row that can not be used is left out with its name and a reason.
+recording is decoded once, and a row that cannot be used is left out with its name and a reason.
 """
 
 import json
@@ -82,7 +82,7 @@ class Corpus:
         max_output_length: Callable[[float], int],
         needed: Iterable[str] = ("train",),
     ) -> "Corpus":
-        """The corpus less the texts of the train split that CTC can not align, as
+        """The corpus less the texts of the train split that CTC cannot align, as
         :func:`load_corpus` explains, and those for which ``encode``, a tokenizer's, raises
         ValueError. What is recognised only needs no tokens.
 
@@ -257,7 +257,7 @@ def _path(place: str | Path) -> Path:
     try:
         return Path(place).expanduser()
     except RuntimeError as error:  # no HOME, and no entry of the user
-        raise CorpusError(f"{place} can not be found: {error}") from error
+        raise CorpusError(f"{place} cannot be found: {error}") from error
 
 
 def _rows(spec: str, cache_dir: Path | None, seed: int, sorting: "_Sorting") -> Utterances:
@@ -328,7 +328,7 @@ class _Sorting:
 
 
 def _check_description(row: Row, ids: set[str]) -> None:
-    """Raises Unusable for an id, a split or a text that can not be used."""
+    """Raises Unusable for an id, a split or a text that cannot be used."""
     if len(row.id) > MAX_ID:
         raise Unusable(f"id too long: {len(row.id)} characters, over {MAX_ID}; shorten the path")
     if row.id != (shown := _shown(row.id)):

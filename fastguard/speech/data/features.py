@@ -39,7 +39,7 @@ def load_audio(
 ) -> Tensor:
     """Samples (N,) float32 in [-1, 1] at ``sample_rate`` Hz, the channels averaged.
 
-    Raises AudioError, which names the file, for one that is missing, can not be decoded, has
+    Raises AudioError, which names the file, for one that is missing, cannot be decoded, has
     samples that are NaN or Inf or a rate that no recorder has, or lasts over ``max_duration``
     seconds, which bounds the memory it takes; ``finite=False`` lets NaN and Inf through.
     """

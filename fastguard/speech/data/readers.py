@@ -61,7 +61,7 @@ _OTHER_KEYS = {
 
 
 class CorpusError(ValueError):
-    """A corpus that can not be used, and what to do about it."""
+    """A corpus that cannot be used, and what to do about it."""
 
 
 class Unusable(ValueError):
@@ -196,7 +196,7 @@ def _lines(path: Path) -> Iterator[tuple[int, str | Rejected]]:
     """The lines of a UTF-8 file with their numbers from 1, less those that are empty.
 
     :class:`Rejected` stands for a line over LONGEST_LINE bytes, of which no more is kept in memory,
-    and for one in another encoding.  Raises :class:`CorpusError` for a file that can not be read,
+    and for one in another encoding.  Raises :class:`CorpusError` for a file that cannot be read,
     and for one in UTF-16 or UTF-32, where no line would be legible.
     """
     opener = gzip.open if path.suffix == ".gz" else open
@@ -214,7 +214,7 @@ def _lines(path: Path) -> Iterator[tuple[int, str | Rejected]]:
                 elif line.strip():
                     yield number, _decoded(line, number)
     except (OSError, EOFError, zlib.error) as error:
-        raise CorpusError(f"{path} can not be read: {error}; copy it again") from error
+        raise CorpusError(f"{path} cannot be read: {error}; copy it again") from error
 
 
 def _check_encoding(path: Path, start: bytes) -> None:

@@ -110,7 +110,7 @@ class BucketBatchSampler(Sampler[list[Draw]]):
         ]
         if differing:
             raise ValueError(
-                f"the order of batches can not be resumed: {', '.join(differing)}; use the "
+                f"the order of batches cannot be resumed: {', '.join(differing)}; use the "
                 "settings and the corpus of that run, or start anew"
             )
         self.epoch, self._position = state["epoch"], state["position"]

@@ -88,7 +88,7 @@ def build_synthetic(
         return _cached(corpus, [*_requests(seed, sizes)], library, data)
     except OSError as error:
         raise CorpusError(
-            f"the synthetic corpus can not be kept in {cache}: {error}; set XDG_CACHE_HOME to a "
+            f"the synthetic corpus cannot be kept in {cache}: {error}; set XDG_CACHE_HOME to a "
             "folder that can be written"
         ) from error
 

@@ -12,7 +12,12 @@ from fastguard.speech.data.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class Word:
-    """``start`` and ``end`` in seconds; ``confidence``, the mean probability of its tokens."""
+    """A recognised word.
+
+    Attributes:
+        start, end: in seconds.
+        confidence: mean probability of its tokens.
+    """
 
     word: str
     start: float
@@ -27,13 +32,21 @@ def word_times(
     seconds_per_frame: float,
     start: float = 0.0,
 ) -> list[Word]:
-    """The words of ``tokens``, on the likeliest of their CTC paths through log_probs (T, V).
+    """The words of ``tokens`` with times, on the most likely CTC path through the log_probs.
 
-    ``start`` is the time of the first frame.  For greedy_decode's tokens the path is the one that
-    they were read from.  CTC marks where it knows a token, not how long it lasts: ``start`` and
-    ``end`` are those of the frames of the first and the last token, a frame or a few off.
+    For tokens of greedy_decode this is the path that they were read from. CTC marks where it
+    recognises a token, not how long it lasts: ``start`` and ``end`` of a word are those of the
+    frames of its first and last token, and may be off by a few frames.
 
-    Raises RuntimeError if T frames are too few for the tokens.
+    Args:
+        log_probs: (T, V) floating point.
+        tokens: indices into V, without blanks.
+        tokenizer: of the model.
+        seconds_per_frame: duration of an output frame.
+        start: time of the first frame, in seconds.
+
+    Raises:
+        RuntimeError: T frames are too few for the tokens.
     """
     if not tokens:
         return []
@@ -57,7 +70,7 @@ def word_times(
 
 
 def words_of(tokens: Sequence[int], tokenizer: Tokenizer) -> list[range]:
-    """For each token the indices of the words that it begins or goes on with; none: a space."""
+    """For each token the indices of the words that it is a part of; none for a space."""
     found: list[range] = []
     before: list[str] = []
     for end in range(1, len(tokens) + 1):

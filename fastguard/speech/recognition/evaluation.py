@@ -179,7 +179,7 @@ def evaluate(
 
     ``forward`` gives log_probs (B, T, V) and lengths (B,) of a batch, on any device; it sees to
     device, precision and evaluation mode.  Utterances whose log_probs hold NaN are named in a
-    warning and get an empty hypothesis.  ``durations``, in seconds, by id.  Recordings that can not
+    warning and get an empty hypothesis.  ``durations``, in seconds, by id.  Recordings that cannot
     be used after all come into ``rejected``; without it a warning names each.
     """
     durations = durations or {}

@@ -41,7 +41,7 @@ class Recognizer:
             model.load_state_dict(state["model"])
         except (KeyError, OverflowError, RuntimeError, TypeError, ValueError) as error:
             raise checkpoint.CheckpointError(
-                f"{path} can not be used by this version of fastguard: {error}"
+                f"{path} cannot be used by this version of fastguard: {error}"
             ) from error
         warn_without_text_rules(path, state["config"])
         return cls(model.to(device).eval(), tokenizer, features(config), config)

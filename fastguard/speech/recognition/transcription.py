@@ -1,10 +1,10 @@
-"""Recordings of any length, rate and number of channels to words with times.
+"""Transcribes recordings of any length, rate and number of channels to words with times.
 
-A long recording is read and recognised in overlapping windows. What the model says of the context
-at the ends of a window is left to its neighbours, which know what comes before and after. Each
-window is normalised by itself (:class:`fastguard.speech.data.features.LogMel`), as the
-utterances of a training are, so that loudness and channel may change on the way; in return a window
-in which nobody speaks has its noise raised to the level of speech.
+A long recording is read and recognised in overlapping segments. The output for the context at the
+ends of a segment is dropped: the neighbours have more context there. Each segment is normalised by
+itself (:class:`fastguard.speech.data.features.LogMel`), as training utterances are, so loudness and
+channel may change within a recording. The cost: in a segment without speech, noise is amplified to
+the level of speech.
 """
 
 from collections.abc import Iterator
@@ -22,16 +22,16 @@ from fastguard.speech.models.layers import Subsampling
 from .alignment import Word, word_times, words_of
 from .decoding import Decode, greedy_decode
 from .recognizer import Recognizer
-from .windows import Window, Windows
+from .segments import Segment, Segments
 
 
 class TranscriptionError(ValueError):
-    """A recording that can not be transcribed; the message says why."""
+    """A recording cannot be transcribed; the message says why."""
 
 
 @dataclass(frozen=True)
 class Transcript:
-    """``duration`` in seconds."""
+    """The words of a recording, and its duration in seconds."""
 
     duration: float
     words: list[Word]
@@ -45,24 +45,29 @@ def transcribe(
     recognizer: Recognizer,
     path: Path | str,
     decode: Decode = greedy_decode,
-    window_seconds: float = 20.0,
+    segment_seconds: float = 20.0,
 ) -> Transcript:
-    """What is said in a recording of a format that fastguard.speech.data.containers knows.
+    """Transcribe a recording.
 
-    ``window_seconds`` is about the longest that the model gets to hear at once, context included.
+    Args:
+        recognizer: the model with its features and tokenizer.
+        path: a file in a format that fastguard.speech.data.containers lists.
+        decode: log-probabilities to tokens.
+        segment_seconds: approximate length of what the model gets at once, context included.
 
-    Raises TranscriptionError for a file that is missing, broken, torn or empty, and for samples or
-    model outputs that are not finite.
+    Raises:
+        TranscriptionError: the file is missing, damaged, incomplete or empty, or samples or model
+            outputs are not finite.
     """
     hop = recognizer.log_mel.hop * Subsampling.FACTOR
     seconds_per_frame = hop / recognizer.log_mel.sample_rate
     words: list[Word] = []
     try:
         with open_recording(path) as file:
-            windows = Windows(file, recognizer.log_mel.sample_rate, hop, window_seconds)
-            scored = (_log_probs(recognizer, window) for window in windows)
-            limit = max(1, int(window_seconds / seconds_per_frame))
-            for start, log_probs in segments(scored, recognizer.tokenizer, limit):
+            segments = Segments(file, recognizer.log_mel.sample_rate, hop, segment_seconds)
+            scored = (_log_probs(recognizer, segment) for segment in segments)
+            limit = max(1, int(segment_seconds / seconds_per_frame))
+            for start, log_probs in cut_before_words(scored, recognizer.tokenizer, limit):
                 tokens = decode(log_probs[None], torch.tensor([len(log_probs)]))[0]
                 words += word_times(
                     log_probs,
@@ -73,33 +78,36 @@ def transcribe(
                 )
     except AudioError as error:
         raise TranscriptionError(str(error)) from error
-    if (duration := windows.seconds_read) == 0:
+    if (duration := segments.seconds_read) == 0:
         raise TranscriptionError("holds no samples: record it again")
-    # The last frame may go on after the last sample.
+    # The last frame may end after the last sample.
     return Transcript(duration, [replace(w, end=min(w.end, duration)) for w in words])
 
 
-def _log_probs(recognizer: Recognizer, window: Window) -> Tensor:
-    """(T, V) float32 of the frames that are kept, on the CPU."""
-    if not window.samples.isfinite().all():
+def _log_probs(recognizer: Recognizer, segment: Segment) -> Tensor:
+    """Log-probabilities (T, V) float32, on the CPU, of the frames that belong to the segment."""
+    if not segment.samples.isfinite().all():
         raise TranscriptionError("holds samples that are NaN or Inf: export it again")
     with one_thread():
-        features = recognizer.log_mel(window.samples)[None]
+        features = recognizer.log_mel(segment.samples)[None]
     device = next(recognizer.model.parameters()).device
     lengths = torch.tensor([features.shape[1]], device=device)
     log_probs, frames = recognizer(features.to(device), lengths)
-    end = int(frames) if window.keep is None else window.skip + window.keep
-    kept = log_probs[0, window.skip : end].cpu()
+    end = int(frames) if segment.keep is None else segment.skip + segment.keep
+    kept = log_probs[0, segment.skip : end].cpu()
     if kept.isnan().any():
         raise TranscriptionError("the model's output is NaN: try another checkpoint")
     return kept
 
 
-def segments(
+def cut_before_words(
     scored: Iterator[Tensor], tokenizer: Tokenizer, limit: int
 ) -> Iterator[tuple[int, Tensor]]:
-    """Consecutive log_probs (T, V), cut anew: (first frame, log_probs) of at most about ``limit``
-    frames.  They are cut before words of the likeliest path, whose text is that of the whole."""
+    """Cut consecutive log_probs (T, V) into pieces of at most about ``limit`` frames.
+
+    Each piece comes with its first frame. Cuts lie before words of the most likely path, so the
+    text of the pieces is the text of the whole.
+    """
     held, start = torch.empty(0), 0
     for log_probs in scored:
         held = torch.cat([held, log_probs]) if len(held) else log_probs
@@ -112,9 +120,9 @@ def segments(
 
 
 def _last_word(log_probs: Tensor, tokenizer: Tokenizer) -> int:
-    """The frame in which the last of several words of the likeliest path begins.
+    """The frame in which the last word of the most likely path begins.
 
-    Of a single word, or none, the frame after the last change; 0 if nothing changes.
+    For a single word, or none: the frame after the last change of the path, 0 if it is constant.
     """
     runs, counts = log_probs.argmax(dim=-1).unique_consecutive(return_counts=True)
     starts = (counts.cumsum(0) - counts).tolist()

@@ -97,9 +97,9 @@ def _per_step(title, label, runs, names, values: Callable[[Run], list[float]]) -
     if not lines:
         return None
     figure, axes = _axes("optimizer step", label)
-    window = _draw_steps(axes, lines)
+    width = _draw_steps(axes, lines)
     _scale(axes, lines)
-    return _plot(title, figure, lines, (_EACH_STEP, _median_key(window)))
+    return _plot(title, figure, lines, (_EACH_STEP, _median_key(width)))
 
 
 def _grad_norm(runs, names):
@@ -108,14 +108,14 @@ def _grad_norm(runs, names):
         return None
     after = list(_lines(runs, names, _norms_after, log=True))
     figure, axes = _axes("optimizer step", "gradient norm (L2)")
-    window = _draw_steps(axes, before)
+    width = _draw_steps(axes, before)
     for line in after:
-        axes.plot(*_running_median(line, window), color=line.colour, lw=1.4, ls=(0, (3, 2)))
+        axes.plot(*_running_median(line, width), color=line.colour, lw=1.4, ls=(0, (3, 2)))
     _log_scale(axes, [*before, *after])
     marks = _mark_skips(axes, runs)
     key = (
         _EACH_STEP,
-        ("line", f"before clipping, running median of {window}"),
+        ("line", f"before clipping, running median of {width}"),
         ("dashes", "after clipping, running median"),
         *marks,
     )
@@ -206,8 +206,8 @@ _PLOTS = (_loss, _error_rates, _epoch_loss, _grad_norm, _clip_coef, _learning_ra
 _EACH_STEP = ("faint", "each step")
 
 
-def _median_key(window: int) -> tuple[str, str]:
-    return "line", f"running median of {window}"
+def _median_key(width: int) -> tuple[str, str]:
+    return "line", f"running median of {width}"
 
 
 # --- lines ------------------------------------------------------------------------------------
@@ -228,23 +228,23 @@ def _lines(runs, names, points, log: bool = False) -> Iterator[_Line]:
 
 
 def _clean(y: Sequence[float], log: bool = False) -> np.ndarray:
-    """float64 without what an axis can not show: NaN for Inf, and on a log axis for 0."""
+    """float64 without what an axis cannot show: NaN for Inf, and on a log axis for 0."""
     y = np.asarray(y, dtype=float)
     shown = np.isfinite(y) & (y > 0) if log else np.isfinite(y)
     return np.where(shown, np.clip(y, -_LARGEST, _LARGEST), math.nan)
 
 
 def _draw_steps(axes: Axes, lines: list[_Line]) -> int:
-    """Each step faintly, its running median over it; the median's window in steps."""
-    window = max(max(len(line.x) for line in lines) // 20, 5) | 1
+    """Each step faintly, its running median over it; the median's width in steps."""
+    width = max(max(len(line.x) for line in lines) // 20, 5) | 1
     faint = 0.35 if len(lines) == 1 else 0.2
     for line in lines:
         axes.plot(
             *_envelope(line.x, line.y), color=line.colour, lw=0.8, alpha=faint, **_marker(line)
         )
     for line in lines:
-        axes.plot(*_running_median(line, window), color=line.colour, ls=line.dash, lw=1.8)
-    return window
+        axes.plot(*_running_median(line, width), color=line.colour, ls=line.dash, lw=1.8)
+    return width
 
 
 def _marker(line: _Line) -> dict:
@@ -267,10 +267,10 @@ def _envelope(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return x[picked], y[picked]
 
 
-def _running_median(line: _Line, window: int) -> tuple[np.ndarray, np.ndarray]:
-    """Median of the finite values among ``window`` neighbours, at up to _BINS steps."""
+def _running_median(line: _Line, width: int) -> tuple[np.ndarray, np.ndarray]:
+    """Median of the finite values among ``width`` neighbours, at up to _BINS steps."""
     at = np.unique(np.linspace(0, len(line.x) - 1, _BINS).astype(int))
-    half = window // 2
+    half = width // 2
     around = (line.y[max(0, i - half) : i + half + 1] for i in at)
     finite = [values[np.isfinite(values)] for values in around]
     return line.x[at], np.array([np.median(v) if len(v) else math.nan for v in finite])

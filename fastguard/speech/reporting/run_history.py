@@ -126,7 +126,7 @@ class Run:
 def read(path: Path) -> Run:
     """Read a run folder, also one of a run that is running or that crashed.
 
-    Lines and files that can not be read are left out and counted in ``notes``. A step or an epoch
+    Lines and files that cannot be read are left out and counted in ``notes``. A step or an epoch
     that comes again, as after a resume, replaces what was written from there on.
 
     Raises:
@@ -166,7 +166,7 @@ def _settings(run: Run) -> dict[str, object]:
         run.notes.append("there is no config.yaml")
         return {}
     except (OSError, ValueError) as error:
-        run.notes.append(f"config.yaml can not be read: {error}")
+        run.notes.append(f"config.yaml cannot be read: {error}")
         return {}
     return dict(_dotted(values)) if isinstance(values, dict) else {}
 
@@ -191,11 +191,11 @@ def _rows(run: Run, name: str) -> Iterator[dict]:
     except FileNotFoundError:
         run.notes.append(f"there is no {name}")
     except OSError as error:
-        run.notes.append(f"{name} can not be read: {error.strerror or error}")
+        run.notes.append(f"{name} cannot be read: {error.strerror or error}")
     if cut:
         run.notes.append(f"the last line of {name} is cut off")
     if bad:
-        run.notes.append(f"{bad} lines of {name} can not be read and were left out")
+        run.notes.append(f"{bad} lines of {name} cannot be read and were left out")
 
 
 def _read_metrics(run: Run) -> None:
@@ -271,7 +271,7 @@ def _read_bad_steps(run: Run) -> None:
             run.bad_steps[step].details = details
         # Any other file is from before a resume.
     if bad:
-        run.notes.append(f"{bad} bad_step files can not be read and were left out")
+        run.notes.append(f"{bad} bad_step files cannot be read and were left out")
 
 
 def _read_hypotheses(run: Run) -> None:
@@ -303,7 +303,7 @@ def _read_log(run: Run) -> None:
         run.notes.append("there is no train.log")
         return
     except OSError as error:
-        run.notes.append(f"train.log can not be read: {error.strerror or error}")
+        run.notes.append(f"train.log cannot be read: {error.strerror or error}")
         return
     if found := _PARAMETERS.search(head.decode("utf-8", "replace")):
         run.parameters = found[1]

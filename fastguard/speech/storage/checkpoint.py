@@ -61,7 +61,7 @@ def load(path: Path, map_location: torch.device | str = "cpu") -> dict:
         reason = next(iter(str(error).splitlines()), "") or type(error).__name__
         if isinstance(error, pickle.UnpicklingError):  # whose text advises to trust the file
             reason = "it is damaged, or holds other things than tensors and plain values"
-        raise CheckpointError(f"{path} can not be read as a checkpoint: {reason}") from error
+        raise CheckpointError(f"{path} cannot be read as a checkpoint: {reason}") from error
     return state
 
 

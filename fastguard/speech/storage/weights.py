@@ -47,7 +47,7 @@ def load(path: Path) -> dict:
             model = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             metadata = file.metadata() or {}
     except Exception as error:  # of a type that its Rust code chooses
-        raise CheckpointError(f"{path} can not be read as safetensors: {error}") from error
+        raise CheckpointError(f"{path} cannot be read as safetensors: {error}") from error
     try:
         state = json.loads(metadata[_KEY])
         tokenizer = {key: _unpacked(value) for key, value in state["tokenizer"].items()}

@@ -37,7 +37,7 @@ def read_yaml(path: Path) -> object:
     """What the file holds, of any type.
 
     Raises:
-        OSError: it is no regular file, too large for settings, or can not be read.
+        OSError: it is no regular file, too large for settings, or cannot be read.
         ValueError: it is no YAML in UTF-8, or has aliases or a key twice; one line says where.
     """
     try:
@@ -48,4 +48,4 @@ def read_yaml(path: Path) -> object:
         raise ValueError("brackets nested too deep; settings have two levels") from None
     except (AttributeError, LookupError, OverflowError, TypeError) as error:
         # PyYAML's own of a malformed tag, such as !!timestamp of something else
-        raise ValueError(f"it can not be read as YAML: {error}") from error
+        raise ValueError(f"it cannot be read as YAML: {error}") from error

@@ -132,7 +132,7 @@ class CheckpointConfig:
     steps: int | None = None
     """Write after so many steps, too."""
     keep_last: int = 2
-    """States to keep; the older ones serve where the newest can not be read."""
+    """States to keep; the older ones serve where the newest cannot be read."""
     keep_best: int = 5
     """Weights to keep, those of the lowest WER; at the end they are averaged."""
 
@@ -252,7 +252,7 @@ class Config:
         """What :meth:`to_dict` gave; what is missing, as in files of earlier versions, by default.
 
         Raises:
-            ValueError: a key that is none of the settings, or a value that a setting can not have.
+            ValueError: a key that is none of the settings, or a value that a setting cannot have.
         """
         return from_plain(cls, values)
 

@@ -50,7 +50,7 @@ _WAIT = 10.0  # seconds for a folder: a killed run's loader processes live on fo
 
 
 class RunError(RuntimeError):
-    """A run can not begin in its folder; the message says why and what to do."""
+    """A run cannot begin in its folder; the message says why and what to do."""
 
 
 class RunFolder:
@@ -72,10 +72,10 @@ class RunFolder:
         goes on finds those in its own folder.
 
         Raises:
-            RunError: there is a run in it that must not, or can not, go on; there is something else
+            RunError: there is a run in it that must not, or cannot, go on; there is something else
                 in it that would be overwritten, or a link that leads out of it; another process
                 trains in it; or --resume names something that holds no state.
-            OSError: it can not be written.
+            OSError: it cannot be written.
         """
         self._check_place()
         source = None if self._has_begun() else self._source()
@@ -98,7 +98,7 @@ class RunFolder:
             self._check_continues()
         elif "metrics.jsonl" in present and "config.yaml" not in present:
             raise RunError(
-                f"{self.path} holds a run without a config.yaml, which can not be continued: "
+                f"{self.path} holds a run without a config.yaml, which cannot be continued: "
                 "choose another --run-dir, or move it away"
             )
         elif present and not self._has_settings():
@@ -156,7 +156,7 @@ class RunFolder:
                 f"another process trains in {self.path}: end it, or choose another --run-dir"
             ) from error
         except NotImplementedError:
-            logger.warning("%s can not be locked: start no second run in it", self.path)
+            logger.warning("%s cannot be locked: start no second run in it", self.path)
         self._lock = lock
 
     def _check_continues(self) -> None:

@@ -13,7 +13,7 @@ def load_teacher(config: Config, device: torch.device) -> Recognizer:
     """The model to learn from.
 
     Raises:
-        RunError: it can not be read, or has other features or texts than the student.
+        RunError: it cannot be read, or has other features or texts than the student.
     """
     try:
         teacher = Recognizer.load(checkpoint.best_of(config.teacher), device)

@@ -125,11 +125,11 @@ def test_what_is_evaluated_is_all_that_can_be(trained_run, tmp_path, capsys):
 @pytest.mark.parametrize(
     "options, status, message",
     [
-        (["absent.pt"], 1, "error: absent.pt can not be read as a checkpoint"),
+        (["absent.pt"], 1, "error: absent.pt cannot be read as a checkpoint"),
         (["RUN", "--split", "dev"], 1, "error: nothing is left of the split dev"),
         (["RUN", "--data", "manifest:absent"], 1, "error: there is no manifest absent"),
         (["RUN", "--output", "RUN/best.pt"], 1, "error: "),
-        (["RUN", "--decoder", "beam", "--lm", "absent.arpa"], 1, "error: absent.arpa can not be"),
+        (["RUN", "--decoder", "beam", "--lm", "absent.arpa"], 1, "error: absent.arpa cannot be"),
         (["RUN", "--lm", "a.arpa"], 2, "--lm needs --decoder beam"),
         (["RUN", "--decoder", "beam", "--lm-weight", "1"], 2, "--lm-weight needs --lm FILE"),
         (["RUN", "--lm", "a.arpa", "--lm-weight", "nan"], 2, "--lm-weight: must be finite"),

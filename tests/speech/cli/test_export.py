@@ -255,7 +255,7 @@ def test_missing_packages_are_named(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(None, "absent.pt can not be read"), (b"text", "absent.pt can not be read")],
+    [(None, "absent.pt cannot be read"), (b"text", "absent.pt cannot be read")],
 )
 def test_unusable_checkpoints(tmp_path, capsys, content, message):
     path = tmp_path / "absent.pt"

@@ -16,7 +16,11 @@ from fastguard.speech.data.tokenizer import BLANK, CharTokenizer
 from fastguard.speech.models import build_model
 from fastguard.speech.recognition.decoding import greedy_decode
 from fastguard.speech.recognition.recognizer import Recognizer
-from fastguard.speech.recognition.transcription import TranscriptionError, segments, transcribe
+from fastguard.speech.recognition.transcription import (
+    TranscriptionError,
+    cut_before_words,
+    transcribe,
+)
 from fastguard.speech.training.config import Config
 from tests.recordings import without_xing
 
@@ -78,13 +82,13 @@ def concatenated(prompts, path, times):
 
 
 class Unnormalised(LogMel):
-    """So that a window has the features of the whole."""
+    """So that a segment has the features of the whole."""
 
     def forward(self, waveform):
         return (self.mel(waveform).T + 1e-4).log() + 4
 
 
-def test_windows_leave_no_seam(prompts, tmp_path):
+def test_segments_leave_no_seam(prompts, tmp_path):
     """A model that hears less than the context on either side says the same, at the same times."""
     torch.manual_seed(0)
     tokenizer = CharTokenizer([BLANK, " ", "a", "b", "c"])
@@ -95,10 +99,10 @@ def test_windows_leave_no_seam(prompts, tmp_path):
     long = tmp_path / "long.wav"
     seconds = concatenated(prompts, long, 3)
     assert seconds > 40
-    whole = transcribe(recognizer, long, window_seconds=1e6)
+    whole = transcribe(recognizer, long, segment_seconds=1e6)
     assert len(whole.words) > 40
-    for window_seconds in (5.0, 7.3, 20.0):
-        found = transcribe(recognizer, long, window_seconds=window_seconds)
+    for segment_seconds in (5.0, 7.3, 20.0):
+        found = transcribe(recognizer, long, segment_seconds=segment_seconds)
         assert found.duration == whole.duration == pytest.approx(seconds)
         assert [w.word for w in found.words] == [w.word for w in whole.words]
         for ours, theirs in zip(found.words, whole.words, strict=True):
@@ -106,10 +110,10 @@ def test_windows_leave_no_seam(prompts, tmp_path):
 
 
 def test_a_long_recording_of_what_it_learnt(recognizer, prompts, tmp_path):
-    """Each window has its own mean and variance, so that some letters differ."""
+    """Each segment has its own mean and variance, so that some letters differ."""
     seconds = concatenated(prompts, tmp_path / "long.wav", 3)
     found = transcribe(recognizer, tmp_path / "long.wav")
-    whole = transcribe(recognizer, tmp_path / "long.wav", window_seconds=1e6)
+    whole = transcribe(recognizer, tmp_path / "long.wav", segment_seconds=1e6)
     assert jiwer.cer(whole.text, found.text) < 0.1
     assert jiwer.cer(" ".join(text for _, text in 3 * prompts), found.text) < 0.5
     times = [time for word in found.words for time in (word.start, word.end)]
@@ -123,7 +127,7 @@ def test_segments_are_cut_before_words_and_lose_nothing():
     text = " ".join("".join(map(chr, torch.randint(97, 123, (5,)).tolist())) for _ in range(40))
     path = [t for token in tokenizer.encode(text) for t in (token, token, 0)]
     log_probs = (9.0 * torch.nn.functional.one_hot(torch.tensor(path))).log_softmax(-1)
-    found = list(segments(iter(log_probs.split(37)), tokenizer, 100))
+    found = list(cut_before_words(iter(log_probs.split(37)), tokenizer, 100))
     assert torch.equal(torch.cat([part for _, part in found]), log_probs)
     assert [start for start, _ in found] == np.cumsum([0, *(len(p) for _, p in found)])[
         :-1
@@ -143,7 +147,7 @@ def test_segments_are_cut_before_words_and_lose_nothing():
 def test_segments_without_a_space_are_cut_all_the_same(path):
     tokenizer = CharTokenizer.from_texts([])
     log_probs = (9.0 * torch.nn.functional.one_hot(torch.tensor(path), 28)).log_softmax(-1)
-    found = list(segments(iter(log_probs.split(60)), tokenizer, 100))
+    found = list(cut_before_words(iter(log_probs.split(60)), tokenizer, 100))
     assert torch.equal(torch.cat([part for _, part in found]), log_probs)
     assert all(0 < len(part) <= 100 for _, part in found)
 
@@ -202,7 +206,7 @@ def test_folders_hold_recordings_and_other_files(trained_run, prompts, tmp_path,
     lines = error.splitlines()
     names = ", ".join(str(tmp_path / name) for name in ("1.m4a", "2.m4a", "3.M4A"))
     cure = "convert them, ffmpeg -i FILE.m4a FILE.wav"
-    assert lines[0] == f"passed over: 4 .m4a ({names}, ...), which can not be read: {cure}"
+    assert lines[0] == f"passed over: 4 .m4a ({names}, ...), which cannot be read: {cure}"
     assert [line.split()[2:4] for line in lines[1:3]] == [["1", ".gsm"], ["1", ".webm"]]
     assert lines[3].startswith("passed over: 2 other files, by extension 1 without an extension, ")
     assert len(lines) == 4

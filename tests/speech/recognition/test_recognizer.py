@@ -93,7 +93,7 @@ def test_settings_of_a_larger_model_than_the_file_take_no_memory(saved):
 def test_parts_of_other_types_are_refused_in_a_line(saved, part, value):
     path, _, _, state = saved
     checkpoint.save(path, {**state, part: value})
-    with pytest.raises(checkpoint.CheckpointError, match="can not be used by this") as caught:
+    with pytest.raises(checkpoint.CheckpointError, match="cannot be used by this") as caught:
         Recognizer.load(path)
     assert len(str(caught.value)) < 400
     assert len(str(caught.value).splitlines()) == 1

@@ -163,7 +163,7 @@ def test_a_crash_in_the_middle_of_a_line(good):
     assert run.notes == ["the last line of metrics.jsonl is cut off"]
     path.write_bytes(b'\0\0\xff\n[1]\n{"kind": "step"}\n' + path.read_bytes())
     assert len(read(good).steps) == 20
-    assert "2 lines of metrics.jsonl can not be read" in " ".join(read(good).notes)
+    assert "2 lines of metrics.jsonl cannot be read" in " ".join(read(good).notes)
     assert "1 lines of metrics.jsonl name no step" in " ".join(read(good).notes)
 
 

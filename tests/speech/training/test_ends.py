@@ -1,4 +1,4 @@
-"""How a run ends that can not go on: soon, with a status, a state, and a line on the cause."""
+"""How a run ends that cannot go on: soon, with a status, a state, and a line on the cause."""
 
 import errno
 import os

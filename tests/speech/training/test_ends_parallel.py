@@ -1,4 +1,4 @@
-"""How the processes of torchrun end when one of them can not go on: all, soon, and with a cause."""
+"""How the processes of torchrun end when one of them cannot go on: all, soon, and with a cause."""
 
 import pytest
 

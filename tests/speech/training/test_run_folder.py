@@ -172,7 +172,7 @@ def test_a_damaged_one_of_the_best_is_left_out_of_their_mean(tmp_path, caplog):
     damaged.write_bytes(damaged.read_bytes()[:300])
     found = folder.best_weights(state(1)["model"])
     assert [weights["step"] for weights in found] == [1, 3]
-    assert f"{damaged} can not be read" in caplog.text
+    assert f"{damaged} cannot be read" in caplog.text
 
 
 def test_the_mean_of_the_best(tmp_path):
@@ -427,7 +427,7 @@ def test_two_processes_do_not_train_in_one_folder(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "name, message", [("absent.pt", "can not be read"), (".", "no state in this folder")]
+    "name, message", [("absent.pt", "cannot be read"), (".", "no state in this folder")]
 )
 def test_nothing_to_resume_from_is_an_error(tmp_path, name, message):
     with pytest.raises(RunError, match=message):

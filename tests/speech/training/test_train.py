@@ -127,7 +127,7 @@ def test_a_run_is_never_overwritten(tmp_path, capsys):
 def test_a_run_folder_that_can_not_be_made(tmp_path, capsys):
     (tmp_path / "file").touch()
     assert train(tmp_path / "file" / "run", "synthetic") == 2
-    assert "can not write the run folder" in capsys.readouterr().err
+    assert "cannot write the run folder" in capsys.readouterr().err
 
 
 def test_a_corpus_that_is_not_there(tmp_path, capsys):

@@ -155,21 +155,21 @@ def test_the_averaged_weights_are_evaluated_and_kept(make):
 
 def test_a_skipped_step_does_not_move_the_averaged_weights(make):
     made = make("--ema", "0.5", "--stable", "--optim.lr", "0.1", "--optim.warmup", "0")
-    window = [next(iter(made.loader))]
+    micro_batches = [next(iter(made.loader))]
 
     def averaged():
         return {name: v.clone() for name, v in made.learner.ema.module.state_dict().items()}
 
     for _ in range(2):  # the first only copies
-        made._train_step(window, 0.0)
+        made._train_step(micro_batches, 0.0)
     before = averaged()
     assert not torch.equal(before["head.weight"], made.learner.model.head.weight)
-    healthy = window[0].features.clone()
-    window[0].features[0, 0, 0] = float("nan")
-    made._train_step(window, 0.0)
+    healthy = micro_batches[0].features.clone()
+    micro_batches[0].features[0, 0, 0] = float("nan")
+    made._train_step(micro_batches, 0.0)
     assert all(torch.equal(v, before[name]) for name, v in averaged().items())
-    window[0].features.copy_(healthy)
-    made._train_step(window, 0.0)
+    micro_batches[0].features.copy_(healthy)
+    made._train_step(micro_batches, 0.0)
     assert not torch.equal(averaged()["head.weight"], before["head.weight"])
 
 
@@ -202,8 +202,8 @@ def test_accumulated_batches_take_the_step_of_one_large_batch(make):
                         "--network.dropout", "0", "--augment.freq_masks", "0",
                         "--augment.time_masks", "0", "--optim.lr", "1e-12")  # fmt: skip
             made.learner.model.eval()
-            window = list(made.loader)
-            made._train_step(window, 0.0)
+            micro_batches = list(made.loader)
+            made._train_step(micro_batches, 0.0)
             moments.append(made.optimizer.state[made.learner.model.head.weight]["exp_avg"])
             steps.append(made.progress.totals)
     for totals in steps[1:]:
@@ -241,7 +241,7 @@ def test_a_teacher_of_other_features_is_refused(make, tmp_path):
             "--text.numbers",
             "reject",
         )
-    with pytest.raises(RunError, match=r"--teacher .*absent\.pt can not be read"):
+    with pytest.raises(RunError, match=r"--teacher .*absent\.pt cannot be read"):
         make("--teacher", str(tmp_path / "absent.pt"))
 
 

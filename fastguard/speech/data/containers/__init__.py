@@ -1,6 +1,6 @@
 """How long a recording is by the bytes of its file, which libsndfile does not check.
 
-libsndfile stops where a header says so, or where the rest can not be decoded, and reports neither:
+libsndfile stops where a header says so, or where the rest cannot be decoded, and reports neither:
 of an MP3 without a Xing header it reads as much as an estimate says, of a torn wav file what there
 is. :func:`examine` compares what a container claims with what the file holds. Where the header is
 at fault and the samples are there it says how to correct the header; everything else is an

@@ -1,4 +1,4 @@
-"""A recording of any length in overlapping windows, with memory for one of them."""
+"""A recording of any length as overlapping segments, of which one at a time is in memory."""
 
 import math
 from collections.abc import Iterator
@@ -13,11 +13,14 @@ from fastguard.speech.data.features import RESAMPLING_WIDTH, resample, resamplin
 
 
 @dataclass(frozen=True)
-class Window:
-    """``samples`` (N,) float32, of which the first and last frames are context.
+class Segment:
+    """A part of a recording with context on both sides.
 
-    A model's frames ``[skip, skip + keep)`` go on where those of the window before end; ``keep`` is
-    None in the last one, all of whose frames to the end are kept.
+    Attributes:
+        samples: (N,) float32.
+        skip: output frames of the model at the start that belong to the segment before.
+        keep: output frames after those that belong to this segment; None in the last segment, whose
+            frames are kept to the end.
     """
 
     samples: Tensor
@@ -25,13 +28,19 @@ class Window:
     keep: int | None
 
 
-class Windows:
-    """Iterates over a recording from its start: mono, at ``sample_rate``, in windows of about
-    ``seconds`` that share about ``context_seconds`` with each neighbour.
+class Segments:
+    """Iterates over the segments of a recording, in order.
 
-    ``samples_per_frame`` is the hop of the model's output.  Every window starts on a frame, and on
-    a sample of the recording too, so that resampled windows agree with the resampled recording;
-    odd rates make the windows longer for it.  A recording that fits is one window.
+    Every segment starts on an output frame and on a sample of the file. The resampled segments
+    therefore equal the resampled recording; unusual rates make the segments longer. A recording
+    that is short enough is one segment.
+
+    Args:
+        file: the recording, read from its start; its channels are averaged.
+        sample_rate: of the segments, in Hz.
+        samples_per_frame: hop of the model's output, in samples at ``sample_rate``.
+        seconds: approximate length of a segment.
+        context_seconds: approximate length of what it shares with each neighbour.
     """
 
     def __init__(
@@ -52,7 +61,7 @@ class Windows:
         kept_seconds = max(0.0, seconds - 2 * context_seconds)
         kept = max(1, int(kept_seconds * sample_rate / unit)) * unit
         context = math.ceil(context_seconds * sample_rate / unit) * unit
-        # From here on in samples of the file.
+        # From here on counts are in samples of the file.
         self._kept, self._context = self._before(kept), self._before(context)
         reach = RESAMPLING_WIDTH * max(1.0, file.samplerate / sample_rate) / 0.99 + 1
         self._margin = math.ceil(reach / self._from) * self._from
@@ -61,14 +70,14 @@ class Windows:
     def seconds_read(self) -> float:
         return self.samples_read / self.file.samplerate
 
-    def __iter__(self) -> Iterator[Window]:
+    def __iter__(self) -> Iterator[Segment]:
         around = self._context + self._margin
         held, first = self._read(self._kept + around), 0
         for number in count():
             more = self._read(self._kept)
             last = len(more) == 0
             if len(held):
-                yield self._window(held, first, number * self._kept, last)
+                yield self._segment(held, first, number * self._kept, last)
             if last:
                 return
             start = max(0, (number + 1) * self._kept - around)
@@ -79,19 +88,19 @@ class Windows:
         self.samples_read += len(samples)
         return torch.from_numpy(samples)
 
-    def _window(self, held: Tensor, first: int, kept_from: int, last: bool) -> Window:
-        """``held`` begins with sample ``first`` of the file."""
+    def _segment(self, held: Tensor, first: int, kept_from: int, last: bool) -> Segment:
+        """The segment whose own frames begin at ``kept_from``; ``held`` (N,) is from ``first``."""
         start = max(0, kept_from - self._context)
         end = kept_from + self._kept + self._context
         samples = resample(held, self._from, self._to)
-        return Window(
+        return Segment(
             samples[self._after(start - first) : None if last else self._after(end - first)],
             self._after(kept_from - start) // self.samples_per_frame,
             None if last else self._after(self._kept) // self.samples_per_frame,
         )
 
     def _after(self, samples: int) -> int:
-        """Samples of the file, a multiple of _from, as samples after resampling."""
+        """The number of samples after resampling, for a multiple of _from samples of the file."""
         return samples // self._from * self._to
 
     def _before(self, samples: int) -> int:
