@@ -1,5 +1,5 @@
-"""Recordings read with a bound: what a file claims is judged before its samples are decoded, and
-what was decoded afterwards, so that no part of a recording is lost unnoticed."""
+"""Reads recordings within bounds: the header is checked before the samples are decoded, and the
+decoded length afterwards, so that no part of a recording is lost without an error."""
 
 import functools
 import logging
@@ -18,22 +18,25 @@ from .readers import Unusable
 
 logger = logging.getLogger(__name__)
 
-# Below 1 kHz nothing of a voice is left; no recorder samples faster than 384 kHz.
+# In Hz. Below 1 kHz no speech is left; no recorder samples faster than 384 kHz.
 SAMPLE_RATES = (1_000, 384_000)
 _UNKNOWN = 2**63 - 1  # libsndfile's number of frames of a file whose header has none
-_BLOCK = 1 << 20  # samples of all channels together that are decoded at a time
-_LOST = 0.15  # seconds; a decoder of MP3 may keep back its first frames, of up to 72 ms
-_CANCEL = 1 / 8  # of the energy that the mean of unrelated channels has
+_BLOCK = 1 << 20  # samples of all channels that are decoded at once
+_LOST = 0.15  # seconds; an MP3 decoder may drop its first frames, up to 72 ms
+_CANCEL = 1 / 8  # of the energy of the mean of unrelated channels
 
 
 class AudioError(Unusable):
-    """A recording that cannot be used; the message names the file and the cure."""
+    """A recording cannot be used; the message names the file and what to do."""
 
 
 class Recording:
-    """An open recording that is read from its start to its end; see :func:`open_recording`.
+    """An open recording, read from its start to its end; see :func:`open_recording`.
 
-    ``frames`` is what its container claims, and None where it claims nothing.
+    Attributes:
+        samplerate: in Hz.
+        channels: their number.
+        frames: samples per channel that the container claims; None if it claims nothing.
     """
 
     def __init__(self, path: Path | str, file: soundfile.SoundFile, extent: Extent) -> None:
@@ -44,15 +47,16 @@ class Recording:
         self.frames: int | None = extent.frames if extent.frames is not None else known
         self._file = file
         self._read = 0
-        self._kept: int | None = None  # the channel that is taken, where they cancel
+        self._kept: int | None = None  # the channel that is used alone, if they cancel
 
     def read(self, frames: int) -> np.ndarray:
-        """The next samples (n,) float32, n <= ``frames``, the channels averaged; none at the end.
+        """The next samples (n,) float32, n <= ``frames``, the channels averaged; empty at the end.
 
-        Channels that cancel (stereo with one side inverted, as of a badly wired microphone) have a
-        mean of nothing: a warning names the file, and the louder one is taken from there on.
+        If channels cancel (stereo with one side inverted, as from a wrongly wired microphone), a
+        warning names the file, and only the loudest channel is used from there on.
 
-        Raises AudioError where the file cannot be decoded, or ends before what it claims.
+        Raises:
+            AudioError: the file cannot be decoded, or is shorter than it claims.
         """
         blocks = [np.zeros(0, np.float32)]
         while frames > 0 and len(block := self._block(min(frames, _BLOCK // self.channels or 1))):
@@ -86,7 +90,7 @@ class Recording:
         if self._kept is None and len(block):
             energies = np.einsum("nc,nc->c", block, block, dtype=np.float64)
             together = np.einsum("n,n->", mono, mono, dtype=np.float64)
-            # Of unrelated channels the mean has 1 / channels of one's energy. (NaN: not below.)
+            # The mean of unrelated channels has 1 / channels of one's energy. NaN is not below.
             if self.channels * together < _CANCEL * energies.mean():
                 self._kept = int(energies.argmax())
                 _warn_of_cancelling(str(self.path), self._kept + 1, self.channels)
@@ -96,8 +100,8 @@ class Recording:
 @functools.lru_cache(maxsize=4096)  # once for each file
 def _warn_of_cancelling(path: str, taken: int, channels: int) -> None:
     logger.warning(
-        "The channels of %s cancel each other, as where one is inverted: channel %d of %d is "
-        "taken alone",
+        "The channels of %s cancel each other, as if one is inverted: only channel %d of %d is "
+        "used",
         ascii(path) if not path.isprintable() else path,
         taken,
         channels,
@@ -105,8 +109,8 @@ def _warn_of_cancelling(path: str, taken: int, channels: int) -> None:
 
 
 class _Forward(soundfile.SoundFile):
-    """Read from start to end only. soundfile would seek after each block, which restarts decoders,
-    and fails at the end of a file whose header does not tell its length."""
+    """Reads from start to end only. soundfile would seek after each block, which restarts decoders
+    and fails at the end of a file whose header has no length."""
 
     def seekable(self) -> bool:
         return False
@@ -114,15 +118,16 @@ class _Forward(soundfile.SoundFile):
 
 @contextmanager
 def open_recording(path: Path | str) -> Iterator[Recording]:
-    """A recording of a format whose completeness can be checked (containers.READABLE).
+    """Open a recording in a format whose completeness can be checked (containers.READABLE).
 
-    Raises AudioError for a file that is missing, no regular file, of another format, of a rate
-    outside SAMPLE_RATES, torn, or damaged.
+    Raises:
+        AudioError: the file is missing, not a regular file, of another format, of a rate outside
+            SAMPLE_RATES, incomplete or damaged.
     """
     try:
         # Opening a FIFO waits for a writer, and /dev/zero never ends.
         if not stat.S_ISREG(os.stat(path).st_mode):
-            raise AudioError(f"no recording: {_name(path)} is no regular file; correct the path")
+            raise AudioError(f"no recording: {_name(path)} is not a regular file; correct the path")
         with open(path, "rb") as raw:
             extent = examine(raw)
             if extent is None:
@@ -131,7 +136,7 @@ def open_recording(path: Path | str) -> Iterator[Recording]:
                 _check_format(path, file)
                 yield Recording(path, file, extent)
     except FileNotFoundError:
-        raise AudioError(f"no recording: {_name(path)} is not there; correct the path") from None
+        raise AudioError(f"no recording: {_name(path)} does not exist; correct the path") from None
     except Incomplete as error:
         raise _incomplete(path, str(error)) from error
     except AudioError:
@@ -145,18 +150,18 @@ def _decoder(raw: BinaryIO, extent: Extent) -> soundfile.SoundFile:
     view = extent.view(raw)
     if view is not raw:
         return _Forward(view)
-    # By its descriptor: by names libsndfile guesses formats, and soundfile refuses some.
+    # By descriptor: from names libsndfile guesses formats, and soundfile refuses some.
     os.lseek(raw.fileno(), 0, os.SEEK_SET)
     return _Forward(raw.fileno(), closefd=False)
 
 
 def _check_format(path: Path | str, file: soundfile.SoundFile) -> None:
     if file.format not in READABLE:
-        raise _unreadable(path, f"{file.format} is no format whose length can be checked")
+        raise _unreadable(path, f"the length of the format {file.format} cannot be checked")
     lowest, highest = SAMPLE_RATES
     if not lowest <= file.samplerate <= highest:
         raise AudioError(
-            f"odd rate: {_name(path)} has {file.samplerate} Hz, outside {lowest} to {highest}; "
+            f"unusual rate: {_name(path)} has {file.samplerate} Hz, outside {lowest} to {highest}; "
             "its header may be damaged: export it again"
         )
 
@@ -187,11 +192,19 @@ def _conversion(path: Path | str) -> str:
 
 
 def read_mono(path: Path | str, max_duration: float, finite: bool = True) -> tuple[np.ndarray, int]:
-    """Samples (N,) float32 in [-1, 1], the channels averaged, and their rate in Hz.
+    """Read a whole recording.
 
-    Raises AudioError as :func:`open_recording` and :meth:`Recording.read` do, and for a file that
-    is longer than ``max_duration`` seconds or has samples that are NaN or Inf, unless those are
-    what one looks for, with ``finite=False``.
+    Args:
+        path: of the file.
+        max_duration: in seconds; it bounds the memory.
+        finite: whether NaN and Inf samples are an error.
+
+    Returns:
+        Samples (N,) float32 in [-1, 1], the channels averaged, and their rate in Hz.
+
+    Raises:
+        AudioError: as :func:`open_recording` and :meth:`Recording.read`; the recording is longer
+            than ``max_duration``; or samples are NaN or Inf.
     """
     with open_recording(path) as file:
         blocks = list(_mono_blocks(path, file, max_duration, finite))
@@ -199,26 +212,29 @@ def read_mono(path: Path | str, max_duration: float, finite: bool = True) -> tup
 
 
 def decoded_duration(path: Path | str, max_duration: float) -> float:
-    """Seconds that the file decodes to; raises AudioError as :func:`read_mono` does."""
+    """Decoded duration in seconds; raises AudioError like :func:`read_mono`."""
     with open_recording(path) as file:
         samples = sum(len(block) for block in _mono_blocks(path, file, max_duration))
         return samples / file.samplerate
 
 
 def header_duration(path: Path | str) -> float:
-    """Seconds that the header claims; raises AudioError for a file that cannot be opened, and for
-    one whose header claims nothing."""
+    """Duration in seconds that the header claims.
+
+    Raises:
+        AudioError: the file cannot be opened, or its header has no length.
+    """
     with open_recording(path) as file:
         if file.frames is None:
             raise AudioError(
-                f"no length: the header of {_name(path)} has none, as after a pipe; decode it "
-                "(check=decode), or write it again"
+                f"no length: the header of {_name(path)} has none, as in files written to a pipe; "
+                "decode it (check=decode), or write it again"
             )
         return file.frames / file.samplerate
 
 
 def check_duration(path: Path | str, seconds: float, shortest: float, longest: float) -> None:
-    """Raises AudioError unless ``seconds`` lies between ``shortest`` and ``longest``."""
+    """Raise AudioError unless ``shortest <= seconds <= longest``."""
     if seconds < shortest:
         raise AudioError(
             f"too short: {seconds:.2f} s, under {shortest:g} s; lower min_duration to keep "
@@ -234,8 +250,8 @@ def check_duration(path: Path | str, seconds: float, shortest: float, longest: f
 def _mono_blocks(
     path: Path | str, file: Recording, max_duration: float, finite: bool = True
 ) -> Iterator[np.ndarray]:
-    """The recording in blocks (n,) float32.  A header may claim too little, so the bound holds for
-    what is decoded as well."""
+    """The recording in blocks (n,) float32. The bound also holds for the decoded samples, because a
+    header may claim too few."""
     if file.frames is not None:
         check_duration(path, file.frames / file.samplerate, 0.0, max_duration)
     size = max(1, _BLOCK // file.channels)

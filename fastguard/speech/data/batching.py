@@ -1,4 +1,4 @@
-"""Utterances to features and tokens, and these to padded batches."""
+"""Loads utterances as features and tokens, and pads them to batches."""
 
 import random
 from collections.abc import Callable, Sequence
@@ -22,14 +22,14 @@ from .utterances import Utterance
 
 
 class LoadError(RuntimeError):
-    """A recording could not be loaded, for another reason than what is in it; the message names it.
-
-    Of no memory, for one: that it is bad data cannot be said.
-    """
+    """A recording could not be loaded for a reason other than its content, such as a lack of
+    memory; the message names it."""
 
 
 @dataclass
 class Item:
+    """An utterance, loaded."""
+
     id: str
     text: str
     features: Tensor  # (T, F) float32
@@ -39,10 +39,10 @@ class Item:
 
 @dataclass
 class Batch:
-    """Utterances; ``targets`` holds their tokens one after the other, as torch's CTC loss takes
-    them.  There are none where every recording was ``rejected``.
+    """Utterances; ``targets`` has their tokens one after the other, as torch's CTC loss takes them.
 
-    With two ``views`` of each, B is twice their number: all first views, then all second ones.
+    A batch is empty if every recording was ``rejected``. With two ``views`` of each utterance, B is
+    twice their number: all first views, then all second views.
     """
 
     features: Tensor  # (B, T, F) float32, zeros after the end
@@ -58,7 +58,7 @@ class Batch:
         return len(self.ids)
 
     def to(self, device: torch.device | str) -> "Batch":
-        """A batch whose four tensors lie on ``device``."""
+        """A copy whose four tensors are on ``device``."""
         return replace(
             self,
             features=self.features.to(device),
@@ -69,15 +69,22 @@ class Batch:
 
 
 class SpeechDataset(Dataset[Item | Rejected]):
-    """Features and tokens of each utterance; ``augment`` varies those of a training set.
+    """Features and tokens of each utterance.
 
-    What happens to an utterance depends on ``seed`` and its :class:`Draw` alone: not on workers,
-    nor on what was drawn before it.  A recording that cannot be used after all is
-    :class:`Rejected`: gone, torn, NaN, outside the durations, or too short for its text by
-    ``max_output_length`` (see :func:`fastguard.speech.data.corpora.load_corpus`).
+    The augmentation of an utterance depends only on ``seed`` and its :class:`Draw`, not on workers
+    or on earlier draws. A recording that cannot be used becomes :class:`Rejected`: it is missing,
+    incomplete, not finite, outside the durations, or too short for its text.
 
-    Without a ``tokenizer`` items have no tokens, as in recognition: a reference may hold characters
-    that no tokenizer knows.
+    Args:
+        utterances: of a corpus.
+        tokenizer: None gives items without tokens, for evaluation: a reference may have characters
+            that no tokenizer knows.
+        log_mel: the features.
+        augment: of a training set.
+        seed: of the augmentation.
+        max_output_length: output frames of the model for a duration in seconds; see
+            :func:`fastguard.speech.data.corpora.load_corpus`.
+        min_duration, max_duration: in seconds.
     """
 
     def __init__(
@@ -126,7 +133,7 @@ class SpeechDataset(Dataset[Item | Rejected]):
             loudest = waveform.abs().max()
             raise Unusable(
                 f"features not finite: samples of {str(utterance.audio)!r} reach {loudest:.3g}; "
-                "scale them to 1"
+                "scale them to [-1, 1]"
             )
         tokens = torch.tensor(tokens, dtype=torch.int64)
         first, *second = self.augment.views(features, chance, epoch)
@@ -147,7 +154,7 @@ class SpeechDataset(Dataset[Item | Rejected]):
 
 
 def collate(items: Sequence[Item | Rejected], n_mels: int = 0) -> Batch:
-    """The batch of those items that are not rejected; ``n_mels`` is the F of a batch without."""
+    """The batch of the items that are not rejected; ``n_mels`` is the F of an empty batch."""
     kept = [item for item in items if isinstance(item, Item)]
     views = [[item.features for item in kept], [item.second_view for item in kept]]
     if not kept or kept[0].second_view is None:

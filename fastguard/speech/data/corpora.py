@@ -1,12 +1,12 @@
-"""Which recordings to learn from: a spec becomes a checked list of utterances.
+"""Reads a corpus: a spec becomes a checked list of utterances.
 
-    synthetic                 sentences spoken by eSpeak NG, made on the spot
+    synthetic                 sentences spoken by eSpeak NG, generated on first use
     asterisk[:DIR][@LANG]     telephone prompts of the Debian packages asterisk-core-sounds-LANG
-    manifest:FILE.jsonl       one JSON object a line
-    librispeech:DIR           LibriSpeech as it is unpacked
+    manifest:FILE.jsonl       one JSON object per line
+    librispeech:DIR           LibriSpeech as unpacked
     yesno:DIR                 the 60 recordings of OpenSLR 1
 
-Whatever could break a training step later is found here, in a corpus of moderate size: every
+In a corpus of moderate size everything that could break a training step is found here: every
 recording is decoded once, and a row that cannot be used is left out with its name and a reason.
 """
 
@@ -45,14 +45,14 @@ from .utterances import SPLITS, Utterance, Utterances
 
 SPECS = "synthetic, asterisk[:DIR][@LANG], manifest:FILE.jsonl, librispeech:DIR, yesno:DIR"
 DECODED_ROWS = 2_000
-MAX_ID = 4_096  # Linux has no longer paths
-MAX_TEXT = 10_000  # ten minutes of speech
+MAX_ID = 4_096  # characters; Linux has no longer paths
+MAX_TEXT = 10_000  # characters; ten minutes of speech
 _READERS = {"manifest": read_manifest, "librispeech": read_librispeech, "yesno": read_yesno}
 
 
 @dataclass
 class Change:
-    """What was done to ``count`` texts, and the first of them."""
+    """A kind of change that normalising made to ``count`` texts, and the first of them."""
 
     count: int
     id: str
@@ -62,8 +62,15 @@ class Change:
 
 @dataclass
 class Corpus:
-    """``decoded`` tells whether every recording was, or its duration taken on trust; ``changes``
-    what normalising did to the texts, by the steps of fastguard.speech.data.text.normalized."""
+    """The utterances of a corpus.
+
+    Attributes:
+        spec: as given.
+        utterances: those that can be used.
+        rejected: those that are left out, with reasons.
+        decoded: whether every recording was decoded; otherwise durations are unchecked.
+        changes: what normalising changed, by the steps of fastguard.speech.data.text.normalized.
+    """
 
     spec: str
     utterances: Utterances
@@ -72,8 +79,9 @@ class Corpus:
     changes: dict[str, Change] = field(default_factory=dict)
 
     def split(self, name: str) -> Utterances:
+        """The utterances of "train", "dev" or "test"; raises ValueError for another name."""
         if name not in SPLITS:
-            raise ValueError(f"no split {name!r}: choose one of {', '.join(SPLITS)}")
+            raise ValueError(f"unknown split {name!r}: choose one of {', '.join(SPLITS)}")
         return self.utterances.of_split(name)
 
     def drop_infeasible(
@@ -82,11 +90,16 @@ class Corpus:
         max_output_length: Callable[[float], int],
         needed: Iterable[str] = ("train",),
     ) -> "Corpus":
-        """The corpus less the texts of the train split that CTC cannot align, as
-        :func:`load_corpus` explains, and those for which ``encode``, a tokenizer's, raises
-        ValueError. What is recognised only needs no tokens.
+        """A copy without the training utterances that CTC cannot align. Evaluation-only utterances
+        need no tokens.
 
-        Raises :class:`CorpusError` if nothing is left of the ``needed`` splits.
+        Args:
+            encode: text to tokens; utterances for which it raises ValueError are left out too.
+            max_output_length: see :func:`load_corpus`.
+            needed: splits of which at least one must not be empty.
+
+        Raises:
+            CorpusError: nothing is left of the ``needed`` splits.
         """
         kept, rejected = [], list(self.rejected)
         for index, utterance in enumerate(self.utterances):
@@ -108,7 +121,7 @@ class Corpus:
         lines = [f"{self.spec}: {_amount(self.utterances)}"]
         lines += [f"  {name:<5} {_amount(self.split(name))}" for name in SPLITS]
         if not self.decoded:
-            lines.append("  not decoded: durations are those of the manifest and of headers")
+            lines.append("  not decoded: durations are from the manifest and from headers")
         for kind, count in Counter(row.kind for row in self.rejected).most_common():
             rows = [row for row in self.rejected if row.kind == kind]
             others = ", ..." if count > 3 else ""
@@ -120,16 +133,16 @@ class Corpus:
         return "\n".join(lines)
 
     def write_left_out(self, file: TextIO) -> None:
-        """A line of JSON with the id and the reason of each row that was left out."""
+        """Write a line of JSON with the id and the reason of each row that was left out."""
         for row in self.rejected:
             print(_json_line(asdict(row)), file=file)
 
     def with_something_in(self, splits: Iterable[str]) -> "Corpus":
-        """This corpus. Raises :class:`CorpusError` if all of these splits are empty."""
+        """This corpus; raises CorpusError if all of these splits are empty."""
         if not any(len(self.split(name)) for name in splits):
             raise CorpusError(
-                f"nothing is left of the split {' or '.join(splits)}; fix or replace these rows, "
-                f"or take another split\n{self.summary()}"
+                f"no usable row in the split {' or '.join(splits)}; correct or replace these rows, "
+                f"or use another split\n{self.summary()}"
             )
         return self
 
@@ -148,27 +161,31 @@ def load_corpus(
     silent: bool = False,
     changed: TextIO | None = None,
 ) -> Corpus:
-    """Read the corpus that ``spec`` names (see the top of this file), less what is unusable.
+    """Read a corpus, without the rows that cannot be used.
 
-    ``max_output_length`` tells how many CTC frames the model emits for so many seconds: a text
-    of U characters with R equal neighbours needs U + R of them, else its loss is infinite.  Leave
-    it out for a tokenizer of larger units, and call :meth:`Corpus.drop_infeasible` with that.
+    Rows without a split get one from :func:`assign_splits`, before the recordings are checked, so
+    that models of different strides train and test on the same sentences.
 
-    ``check="decode"`` decodes every recording; ``"header"`` believes the durations of the manifest
-    and where there are none the headers, and what is wrong with the rest is found when it is
-    loaded (see SpeechDataset); ``"auto"`` decodes up to DECODED_ROWS rows.  Recordings are kept
-    from ``min_duration`` to ``max_duration`` seconds; a header that claims more is believed.
+    Args:
+        spec: names the corpus; see the top of this file.
+        max_output_length: output frames of the model for a duration in seconds. A text of U
+            characters with R equal neighbours needs U + R of them, otherwise its loss is infinite.
+            Leave it out for a tokenizer of larger units, and call :meth:`Corpus.drop_infeasible`
+            with that tokenizer.
+        max_duration, min_duration: of a recording, in seconds. A header that claims more is
+            believed.
+        check: "decode" decodes every recording. "header" uses the durations of the manifest, and
+            those of headers for the other rows; damaged recordings are found when they are loaded
+            (see SpeechDataset). "auto" decodes up to DECODED_ROWS rows.
+        cache_dir, seed: of the synthetic corpus.
+        needed: splits of which at least one must not be empty.
+        rules: by which texts are normalised; default TextRules().
+        silent: whether rows without words are kept, if they have a split.
+        changed: gets a line of JSON for each text that normalising changed.
 
-    Rows without a split get one from :func:`assign_splits`, before the recordings are judged, so
-    that models of different strides train and test on the same sentences.  ``cache_dir`` and
-    ``seed`` are for the synthetic corpus.
-
-    Texts are normalised by ``rules``; ``changed`` gets a line of JSON for each that is not what was
-    written.  Rows of which nothing is spoken are left out, unless ``silent`` keeps those that have
-    a split.
-
-    Raises :class:`CorpusError` for an unknown spec, a corpus that is not there, and one of whose
-    ``needed`` splits nothing is left; the message lists what was left out.
+    Raises:
+        CorpusError: the spec is unknown, the corpus does not exist, or nothing is left of the
+            ``needed`` splits; the message lists what was left out.
     """
     sorting = _Sorting(rules or TextRules(), silent, changed)
     rows, rejected = _rows(spec, cache_dir, seed, sorting), sorting.rejected
@@ -202,17 +219,18 @@ def read_rows(
 ) -> tuple[Utterances, list[Rejected]]:
     """The rows of a corpus, each with its normalised text and its split, and those left out.
 
-    No recording is looked at: they may be missing, broken, or too short for their texts. Durations
-    are what a manifest says, or NaN.
+    No recording is opened: they may be missing, damaged, or too short for their texts. Durations
+    are those of a manifest, or NaN.
 
-    Raises :class:`CorpusError` for an unknown spec and a corpus that is not there.
+    Raises:
+        CorpusError: the spec is unknown, or the corpus does not exist.
     """
     sorting = _Sorting(rules or TextRules())
     return _rows(spec, cache_dir, seed, sorting), sorting.rejected
 
 
 def absolute(spec: str) -> str:
-    """The spec with its path from the root, which names the same from another folder too."""
+    """The spec with an absolute path."""
     kind, colon, place = spec.partition(":")
     if kind == "asterisk":
         place, at, language = place.rpartition("@") if "@" in place else (place, "", "")
@@ -223,11 +241,11 @@ def absolute(spec: str) -> str:
 
 
 def assign_splits(texts: Iterable[str]) -> dict[str, str]:
-    """Split of each distinct text: of those with 1, with 2 or 3 and with more words, a tenth is
-    test, a tenth dev and the rest train (fewer than 5 texts of a length: all train).
+    """The split of each distinct text. Of the texts with 1, with 2 or 3, and with more words, a
+    tenth is test, a tenth is dev and the rest is train; fewer than 5 texts of a length are train.
 
-    Sentences are ordered by hash, so neither the order of the rows nor a seed moves one, and all
-    recordings of a sentence share its split.
+    Texts are ordered by hash, so the split of a text does not depend on the order of the rows or on
+    a seed, and all recordings of a text have the same split.
     """
     strata = defaultdict(set)
     for text in texts:
@@ -250,7 +268,7 @@ def _read(spec: str, cache_dir: Path | None, seed: int) -> Iterator[Row | Reject
     kind, _, place = spec.partition(":")
     if kind in _READERS and place:
         return _READERS[kind](_path(place))
-    raise CorpusError(f"no corpus {spec!r}: choose one of {SPECS}")
+    raise CorpusError(f"unknown corpus {spec!r}: choose one of {SPECS}")
 
 
 def _path(place: str | Path) -> Path:
@@ -269,8 +287,8 @@ def _rows(spec: str, cache_dir: Path | None, seed: int, sorting: "_Sorting") -> 
 
 
 class _Sorting:
-    """Which rows are in order so far, with their texts normalised; ``rejected`` has the others.
-    Their recordings are yet to be judged."""
+    """Separates the rows whose descriptions can be used, with normalised texts, from those in
+    ``rejected``. The recordings are not checked here."""
 
     def __init__(
         self, rules: TextRules, silent: bool = False, changed: TextIO | None = None
@@ -298,7 +316,7 @@ class _Sorting:
                 yield Utterance(row.id, row.audio, text, row.split, duration)
 
     def _checked_text(self, row: Row, ids: set[str]) -> tuple[str, set[str]]:
-        """The normalised text of a row whose description is in order, and what was changed."""
+        """The normalised text of a row, and what was changed; raises Unusable."""
         _check_description(row, ids)
         try:
             text, kinds = normalized(row.text, self.rules)
@@ -328,13 +346,13 @@ class _Sorting:
 
 
 def _check_description(row: Row, ids: set[str]) -> None:
-    """Raises Unusable for an id, a split or a text that cannot be used."""
+    """Raise Unusable for an id, a split or a text that cannot be used."""
     if len(row.id) > MAX_ID:
         raise Unusable(f"id too long: {len(row.id)} characters, over {MAX_ID}; shorten the path")
     if row.id != (shown := _shown(row.id)):
         raise Unusable(f"control characters: in {shown}; rename the file")
     if row.id in ids:
-        raise Unusable(f"duplicate id: {row.id} is an earlier row's; rename or drop this one")
+        raise Unusable(f"duplicate id: an earlier row has {row.id}; rename or remove this one")
     if row.split not in (None, *SPLITS):
         raise Unusable(f"unknown split: {row.split!r:.60}; use one of {', '.join(SPLITS)}")
     if len(row.text) > MAX_TEXT:
@@ -342,20 +360,19 @@ def _check_description(row: Row, ids: set[str]) -> None:
 
 
 def _json_line(values: dict[str, object]) -> str:
-    """JSON that can be read as text: what a terminal would obey is escaped, and other ends of
-    lines than its own."""
+    """JSON that is safe to print: control characters and line separators are escaped."""
     line = json.dumps(values, ensure_ascii=False)
     return "".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in line)
 
 
 def _cut(text: str) -> str:
-    """The start of a text as a line of a log may hold it."""
+    """The start of a text, quoted, for a line of a log."""
     return repr(text if len(text) <= 60 else text[:57] + "...")
 
 
 def _shown(id: str) -> str:
-    """``id`` as a line of a log may hold it: short, and without control characters, with which a
-    file name could forge further lines."""
+    """``id`` for a line of a log: short, and without control characters, which could imitate
+    further lines."""
     short = id if len(id) <= MAX_ID else id[:60] + "..."
     if short.isprintable():
         return short
@@ -365,7 +382,7 @@ def _shown(id: str) -> str:
 
 
 def _with_splits(rows: Utterances) -> Utterances:
-    """Rows without a split get that of their text: another row's, or an assigned one."""
+    """Give rows without a split that of their text: another row's, or an assigned one."""
     texts = set(rows.of_split(None).texts())
     given = {text: name for name in SPLITS for text in rows.of_split(name).texts() if text in texts}
     return rows.with_splits(given | assign_splits(texts - given.keys()))

@@ -1,4 +1,4 @@
-"""What CTC needs of a text: tokens, and enough output frames for them."""
+"""What CTC needs for a text: tokens, and enough output frames for them."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

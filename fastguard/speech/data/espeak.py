@@ -1,12 +1,12 @@
 """eSpeak NG as a program: ``python espeak.py LIBRARY DATA REQUESTS`` speaks a file of requests.
 
-A request is a line of JSON: {"text", "voice", "rate" (words a minute), "pitch" (0 to 99)}.  For
-each come, on standard output, the number of bytes (4, little-endian) and the samples (int16, mono,
-SAMPLE_RATE).
+A request is a line of JSON: {"text", "voice", "rate" (words per minute), "pitch" (0 to 99)}. For
+each request, standard output gets the number of bytes (4 bytes, little-endian) and the samples
+(int16, mono, SAMPLE_RATE).
 
-It is a program because the library carries state from one utterance to the next which neither
-espeak_Terminate nor a new seed resets: only in a fresh process do the same requests in the same
-order give the same bytes.  It also keeps a GPL library out of the process that trains.
+It runs as a program because the library keeps state between utterances that neither
+espeak_Terminate nor a new seed resets. Only in a new process do the same requests in the same order
+give the same bytes. It also keeps a GPL library out of the process that trains.
 """
 
 import ctypes
@@ -31,7 +31,7 @@ class Speaker:
             sys.exit(
                 f"espeak_Initialize gives {rate} Hz instead of {SAMPLE_RATE}: wrong data in {data}?"
             )
-        # The breath in a voice is noise, which espeak_Initialize seeds with the time of day.
+        # The breath of a voice is noise, which espeak_Initialize seeds with the time of day.
         self._espeak.espeak_ng_SetRandSeed(ctypes.c_long(1))
         self._samples = bytearray()
         self._callback = CALLBACK(self._collect)  # kept: ctypes does not hold a reference

@@ -1,4 +1,4 @@
-"""From a recording to normalised log-mel features, and what varies them in training."""
+"""From a recording to normalised log-mel features, and their augmentation in training."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from .audio import read_mono
 
-# torchaudio's default of 6 leaves images of an 8 kHz voice 62 dB under its peak in the bins above
-# 4 kHz, where they look like speech; 32 pushes them under LogMel.DYNAMIC_RANGE.
+# torchaudio's default of 6 leaves aliases of an 8 kHz voice 62 dB below its peak in the bins above
+# 4 kHz, where they look like speech; 32 reduces them to below LogMel.DYNAMIC_RANGE.
 RESAMPLING_WIDTH = 32
 _MOST_COEFFICIENTS = 1 << 24
 _STEPS = 640  # 11,025 Hz to 16,000 is 441 / 640
@@ -23,9 +23,9 @@ _STEPS = 640  # 11,025 Hz to 16,000 is 441 / 640
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Keep torch to one thread: a recording is too little to share.  Where other programs hold the
-    cores, its threads wait for one another; the features of 439 prompts took 33 s on two threads of
-    a busy machine with two cores, and 1.1 s on one."""
+    """Use one thread in torch, because one recording is too little work for several. If other
+    programs use the cores, torch's threads wait for one another: on a busy machine with two cores
+    the features of 439 prompts took 33 s with two threads, and 1.1 s with one."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -37,18 +37,27 @@ def one_thread() -> Iterator[None]:
 def load_audio(
     path: Path | str, sample_rate: int, max_duration: float = 3600.0, finite: bool = True
 ) -> Tensor:
-    """Samples (N,) float32 in [-1, 1] at ``sample_rate`` Hz, the channels averaged.
+    """Read and resample a recording.
 
-    Raises AudioError, which names the file, for one that is missing, cannot be decoded, has
-    samples that are NaN or Inf or a rate that no recorder has, or lasts over ``max_duration``
-    seconds, which bounds the memory it takes; ``finite=False`` lets NaN and Inf through.
+    Args:
+        path: of the file.
+        sample_rate: of the result, in Hz.
+        max_duration: in seconds; it bounds the memory.
+        finite: whether NaN and Inf samples are an error.
+
+    Returns:
+        Samples (N,) float32 in [-1, 1], the channels averaged.
+
+    Raises:
+        AudioError: the file is missing or cannot be decoded, samples are NaN or Inf, the rate is
+            outside audio.SAMPLE_RATES, or the recording is too long. The message names the file.
     """
     samples, rate = read_mono(path, max_duration, finite)
     return resample(torch.from_numpy(samples), rate, sample_rate)
 
 
 def resample(samples: Tensor, rate: int, sample_rate: int) -> Tensor:
-    """Samples (N,) at ``rate`` -> about N * sample_rate / rate at ``sample_rate``."""
+    """Samples (N,) at ``rate`` Hz -> about N * sample_rate / rate at ``sample_rate`` Hz."""
     ratio = resampling_ratio(rate, sample_rate)
     return torchaudio.functional.resample(
         samples, ratio.numerator, ratio.denominator, lowpass_filter_width=RESAMPLING_WIDTH
@@ -56,10 +65,10 @@ def resample(samples: Tensor, rate: int, sample_rate: int) -> Tensor:
 
 
 def resampling_ratio(rate: int, sample_rate: int) -> Fraction:
-    """``rate`` over ``sample_rate``, in small numbers.
+    """``rate / sample_rate`` as a fraction of small numbers.
 
-    torchaudio's filter has numerator times denominator coefficients.  Every rate in use is a ratio
-    of small numbers to every other; 44,101 Hz to 16,000 would take 5 GB, and is taken for 44,100.
+    torchaudio's filter has numerator x denominator coefficients. The ratio of any two common rates
+    is one of small numbers. 44,101 Hz to 16,000 would need 5 GB, and is treated as 44,100.
     """
     exact = Fraction(rate, sample_rate)
     if exact.numerator * exact.denominator <= _MOST_COEFFICIENTS:
@@ -68,21 +77,27 @@ def resampling_ratio(rate: int, sample_rate: int) -> Fraction:
 
 
 class LogMel(nn.Module):
-    """Log-mel energies from -DYNAMIC_RANGE to 0 under the loudest of the recording, normalised.
+    """Normalised log-mel energies, clipped to DYNAMIC_RANGE below the loudest of the recording.
 
-    Nothing is learnt and nothing depends on the loudness. ``normalization`` "utterance" gives each
-    bin the mean 0 and (where it holds speech) the variance 1, which takes out the sound of a
-    microphone, and from a recording of a single vowel the vowel. "level" keeps both: 20 dB are 1,
-    and 40 dB under the loudest energy 0 (Radford et al. 2022, arXiv:2212.04356, whose range is
-    fixed the same way, and set by the loudest too).
+    Nothing is learned, and nothing depends on the loudness.
 
-    Raises ValueError for another ``normalization``.
+    Args:
+        sample_rate: in Hz.
+        n_mels: mel bins.
+        window_seconds, hop_seconds: of the short-time Fourier transform.
+        normalization: "utterance" gives each bin mean 0 and, if it has speech, variance 1. This
+            removes the sound of the microphone, and the vowel from a recording of a single vowel.
+            "level" keeps both: 20 dB are 1, and 40 dB below the loudest energy is 0 (as in Radford
+            et al. 2022, arXiv:2212.04356).
+
+    Raises:
+        ValueError: another ``normalization``.
     """
 
     DYNAMIC_RANGE = 1e8  # 80 dB
-    SILENCE = 1e-20  # the floor where all is silent; samples of 1e-5 have energies around 1e-6
-    # Bins with speech vary by 2 to 5 (natural log); those above the Nyquist frequency of a
-    # resampled recording by less than 0.2, and must not be blown up to look like speech.
+    SILENCE = 1e-20  # the floor for silence; samples of 1e-5 have energies of about 1e-6
+    # Bins with speech have a deviation of 2 to 5 (natural log). Bins above the Nyquist frequency of
+    # a resampled recording have less than 0.2, and must not be amplified to look like speech.
     MIN_DEVIATION = 1.0
 
     def __init__(
@@ -111,9 +126,16 @@ class LogMel(nn.Module):
         )
 
     def forward(self, waveform: Tensor) -> Tensor:
-        """Features (T, n_mels) float32 of the samples (N,) float32, T = num_frames(N).
+        """Features of a recording.
 
-        Raises ValueError unless the samples are one non-empty row.
+        Args:
+            waveform: samples (N,) float32, N > 0.
+
+        Returns:
+            (T, n_mels) float32, T = num_frames(N).
+
+        Raises:
+            ValueError: the samples are not one non-empty row.
         """
         if waveform.dim() != 1 or waveform.numel() == 0:
             raise ValueError(
@@ -132,30 +154,36 @@ class LogMel(nn.Module):
         return centred / deviation.clamp(min=self.MIN_DEVIATION)
 
     def num_frames(self, num_samples: int) -> int:
+        """Frames of so many samples at ``sample_rate``."""
         return 1 + num_samples // self.hop
 
     def num_frames_of(self, seconds: float) -> int:
-        """Frames of a recording of any rate: resampling rounds its length up, so never too many."""
+        """Frames of a recording of any rate, never too many: resampling rounds the length up."""
         return self.num_frames(round(seconds * self.sample_rate))
 
 
 class SpeedPerturb:
-    """Speech played at one of ``factors`` of its speed, its pitch too, as in Ko et al. 2015
-    (INTERSPEECH, "Audio augmentation for speech recognition").
+    """Changes speed and pitch together (Ko et al. 2015, INTERSPEECH, "Audio augmentation for
+    speech recognition").
 
-    Raises ValueError for factors that are not hundredths between 0.5 and 2.
+    Args:
+        factors: speeds, of which one is drawn.
+
+    Raises:
+        ValueError: a factor is not a multiple of 0.01 between 0.5 and 2.
     """
 
     def __init__(self, factors: Sequence[float] = (0.9, 1.0, 1.1)) -> None:
         if not factors or any(not 0.5 <= f <= 2 or f != round(f, 2) for f in factors):
             raise ValueError(
                 f"speeds are {list(factors)}: give one or more between 0.5 and 2 with at most two "
-                "decimals, as 0.9, 1.0 and 1.1"
+                "decimals, such as 0.9, 1.0 and 1.1"
             )
         self.ratios = [Fraction(round(100 * factor), 100) for factor in factors]
 
     def __call__(self, waveform: Tensor, draw: Random, fits: Callable[[int], bool]) -> Tensor:
-        """Samples (N,) -> (ceil(N / factor),); as they are if ``fits`` refuses that number."""
+        """Samples (N,) -> (ceil(N / factor),), or unchanged if ``fits`` returns False for that
+        length."""
         ratio = draw.choice(self.ratios)
         if ratio == 1 or not fits(math.ceil(len(waveform) / ratio)):
             return waveform
@@ -164,10 +192,13 @@ class SpeedPerturb:
 
 @dataclass(frozen=True)
 class SpecAugment:
-    """Masks of random place and width over bins and frames, as in Park et al. 2019
-    (arXiv:1904.08779), filled with 0: the mean of every bin, or 40 dB under the loudest.
+    """Masks bins and frames at random places (Park et al. 2019, arXiv:1904.08779). Masks are filled
+    with 0, the mean of every bin, or 40 dB below the loudest.
 
-    ``freq_width`` bounds a mask in bins, ``time_ratio`` in parts of the frames.
+    Attributes:
+        freq_masks, time_masks: their numbers.
+        freq_width: largest width of a mask over bins.
+        time_ratio: largest width of a mask over frames, as a fraction of all frames.
     """
 
     freq_masks: int = 2
@@ -194,11 +225,14 @@ def _mask(draw: Random, widest: int, size: int) -> slice:
 
 @dataclass(frozen=True)
 class Augment:
-    """What a training set does to the samples (``speed``) and to the features (``spec``), of which
-    it gives each utterance two versions where it wants ``two_views``.
+    """Augmentation of a training set.
 
-    Masks and second views begin after ``warmup`` epochs: under masks a deep model with attention
-    may not leave the plateau on which it emits blanks alone.
+    Attributes:
+        speed: of the samples.
+        spec: masks of the features.
+        two_views: whether each utterance has two masked versions.
+        warmup: epochs without masks and second views. With masks, a deep model with attention may
+            not leave the plateau on which it outputs only blanks.
     """
 
     speed: SpeedPerturb | None = None
@@ -207,7 +241,7 @@ class Augment:
     warmup: int = 0
 
     def views(self, features: Tensor, draw: Random, epoch: int) -> list[Tensor]:
-        """One or two versions of features (T, n_mels) in this epoch, counted from 1."""
+        """One or two versions (T, n_mels) of the features in an epoch, counted from 1."""
         if self.warmup and epoch <= self.warmup:
             return [features]
         mask = self.spec or (lambda features, draw: features)

@@ -1,4 +1,4 @@
-"""A loader of batches whose place can be saved, and the signals of its worker processes."""
+"""A loader of batches whose place can be saved, and the handling of its workers' signals."""
 
 import os
 import signal
@@ -17,14 +17,20 @@ from .sampler import BucketBatchSampler
 def make_loader(
     dataset: SpeechDataset, sampler: BucketBatchSampler, num_workers: int = 0
 ) -> StatefulDataLoader:
-    """A loader of :class:`Batch` whose ``state_dict()`` tells which batch comes next.
+    """A loader of :class:`Batch` whose ``state_dict()`` says which batch is next.
 
-    The state is the sampler's, of the batches that were given out, not of those that workers
-    prepare ahead; so it fits a loader with any number of workers, and ``load_state_dict`` raises
-    ValueError at once where the sampler's settings differ.  It holds only what
-    ``torch.load(weights_only=True)`` accepts.
+    The state is the sampler's after the batches that were yielded, without those that workers have
+    prepared. So it fits a loader with any number of workers. ``load_state_dict`` raises ValueError
+    if the sampler's settings differ. The state has only what ``torch.load(weights_only=True)``
+    accepts.
 
-    A worker that dies, and an error in one, raise where a batch is asked for, and nowhere else.
+    The death of a worker, and an error in one, raise when the next batch is requested, and nowhere
+    else.
+
+    Args:
+        dataset: gives the items.
+        sampler: gives the order.
+        num_workers: processes that load; 0 loads in this process.
     """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "'set_vital' is deprecated")  # torchdata 0.11 calls it
@@ -34,7 +40,7 @@ def make_loader(
             num_workers=num_workers,
             collate_fn=partial(collate, n_mels=dataset.log_mel.n_mels),
             worker_init_fn=_leave_the_end_to_the_parent,
-            # Its own, or each pass would draw from the global one: a resumed run once more.
+            # Otherwise each pass would draw from the global generator, and a resumed run once more.
             generator=torch.Generator(),
         )
 
@@ -45,7 +51,7 @@ class _Loader(StatefulDataLoader):
         return _Pass(batches) if self.num_workers else batches
 
     def state_dict(self) -> dict:
-        if self._iterator is None:  # torchdata would begin a pass, and the next one go on with it
+        if self._iterator is None:  # torchdata would begin a pass and continue it in the next one
             return self.batch_sampler.state_dict()
         state = super().state_dict()
         if self.num_workers:
@@ -54,21 +60,21 @@ class _Loader(StatefulDataLoader):
 
     def load_state_dict(self, state: dict) -> None:
         self.batch_sampler.load_state_dict(state)
-        super().load_state_dict({})  # drops the pass that is under way
+        super().load_state_dict({})  # ends the current pass
 
 
 class _Pass(Iterator[Batch]):
-    """The batches of workers.  torch raises for one that was killed in the handler of SIGCHLD:
-    wherever the training is by then, in a forward pass, or in the writing of a state.  Here the
-    handler waits until the next batch is asked for."""
+    """The batches of workers. If a worker was killed, torch raises in the handler of SIGCHLD, at
+    any place in the training: in a forward pass, or while a state is written. Here the handler
+    waits until the next batch is requested."""
 
     _waiting = False
     _handler: Callable | None = None  # torch's; there is one for all loaders
 
     def __init__(self, batches: Iterator[Batch]) -> None:
         self._batches = batches
-        # Windows has no such signal, and a thread can set no handler: there torch finds the dead
-        # where it waits for a batch.
+        # Windows has no such signal, and a thread cannot set a handler: there torch finds dead
+        # workers while it waits for a batch.
         if not hasattr(signal, "SIGCHLD") or current_thread() is not main_thread():
             return
         handler = signal.getsignal(signal.SIGCHLD)
@@ -79,7 +85,7 @@ class _Pass(Iterator[Batch]):
     def __next__(self) -> Batch:
         _Pass._waiting = True
         try:
-            if _Pass._handler is not None:  # one may have died since the last batch
+            if _Pass._handler is not None:  # a worker may have died since the last batch
                 _Pass._handler(signal.SIGCHLD, None)
             return next(self._batches)
         finally:
@@ -92,10 +98,10 @@ class _Pass(Iterator[Batch]):
 
 
 def _leave_the_end_to_the_parent(worker: int) -> None:
-    """Ctrl-C, and the SIGTERM of a scheduler, reach the workers too; the parent ends the run, and
-    them, in order.  Its own SIGTERM must end them: multiprocessing sends it, and then waits."""
+    """Ignore Ctrl-C and a scheduler's SIGTERM in a worker: the parent ends the run, and then its
+    workers. The parent's own SIGTERM must end a worker: multiprocessing sends it, and waits."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(signal, "sigwaitinfo"):  # elsewhere torch's handler ends them at any SIGTERM
+    if hasattr(signal, "sigwaitinfo"):  # elsewhere torch's handler ends a worker at any SIGTERM
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         Thread(target=_end_with_the_parents_sigterm, args=(os.getppid(),), daemon=True).start()
 

@@ -1,4 +1,4 @@
-"""What is wrong with the recordings and texts of a batch, utterance by utterance."""
+"""Finds what is wrong with the recordings and texts of a batch, for each utterance."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from fastguard.speech.models.ctc import CTCModel
 from .batching import Batch
 from .ctc_targets import Needed
 
-QUIETEST = 1e-4  # 80 dB under full scale: a recording whose peak is lower holds no speech
+QUIETEST = 1e-4  # 80 dB below full scale: a recording with a lower peak has no speech
 LOUDEST = 1.5  # decoders of MP3 and Vorbis overshoot full scale a little
 
 
 def ctc_problems(batch: Batch) -> list[Finding]:
-    """The utterances of which CTC has no alignment: their loss is infinite."""
+    """The utterances without a CTC alignment: their loss is infinite."""
     available = CTCModel.output_lengths(batch.feature_lengths).tolist()
     texts = batch.targets.split(batch.target_lengths.tolist())
     found = []
@@ -38,7 +38,7 @@ def _infeasible(name: str, needed: Needed, frames: int) -> Finding:
 
 
 def recording_problems(name: str, waveform: Tensor, features: Tensor) -> list[Finding]:
-    """What is wrong with one recording: samples (N,) that made features (T, n_mels)."""
+    """What is wrong with one recording: its samples (N,), and their features (T, n_mels)."""
     bad = int((~waveform.isfinite()).sum())
     if bad:
         what = f"{bad} of {waveform.numel()} samples are NaN or Inf"

@@ -1,7 +1,7 @@
-"""One reader per kind of corpus: from the files as they lie on the disk to rows, judging nothing.
+"""One reader per kind of corpus: from the files on the disk to rows, without checking recordings.
 
-A reader yields a :class:`Row` for each recording it finds, or :class:`Rejected` where it can tell
-itself that there is none to be had; it raises :class:`CorpusError` where the corpus is not there.
+A reader yields a :class:`Row` for each recording that it finds, or :class:`Rejected` if the row
+itself cannot be used. It raises :class:`CorpusError` if the corpus does not exist.
 :func:`fastguard.speech.data.corpora.load_corpus` normalises the texts and checks the recordings.
 """
 
@@ -20,7 +20,7 @@ from typing import BinaryIO
 from .text import needs_english, spell_keys
 
 LONGEST_LINE = 1 << 20
-_FOREIGN_MARKS = {  # the longer first: UTF-32's starts with UTF-16's
+_FOREIGN_MARKS = {  # longer marks first: UTF-32's starts with UTF-16's
     codecs.BOM_UTF32_LE: "utf-32",
     codecs.BOM_UTF32_BE: "utf-32",
     codecs.BOM_UTF16_LE: "utf-16",
@@ -34,7 +34,7 @@ ASTERISK_VOICES = {
     "it": "it_IT_m_Carlo",
     "ru": "ru_RU_f_IvrvoiceRU",
 }
-# What asterisk-core-sounds-en 1.6.1 writes, and what a speller of the recording would write.
+# What the transcripts of asterisk-core-sounds-en 1.6.1 say, and what the recordings say.
 ASTERISK_TYPOS = {
     "umute": "unmute",
     "fourtieth": "fortieth",
@@ -46,7 +46,9 @@ ASTERISK_TYPOS = {
 }
 
 
-_MOST_DIGITS = 400  # of an integer in a manifest; Python's own limit has another program's advice
+_MOST_DIGITS = (
+    400  # of an integer in a manifest; the error of Python's own limit gives advice for programmers
+)
 _SPLIT_NAMES = {
     **dict.fromkeys(("train", "training"), "train"),
     **dict.fromkeys(("dev", "valid", "val", "validation", "development"), "dev"),
@@ -61,17 +63,25 @@ _OTHER_KEYS = {
 
 
 class CorpusError(ValueError):
-    """A corpus that cannot be used, and what to do about it."""
+    """A corpus cannot be used; the message says why and what to do."""
 
 
 class Unusable(ValueError):
-    """Why a recording or its row is left out; reads "kind: the numbers, and the cure"."""
+    """A recording or its row is left out; the message reads "kind: the values; what to do"."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """A recording as its corpus describes it: ``text`` is raw; ``split`` and ``duration``, in
-    seconds, may be unknown. ``written`` is the transcript where the reader knows better."""
+    """A recording as its corpus describes it.
+
+    Attributes:
+        id: unique in the corpus.
+        audio: path of the recording.
+        text: the transcript, not normalised.
+        split: "train", "dev", "test", or None if unknown.
+        duration: in seconds; None if unknown.
+        written: the transcript in the corpus, if the reader corrected it.
+    """
 
     id: str
     audio: Path
@@ -83,7 +93,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Rejected:
-    """A row that was left out; ``reason`` reads "kind: the numbers, and the cure"."""
+    """A row that is left out; ``reason`` reads "kind: the values; what to do"."""
 
     id: str
     reason: str
@@ -94,13 +104,17 @@ class Rejected:
 
 
 def read_manifest(path: Path) -> Iterator[Row | Rejected]:
-    """One JSON object a line: ``audio_filepath`` (relative to the manifest's folder, and the row's
-    id), ``text``, and optionally ``split`` and ``duration`` in seconds.  Other keys are ignored.
-    An ``offset`` other than 0 is refused, since ignoring it would pair the text with a whole
-    recording.
+    """Read a file with one JSON object per line.
+
+    Keys: ``audio_filepath`` (relative to the manifest's folder; also the row's id), ``text``, and
+    optionally ``split`` and ``duration`` in seconds. Other keys are ignored. An ``offset`` other
+    than 0 is refused, because without it the text would be paired with a whole recording.
+
+    Raises:
+        CorpusError: the file does not exist, or is not such a file.
     """
     if not path.is_file():
-        raise CorpusError(f"there is no manifest {path}: give manifest:FILE.jsonl")
+        raise CorpusError(f"the manifest {path} does not exist: give manifest:FILE.jsonl")
     for number, line in _lines(path):
         if number == 1:
             _check_lines_of_json(path, line)
@@ -113,23 +127,23 @@ def _manifest_row(line: str, number: int, folder: Path) -> Row | Rejected:
             line, object_pairs_hook=_object, parse_constant=_no_constant, parse_int=_integer
         )
         if not isinstance(entry, dict):
-            raise TypeError(f"{entry!r:.60} is no object with keys")
+            raise TypeError(f"{entry!r:.60} is not an object with keys")
         _check_keys(entry)
         audio, text = entry["audio_filepath"], entry["text"]
         if not (isinstance(audio, str) and isinstance(text, str)):
             raise TypeError(f"audio_filepath is {audio!r:.60} and text is {text!r:.60}")
         if _seconds(entry, "offset"):
-            cure = "cut the segment into a file of its own"
-            reason = f"offset not supported: offset is {entry['offset']!r:.60}; {cure}"
+            todo = "cut the segment into its own file"
+            reason = f"offset not supported: offset is {entry['offset']!r:.60}; {todo}"
             return Rejected(audio, reason)
         split = entry.get("split")
         split = _SPLIT_NAMES.get(split.lower(), split) if isinstance(split, str) else split
         return Row(audio, folder / audio, text, split, _seconds(entry, "duration"))
     # RecursionError: a thousand brackets
     except (ValueError, TypeError, RecursionError) as error:
-        cure = 'write {"audio_filepath": "a.wav", "text": "hello"}'
+        todo = 'write {"audio_filepath": "a.wav", "text": "hello"}'
         return Rejected(
-            f"line {number}", f"malformed line: {type(error).__name__}: {error!s:.200}; {cure}"
+            f"line {number}", f"malformed line: {type(error).__name__}: {error!s:.200}; {todo}"
         )
 
 
@@ -138,12 +152,12 @@ def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
     if len(made) < len(pairs):
         keys = [key for key, _ in pairs]
         twice = next(key for key in keys if keys.count(key) > 1)
-        raise ValueError(f"the key {twice!r:.60} comes twice")
+        raise ValueError(f"the key {twice!r:.60} occurs twice")
     return made
 
 
 def _no_constant(name: str) -> float:
-    raise ValueError(f"{name} is no JSON")
+    raise ValueError(f"{name} is not JSON")
 
 
 def _integer(digits: str) -> int:
@@ -153,33 +167,33 @@ def _integer(digits: str) -> int:
 
 
 def _check_keys(entry: dict[str, object]) -> None:
-    """Raises ValueError that names the key to rename, where one has another toolkit's name."""
+    """Raise ValueError for a missing key; it names the key of another toolkit to rename."""
     for key, others in _OTHER_KEYS.items():
         if key not in entry:
             there = [other for other in others if other in entry]
-            cure = f"rename {there[0]!r} to {key!r}" if there else f"add {key!r}"
-            raise ValueError(f"no key {key!r} among {', '.join(map(repr, entry))[:120]}: {cure}")
+            todo = f"rename {there[0]!r} to {key!r}" if there else f"add {key!r}"
+            raise ValueError(f"no key {key!r} among {', '.join(map(repr, entry))[:120]}: {todo}")
 
 
 def _check_lines_of_json(path: Path, line: str | Rejected) -> None:
-    """Raises CorpusError for a table or a list, of which every line would be malformed."""
+    """Raise CorpusError for a table or a list, in which every line would be malformed."""
     start = line.lstrip() if isinstance(line, str) else "{"
     if start.startswith("{"):
         return
     if path.suffix in (".csv", ".tsv") or (start[:1] not in '["' and re.search(r"[,\t|]", start)):
         raise CorpusError(
-            f"{path}, line 1: {start[:60]!r} is a row of a table, and a manifest is JSON: write an "
-            'object a line, {"audio_filepath": "a.wav", "text": "hello"}'
+            f"{path}, line 1: {start[:60]!r} is a row of a table, but a manifest is JSON: write "
+            'one object per line, {"audio_filepath": "a.wav", "text": "hello"}'
         )
     if start.strip() == "[":
         raise CorpusError(
-            f"{path}, line 1: a JSON list, and a manifest has an object a line: "
+            f"{path}, line 1: a JSON list, but a manifest has one object per line: "
             f"jq -c '.[]' {path} > NEW.jsonl"
         )
 
 
 def _seconds(entry: dict[str, object], key: str) -> float | None:
-    """A number of the entry, as such or in quotes."""
+    """A number of seconds, which may be in quotes; None if the key is missing."""
     value = entry.get(key)
     if value is None:
         return None
@@ -188,16 +202,17 @@ def _seconds(entry: dict[str, object], key: str) -> float | None:
     except (TypeError, ValueError, OverflowError):
         seconds = math.nan
     if not 0 <= seconds < math.inf:
-        raise ValueError(f"{key} is {value!r:.60}, which is no number of seconds")
+        raise ValueError(f"{key} is {value!r:.60}, which is not a number of seconds")
     return seconds
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str | Rejected]]:
-    """The lines of a UTF-8 file with their numbers from 1, less those that are empty.
+    """The lines of a UTF-8 file that are not empty, with their numbers from 1.
 
-    :class:`Rejected` stands for a line over LONGEST_LINE bytes, of which no more is kept in memory,
-    and for one in another encoding.  Raises :class:`CorpusError` for a file that cannot be read,
-    and for one in UTF-16 or UTF-32, where no line would be legible.
+    A line over LONGEST_LINE bytes, or in another encoding, becomes :class:`Rejected`.
+
+    Raises:
+        CorpusError: the file cannot be read, or is in UTF-16 or UTF-32.
     """
     opener = gzip.open if path.suffix == ".gz" else open
     try:
@@ -229,7 +244,7 @@ def _too_long(file: BinaryIO, number: int) -> Rejected:
     while (rest := file.readline(LONGEST_LINE)) and not rest.endswith(b"\n"):
         pass
     return Rejected(
-        f"line {number}", f"line too long: over {LONGEST_LINE} bytes; a row has one recording"
+        f"line {number}", f"line too long: over {LONGEST_LINE} bytes; write one recording per line"
     )
 
 
@@ -237,13 +252,15 @@ def _decoded(line: bytes, number: int) -> str | Rejected:
     try:
         return line.decode("utf-8").rstrip("\r\n")
     except UnicodeDecodeError as error:
-        cure = "convert the file with iconv -t utf-8"
-        return Rejected(f"line {number}", f"malformed line: not UTF-8: {error}; {cure}")
+        todo = "convert the file with iconv -t utf-8"
+        return Rejected(f"line {number}", f"malformed line: not UTF-8: {error}; {todo}")
 
 
 def read_librispeech(root: Path) -> Iterator[Row]:
-    """``root/SUBSET/SPEAKER/CHAPTER/SPEAKER-CHAPTER.trans.txt`` with a flac file for each line;
-    the split is the subset's first word (train-clean-100, dev-other, ...)."""
+    """Read ``root/SUBSET/SPEAKER/CHAPTER/SPEAKER-CHAPTER.trans.txt``, with a FLAC file per line.
+
+    The split is the first word of the subset's name (train-clean-100, dev-other, ...).
+    """
     transcripts = sorted(root.glob("*-*/*/*/*.trans.txt"))
     if not transcripts:
         raise CorpusError(
@@ -261,8 +278,8 @@ def read_librispeech(root: Path) -> Iterator[Row]:
 
 
 def read_yesno(root: Path) -> Iterator[Row]:
-    """``1_0_0_1_1_1_0_0.wav``: the name spells the recording, 0 for "no" and 1 for "yes" (the
-    speaker says them in Hebrew)."""
+    """Read files like ``1_0_0_1_1_1_0_0.wav``. The name is the transcript: 0 for "no" and 1 for
+    "yes" (the speaker says the Hebrew words)."""
     recordings = [p for p in sorted(root.glob("*.wav")) if re.fullmatch(r"[01](_[01])*", p.stem)]
     if not recordings:
         raise CorpusError(
@@ -276,13 +293,13 @@ def read_yesno(root: Path) -> Iterator[Row]:
 
 
 def read_asterisk(root: Path, language: str) -> Iterator[Row | Rejected]:
-    """The Asterisk telephone prompts: ``root/VOICE/NAME.wav``, and transcripts "NAME: text" in
-    ``core-sounds-LANGUAGE.txt.gz``, in ``root`` or in the documentation of the Debian package.
+    """Read the Asterisk telephone prompts: ``root/VOICE/NAME.wav``, with transcripts "NAME: text"
+    in ``core-sounds-LANGUAGE.txt.gz``, in ``root`` or in the documentation of the Debian package.
 
-    English 1.6.1 holds 568 recordings, 551 of them with words (tones and silences have a note in
-    brackets for a text).  Left out here: demo-instruct, whose "500", "1234" and "28.8" are not
-    read digit by digit; in the other languages every prompt with a digit or a key in its text,
-    which only English can spell; and recordings that no transcript names.
+    English 1.6.1 has 568 recordings, 551 of them with words; tones and silences have a note in
+    brackets as text. Left out are demo-instruct, whose "500", "1234" and "28.8" are not read digit
+    by digit; in other languages every prompt with a digit or a key in its text, because numbers and
+    keys are spelled in English only; and recordings without a transcript.
     """
     if language not in ASTERISK_VOICES:
         raise CorpusError(f"no asterisk@{language}: choose one of {', '.join(ASTERISK_VOICES)}")
@@ -293,9 +310,9 @@ def read_asterisk(root: Path, language: str) -> Iterator[Row | Rejected]:
         if language == "en":
             yield _asterisk_english(name, voice, text)
         elif needs_english(text):
-            cure = f"spell {text!r:.60} out in {language!r}"
+            todo = f"spell {text!r:.60} out in {language!r}"
             yield Rejected(
-                name, f"digits in the text: only English is read with number words; {cure}"
+                name, f"digits in the text: they become number words in English only; {todo}"
             )
         else:
             yield Row(name, voice / f"{name}.wav", text)
@@ -307,7 +324,7 @@ def read_asterisk(root: Path, language: str) -> Iterator[Row | Rejected]:
 def _asterisk_english(name: str, voice: Path, text: str) -> Row | Rejected:
     if name == "demo-instruct":
         numbers = "28.8, 500, 1234 and 8500 are not read digit by digit"
-        return Rejected(name, f"ambiguous numbers: {numbers}; spell them as they are spoken")
+        return Rejected(name, f"ambiguous numbers: {numbers}; spell them as spoken")
     spoken = text
     for wrong, right in ASTERISK_TYPOS.items():
         spoken = spoken.replace(wrong, right)
@@ -325,7 +342,7 @@ def _asterisk_transcripts(root: Path, voice: Path, language: str) -> Iterator[tu
     if missing:
         raise CorpusError(
             f"{' and '.join(map(str, missing))} not found: apt-get install {package} {package}-wav "
-            f"(an image whose dpkg skips /usr/share/doc needs {file} put into {root})"
+            f"(if dpkg skips /usr/share/doc, put {file} into {root})"
         )
     for _, line in _lines(transcript):
         if isinstance(line, Rejected):

@@ -1,4 +1,4 @@
-"""Which utterances make up a batch: those of similar length, the same ones again after a resume."""
+"""Selects the utterances of each batch: of similar length, and the same ones after a resume."""
 
 import random
 import zlib
@@ -11,32 +11,39 @@ from torch.utils.data import Sampler
 
 
 class Draw(NamedTuple):
-    """Which utterance, and in which epoch: with a seed, all that its augmentation depends on."""
+    """An utterance in an epoch. Its augmentation depends on this and on a seed only."""
 
     index: int
     epoch: int
 
 
 class BucketBatchSampler(Sampler[list[Draw]]):
-    """Batches of utterances of similar duration, each utterance once an epoch.
+    """Batches of utterances of similar duration; each utterance comes once per epoch.
 
-    Of ``batch_size`` utterances, or of as many as fit into ``batch_duration``: the longest times
-    their number, in the unit of ``durations``, does not exceed it, and a longer utterance is a
-    batch of its own.  (Speed perturbation comes after that: 0.9 lengthens a batch by a ninth.)
+    Shuffled utterances are split into pools of about POOL batches. Each pool is sorted by duration
+    and split into batches, and the batches of all pools are shuffled. So batches have little
+    padding, and an utterance has other neighbours in each epoch. The order depends only on ``seed``
+    and the epoch.
 
-    Shuffled utterances are cut into pools of about POOL batches; a pool is sorted by duration and
-    cut into batches, and the batches of all pools are shuffled.  So batches are padded little, and
-    an utterance meets other neighbours in each epoch.  Without ``shuffle`` all utterances are one
-    pool and stay sorted.  The order depends on ``seed`` and the epoch alone.
+    Each rank gets the same number of batches, and all ranks get batches of similar duration in the
+    same step. If the batches do not divide evenly, the step of the longest repeats some.
 
-    Of ``world_size`` ranks each gets the same number of batches, and in one step batches of similar
-    duration.  Where they do not divide, the step of the longest is filled with batches that come
-    twice.
+    A pass that follows a whole pass is the next epoch; :meth:`set_epoch` sets another one. With
+    :meth:`state_dict` and :meth:`load_state_dict` a pass continues where another one stopped.
 
-    A pass that follows a whole one is the next epoch; :meth:`set_epoch` names another.  With
-    :meth:`state_dict` and :meth:`load_state_dict` a pass goes on where another one stopped.
+    Args:
+        durations: of the utterances.
+        batch_size: utterances per batch.
+        batch_duration: instead of ``batch_size``: the longest duration times the number of
+            utterances does not exceed it. A longer utterance is its own batch. Speed perturbation
+            comes later: a factor of 0.9 makes a batch longer by a ninth.
+        seed: of the order.
+        shuffle: without it all utterances are one pool and stay sorted.
+        rank, world_size: of this process, and the number of processes.
 
-    Raises ValueError unless one of ``batch_size`` and ``batch_duration`` is given and positive.
+    Raises:
+        ValueError: not exactly one of ``batch_size`` and ``batch_duration`` is given and positive,
+            or ``rank`` is not one of ``world_size``.
     """
 
     POOL = 50
@@ -70,19 +77,19 @@ class BucketBatchSampler(Sampler[list[Draw]]):
         self.rank = rank
         self.world_size = world_size
         self.epoch = 0
-        self._position = 0  # batches of this epoch given so far
+        self._position = 0  # batches of this epoch that were yielded
         self._resumed = False  # the next pass starts at the position
         self._ended = False  # the next pass is the next epoch
         self._plan: tuple[int, list[np.ndarray]] | None = None
 
     def set_epoch(self, epoch: int) -> None:
-        """The next pass is this epoch: from its start, unless it is the one of a loaded state."""
+        """Make the next pass this epoch, from its start unless a loaded state is in this epoch."""
         if epoch != self.epoch or not self._resumed:
             self.epoch, self._position, self._resumed = epoch, 0, False
         self._ended = False
 
     def __len__(self) -> int:
-        """Batches of a whole epoch for this rank."""
+        """Batches of a whole epoch, for this rank."""
         return len(self._batches())
 
     def __iter__(self) -> Iterator[list[Draw]]:
@@ -98,11 +105,11 @@ class BucketBatchSampler(Sampler[list[Draw]]):
         self._ended = True
 
     def state_dict(self) -> dict[str, int | float | bool | None]:
-        """Where the pass is, and the settings on which its order depends."""
+        """The place in the pass, and the settings that its order depends on."""
         return {"epoch": self.epoch, "position": self._position, **self._settings}
 
     def load_state_dict(self, state: dict[str, int | float | bool | None]) -> None:
-        """The next pass goes on from there.  Raises ValueError where a setting differs."""
+        """Continue the pass of ``state``; raises ValueError if a setting differs."""
         differing = [
             f"{name} (was {state.get(name)}, is {value})"
             for name, value in self._settings.items()
@@ -111,7 +118,7 @@ class BucketBatchSampler(Sampler[list[Draw]]):
         if differing:
             raise ValueError(
                 f"the order of batches cannot be resumed: {', '.join(differing)}; use the "
-                "settings and the corpus of that run, or start anew"
+                "settings and the corpus of that run, or start a new run"
             )
         self.epoch, self._position = state["epoch"], state["position"]
         self._resumed, self._ended = True, False
@@ -129,13 +136,13 @@ class BucketBatchSampler(Sampler[list[Draw]]):
         }
 
     def _batches(self) -> list[np.ndarray]:
-        """This rank's batches of the epoch."""
+        """The batches of this rank in the epoch."""
         if self._plan is None or self._plan[0] != self.epoch:
             self._plan = self.epoch, self._all_batches()[self.rank :: self.world_size]
         return self._plan[1]
 
     def _all_batches(self) -> list[np.ndarray]:
-        """The batches of all ranks, those of one step after the other."""
+        """The batches of all ranks, step by step."""
         draw = random.Random(f"{self.seed} {self.epoch}")
         order = list(range(len(self.durations)))
         if self.shuffle:

@@ -1,7 +1,7 @@
-"""A corpus for where there is none: short sentences of a small grammar, spoken by eSpeak NG.
+"""A synthetic corpus: short sentences of a small grammar, spoken by eSpeak NG.
 
-It is written once into a cache folder, as 16 kHz wav files with a manifest, and reused as long as
-its checksums hold.  One voice never speaks in two splits, and no sentence is spoken twice.
+The corpus is written once into a cache folder, as 16 kHz WAV files with a manifest, and reused as
+long as its checksums match. No voice is in two splits, and no sentence is spoken twice.
 """
 
 import hashlib
@@ -33,12 +33,12 @@ VOICES = {
     "dev": ("m6", "f4"),
     "test": ("m7", "f5"),
 }
-RATES = range(110, 171, 10)  # words a minute
+RATES = range(110, 171, 10)  # words per minute
 PITCHES = range(35, 66, 5)
 WORDS = range(2, 8)
 SAMPLE_RATE = 16_000
 
-# Alternatives of words and of <names> of other rules.
+# Alternatives of words and of <names>, which refer to other rules.
 GRAMMAR = {
     "sentence": (
         "<order> | please <order> | <order> <when> | <order> <where> | wait <where> | "
@@ -60,7 +60,7 @@ GRAMMAR = {
     "when": "today | tonight | again | on monday | this morning | before dinner",
 }
 
-_FORMAT = 1  # raise it when the files or the making of the samples change
+_FORMAT = 1  # increase it when the files or the computation of the samples change
 _MANIFEST = "manifest.jsonl"
 _CHECKSUMS = "SHA256SUMS"
 _log = logging.getLogger(__name__)
@@ -69,15 +69,18 @@ _log = logging.getLogger(__name__)
 def build_synthetic(
     cache_dir: Path | None, seed: int, *, sizes: Mapping[str, int] | None = None
 ) -> Path:
-    """Manifest of the synthetic corpus of this ``seed``, which is built unless the cache holds it.
+    """Path of the manifest of a synthetic corpus, which is built unless the cache has it.
 
-    ``cache_dir`` is by default ``fastguard`` in $XDG_CACHE_HOME or ~/.cache; ``sizes`` gives the
-    utterances of each split, by default :data:`SIZES`.  The same seed gives the same bytes in any
-    process, and any number of processes may build at the same time: each works in a folder of its
-    own, and the first to finish serves them all.
+    The same seed gives the same bytes in any process. Several processes may build at the same time:
+    each works in its own folder, and all use the corpus of the first that finishes.
 
-    Raises :class:`CorpusError` where eSpeak NG is missing or does not run, and where the cache can
-    not be written.
+    Args:
+        cache_dir: default ``fastguard`` in $XDG_CACHE_HOME or ~/.cache.
+        seed: of sentences, voices, rates and pitches.
+        sizes: utterances of each split; default :data:`SIZES`.
+
+    Raises:
+        CorpusError: eSpeak NG is missing or fails, or the cache cannot be written.
     """
     library, data, version = _find_espeak()
     cache = cache_dir or _default_cache()
@@ -88,8 +91,8 @@ def build_synthetic(
         return _cached(corpus, [*_requests(seed, sizes)], library, data)
     except OSError as error:
         raise CorpusError(
-            f"the synthetic corpus cannot be kept in {cache}: {error}; set XDG_CACHE_HOME to a "
-            "folder that can be written"
+            f"the synthetic corpus cannot be written to {cache}: {error}; set XDG_CACHE_HOME to a "
+            "writable folder"
         ) from error
 
 
@@ -98,14 +101,14 @@ def _default_cache() -> Path:
         return Path(given, "fastguard")
     try:
         return Path.home() / ".cache" / "fastguard"
-    except RuntimeError as error:  # no HOME, and no entry of the user
+    except RuntimeError as error:  # neither HOME nor an entry of the user
         raise CorpusError(
-            f"no place for the synthetic corpus: {error} Set HOME, or XDG_CACHE_HOME to a folder"
+            f"no folder for the synthetic corpus: {error} Set HOME, or XDG_CACHE_HOME to a folder"
         ) from error
 
 
 def _cached(corpus: Path, requests: list[dict], library: str, data: str) -> Path:
-    """Manifest of the corpus in this folder, which is made unless it is there and whole."""
+    """Path of the manifest in the folder ``corpus``, which is built unless it is complete."""
     if corpus.exists():
         if not (damage := _damage(corpus)):
             return corpus / _MANIFEST
@@ -122,7 +125,7 @@ def _cached(corpus: Path, requests: list[dict], library: str, data: str) -> Path
 
 
 def _find_espeak() -> tuple[str, str, str]:
-    """Paths of the library and of its data, and the version of the wheel they come from."""
+    """Paths of the library and of its data, and the version of their wheel."""
     try:
         import espeakng_loader
 
@@ -136,7 +139,7 @@ def _find_espeak() -> tuple[str, str, str]:
 
 
 def _requests(seed: int, sizes: Mapping[str, int]) -> Iterator[dict]:
-    """What to speak, with which voice, and in which split."""
+    """For each utterance: text, voice, rate, pitch and split."""
     draw = random.Random(seed)
     spoken = set()
     for split, size in sizes.items():
@@ -156,7 +159,7 @@ def _expand(rule: str, draw: random.Random) -> str:
 
 
 def _write(folder: Path, requests: list[dict], library: str, data: str) -> None:
-    """Fill ``folder`` with the recordings, their manifest and the checksums of both."""
+    """Write the recordings, their manifest and the checksums of both into ``folder``."""
     rows = []
     spoken = _speak(requests, folder.with_name("requests.jsonl"), library, data)
     bar = tqdm(
@@ -173,7 +176,7 @@ def _write(folder: Path, requests: list[dict], library: str, data: str) -> None:
 
 
 def _speak(requests: list[dict], listing: Path, library: str, data: str) -> Iterator[np.ndarray]:
-    """Samples (N,) int16 at SAMPLE_RATE for each request."""
+    """Samples (N,) int16 at SAMPLE_RATE, for each request."""
     listing.write_text("".join(json.dumps(line) + "\n" for line in requests), encoding="utf-8")
     command = [sys.executable, "-I", espeak.__file__, library, data, str(listing)]
     # In float64, so that rounding to 16 bits gives the same bytes on every processor.
@@ -193,13 +196,13 @@ def _speak(requests: list[dict], listing: Path, library: str, data: str) -> Iter
 
 
 def _checksums(folder: Path) -> list[str]:
-    """What ``sha256sum *`` prints, the file of checksums left out."""
+    """The output of ``sha256sum *`` without the file of checksums."""
     files = sorted(path for path in folder.iterdir() if path.name != _CHECKSUMS)
     return [f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.name}" for path in files]
 
 
 def _damage(corpus: Path) -> str | None:
-    """What differs from the checksums, or None."""
+    """A file that differs from its checksum, in words; None if there is none."""
     written = corpus / _CHECKSUMS
     if not written.is_file():
         return f"{_CHECKSUMS} is missing"
@@ -209,7 +212,7 @@ def _damage(corpus: Path) -> str | None:
 
 
 def _publish(built: Path, corpus: Path) -> None:
-    """Move ``built`` to ``corpus``, unless another process has put the same there meanwhile."""
+    """Move ``built`` to ``corpus``, unless another process has built it in the meantime."""
     if corpus.exists() and _damage(corpus):
         os.rename(corpus, built.with_name("damaged"))
     try:

@@ -1,4 +1,4 @@
-"""Text as it is spoken: letters, apostrophes inside words, single spaces."""
+"""Normalises text to what is spoken: letters, apostrophes inside words, single spaces."""
 
 import re
 import unicodedata
@@ -10,40 +10,40 @@ from fastguard._extras import MissingExtra
 _APOSTROPHES = str.maketrans(dict.fromkeys("\u2018\u2019\u02bc\uff07\u00b4`", "'"))
 _CLOSING = {")": "(", "]": "[", ">": "<"}
 _EMOTICON = re.compile(r"[:;=]['-]?[()\[\]<>]")
-# Alone between spaces and the marks of a sentence: "$3", "3 %", "10:30" and "3/4" are read in
-# words of their own.
+# A number between spaces or punctuation. "$3", "3 %", "10:30" and "3/4" are spoken differently.
 _NUMBER = re.compile(
     r"""(?<![^\s"'(¿¡“„«])(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?![^\s.,;:!?)"'”»…]|['.,:][\w])(?!\s*[%‰€£$])"""
 )
-_LONGEST_NUMBER = 15  # digits; nobody reads a longer one as a number
-_DOTLESS = ("tr", "az")  # languages whose I is no capital i
+_LONGEST_NUMBER = 15  # digits; a longer number is not spoken as one
+_DOTLESS = ("tr", "az")  # languages in which I is not the capital of i
 _KEYS = {"*": " star ", "#": " pound "}
 _DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
 
 class TextError(ValueError):
-    """A text that the rules refuse; reads "kind: what, and the cure"."""
+    """The rules refuse a text; the message reads "kind: what; what to do"."""
 
 
 @dataclass(frozen=True)
 class TextRules:
-    """How the texts of a corpus are normalised; kept with the model, so that what it is tested on
-    is written as what it was trained on.
+    """How the texts of a corpus are normalised. The rules are saved with the model, so that test
+    texts are written like training texts.
 
-    Raises ValueError for values that are none of these.
+    Raises:
+        ValueError: a value is not one of the choices.
     """
 
     language: str = "en"
-    """Of the texts: for the words of numbers, and for the Turkish and Azeri i without a dot."""
+    """Language of the texts: for number words, and for the Turkish and Azeri dotless i."""
     numbers: Literal["keep", "reject", "words"] = "keep"
-    """Digits stay as they are, or their row is left out, or they become words of the language."""
+    """Digits are kept, or their row is left out, or they become words of the language."""
     brackets: Literal["drop", "keep", "reject"] = "drop"
-    """What stands in (...), [...] or <...> is a note and dropped, or spoken, or its row left
-    out."""
+    """Text in (...), [...] or <...> is a note and dropped, or it is spoken and kept, or its row is
+    left out."""
     case: Literal["lower", "keep"] = "lower"
-    """Letters become small, or stay as they are."""
+    """Letters become lower case, or are kept."""
     unicode: Literal["NFKC", "NFC"] = "NFKC"
-    """Unicode's form: NFKC also takes ligatures and wide letters for plain ones."""
+    """Unicode normal form; NFKC also replaces ligatures and wide letters by plain letters."""
 
     def __post_init__(self) -> None:
         for name, hint in get_type_hints(TextRules).items():
@@ -51,40 +51,51 @@ class TextRules:
             if choices and value not in choices:
                 raise ValueError(f"text.{name} is {value!r}: choose one of {', '.join(choices)}")
         if not re.fullmatch(r"[a-z]{2,3}([_-][A-Za-z]{2,4})?", self.language):
-            raise ValueError(f"text.language is {self.language!r}: give a code as en, fr or pt_BR")
+            raise ValueError(
+                f"text.language is {self.language!r}: give a code like en, fr or pt_BR"
+            )
 
     def check(self) -> None:
-        """Whether numbers can be spelled, where they are to be.
+        """Check that numbers can be spelled, if the rules ask for it.
 
-        Raises TextError for a language without words for numbers, MissingExtra without num2words.
+        Raises:
+            TextError: the language has no number words.
+            MissingExtra: num2words is not installed.
         """
         if self.numbers == "words":
             _words_of("1", self.language)
 
 
 def normalize_text(raw: str, rules: TextRules | None = None) -> str:
-    """What the voice says, as a character tokenizer can spell it; see :func:`normalized`.
+    """The text as it is spoken, by ``rules`` (default: TextRules()); see :func:`normalized`.
 
-    Raises TextError for a text that the rules refuse.
+    Raises:
+        TextError: the rules refuse the text.
     """
     return normalized(raw, rules or TextRules())[0]
 
 
 def normalized(raw: str, rules: TextRules) -> tuple[str, set[str]]:
-    """The text by these rules, and what was changed for it: names of the steps below.
+    """Normalise a text. The steps are:
 
-    - "unicode": one form for what looks the same; "joiners": soft hyphens, zero-width joiners and
-      other characters that cannot be seen are dropped, and split no word;
-    - "brackets": notes are dropped, also when they nest. A bracket without its partner, and one of
-      an emoticon, is a mark and takes nothing with it;
-    - "numbers": in words;
-    - "case";
-    - "marks": an apostrophe stays between two letters ("o'clock"), any other mark separates words:
-      "A.M." is "a m", "re-enter" is "re enter".
+    - "unicode": the normal form of ``rules``;
+    - "joiners": soft hyphens, zero-width joiners and other invisible characters are removed, and
+      split no word;
+    - "brackets": notes are removed, nested ones too. A bracket without a partner, or of an
+      emoticon, is a punctuation mark;
+    - "numbers": as number words;
+    - "case": lower case;
+    - "marks": an apostrophe stays between two letters ("o'clock"). Any other mark separates words:
+      "A.M." becomes "a m", "re-enter" becomes "re enter".
 
-    The text may be empty; normalising it again changes nothing.  Takes time in proportion to the
-    length of ``raw``.  Raises TextError where ``rules`` reject a number or a note, and where a
-    number is not one that can be spelled.
+    The time is linear in the length of ``raw``.
+
+    Returns:
+        The text, which may be empty and does not change when it is normalised again, and the names
+        of the steps that changed it.
+
+    Raises:
+        TextError: the rules reject a number or a note, or a number cannot be spelled.
     """
     changed = set()
 
@@ -99,26 +110,26 @@ def normalized(raw: str, rules: TextRules) -> tuple[str, set[str]]:
     if rules.brackets != "keep":
         text = became("brackets", text, drop_notes(text))
         if rules.brackets == "reject" and "brackets" in changed:
-            raise TextError(f"note in brackets: in {raw!r:.60}; take it out of the text")
+            raise TextError(f"note in brackets: in {raw!r:.60}; remove it from the text")
     if any(char.isdecimal() for char in text):
         text = became("numbers", text, _numbers(text, rules))
     if rules.case == "lower":
         text = became("case", text, _lower(text, rules.language))
-    # Lower case and dropped characters may leave parts of a letter side by side.
+    # After lower case and removals, parts of one letter may be neighbours.
     text = unicodedata.normalize(rules.unicode, text)
     text = became("marks", text, _without_marks(text))
     return " ".join(text.split()), changed
 
 
 def drop_notes(raw: str) -> str:
-    """``raw`` without the remarks in brackets that nobody speaks."""
+    """``raw`` without notes in brackets, which are not spoken."""
     text = _EMOTICON.sub(" ", raw)
     open_at: list[int] = []
     notes: list[tuple[int, int]] = []
     open_count = dict.fromkeys(_CLOSING.values(), 0)
     for at, char in enumerate(text):
         if char in open_count:
-            # "a < b": no note begins with a space after this one.
+            # "a < b": a note does not begin with a space.
             if char != "<" or not text[at + 1 : at + 2].isspace():
                 open_at.append(at)
                 open_count[char] += 1
@@ -139,13 +150,13 @@ def drop_notes(raw: str) -> str:
 
 
 def needs_english(raw: str) -> bool:
-    """Whether :func:`spell_keys` would put English words (digits, keys) into ``raw``."""
+    """Whether :func:`spell_keys` would write English words for digits or keys in ``raw``."""
     return any(char in _KEYS or char.isdecimal() for char in drop_notes(raw))
 
 
 def spell_keys(raw: str) -> str:
-    """``raw`` with the keys of a telephone in English words, one by one: "42" is "four two", "*"
-    is "star", "#" is "pound". Notes are dropped."""
+    """``raw`` with telephone keys as English words, one by one: "42" becomes "four two", "*"
+    becomes "star", "#" becomes "pound". Notes are removed."""
     return "".join(
         _KEYS.get(char) or (f" {_DIGITS[int(char)]} " if char.isdecimal() else char)
         for char in drop_notes(raw)
@@ -153,14 +164,14 @@ def spell_keys(raw: str) -> str:
 
 
 def _unseen(char: str) -> bool:
-    """Cf: format characters as joiners; then the selectors of a variant, which are marks."""
+    """Whether a character is invisible: a format character (Cf) or a variation selector."""
     return (
         unicodedata.category(char) == "Cf" or "\ufe00" <= char <= "\ufe0f" or char >= "\U000e0100"
     )
 
 
 def _lower(text: str, language: str) -> str:
-    """Of the dotted capital I Python makes an i and a combining dot."""
+    """Lower case; Python turns the dotted capital I into an i and a combining dot."""
     if language[:2] in _DOTLESS:
         text = text.replace("I", "ı")
     return text.replace("İ", "i").replace("I\u0307", "i").lower()
@@ -171,12 +182,12 @@ def _numbers(text: str, rules: TextRules) -> str:
         return text
     if rules.numbers == "reject":
         raise TextError(
-            f"number in digits: in {text!r:.60}; write it as it is spoken, or set text.numbers"
+            f"number in digits: in {text!r:.60}; write it as spoken, or set text.numbers"
         )
     text = _NUMBER.sub(lambda found: f" {_words_of(found[0], rules.language)} ", text)
     if left := [word for word in text.split() if any(map(str.isdecimal, word))]:
         raise TextError(
-            f"number not spelled: {left[0]!r:.60} is more than a number; write it as it is spoken"
+            f"number not spelled: {left[0]!r:.60} is not only a number; write it as spoken"
         )
     return text
 
@@ -189,14 +200,14 @@ def _words_of(number: str, language: str) -> str:
     if len(number) > _LONGEST_NUMBER:
         raise TextError(
             f"number not spelled: {number[:20]}... has {len(number)} digits, over "
-            f"{_LONGEST_NUMBER}; write it as it is spoken"
+            f"{_LONGEST_NUMBER}; write it as spoken"
         )
     try:
         return num2words(number, lang=language)
     except (NotImplementedError, ArithmeticError, KeyError, TypeError, ValueError) as error:
         raise TextError(
-            f"number not spelled: there are no words in {language!r} for {number}; write it as it "
-            "is spoken, or set text.language or text.numbers"
+            f"number not spelled: {language!r} has no words for {number}; write it as spoken, or "
+            "set text.language or text.numbers"
         ) from error
 
 
@@ -204,7 +215,7 @@ def _without_marks(text: str) -> str:
     kept, last = [], " "
     for char in text:
         kind = unicodedata.category(char)
-        # L: letters; Nd: digits; M: combining marks, of the letter before them
+        # L: letters; Nd: digits; M: combining marks, part of the letter before them
         spoken = char == "'" or kind[0] == "L" or kind == "Nd"
         last = char if spoken or (kind[0] == "M" and last not in " '") else " "
         kept.append(last)

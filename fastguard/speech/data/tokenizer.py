@@ -1,4 +1,4 @@
-"""Text to symbols of the CTC output and back: characters, or pieces of words."""
+"""Maps text to symbols of the CTC output and back: characters, or pieces of words."""
 
 import io
 import re
@@ -15,7 +15,7 @@ BLANK = "<blank>"
 
 
 class Tokenizer(Protocol):
-    """What training and recognition need of a tokenizer; token 0 is the CTC blank."""
+    """What training and recognition need from a tokenizer; token 0 is the CTC blank."""
 
     @property
     def vocab_size(self) -> int: ...
@@ -28,9 +28,10 @@ class Tokenizer(Protocol):
 
 
 class CharTokenizer:
-    """``symbols[i]`` is the character of token i; token 0 is the CTC blank.
+    """One token per character; ``symbols[i]`` is the character of token i, token 0 the CTC blank.
 
-    Raises ValueError unless the symbols are the blank and distinct single characters.
+    Raises:
+        ValueError: the symbols are not the blank and distinct single characters.
     """
 
     def __init__(self, symbols: Iterable[str]) -> None:
@@ -49,7 +50,7 @@ class CharTokenizer:
 
     @classmethod
     def from_texts(cls, texts: Iterable[str]) -> "CharTokenizer":
-        """All characters of the texts, in order, and in any case the space, ' and a to z."""
+        """A tokenizer for all characters of the texts, and always for the space, ' and a to z."""
         characters = set(" '" + string.ascii_lowercase).union(*texts)
         return cls([BLANK, *sorted(characters)])
 
@@ -59,7 +60,7 @@ class CharTokenizer:
         return len(self.symbols)
 
     def encode(self, text: str) -> list[int]:
-        """Raises ValueError for a character that is no symbol."""
+        """The token of each character; raises ValueError for a character without a symbol."""
         if unknown := sorted(set(text) - self._tokens.keys()):
             raise ValueError(
                 f"no symbol for {unknown} in {text!r}: normalize the text, or build the tokenizer "
@@ -68,33 +69,37 @@ class CharTokenizer:
         return [self._tokens[char] for char in text]
 
     def decode(self, tokens: Iterable[int]) -> str:
-        """Raises ValueError for the blank and for tokens outside the vocabulary."""
+        """The text; raises ValueError for the blank and for tokens outside the vocabulary."""
         return "".join(self.symbols[token] for token in _text_tokens(tokens, self.vocab_size))
 
     def to_dict(self) -> dict:
-        """What a checkpoint keeps; :meth:`from_dict` restores it."""
+        """The part of a checkpoint from which :meth:`from_dict` restores the tokenizer."""
         return {"kind": "char", "symbols": list(self.symbols)}
 
     @classmethod
     def from_dict(cls, state: dict) -> "CharTokenizer":
         symbols = state["symbols"]
         if not isinstance(symbols, list) or not all(isinstance(s, str) for s in symbols):
-            raise ValueError("the symbols of a tokenizer are no list of strings")
+            raise ValueError("the symbols of a tokenizer are not a list of strings")
         return cls(symbols)
 
 
 class SentencePieceTokenizer:
-    """Pieces of words that a sentencepiece model (Kudo and Richardson 2018) was trained to find.
+    """One token per piece of a word, by a sentencepiece model (Kudo and Richardson 2018).
 
     Token 0, the model's unknown piece, is the CTC blank: a text that would need it is refused.
-    Raises ValueError for bytes that are no such model.
+
+    Raises:
+        ValueError: the bytes are not such a model.
     """
 
     def __init__(self, model: bytes) -> None:
         try:
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
         except RuntimeError as error:
-            raise ValueError(f"{len(model)} bytes are no sentencepiece model: {error}") from error
+            raise ValueError(
+                f"{len(model)} bytes are not a sentencepiece model: {error}"
+            ) from error
         if self._processor.unk_id() != 0:
             raise ValueError(
                 f"the model's unknown piece is {self._processor.unk_id()}, not 0, which is the "
@@ -108,11 +113,17 @@ class SentencePieceTokenizer:
         vocab_size: int,
         model_type: Literal["unigram", "bpe"] = "unigram",
     ) -> "SentencePieceTokenizer":
-        """``vocab_size`` pieces, the blank included; the same texts in the same order give the same
-        model.  Every character of the texts has a piece.
+        """Train a model. The same texts in the same order give the same model, and every character
+        of the texts has a piece.
 
-        Raises ValueError for a ``vocab_size`` that the texts have too few pieces or too many
-        characters for, and names the bound.
+        Args:
+            texts: normalised.
+            vocab_size: number of pieces, the blank included.
+            model_type: of sentencepiece.
+
+        Raises:
+            ValueError: the texts have too few pieces or too many characters for ``vocab_size``; the
+                message names the bound.
         """
         model = io.BytesIO()
         try:
@@ -124,12 +135,12 @@ class SentencePieceTokenizer:
                 character_coverage=1.0,
                 normalization_rule_name="identity",  # the texts are normalised
                 remove_extra_whitespaces=False,
-                max_sentence_length=1 << 20,  # longer ones would be left out in silence
+                max_sentence_length=1 << 20,  # longer ones would be left out silently
                 unk_id=0,
                 bos_id=-1,
                 eos_id=-1,
                 pad_id=-1,
-                num_threads=1,  # sums in another order are another model
+                num_threads=1,  # another order of sums gives another model
                 minloglevel=3,
             )
         except RuntimeError as error:
@@ -143,13 +154,13 @@ class SentencePieceTokenizer:
 
     @property
     def symbols(self) -> list[str]:
-        """The piece of each token, in which "\u2581" stands for a space; the blank's is BLANK."""
+        """The piece of each token, with "\u2581" for a space; BLANK for the blank."""
         return [BLANK, *map(self._processor.id_to_piece, range(1, self.vocab_size))]
 
     def encode(self, text: str) -> list[int]:
-        """Raises ValueError for characters that have no piece."""
+        """The token of each piece; raises ValueError for characters without a piece."""
         tokens = self._processor.encode(text)
-        # The model takes some characters for others, as "\u2581" for a space.
+        # The model confuses some characters, such as "\u2581" and the space.
         if 0 in tokens or self._processor.decode(tokens) != text:
             unknown = sorted({char for char in text if not self._has(char)})
             raise ValueError(
@@ -163,11 +174,11 @@ class SentencePieceTokenizer:
         return 0 not in tokens and self._processor.decode(tokens) == char
 
     def decode(self, tokens: Iterable[int]) -> str:
-        """Raises ValueError for the blank and for tokens outside the vocabulary."""
+        """The text; raises ValueError for the blank and for tokens outside the vocabulary."""
         return self._processor.decode(_text_tokens(tokens, self.vocab_size))
 
     def to_dict(self) -> dict:
-        """What a checkpoint keeps; :meth:`from_dict` restores it."""
+        """The part of a checkpoint from which :meth:`from_dict` restores the tokenizer."""
         model = torch.frombuffer(
             bytearray(self._processor.serialized_model_proto()), dtype=torch.uint8
         )
@@ -177,7 +188,7 @@ class SentencePieceTokenizer:
     def from_dict(cls, state: dict) -> "SentencePieceTokenizer":
         model = state["model"]
         if not isinstance(model, torch.Tensor) or (model.dtype, model.dim()) != (torch.uint8, 1):
-            raise ValueError("the sentencepiece model of a tokenizer is no tensor of bytes")
+            raise ValueError("the sentencepiece model of a tokenizer is not a tensor of bytes")
         return cls(model.numpy().tobytes())
 
 
@@ -185,22 +196,31 @@ TokenizerKind = Literal["char", "unigram", "bpe"]
 
 
 def build_tokenizer(kind: TokenizerKind, texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """A tokenizer for a training set; "char" has as many symbols as the texts have characters, and
-    takes no notice of ``vocab_size``."""
+    """A tokenizer for a training set.
+
+    Args:
+        kind: "char" has a symbol for each character of the texts and ignores ``vocab_size``.
+        texts: normalised.
+        vocab_size: number of tokens of the other kinds.
+
+    Raises:
+        ValueError: ``vocab_size`` does not fit the texts.
+    """
     if kind == "char":
         return CharTokenizer.from_texts(texts)
     return SentencePieceTokenizer.train(texts, vocab_size, kind)
 
 
 def tokenizer_from_dict(state: dict) -> Tokenizer:
-    """The tokenizer whose ``to_dict()`` gave ``state``; before there were kinds it was characters.
+    """The tokenizer whose ``to_dict()`` gave ``state``. A state without a kind is of characters.
 
-    Raises ValueError for a kind that this version does not know.
+    Raises:
+        ValueError: this version does not know the kind, or the state is damaged.
     """
     kinds = {"char": CharTokenizer, "sentencepiece": SentencePieceTokenizer}
     kind = state.get("kind", "char")
     if not isinstance(kind, str) or kind not in kinds:
-        raise ValueError(f"no tokenizer {shown(kind)}: this version knows {', '.join(kinds)}")
+        raise ValueError(f"unknown tokenizer {shown(kind)}: this version knows {', '.join(kinds)}")
     return kinds[kind].from_dict(state)
 
 
@@ -216,7 +236,7 @@ def _text_tokens(tokens: Iterable[int], vocab_size: int) -> list[int]:
 
 def _training_advice(vocab_size: int, error: str) -> str:
     if most := re.search(r"value <= (\d+)", error):
-        return f"vocab_size is {vocab_size}: the texts have pieces for {most[1]} at most"
+        return f"vocab_size is {vocab_size}: the texts have at most {most[1]} pieces"
     if least := re.search(r"required_chars\. \d+ vs (\d+)", error):
-        return f"vocab_size is {vocab_size}: the characters of the texts alone take {least[1]}"
-    return f"no pieces of vocab_size {vocab_size} can be learnt from the texts: {error}"
+        return f"vocab_size is {vocab_size}: the characters of the texts alone need {least[1]}"
+    return f"a model of vocab_size {vocab_size} cannot be trained on the texts: {error}"

@@ -1,4 +1,4 @@
-"""Many utterances in a few arrays, which worker processes share."""
+"""Stores many utterances in a few arrays that worker processes share."""
 
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -17,8 +17,15 @@ _CODES = (*SPLITS, None)
 
 @dataclass(frozen=True)
 class Utterance:
-    """A recording that can be trained on: ``text`` is normalised, ``duration`` is in seconds.
-    While a corpus is read the split may be None, and the duration NaN."""
+    """A recording with its normalised text.
+
+    Attributes:
+        id: unique in the corpus.
+        audio: path of the recording.
+        text: normalised.
+        split: one of SPLITS; None while the corpus is read.
+        duration: in seconds; NaN while it is unknown.
+    """
 
     id: str
     audio: Path
@@ -28,11 +35,11 @@ class Utterance:
 
 
 class Utterances(Sequence[Utterance]):
-    """A sequence of :class:`Utterance` that keeps no object for each: the strings lie in one
-    buffer, and a selection refers to the buffer of the whole.
+    """A sequence of :class:`Utterance` without an object for each: the strings are in one buffer,
+    and a selection refers to the same buffer.
 
-    The columns are tensors because torch hands those to worker processes as shared memory, by
-    whichever method they start.
+    The columns are tensors, because torch gives tensors to worker processes as shared memory, for
+    every start method.
     """
 
     def __init__(self, utterances: Iterable[Utterance] = ()) -> None:
@@ -52,7 +59,7 @@ class Utterances(Sequence[Utterance]):
 
     @property
     def durations(self) -> np.ndarray:
-        """Seconds of each utterance, (N,) float64."""
+        """Durations (N,) float64, in seconds."""
         return self._durations[self._rows].numpy()
 
     def __len__(self) -> int:
@@ -75,7 +82,7 @@ class Utterances(Sequence[Utterance]):
             yield self._utterance(row, ends[3 * row : 3 * row + 4].tolist())
 
     def _utterance(self, row: int, ends: list[int]) -> Utterance:
-        # numpy() at each use: torch moves the columns when it first shares them.
+        # numpy() at each use: torch moves the columns when they are first shared.
         strings = self._buffer.numpy()[ends[0] : ends[3]].tobytes()
         id, audio, text = (
             strings[start - ends[0] : end - ends[0]].decode("utf-8", "surrogatepass")
@@ -89,7 +96,7 @@ class Utterances(Sequence[Utterance]):
         return self._with(_rows=self._rows[torch.from_numpy(np.asarray(indices, np.int64))])
 
     def of_split(self, name: str | None) -> "Utterances":
-        """The utterances of the split train, dev or test; of None those that have none yet."""
+        """The utterances of a split; those without a split for None."""
         return self._with(_rows=self._rows[self._splits[self._rows] == _CODES.index(name)])
 
     def texts(self) -> Iterator[str]:
@@ -100,14 +107,14 @@ class Utterances(Sequence[Utterance]):
             yield self._buffer.numpy()[start:end].tobytes().decode("utf-8", "surrogatepass")
 
     def with_splits(self, of_text: Mapping[str, str]) -> "Utterances":
-        """The same, but those without a split have that of their text."""
+        """A copy in which utterances without a split get the split of their text."""
         open = self.of_split(None)
         codes = [SPLITS.index(of_text[text]) for text in open.texts()]
         codes = torch.tensor(codes, dtype=torch.uint8)
         return self._with(_splits=self._splits.index_put((open._rows,), codes))
 
     def with_durations(self, seconds: np.ndarray) -> "Utterances":
-        """The same with other durations, (N,) float64."""
+        """A copy with other durations (N,) float64, in seconds."""
         values = torch.from_numpy(np.asarray(seconds, np.float64))
         return self._with(_durations=self._durations.index_put((self._rows,), values))
 

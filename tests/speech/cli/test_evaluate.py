@@ -126,8 +126,8 @@ def test_what_is_evaluated_is_all_that_can_be(trained_run, tmp_path, capsys):
     "options, status, message",
     [
         (["absent.pt"], 1, "error: absent.pt cannot be read as a checkpoint"),
-        (["RUN", "--split", "dev"], 1, "error: nothing is left of the split dev"),
-        (["RUN", "--data", "manifest:absent"], 1, "error: there is no manifest absent"),
+        (["RUN", "--split", "dev"], 1, "error: no usable row in the split dev"),
+        (["RUN", "--data", "manifest:absent"], 1, "error: the manifest absent does not exist"),
         (["RUN", "--output", "RUN/best.pt"], 1, "error: "),
         (["RUN", "--decoder", "beam", "--lm", "absent.arpa"], 1, "error: absent.arpa cannot be"),
         (["RUN", "--lm", "a.arpa"], 2, "--lm needs --decoder beam"),

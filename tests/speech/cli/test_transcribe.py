@@ -166,8 +166,8 @@ def test_broken_files_are_named_and_the_others_go_on(trained_run, prompts, tmp_p
     assert len(out.splitlines()) == 1
     for path in bad:
         assert f"error: {path}: " in error
-    assert "'absent.wav' is not there" in error
-    assert "fifo.wav' is no regular file" in error
+    assert "'absent.wav' does not exist" in error
+    assert "fifo.wav' is not a regular file" in error
     assert "holds no samples" in error
     assert "NaN" in error
     assert "Traceback" not in error

@@ -59,7 +59,7 @@ def test_a_good_row(manifest, tmp_path, record, name, rate, channels):
 @pytest.mark.parametrize(
     "change, reason",
     [
-        ({"audio_filepath": "gone.wav"}, r"no recording: '.*gone\.wav' is not there"),
+        ({"audio_filepath": "gone.wav"}, r"no recording: '.*gone\.wav' does not exist"),
         ({"audio_filepath": "torn.wav"}, "unreadable audio: .*torn.wav.*convert it"),
         ({"audio_filepath": "torn.raw"}, "unreadable audio: .*convert it"),
         ({"audio_filepath": "nan.wav"}, "samples not finite: 2 of 16000 in '.*nan.wav' are NaN"),
@@ -69,7 +69,7 @@ def test_a_good_row(manifest, tmp_path, record, name, rate, channels):
         ({"text": "[beep]"}, r"no words: nothing of '\[beep\]' is spoken"),
         ({"split": "half"}, "unknown split: 'half'; use one of train, dev, test"),
         ({"split": ["dev"]}, r"unknown split: \['dev'\]"),
-        ({"audio_filepath": "good.wav"}, "duplicate id: good.wav is an earlier row's"),
+        ({"audio_filepath": "good.wav"}, "duplicate id: an earlier row has good.wav"),
         ({"offset": 0.5}, "offset not supported: offset is 0.5"),
         ({"text": None}, "malformed line: TypeError: .*text is None"),
     ],
@@ -170,7 +170,7 @@ def test_splits_do_not_depend_on_what_the_model_can_align(manifest, tmp_path, re
 def test_a_corpus_without_a_training_row_says_what_it_left_out(manifest, tmp_path, record):
     record(tmp_path / "long.wav", 2.5)
     spec = manifest({"audio_filepath": "long.wav", "text": "hello", "split": "dev"})
-    cause = r"(?s)nothing is left of the split train.*dev   1 utt.*good\.wav \(too short: 1\.00"
+    cause = r"(?s)no usable row in the split train.*dev   1 utt.*good\.wav \(too short: 1\.00"
     with pytest.raises(CorpusError, match=cause):
         load(spec, min_duration=2.0)
 
@@ -198,7 +198,9 @@ def test_only_three_splits_exist(manifest):
     ["", "timit", "manifest", "manifest:", "yesno:", "synthetic:x", "asterisks", "asterisk:"],
 )
 def test_unknown_specs_are_told_the_known_ones(spec):
-    with pytest.raises(CorpusError, match=r"no corpus '.*': choose one of synthetic, asterisk\["):
+    with pytest.raises(
+        CorpusError, match=r"unknown corpus '.*': choose one of synthetic, asterisk\["
+    ):
         load(spec)
 
 
@@ -236,7 +238,7 @@ def test_rules_of_texts_are_a_setting(manifest, tmp_path, record):
     assert [u.text for u in load(spec, rules=french).split("dev")] == ["j'ai trois chats"]
     corpus = load(spec, rules=TextRules(numbers="reject"))
     assert reasons(corpus)["a.wav"].startswith("number in digits: ")
-    with pytest.raises(CorpusError, match="no words in 'xx'"):
+    with pytest.raises(CorpusError, match="'xx' has no words"):
         load(spec, rules=TextRules(numbers="words", language="xx"))
 
 
@@ -330,7 +332,7 @@ def test_headers_and_the_manifest_are_believed_on_demand(trusting):
     assert durations == {"good.wav": 1.0, "fine.wav": 2.5, "gone.wav": 1.5, "nan.wav": 1.0}
     kinds = {row.id: row.kind for row in corpus.rejected}
     assert kinds == {"torn.wav": "unreadable audio", "long.wav": "too long"}
-    assert "  not decoded: durations are those of the manifest" in corpus.summary()
+    assert "  not decoded: durations are from the manifest" in corpus.summary()
 
 
 def test_recordings_are_decoded_on_demand(trusting):
@@ -365,5 +367,5 @@ def test_infeasible_texts_are_judged_by_the_tokens_in_use(manifest, tmp_path, re
     left = corpus.drop_infeasible(encode, lambda seconds: 3)
     assert [u.id for u in left.utterances] == ["good.wav"]
     assert left.rejected[0].reason == "no tokens: no symbol for {'there'}"
-    with pytest.raises(CorpusError, match="nothing is left of the split train"):
+    with pytest.raises(CorpusError, match="no usable row in the split train"):
         corpus.drop_infeasible(encode, lambda seconds: 2)

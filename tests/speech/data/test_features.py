@@ -69,7 +69,7 @@ def test_an_uncommon_rate_is_resampled(tmp_path, record, rate):
 
 
 def test_load_audio_names_a_missing_file(tmp_path):
-    with pytest.raises(AudioError, match=r"no recording: '.*gone\.wav' is not there"):
+    with pytest.raises(AudioError, match=r"no recording: '.*gone\.wav' does not exist"):
         load_audio(tmp_path / "gone.wav", RATE)
 
 

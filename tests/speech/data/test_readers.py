@@ -93,7 +93,7 @@ def test_manifest_names_the_line_it_can_not_read(tmp_path, line, reason):
 def test_manifest_refuses_segments(tmp_path):
     (row,) = manifest(tmp_path, {"audio_filepath": "a.wav", "text": "hi", "offset": 2.5})
     assert row == Rejected(
-        "a.wav", "offset not supported: offset is 2.5; cut the segment into a file of its own"
+        "a.wav", "offset not supported: offset is 2.5; cut the segment into its own file"
     )
     assert row.kind == "offset not supported"
 
@@ -190,7 +190,10 @@ def test_asterisk_transcripts_may_start_with_a_byte_order_mark(tmp_path):
 @pytest.mark.parametrize(
     "read, cure",
     [
-        (lambda place: read_manifest(place / "x.jsonl"), r"x\.jsonl: give manifest:FILE\.jsonl"),
+        (
+            lambda place: read_manifest(place / "x.jsonl"),
+            r"x\.jsonl does not exist: give manifest:FILE\.jsonl",
+        ),
         (read_librispeech, "the folder that holds train-clean-100"),
         (read_yesno, "the waves_yesno folder"),
         (

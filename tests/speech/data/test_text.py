@@ -121,7 +121,7 @@ def test_rules(rules, raw, spoken):
     [
         ({"numbers": "reject"}, "it is 3 h", "number in digits: in 'it is 3 h'; write it as"),
         ({"brackets": "reject"}, "a (b)", r"note in brackets: in 'a \(b\)'"),
-        ({"numbers": "words"}, "3D", "number not spelled: '3D' is more than a number"),
+        ({"numbers": "words"}, "3D", "number not spelled: '3D' is not only a number"),
         ({"numbers": "words"}, "costs $3", r"number not spelled: '\$3'"),
         ({"numbers": "words"}, "3 % of it", "number not spelled: '3'"),
         ({"numbers": "words"}, "at 10:30", "number not spelled: '10:30'"),
@@ -129,7 +129,7 @@ def test_rules(rules, raw, spoken):
         ({"numbers": "words"}, "agent 007", "number not spelled: '007'"),
         ({"numbers": "words"}, "\u0663", "number not spelled"),
         ({"numbers": "words"}, 9_000 * "9", "has 9000 digits, over 15"),
-        ({"numbers": "words", "language": "xx"}, "3", "no words in 'xx' for 3; .* text.language"),
+        ({"numbers": "words", "language": "xx"}, "3", "'xx' has no words for 3; .* text.language"),
     ],
 )
 def test_what_the_rules_refuse(rules, raw, reason):
@@ -145,7 +145,7 @@ def test_rules_are_checked():
         TextRules(numbers="drop")
     with pytest.raises(ValueError, match=r"text\.language is 'english'"):
         TextRules(language="english")
-    with pytest.raises(TextError, match="no words in 'xx'"):
+    with pytest.raises(TextError, match="'xx' has no words"):
         TextRules(numbers="words", language="xx").check()
 
 

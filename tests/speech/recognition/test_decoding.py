@@ -281,7 +281,7 @@ def test_files_that_can_not_be_used(files, options, cause):
 
 
 def test_a_lexicon_needs_a_space(files):
-    with pytest.raises(ValueError, match="needs a tokenizer of characters, with a space"):
+    with pytest.raises(ValueError, match="needs a tokenizer of characters with a space"):
         BeamSearch(CharTokenizer([BLANK, "a", "b"]), lexicon=files / "words.txt")
 
 

@@ -1,9 +1,9 @@
-"""How long a recording is by the bytes of its file, which libsndfile does not check.
+"""How long a recording is, by the bytes of its file; libsndfile does not check this.
 
-libsndfile stops where a header says so, or where the rest cannot be decoded, and reports neither:
-of an MP3 without a Xing header it reads as much as an estimate says, of a torn wav file what there
-is. :func:`examine` compares what a container claims with what the file holds. Where the header is
-at fault and the samples are there it says how to correct the header; everything else is an
+libsndfile stops where the header says so, or where the rest cannot be decoded, and reports neither.
+It reads an MP3 without a Xing header up to an estimated length, and an incomplete WAV file up to
+its end. :func:`examine` compares the length that a container claims with the file. If only the
+header is wrong and the samples exist, it says how to correct the header. Otherwise it raises
 :class:`Incomplete`.
 """
 
@@ -19,7 +19,7 @@ from .ogg import ogg_extent
 
 __all__ = ["READABLE", "SUFFIXES", "Extent", "Incomplete", "examine"]
 
-#: Containers whose length is checked, by the name that libsndfile has for them.
+#: Containers whose length is checked, by the names of libsndfile.
 READABLE = ("WAV", "WAVEX", "RF64", "W64", "AIFF", "AU", "CAF", "FLAC", "OGG", "MP3", "NIST")
 SUFFIXES = (
     *(".wav", ".wave", ".rf64", ".w64", ".aif", ".aiff", ".aifc", ".au", ".snd", ".caf"),
@@ -28,13 +28,14 @@ SUFFIXES = (
 
 
 def examine(file: BinaryIO) -> Extent | None:
-    """What is known of a recording's length, or None for a container that is not READABLE.
+    """What is known about a recording's length; None for a container that is not READABLE.
 
-    Raises Incomplete where samples are missing, or would be passed over.
+    Raises:
+        Incomplete: samples are missing, or a reader would skip some.
     """
     try:
         return _examine(file)
-    except (IndexError, struct.error) as error:  # of a header that ends too early
+    except (IndexError, struct.error) as error:  # the header ends too early
         raise Incomplete(f"damaged: its header cannot be read ({error})") from None
 
 
@@ -51,7 +52,7 @@ def _examine(file: BinaryIO) -> Extent | None:
     if head[:4] in (b".snd", b"dns."):
         return au_extent(head, size)
     if head[:4] == b"caff":
-        return Extent()  # libsndfile refuses what is torn
+        return Extent()  # libsndfile refuses an incomplete file
     if head[:7] == b"NIST_1A":
         return nist_extent(read_at(file, start, 1024))
     if head[:4] == b"fLaC":

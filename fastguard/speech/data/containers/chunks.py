@@ -6,12 +6,12 @@ from typing import BinaryIO
 
 from .extent import Extent, cut_off, goes_on, read_at
 
-_SLACK = 1024  # bytes of a last block, of padding
-_STREAM = ((0x7FFFE000, 0x7FFFFFFF), (0xFFFFF000, 0xFFFFFFFF))  # sizes that say: not known yet
+_SLACK = 1024  # bytes; of a last block, or of padding
+_STREAM = ((0x7FFFE000, 0x7FFFFFFF), (0xFFFFF000, 0xFFFFFFFF))  # sizes that mean: not known yet
 
 
 def chunks_extent(file: BinaryIO, position: int, size: int, order: str) -> Extent:
-    long_size = None  # of an RF64: where it is, and what it says
+    long_size = None  # of RF64: its offset and its value
     while len(head := read_at(file, position, 8)) == 8:
         name, length = head[:4], struct.unpack(order + "I", head[4:])[0]
         position += 8
@@ -30,16 +30,16 @@ def chunks_extent(file: BinaryIO, position: int, size: int, order: str) -> Exten
 def _data_chunk(
     file: BinaryIO, start: int, claimed: int, size: int, field: tuple[int, str]
 ) -> Extent:
-    """Of a chunk of samples that begins at ``start``; ``field`` is where its size is, and how."""
+    """The extent of a chunk of samples at ``start``; ``field``: offset and format of its size."""
     there = size - start
     if any(low <= claimed <= high for low, high in _STREAM) and there < claimed:
-        return Extent()  # libsndfile reads on to the end
+        return Extent()  # libsndfile reads to the end
     if claimed > there + _slack(there):
         raise cut_off(claimed, there)
     after = start + claimed + claimed % 2
     if size - after <= _slack(there) or _is_chunk(read_at(file, after, 8)):
         return Extent()
-    if claimed == 0:  # never filled in, as by a recorder that was killed, or into a pipe
+    if claimed == 0:  # never filled in: the recorder was killed, or wrote to a pipe
         place, form = field
         return Extent(patches={place: struct.pack(form, min(there, 0xFFFFFFFE))})
     raise goes_on(claimed, there)

@@ -1,4 +1,4 @@
-"""What is known of a recording's length, and the file as it should be read."""
+"""What is known about a recording's length, and the file as it should be read."""
 
 import io
 from dataclasses import dataclass, field
@@ -6,21 +6,25 @@ from typing import BinaryIO
 
 
 class Incomplete(ValueError):
-    """The file does not hold what its container claims; reads "kind: what"."""
+    """The file does not have what its container claims; the message reads "kind: what"."""
 
 
 @dataclass(frozen=True)
 class Extent:
-    """``frames`` that the file is known to hold, where its container says so better than
-    libsndfile does; bytes that a reader should see in place of the file's (``patches``, by offset)
-    and besides them (``inserted`` at an offset)."""
+    """The length of a recording, and corrections of its header.
+
+    Attributes:
+        frames: samples per channel, where the container gives them better than libsndfile.
+        patches: bytes that replace those of the file, by offset.
+        inserted: an offset, and bytes to insert there.
+    """
 
     frames: int | None = None
     patches: dict[int, bytes] = field(default_factory=dict)
     inserted: tuple[int, bytes] = (0, b"")
 
     def view(self, file: BinaryIO) -> "BinaryIO | _View":
-        """The file as it should be read; the file itself where nothing is to be corrected."""
+        """The file as it should be read; the file itself if nothing is to be corrected."""
         return _View(file, self) if self.patches or self.inserted[1] else file
 
 
@@ -62,7 +66,7 @@ class _View(io.RawIOBase):
         return len(content)
 
     def _plain(self, start: int, end: int) -> bytes:
-        """Bytes of the file, the replaced ones among them."""
+        """Bytes of the file with the patches applied."""
         if start >= end:
             return b""
         content = bytearray(read_at(self._file, start, end - start))
@@ -79,7 +83,7 @@ def read_at(file: BinaryIO, offset: int, size: int) -> bytes:
 
 
 def skip_id3(file: BinaryIO, start: int) -> int:
-    """Where the ID3v2 tags that begin there end."""
+    """The offset behind the ID3v2 tags that begin at ``start``."""
     while (head := read_at(file, start, 10))[:3] == b"ID3" and len(head) == 10:
         a, b, c, d = head[6:]
         footer = 10 if head[5] & 0x10 else 0
@@ -97,5 +101,5 @@ def cut_off(claimed: int, there: int, unit: str = "bytes of samples") -> Incompl
 def goes_on(claimed: int, there: int, unit: str = "bytes of samples") -> Incomplete:
     return Incomplete(
         f"wrong length: its header claims {claimed} {unit} and the file has {there}, most of which "
-        "would be passed over"
+        "would be skipped"
     )

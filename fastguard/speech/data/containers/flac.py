@@ -6,14 +6,14 @@ from typing import BinaryIO
 
 from .extent import Extent, Incomplete, goes_on, read_at
 
-_TAIL = 1 << 17  # bytes; a frame takes fewer
+_TAIL = 1 << 17  # bytes; a frame has fewer
 _BLOCKS = {1: 192, 2: 576, 3: 1152, 4: 2304, 5: 4608} | {
     code: 256 << (code - 8) for code in range(8, 16)
 }
 
 
 def flac_extent(file: BinaryIO, start: int, size: int) -> Extent:
-    """By the last frame, whose header numbers its samples."""
+    """Take the length from the last frame, whose header numbers its samples."""
     info = read_at(file, start + 8, 18)
     if len(info) < 18:
         return Extent()
@@ -21,7 +21,7 @@ def flac_extent(file: BinaryIO, start: int, size: int) -> Extent:
     claimed = int.from_bytes(info[13:18], "big") & 0xFFFFFFFFF
     tail = read_at(file, max(start + 42, size - _TAIL), _TAIL)
     if b"fLaC\0" in tail:
-        raise Incomplete("two recordings: another FLAC file is appended to it, which is not read")
+        raise Incomplete("two recordings: another FLAC file is appended, which is not read")
     ends = (_end_of_frame(tail[found.start() :][:16], block) for found in _syncs(tail))
     end = max((e for e in ends if e is not None), default=None)
     if end is not None and claimed and end > claimed:
@@ -34,7 +34,7 @@ def _syncs(tail: bytes) -> Iterator[re.Match[bytes]]:
 
 
 def _end_of_frame(header: bytes, block: int) -> int | None:
-    """The sample after the frame of this header; None for bytes that are none."""
+    """The number of the sample after the frame; None for bytes that are not a frame header."""
     if len(header) < 16 or header[3] & 1:
         return None
     lead = header[4]

@@ -15,7 +15,7 @@ _BITRATES = {  # kbit/s by (MPEG 1, layer)
     (False, 2): (8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160),
     (False, 3): (8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160),
 }
-_SAME = 0xFFFE0C00  # bits of a frame's header that are the same in all: version, layer, rate
+_SAME = 0xFFFE0C00  # bits of a frame's header that are equal in all frames: version, layer, rate
 _FIND_WITHIN = 1 << 16  # bytes before the first frame
 _ODD_END = 4096  # bytes of padding after the last one
 
@@ -49,9 +49,9 @@ def _frame(head: bytes) -> _Frame | None:
 
 
 def mpeg_extent(file: BinaryIO, start: int, size: int) -> Extent | None:
-    """By its frames, each of which is a header with the length of the frame.
+    """Count the frames; the header of each gives its length.
 
-    A Xing tag that is wrong or missing is put right, for libsndfile reads no further than it says.
+    A wrong or missing Xing tag is corrected, because libsndfile reads no further than it says.
     """
     if (start := _first_frame(file, start)) is None:
         return None
@@ -62,7 +62,7 @@ def mpeg_extent(file: BinaryIO, start: int, size: int) -> Extent | None:
     vbri = len(content) >= 36 + 18 and content[36:40] == b"VBRI"
     begin = start + first.size if tagged or vbri else start
     count = _count(file, begin, first, size, tells_length=tagged or vbri)
-    # A tag is a frame too, in which no sound is.
+    # A tag is a frame without sound.
     if (tagged and tag[7] & 1) or vbri:
         place = start + (36 + 14 if vbri else first.xing + 8)
         claimed = int.from_bytes(read_at(file, place, 4), "big")
@@ -76,7 +76,7 @@ def mpeg_extent(file: BinaryIO, start: int, size: int) -> Extent | None:
         return Extent(frames=count * first.samples, patches=patches)
     if first.bits >> 17 & 3 != 1:  # layers I and II have no Xing tag, and frames of one size
         return Extent(frames=count * first.samples)
-    # The bitrate of a frame that is long enough, without a checksum or padding.
+    # Find a bitrate whose frame, without checksum and padding, has room for the tag.
     for code in range(1, 15):
         bits = first.bits & ~(0xF << 12 | 1 << 9) | code << 12 | 1 << 16
         frame = _frame(bits.to_bytes(4, "big"))
@@ -89,7 +89,7 @@ def mpeg_extent(file: BinaryIO, start: int, size: int) -> Extent | None:
 
 
 def _first_frame(file: BinaryIO, start: int) -> int | None:
-    """Where a frame is that another one, or the end of the file, follows."""
+    """The offset of the first frame that another frame, or the end of the file, follows."""
     head = read_at(file, start, _FIND_WITHIN)
     for found in re.finditer(rb"\xff[\xe0-\xff]", head):
         at = found.start()
@@ -104,8 +104,10 @@ def _first_frame(file: BinaryIO, start: int) -> int | None:
 
 
 def _count(file: BinaryIO, position: int, first: _Frame, size: int, tells_length: bool) -> int:
-    """Frames from there to the end.  Raises Incomplete where other bytes lie between them, and for
-    a part of a frame at the end where no tag ``tells_length``: nothing else shows that it is torn.
+    """The number of frames from ``position`` to the end.
+
+    Raises Incomplete for other bytes between the frames, and for an incomplete frame at the end if
+    no tag ``tells_length``: nothing else shows then that the file is cut off.
     """
     count = 0
     while position < size:
@@ -114,7 +116,7 @@ def _count(file: BinaryIO, position: int, first: _Frame, size: int, tells_length
             if position + frame.size > size:
                 if not tells_length:
                     raise cut_off(frame.size, size - position, "bytes in its last frame")
-                break  # the decoder needs a whole one
+                break  # the decoder needs a whole frame
             count += 1
             position += frame.size
             continue
@@ -123,14 +125,14 @@ def _count(file: BinaryIO, position: int, first: _Frame, size: int, tells_length
             again = _first_frame(file, position + 1)
             odd = (size if again is None else again) - position
             if again is not None or odd > _ODD_END:
-                raise Incomplete(f"damaged: {odd} bytes at byte {position} are no frame of sound")
+                raise Incomplete(f"damaged: {odd} bytes at byte {position} are not an audio frame")
             break
         position = after
     return count
 
 
 def _skip_tag(file: BinaryIO, position: int) -> int:
-    """The end of a tag of ID3 or APE that begins there."""
+    """The offset behind an ID3 or APE tag that begins at ``position``."""
     head = read_at(file, position, 32)
     if head[:3] == b"TAG":
         return position + 128

@@ -1,4 +1,4 @@
-"""Ogg (Vorbis, Opus, FLAC): every page has its number and checksum, and the last one a mark."""
+"""Ogg (Vorbis, Opus, FLAC): each page has a number and a checksum, and the last one is marked."""
 
 import struct
 import zlib
@@ -10,7 +10,7 @@ _REVERSED = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
 
 
 def ogg_extent(file: BinaryIO, position: int) -> Extent:
-    """Every page has its number and checksum, and the last one a mark."""
+    """Check the pages one after the other (RFC 3533)."""
     numbers: dict[int, int] = {}
     ended: set[int] = set()
     while (page := _page(file, position)) is not None:
@@ -25,15 +25,17 @@ def ogg_extent(file: BinaryIO, position: int) -> Extent:
         position += length
     rest = read_at(file, position, 1 << 16)
     if not ended:
-        what = f"damaged: byte {position} begins no page" if rest else "cut off: no page is marked"
+        what = (
+            f"damaged: no page begins at byte {position}" if rest else "cut off: no page is marked"
+        )
         raise Incomplete(f"{what} as the last, as after an interrupted copy or recording")
     if b"OggS" in rest:
-        raise Incomplete(f"damaged: byte {position} begins no page, and pages follow")
+        raise Incomplete(f"damaged: no page begins at byte {position}, and pages follow")
     return Extent()
 
 
 def _page(file: BinaryIO, position: int) -> tuple[int, int, int, int] | None:
-    """Flags, stream, number and length of the page there; None where there is no whole page."""
+    """Flags, stream, number and length of the page at an offset; None if no whole page is there."""
     head = read_at(file, position, 27)
     if len(head) < 27 or head[:5] != b"OggS\0":
         return None
@@ -48,6 +50,6 @@ def _page(file: BinaryIO, position: int) -> tuple[int, int, int, int] | None:
 
 
 def _crc32_ogg(content: bytes) -> int:
-    """Ogg's CRC has the polynomial of zlib's, its bits in the other order, and begins with 0."""
+    """Ogg's CRC: zlib's polynomial with the bits in the other order, starting with 0."""
     mirrored = zlib.crc32(content.translate(_REVERSED), 0xFFFFFFFF) ^ 0xFFFFFFFF
     return int.from_bytes(mirrored.to_bytes(4, "little").translate(_REVERSED), "big")
