@@ -1,4 +1,4 @@
-"""Run folders as one HTML page, which needs no other file and no network."""
+"""Renders run folders as one HTML page that needs no other file and no network."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -14,12 +14,13 @@ from .run_history import BadStep, Hypothesis, Run, number
 
 _MOST_BAD_STEPS = 100
 _MOST_UTTERANCES = 30
-_MOST_WORDS = 2_000  # of an utterance; an hour of speech has 9,000
+_MOST_WORDS = 2_000  # of one utterance; an hour of speech has 9,000
 _MOST_PARAMETERS = 12  # of a bad step
 
 
 def render(runs: Sequence[Run]) -> str:
-    """The page about one run, or about several side by side. Whatever the runs hold is escaped."""
+    """The HTML page about one run, or about several side by side. All text of the runs is
+    escaped."""
     names = _names(runs)
     return _template().render(
         runs=[
@@ -43,7 +44,7 @@ def _template() -> jinja2.Template:
 
 
 def _names(runs: Sequence[Run]) -> list[str]:
-    """The folders' names; their paths where two folders have one name."""
+    """The names of the folders; the paths of folders with the same name."""
     names = [run.path.resolve().name or str(run.path) for run in runs]
     return [
         str(run.path) if names.count(name) > 1 else name
@@ -101,7 +102,7 @@ class _Setting:
 
 
 def _settings(runs: Sequence[Run]) -> list[_Setting]:
-    """Every setting of any run; run_dir, which is the page's title, left out."""
+    """Every setting of any run, without run_dir, which is in the title of the page."""
     names = dict.fromkeys(name for run in runs for name in run.settings if name != "run_dir")
     rows = []
     for name in names:
@@ -120,7 +121,7 @@ def _value(value: object) -> str:
 
 
 class _BadStepView:
-    """A bad step as the template shows it. The guard's file is a file: nothing of it is certain."""
+    """A bad step as the template shows it. The guard's file may have any content."""
 
     def __init__(self, bad: BadStep):
         self.step, self.verdict = bad.step, bad.verdict.replace("_", " ")
@@ -146,7 +147,7 @@ class _BadStepView:
             for r in _list(details.get("most_risen"))[:_MOST_PARAMETERS]
             if isinstance(r, dict)
         ]
-        # Files of an older fastguard have the setting only, and not what it came to.
+        # Files of an older fastguard have only the setting, not the resulting threshold.
         skipped_above = "outlier_above" if "outlier_above" in details else "skip_norm"
         self.limits = [
             (words, number(details[name]))
@@ -175,7 +176,7 @@ def _offender(offender: dict) -> tuple[str, str]:
 def _diff(utterance: Hypothesis) -> Iterator[tuple[str, str, str]]:
     """Pairs of aligned words with their kind: equal, substitute, delete or insert.
 
-    Of more than _MOST_WORDS only the first: an alignment takes the product of both numbers.
+    Only the first _MOST_WORDS are aligned: the time grows with the product of both lengths.
     """
     reference, hypothesis = (
         text.split(maxsplit=_MOST_WORDS)[:_MOST_WORDS]

@@ -1,4 +1,4 @@
-"""The plots of a report: inline SVG whose colours are the page's CSS variables."""
+"""The plots of a report: inline SVG whose colours are CSS variables of the page."""
 
 import io
 import math
@@ -15,14 +15,14 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLoca
 
 from .run_history import Run
 
-#: Colours of the page's CSS; with more runs than these the lines are dashed, then dotted.
+#: Colours in the CSS of the page; with more runs, lines become dashed, then dotted.
 COLOURS = 6
 DASHES = ("solid", "dashed", "dotted")
 
 _SIZE = (430, 260)  # px at 1:1
-_BINS = 400  # of a line with more steps than twice as many: about one per pixel
+_BINS = 400  # of a line with more than twice as many steps: about one per pixel
 _LARGEST = 1e300  # above it axes overflow
-# Stand for CSS variables until the SVG is text: matplotlib takes colours only.
+# Placeholders for CSS variables, because matplotlib accepts only colours.
 _INK, _MUTED, _GRID = "#000001", "#000002", "#000003"
 _VARIABLES = {_INK: "--ink", _MUTED: "--muted", _GRID: "--grid"}
 _VARIABLES |= {f"#0001{i:02x}": f"--run-{i}" for i in range(COLOURS)}
@@ -57,7 +57,7 @@ class Plot:
 
     title: str
     svg: Markup
-    #: What its lines and marks are: pairs of a mark (a class of the page's CSS) and words.
+    #: The legend: pairs of a mark (a CSS class of the page) and a text.
     key: tuple[tuple[str, str], ...]
 
 
@@ -73,7 +73,7 @@ class _Line:
 
 
 def draw(runs: Sequence[Run], names: Sequence[str]) -> list[Plot]:
-    """The plots that these runs have numbers for; runs share axes."""
+    """The plots for which the runs have values; all runs share the axes."""
     with matplotlib.style.context(["default", _STYLE]):
         return [plot for make in _PLOTS if (plot := make(runs, names)) is not None]
 
@@ -92,7 +92,7 @@ def _seconds(runs, names):
 
 
 def _per_step(title, label, runs, names, values: Callable[[Run], list[float]]) -> Plot | None:
-    """Each step faintly, and its running median."""
+    """Each step as a faint line, and the running median."""
     lines = list(_lines(runs, names, lambda run: (run.steps.step, values(run))))
     if not lines:
         return None
@@ -129,7 +129,10 @@ def _norms_after(run: Run) -> tuple[list[int], np.ndarray]:
 
 
 def _mark_skips(axes: Axes, runs: Sequence[Run]) -> Iterator[tuple[str, str]]:
-    """Crosses at finite norms, triangles on the upper edge for the others; what was drawn."""
+    """Mark skipped steps: crosses at finite norms, triangles at the upper edge for the others.
+
+    Yields the legend of what was drawn.
+    """
     crosses = triangles = False
     for i, run in enumerate(runs):
         skipped = np.array(run.steps.skipped, dtype=bool)
@@ -218,7 +221,7 @@ def _colour(i: int) -> str:
 
 
 def _lines(runs, names, points, log: bool = False) -> Iterator[_Line]:
-    """A line for each run that has a number to show."""
+    """A line for each run that has a finite value."""
     for i, (run, name) in enumerate(zip(runs, names, strict=True)):
         x, y = points(run)
         y = _clean(y, log)
@@ -228,14 +231,14 @@ def _lines(runs, names, points, log: bool = False) -> Iterator[_Line]:
 
 
 def _clean(y: Sequence[float], log: bool = False) -> np.ndarray:
-    """float64 without what an axis cannot show: NaN for Inf, and on a log axis for 0."""
+    """float64 with NaN for what an axis cannot show: Inf, and values <= 0 on a log axis."""
     y = np.asarray(y, dtype=float)
     shown = np.isfinite(y) & (y > 0) if log else np.isfinite(y)
     return np.where(shown, np.clip(y, -_LARGEST, _LARGEST), math.nan)
 
 
 def _draw_steps(axes: Axes, lines: list[_Line]) -> int:
-    """Each step faintly, its running median over it; the median's width in steps."""
+    """Draw each step as a faint line and the running median; return its width in steps."""
     width = max(max(len(line.x) for line in lines) // 20, 5) | 1
     faint = 0.35 if len(lines) == 1 else 0.2
     for line in lines:
@@ -248,12 +251,12 @@ def _draw_steps(axes: Axes, lines: list[_Line]) -> int:
 
 
 def _marker(line: _Line) -> dict:
-    """Points as such where they are few: a line needs two neighbours."""
+    """Draw markers if there are few points: a line needs two neighbours."""
     return {"marker": "o", "ms": 3} if np.isfinite(line.y).sum() <= 40 else {}
 
 
 def _envelope(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """At most 2 * _BINS points: of each stretch of steps the smallest and the largest, in order."""
+    """At most 2 * _BINS points: the smallest and the largest of each bin of steps, in order."""
     if len(x) <= 2 * _BINS:
         return x, y
     stretches = np.array_split(np.arange(len(x)), _BINS)
@@ -277,7 +280,7 @@ def _running_median(line: _Line, width: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _thin(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """At most _BINS of these marks."""
+    """At most _BINS of the marks."""
     at = np.unique(np.linspace(0, len(x) - 1, _BINS).astype(int))
     return x[at], y[at]
 
@@ -301,7 +304,7 @@ def _count(value: float, _) -> str:
 
 
 def _scale(axes: Axes, lines: list[_Line]) -> None:
-    """Linear from 0, or logarithmic where outliers would flatten the rest."""
+    """Use a linear axis from 0, or a logarithmic one if outliers would flatten the rest."""
     values = np.concatenate([_finite(line) for line in lines])
     if values.min() > 0 and values.max() > 20 * np.median(values):
         _log_scale(axes, lines)
@@ -310,14 +313,14 @@ def _scale(axes: Axes, lines: list[_Line]) -> None:
 
 
 def _from_zero(axes: Axes, lines: list[_Line]) -> None:
-    """Room above the highest value; negative values keep the axis as it is."""
+    """Start the axis at 0 with room above the highest value, unless values are negative."""
     values = np.concatenate([_finite(line) for line in lines])
     if values.min() >= 0:
         axes.set_ylim(0, 1.06 * values.max() or 1)
 
 
 def _log_scale(axes: Axes, lines: list[_Line]) -> None:
-    """Ticks at powers of 10, or over few decades at 1, 2, 5; the axis ends on ticks."""
+    """Ticks at powers of 10, or for few decades at 1, 2, 5; the axis ends at ticks."""
     values = np.concatenate([_finite(line) for line in lines])
     low, high = math.log10(values.min()), math.log10(values.max())
     if high - low <= 2.5:
@@ -358,7 +361,7 @@ def _finite(line: _Line) -> np.ndarray:
 
 
 def _svg(title: str, description: str, figure: Figure) -> Markup:
-    """Text as text, ids that no other plot of the page has, no metadata, two decimals."""
+    """SVG with text as text, ids that are unique in the page, no metadata and two decimals."""
     file = io.StringIO()
     nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
     figure.savefig(file, format="svg", transparent=True, metadata=nothing)

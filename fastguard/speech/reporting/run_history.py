@@ -1,4 +1,4 @@
-"""The folder of a run, read for people: whatever of it is there, and whole."""
+"""Reads the folder of a run for a report, as far as it exists and is intact."""
 
 import itertools
 import math
@@ -14,17 +14,17 @@ from fastguard.guard.report import OLD_KEYS
 from fastguard.speech.storage.yaml_file import read_yaml
 from fastguard.speech.training.metrics import LARGEST_METRICS, EpochMetrics
 
-_LOG_TAIL = 200_000  # bytes; the lines that tell how a run ended are its last
+_LOG_TAIL = 200_000  # bytes; the last lines say how a run ended
 _LOG_LINES = 40
 
 
 class RunFolderError(RuntimeError):
-    """A folder is no run; the message names it."""
+    """A folder is not that of a run; the message names it."""
 
 
 @dataclass
 class Steps:
-    """The optimizer steps of a run, a list for each quantity; NaN where a line lacks it."""
+    """The optimizer steps of a run: a list per quantity, with NaN for missing values."""
 
     step: list[int] = field(default_factory=list)
     loss: list[float] = field(default_factory=list)
@@ -51,10 +51,10 @@ class Steps:
 
 @dataclass(frozen=True)
 class Epoch:
-    """One epoch: what every version of the trainer writes, and what newer ones add."""
+    """One epoch: what every version of the trainer writes, and what newer versions add."""
 
     metrics: EpochMetrics
-    #: NaN where the line has none: WER of the utterances of four words and more.
+    #: WER of the utterances with four words or more; NaN if the line has none.
     wer_long: float
     dev_utterances: int | None
 
@@ -65,7 +65,7 @@ class Epoch:
 
 @dataclass
 class BadStep:
-    """A step that was skipped: what metrics.jsonl says of it, and its bad_step file."""
+    """A skipped step: its line in metrics.jsonl, and its bad_step file."""
 
     #: Counted from 1, as in metrics.jsonl; the guard's files count from 0.
     step: int
@@ -91,7 +91,7 @@ class Hypothesis:
 
 @dataclass
 class Run:
-    """What a run folder holds. Everything but the path may be missing."""
+    """The contents of a run folder. Everything except the path may be missing."""
 
     path: Path
     #: config.yaml with dotted names.
@@ -101,44 +101,41 @@ class Run:
     bad_steps: dict[int, BadStep] = field(default_factory=dict)
     hypotheses: list[Hypothesis] = field(default_factory=list)
     log_tail: str = ""
-    #: The closing or the error line of train.log; empty while a run is running, and if it was
-    #: killed.
+    #: The last line or the error line of train.log; empty if the run is running or was killed.
     ending: str = ""
-    #: Such as "15.6 M", from train.log.
+    #: Number of parameters from train.log, such as "15.6 M".
     parameters: str = ""
-    #: What could not be read.
+    #: Messages about what could not be read.
     notes: list[str] = field(default_factory=list)
 
     @property
     def best(self) -> Epoch | None:
-        """The first epoch with the lowest WER, as best.pt is chosen."""
+        """The first epoch with the lowest WER, which is how best.pt is selected."""
         rated = [e for e in self.epochs if not math.isnan(e.metrics.wer)]
         return min(rated, key=lambda e: e.metrics.wer, default=None)
 
     @property
     def seconds(self) -> float:
-        """Wall time of the epochs that ended, and of the steps after the last of them."""
+        """Wall time of the epochs that ended and of the steps after the last one."""
         first = bisect_left(self.steps.step, self.epochs[-1].metrics.step + 1) if self.epochs else 0
         times = [e.metrics.seconds for e in self.epochs] + self.steps.seconds[first:]
         return math.fsum(t for t in times if math.isfinite(t))
 
 
 def read(path: Path) -> Run:
-    """Read a run folder, also one of a run that is running or that crashed.
+    """Read a run folder, also that of a run that is running or has crashed.
 
     Lines and files that cannot be read are left out and counted in ``notes``. A step or an epoch
-    that comes again, as after a resume, replaces what was written from there on.
+    that occurs again, as after a resume, replaces what was written from there on.
 
     Raises:
-        RunFolderError: ``path`` is no folder, or holds neither settings, nor metrics, nor a log.
+        RunFolderError: ``path`` is not a folder, or has neither settings nor metrics nor a log.
     """
     if not path.is_dir():
-        raise RunFolderError(
-            f"{path} is no folder: give the folder of a run, as --run-dir named it"
-        )
+        raise RunFolderError(f"{path} is not a folder: give the --run-dir of a run")
     if not any((path / name).is_file() for name in ("config.yaml", "metrics.jsonl", "train.log")):
         raise RunFolderError(
-            f"{path} is no run: it holds neither config.yaml nor metrics.jsonl nor train.log"
+            f"{path} is not a run: it has neither config.yaml nor metrics.jsonl nor train.log"
         )
     run = Run(path)
     run.settings = _settings(run)
@@ -150,7 +147,7 @@ def read(path: Path) -> Run:
 
 
 def number(value: object) -> float:
-    """A number of JSON, or its text, in which NaN and Inf are written; NaN if it is neither."""
+    """A JSON number, or its text, as NaN and Inf are written; NaN for anything else."""
     try:
         return math.nan if isinstance(value, bool) else float(value)
     except (TypeError, ValueError):
@@ -163,7 +160,7 @@ def _settings(run: Run) -> dict[str, object]:
     try:
         values = read_yaml(run.path / "config.yaml")
     except FileNotFoundError:
-        run.notes.append("there is no config.yaml")
+        run.notes.append("config.yaml is missing")
         return {}
     except (OSError, ValueError) as error:
         run.notes.append(f"config.yaml cannot be read: {error}")
@@ -180,7 +177,7 @@ def _dotted(values: dict, prefix: str = "") -> Iterator[tuple[str, object]]:
 
 
 def _rows(run: Run, name: str) -> Iterator[dict]:
-    """The objects of a JSON Lines file. A writer may be at its last line, or have died there."""
+    """The objects of a JSON Lines file, whose last line may be incomplete."""
     bad, cut = 0, False
     try:
         for _, row, ended in files.json_lines(run.path / name, LARGEST_METRICS):
@@ -189,7 +186,7 @@ def _rows(run: Run, name: str) -> Iterator[dict]:
             else:
                 yield row
     except FileNotFoundError:
-        run.notes.append(f"there is no {name}")
+        run.notes.append(f"{name} is missing")
     except OSError as error:
         run.notes.append(f"{name} cannot be read: {error.strerror or error}")
     if cut:
@@ -209,7 +206,7 @@ def _read_metrics(run: Run) -> None:
         elif line.get("kind") == "epoch":
             _add_epoch(run, int(epoch), line)
     if incomplete:
-        run.notes.append(f"{incomplete} lines of metrics.jsonl name no step and were left out")
+        run.notes.append(f"{incomplete} lines of metrics.jsonl have no step and were left out")
 
 
 def _add_step(run: Run, step: int, line: dict) -> None:
@@ -269,7 +266,7 @@ def _read_bad_steps(run: Run) -> None:
                 step, "micro-batches left out", grad_norm=number(details.get("total_norm"))
             )
             run.bad_steps[step].details = details
-        # Any other file is from before a resume.
+        # Any other file was written before a resume.
     if bad:
         run.notes.append(f"{bad} bad_step files cannot be read and were left out")
 
@@ -300,7 +297,7 @@ def _read_log(run: Run) -> None:
             file.seek(max(0, file.seek(0, 2) - _LOG_TAIL))
             tail = file.read()
     except FileNotFoundError:
-        run.notes.append("there is no train.log")
+        run.notes.append("train.log is missing")
         return
     except OSError as error:
         run.notes.append(f"train.log cannot be read: {error.strerror or error}")
@@ -309,13 +306,13 @@ def _read_log(run: Run) -> None:
         run.parameters = found[1]
     lines = tail.decode("utf-8", "replace").splitlines()
     run.log_tail = "\n".join(lines[-_LOG_LINES:])
-    # A resumed run writes on after the ending of the one before it.
+    # A resumed run appends to the log after the end of the run before.
     begins = max((i for i, line in enumerate(lines) if line.startswith("run folder: ")), default=0)
     run.ending = _ending(lines[begins:])
 
 
 def _ending(lines: list[str]) -> str:
-    """The last line that tells of an end, with the indented lines that explain it."""
+    """The last line that says how the run ended, with the indented lines after it."""
     at = next((i for i in reversed(range(len(lines))) if _ENDING.match(lines[i])), None)
     if at is None:
         return ""

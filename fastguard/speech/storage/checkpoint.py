@@ -1,4 +1,4 @@
-"""Checkpoints: written whole or not at all, read without running anything that is in them."""
+"""Checkpoints: written atomically, and read without running code from the file."""
 
 import pickle
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ from . import torch_archive
 from .plain import shown
 
 LARGEST = 4 << 30
-"""Bytes of a checkpoint that is read; the teacher's states take 0.6 billion."""
+"""Largest checkpoint that is read, in bytes; a state of the teacher has 0.6 billion."""
 
 
 class CheckpointError(RuntimeError):
@@ -40,7 +40,7 @@ def save(path: Path, state: dict) -> None:
     with files.replacing(path) as temporary, open(temporary, "wb") as file:
         try:
             torch.save(state, file)
-        except RuntimeError as error:  # torch's writer of archives says so of a full disk
+        except RuntimeError as error:  # which torch raises for a full disk
             raise OSError(f"{path} could not be written: {error}") from error
 
 
@@ -48,8 +48,8 @@ def load(path: Path, map_location: torch.device | str = "cpu") -> dict:
     """Read what :func:`save` wrote; only tensors, numbers, strings and containers are accepted.
 
     Raises:
-        CheckpointError: the file is missing, no regular file, damaged, a bomb, or no checkpoint of
-            fastguard.
+        CheckpointError: the file is missing, not a regular file, damaged, would take more memory
+            than its size, or is not a checkpoint of fastguard.
     """
     try:
         with files.open_regular(path, LARGEST) as file:
@@ -57,40 +57,40 @@ def load(path: Path, map_location: torch.device | str = "cpu") -> dict:
             file.seek(0)
             state = torch.load(file, map_location=map_location, weights_only=True)
         check(state)
-    except Exception as error:  # on garbage, torch's unpickler raises whatever it trips over
+    except Exception as error:  # for a damaged file torch's unpickler raises any type
         reason = next(iter(str(error).splitlines()), "") or type(error).__name__
-        if isinstance(error, pickle.UnpicklingError):  # whose text advises to trust the file
-            reason = "it is damaged, or holds other things than tensors and plain values"
+        if isinstance(error, pickle.UnpicklingError):  # whose message advises to trust the file
+            reason = "it is damaged, or has more than tensors and plain values"
         raise CheckpointError(f"{path} cannot be read as a checkpoint: {reason}") from error
     return state
 
 
 def check(state: object) -> None:
-    """Raise ValueError unless recognition finds what it looks for, of the right types."""
+    """Raise ValueError unless the state has what recognition needs, of the right types."""
     if not isinstance(state, dict):
-        raise ValueError(f"it holds {shown(state)} and no dict")
+        raise ValueError(f"it is {shown(state)}, not a dict")
     if missing := {"model", "config", "tokenizer"} - state.keys():
-        raise ValueError(f"it lacks {sorted(missing)}, as no checkpoint of fastguard does")
+        raise ValueError(f"it lacks {sorted(missing)}, which every checkpoint of fastguard has")
     for key in ("model", "config", "tokenizer"):
         if not isinstance(state[key], dict):
-            raise ValueError(f"its {key} is {shown(state[key])} and no dict")
+            raise ValueError(f"its {key} is {shown(state[key])}, not a dict")
     for name, value in state["model"].items():
         if not isinstance(name, str) or not isinstance(value, Tensor):
-            raise ValueError(f"of its weights {shown(name)} is {shown(value)} and no tensor")
+            raise ValueError(f"its weight {shown(name)} is {shown(value)}, not a tensor")
     if not isinstance(wer := state.get("wer", 0.0), float):
-        raise ValueError(f"its wer is {shown(wer)} and no number")
+        raise ValueError(f"its wer is {shown(wer)}, not a number")
 
 
 def check_fit(weights: object, wanted: Mapping[str, Tensor]) -> None:
-    """Raise ValueError unless these are tensors of the names, shapes and dtypes of ``wanted``."""
+    """Raise ValueError unless ``weights`` has the names, shapes and dtypes of ``wanted``."""
     if not isinstance(weights, dict):
-        raise ValueError(f"{shown(weights)} in place of weights")
+        raise ValueError(f"the weights are {shown(weights)}, not a dict")
     if other := sorted(map(shown, weights.keys() ^ wanted.keys())):
-        raise ValueError(f"{len(other)} weights are missing or unknown, as {other[0]}")
+        raise ValueError(f"{len(other)} weights are missing or unknown, such as {other[0]}")
     for name, tensor in wanted.items():
         found = weights[name]
         if not isinstance(found, Tensor):
-            raise ValueError(f"{name} is {shown(found)} and no tensor")
+            raise ValueError(f"{name} is {shown(found)}, not a tensor")
         if (found.shape, found.dtype) != (tensor.shape, tensor.dtype):
             raise ValueError(
                 f"{name} must be {tensor.dtype} of shape {tuple(tensor.shape)}, got "
@@ -99,9 +99,9 @@ def check_fit(weights: object, wanted: Mapping[str, Tensor]) -> None:
 
 
 def average(states: list[dict]) -> dict:
-    """The first checkpoint with the mean of the weights of all (Polyak and Juditsky 1992).
+    """The first checkpoint with the mean weights of all (Polyak and Juditsky 1992).
 
-    Integers, as BatchNorm's count of batches, are the first one's.
+    Integers, such as BatchNorm's count of batches, are those of the first checkpoint.
     """
     mean = {
         name: torch.stack([state["model"][name].double() for state in states]).mean(0).to(w.dtype)
@@ -113,14 +113,14 @@ def average(states: list[dict]) -> dict:
 
 
 def best_of(path: Path) -> Path:
-    """The checkpoint to use of a run folder: best.pt, or last.pt; a file as it is.
+    """The checkpoint of a run folder: best.pt, or else last.pt. A path of a file is returned.
 
     Raises:
-        CheckpointError: there is none.
+        CheckpointError: the folder has neither.
     """
     if not path.is_dir():
         return path
     for name in ("best.pt", "last.pt"):
         if (path / name).is_file():
             return path / name
-    raise CheckpointError(f"{path} holds no checkpoint: give a .pt file, or the folder of a run")
+    raise CheckpointError(f"{path} has no checkpoint: give a .pt file, or the folder of a run")

@@ -1,4 +1,4 @@
-"""Dataclasses as plain dicts, lists and numbers, and back; on the way back types are checked."""
+"""Converts dataclasses to plain dicts, lists and numbers, and back with type checks."""
 
 import dataclasses
 import types
@@ -10,7 +10,7 @@ _LONGEST = 60  # characters of a value in a message
 
 
 def to_plain(instance: Any) -> dict:
-    """A dataclass for YAML, JSON or a checkpoint."""
+    """A dataclass as plain values, for YAML, JSON or a checkpoint."""
     return _plain(dataclasses.asdict(instance))
 
 
@@ -23,14 +23,19 @@ def _plain(value: Any) -> Any:
 
 
 def from_plain(kind: type, values: object, prefix: str = "") -> Any:
-    """The dataclass ``kind`` of what :func:`to_plain` gave; what is missing has its default.
+    """The dataclass ``kind`` from what :func:`to_plain` gave; missing fields get their defaults.
 
-    Integers serve as floats; nothing else is converted. ``prefix`` comes before names in messages.
+    Integers are accepted as floats; nothing else is converted.
+
+    Args:
+        kind: a dataclass.
+        values: a dict of plain values.
+        prefix: comes before the names of fields in messages.
 
     Raises:
-        TypeError: a name that is no field.
-        ValueError: a value that is not of its field's type, a field that is missing and has no
-            default; and what ``kind`` itself raises of a value.
+        TypeError: a name is not a field.
+        ValueError: a value is not of its field's type, a field without a default is missing, or
+            ``kind`` itself refuses a value.
     """
     if not isinstance(values, dict):
         raise ValueError(
@@ -41,7 +46,7 @@ def from_plain(kind: type, values: object, prefix: str = "") -> Any:
     for name, value in values.items():
         if not isinstance(name, str) or name not in known:
             plain = isinstance(name, str) and name.isidentifier() and len(name) <= _LONGEST
-            raise TypeError(f"there is no {prefix}{name if plain else shown(name)}")
+            raise TypeError(f"unknown setting {prefix}{name if plain else shown(name)}")
         given[name] = _checked(known[name], value, prefix + name)
     for field in dataclasses.fields(kind):
         optional = (field.default, field.default_factory) != (dataclasses.MISSING,) * 2
@@ -51,7 +56,7 @@ def from_plain(kind: type, values: object, prefix: str = "") -> Any:
 
 
 def shown(value: object) -> str:
-    """A value for a message: of any type, and short, whatever it holds."""
+    """A short text for any value, for messages."""
     if isinstance(value, str):
         return repr(value[:_LONGEST]) + ("..." if len(value) > _LONGEST else "")
     if isinstance(value, bool | float | type(None)):
@@ -63,7 +68,7 @@ def shown(value: object) -> str:
 
 
 def _checked(kind: Any, value: object, name: str) -> Any:
-    """``value`` as the annotation ``kind`` wants it."""
+    """``value`` converted to the annotation ``kind``; raises ValueError."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if dataclasses.is_dataclass(kind):
         return from_plain(kind, value, f"{name}.")
@@ -89,12 +94,12 @@ def _checked(kind: Any, value: object, name: str) -> Any:
 
 
 def _sequence(origin: type, kinds: tuple, value: object, name: str) -> list:
-    """The elements; a tuple without ... has as many as its annotation."""
+    """The elements, checked; a tuple without ... has as many as its annotation."""
     if not isinstance(value, list | tuple):
         raise ValueError(f"{name} must be a list, got {shown(value)}")
     if origin is list or kinds[-1] is Ellipsis:
         kinds = kinds[:1] * len(value)
     if len(value) != len(kinds):
-        raise ValueError(f"{name} must hold {len(kinds)} values, got {len(value)}")
+        raise ValueError(f"{name} must have {len(kinds)} values, got {len(value)}")
     pairs = zip(kinds, value, strict=True)
     return [_checked(kind, each, f"{name}[{i}]") for i, (kind, each) in enumerate(pairs)]

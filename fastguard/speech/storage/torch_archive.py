@@ -1,8 +1,8 @@
-"""The archives that torch.save writes, judged before torch.load builds anything of them.
+"""Checks archives of torch.save before torch.load builds anything from them.
 
-torch.load(weights_only=True) runs nothing that is in a file. It believes what a file says of its
-sizes, though, and compares no checksums: a compressed archive fills the memory, a tensor of stride
-0 is of any size, and a flipped bit becomes a weight.
+torch.load(weights_only=True) runs no code from a file. But it trusts the sizes in a file and checks
+no checksums: a compressed archive can fill the memory, a tensor of stride 0 can have any size, and
+a flipped bit becomes a weight.
 """
 
 import collections
@@ -12,7 +12,7 @@ import typing
 import zipfile
 from typing import Any, BinaryIO
 
-_LARGEST_PICKLE = 32 << 20  # bytes of what is no tensor; in memory it may be 64 times as much
+_LARGEST_PICKLE = 32 << 20  # bytes of all that is not a tensor; in memory up to 64 times as much
 
 #: Bytes of an element of each kind of storage.
 _ITEM_SIZES = {
@@ -24,15 +24,16 @@ _ITEM_SIZES = {
 
 
 class ArchiveError(ValueError):
-    """An archive that torch.load must not see; the message says why."""
+    """torch.load must not read an archive; the message says why."""
 
 
 def check(file: BinaryIO) -> None:
-    """Read the whole of an archive, and compare it with what it says of itself.
+    """Read a whole archive, and compare its contents with the sizes and checksums in it.
 
     Raises:
-        ArchiveError: it is no archive of torch's, or damaged; it is compressed, holds other things
-            than dense tensors and plain values, or a tensor that is larger than its record.
+        ArchiveError: the file is not an archive of torch, or damaged; it is compressed; it has
+            other objects than dense tensors and plain values; or a tensor is larger than its
+            record.
     """
     try:
         with zipfile.ZipFile(file) as archive:
@@ -43,15 +44,15 @@ def check(file: BinaryIO) -> None:
     except ArchiveError:
         raise
     except zipfile.BadZipFile as error:
-        raise ArchiveError(f"it is damaged, or no archive of torch.save: {error}") from error
-    except Exception as error:  # zipfile and pickle raise whatever they trip over
+        raise ArchiveError(f"it is damaged, or not an archive of torch.save: {error}") from error
+    except Exception as error:  # for a damaged file zipfile and pickle raise any type
         raise ArchiveError(f"it is damaged: {type(error).__name__}: {error}") from error
 
 
 def _check_sizes(archive: zipfile.ZipFile, size: int) -> None:
     records = archive.infolist()
     if len({record.filename for record in records}) < len(records):
-        raise ArchiveError("it holds two records of one name")
+        raise ArchiveError("it has two records with the same name")
     if any(record.compress_type != zipfile.ZIP_STORED for record in records):
         raise ArchiveError("its records are compressed, which torch.save does not do")
     if (claimed := sum(record.file_size for record in records)) > size:
@@ -63,21 +64,21 @@ def _check_tensors(archive: zipfile.ZipFile) -> None:
     folders = {name.partition("/")[0] for name in sizes}
     name = f"{next(iter(folders), '')}/data.pkl"
     if len(folders) != 1 or name not in sizes:
-        raise ArchiveError("it is no archive of torch.save")
+        raise ArchiveError("it is not an archive of torch.save")
     if (size := sizes[name]) > _LARGEST_PICKLE:
-        raise ArchiveError(f"what is no tensor in it takes {size} bytes, over {_LARGEST_PICKLE}")
+        raise ArchiveError(f"what is not a tensor in it has {size} bytes, over {_LARGEST_PICKLE}")
     folder = name.removesuffix("data.pkl")
     with archive.open(name) as file:
         _Sizes(file, sizes, f"{folder}data/").load()
 
 
 class _Sizes(pickle._Unpickler):
-    """Goes through a pickle as torch.load will, and builds no tensor: it compares what each would
-    take with what is there.
+    """Reads a pickle like torch.load without building tensors: it compares the size of each tensor
+    with its record.
 
-    The unpickler in C makes a table as long as the largest number that a pickle gives a value, up
-    to 64 GB. This one, as torch.load's, is in Python and has a dict. It would make a bytearray of
-    any length, which torch.load refuses.
+    The unpickler in C allocates a table as long as the largest memo index in a pickle, up to 64 GB.
+    This one, like torch.load's, is in Python and uses a dict. BYTEARRAY8, which would allocate a
+    bytearray of any length, is removed; torch.load refuses it too.
     """
 
     dispatch: typing.ClassVar[dict] = {
@@ -98,10 +99,10 @@ class _Sizes(pickle._Unpickler):
             return _check_tensor
         if module == "torch" and name in _ITEM_SIZES:
             return _ITEM_SIZES[name]
-        raise ArchiveError(f"it holds a {module}.{name}, and not only tensors and plain values")
+        raise ArchiveError(f"it has a {module}.{name}, not only tensors and plain values")
 
     def persistent_load(self, saved: Any) -> "_Storage":
-        """A storage that has the size of its record."""
+        """A storage, whose size is that of its record."""
         kind, itemsize, key, _, count = saved
         there = self._sizes.get(f"{self._folder}{key}")
         if kind != "storage" or type(count) is not int or there != count * itemsize:
@@ -110,18 +111,18 @@ class _Sizes(pickle._Unpickler):
 
 
 class _Storage:
-    """In the place of one."""
+    """Stands for a storage."""
 
     def __init__(self, count: int):
         self.count = count
 
 
 def _check_tensor(storage: _Storage, offset: int, size: tuple, stride: tuple, *rest: Any) -> None:
-    """In the place of torch._utils._rebuild_tensor_v2."""
+    """Replaces torch._utils._rebuild_tensor_v2."""
     numbers = (offset, *size, *stride)
     if any(type(n) is not int or n < 0 for n in numbers) or len(size) != len(stride):
-        raise ArchiveError("it holds a tensor of a size that is none")
+        raise ArchiveError("it has a tensor with an impossible size")
     last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
     count = math.prod(size)
     if count and (last >= storage.count or count > storage.count):
-        raise ArchiveError("it holds a tensor that is larger than its record")
+        raise ArchiveError("it has a tensor that is larger than its record")

@@ -1,4 +1,4 @@
-"""YAML files of settings, read without what settings never need and a bomb is made of."""
+"""Reads YAML files of settings, without YAML features that make small files huge in memory."""
 
 from pathlib import Path
 
@@ -6,12 +6,12 @@ import yaml
 
 from fastguard._io import files
 
-_LARGEST = 1 << 16  # bytes; all settings with their comments take a few thousand
+_LARGEST = 1 << 16  # bytes; all settings with their comments have a few thousand
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses aliases, with which a short file becomes an endless one, and a key that comes twice,
-    of which YAML takes the last in silence."""
+    """Refuses aliases, with which a short file can become very large in memory, and duplicate keys,
+    of which YAML silently uses the last."""
 
     def compose_node(self, parent: yaml.Node | None, index: object) -> yaml.Node:
         if self.check_event(yaml.AliasEvent):
@@ -27,18 +27,18 @@ class _Loader(yaml.SafeLoader):
             if isinstance(key, yaml.ScalarNode):
                 if key.value in seen:
                     raise yaml.constructor.ConstructorError(
-                        None, None, f"the key {key.value} comes twice", key.start_mark
+                        None, None, f"the key {key.value} occurs twice", key.start_mark
                     )
                 seen.add(key.value)
         return super().construct_mapping(node, deep)
 
 
 def read_yaml(path: Path) -> object:
-    """What the file holds, of any type.
+    """The value in the file, of any type.
 
     Raises:
-        OSError: it is no regular file, too large for settings, or cannot be read.
-        ValueError: it is no YAML in UTF-8, or has aliases or a key twice; one line says where.
+        OSError: the file is not a regular file, too large for settings, or cannot be read.
+        ValueError: it is not YAML in UTF-8, or has aliases or duplicate keys; one line says where.
     """
     try:
         return yaml.load(files.read_text(path, _LARGEST), _Loader)
@@ -47,5 +47,5 @@ def read_yaml(path: Path) -> object:
     except RecursionError:
         raise ValueError("brackets nested too deep; settings have two levels") from None
     except (AttributeError, LookupError, OverflowError, TypeError) as error:
-        # PyYAML's own of a malformed tag, such as !!timestamp of something else
+        # PyYAML raises these for a malformed tag, such as !!timestamp with another value
         raise ValueError(f"it cannot be read as YAML: {error}") from error

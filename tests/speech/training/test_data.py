@@ -45,7 +45,7 @@ def test_rows_that_are_left_out_make_no_vocabulary(corpus, tmp_path, kind, size)
         assert {row.kind for row in data.corpus.rejected} == {"infeasible target"}
         assert len(data.corpus.split("train")) == 4
     else:
-        with pytest.raises(CorpusError, match="the characters of the texts alone take"):
+        with pytest.raises(CorpusError, match="the characters of the texts alone need"):
             Data(config)
 
 
