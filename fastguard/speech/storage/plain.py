@@ -46,7 +46,7 @@ def from_plain(kind: type, values: object, prefix: str = "") -> Any:
     for name, value in values.items():
         if not isinstance(name, str) or name not in known:
             plain = isinstance(name, str) and name.isidentifier() and len(name) <= _LONGEST
-            raise TypeError(f"unknown setting {prefix}{name if plain else shown(name)}")
+            raise TypeError(f"unknown field {prefix}{name if plain else shown(name)}")
         given[name] = _checked(known[name], value, prefix + name)
     for field in dataclasses.fields(kind):
         optional = (field.default, field.default_factory) != (dataclasses.MISSING,) * 2

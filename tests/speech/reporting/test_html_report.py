@@ -164,7 +164,7 @@ def test_a_crash_in_the_middle_of_a_line(good):
     path.write_bytes(b'\0\0\xff\n[1]\n{"kind": "step"}\n' + path.read_bytes())
     assert len(read(good).steps) == 20
     assert "2 lines of metrics.jsonl cannot be read" in " ".join(read(good).notes)
-    assert "1 lines of metrics.jsonl name no step" in " ".join(read(good).notes)
+    assert "1 lines of metrics.jsonl have no step" in " ".join(read(good).notes)
 
 
 @pytest.mark.parametrize("name", ["config.yaml", "metrics.jsonl", "train.log"])
@@ -173,8 +173,8 @@ def test_a_file_alone(good, name):
         if path.name != name:
             path.unlink()
     page = page_of(good)
-    assert ("There is no step with a finite number yet." in page.text) == (name != "metrics.jsonl")
-    assert "there is no" in page.text
+    assert ("There is no step with a finite value yet." in page.text) == (name != "metrics.jsonl")
+    assert " is missing" in page.text
 
 
 @pytest.mark.parametrize("value", ["nan", "inf", 1e308, 0, -3, "many", None, [], 10**400])
@@ -187,7 +187,7 @@ def test_numbers_that_no_axis_can_show(tmp_path, value):
     )
     page = page_of(folder)
     assert "Steps" in page.text
-    drawn = "There is no step with a finite number yet." not in page.text
+    drawn = "There is no step with a finite value yet." not in page.text
     assert drawn == (value in (1e308, 0, -3))
 
 
@@ -249,7 +249,7 @@ def test_the_command(good, tmp_path, capsys):
     assert "<bdi>?</bdi>" in (tmp_path / "two.html").read_text(encoding="utf-8")
     capsys.readouterr()
     assert main([str(tmp_path / "absent")]) == 1
-    assert "absent is no folder" in capsys.readouterr().err
+    assert "absent is not a folder" in capsys.readouterr().err
     assert main([str(good), "-o", str(tmp_path / "no" / "report.html")]) == 1
     assert "choose --output" in capsys.readouterr().err
     with pytest.raises(RunFolderError, match="is no run"):

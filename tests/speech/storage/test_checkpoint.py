@@ -88,7 +88,7 @@ def test_unreadable_files_are_named(tmp_path, capsys):
 
 
 def test_the_best_checkpoint_of_a_folder(tmp_path):
-    with pytest.raises(checkpoint.CheckpointError, match="holds no checkpoint"):
+    with pytest.raises(checkpoint.CheckpointError, match="has no checkpoint"):
         checkpoint.best_of(tmp_path)
     for name in ("last.pt", "best.pt"):
         (tmp_path / name).touch()

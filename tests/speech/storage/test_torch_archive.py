@@ -91,7 +91,7 @@ def test_records_that_lie_over_each_other_are_refused(whole):
         (b"M\xe8\x03\x85", b"M\xff\x03\x85", "larger than its record"),
         (rb"M\xe8\x03\x85(q[^q])K\x01\x85", b"J\xff\xff\xff\x7f\x85\\1K\0\x85", "is larger than"),
         (b"FloatStorage", b"LongStorage", "does not have the size of its record"),
-        (b"ctorch._utils\n_rebuild_tensor_v2", b"cos\nsystem", "holds a os.system"),
+        (b"ctorch._utils\n_rebuild_tensor_v2", b"cos\nsystem", "has a os.system"),
         (b"ctorch._utils\n_rebuild_tensor_v2", b"ctorch._utils\n_rebuild_sparse_tensor", "_sparse"),
     ],
 )  # fmt: skip
@@ -105,7 +105,7 @@ def test_a_tensor_is_dense_and_no_larger_than_its_record(whole, old, new, reason
 
 
 def test_a_pickle_without_end_is_refused(whole):
-    refused(rewritten(whole, pickled=lambda content: b"]" * (33 << 20)), "what is no tensor in it")
+    refused(rewritten(whole, pickled=lambda content: b"]" * (33 << 20)), "what is not a tensor in it")
 
 
 @pytest.mark.parametrize(
@@ -123,7 +123,7 @@ def test_a_number_in_a_pickle_takes_no_memory(whole, claim):
     command = (
         "import resource, sys\n"
         "from pathlib import Path\n"
-        "from fastguard import checkpoint\n"
+        "from fastguard.speech.storage import checkpoint\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "try:\n    checkpoint.load(Path(sys.argv[1]))\n"
         "except checkpoint.CheckpointError as error:\n    print(error, file=sys.stderr)\n"
@@ -140,27 +140,27 @@ def test_a_number_in_a_pickle_takes_no_memory(whole, claim):
     "content", [b"\x80\x02]" + b"]" * 10_000, b".", b"", b"garbage", pickle.dumps({1: {2}})]
 )
 def test_a_pickle_that_is_none_is_refused(whole, content):
-    refused(rewritten(whole, pickled=lambda _: content), "damaged|holds|lacks")
+    refused(rewritten(whole, pickled=lambda _: content), "damaged|it is|it has|lacks")
 
 
 def test_an_archive_of_something_else_is_refused(tmp_path):
     with zipfile.ZipFile(tmp_path / "a.pt", "w") as archive:
         archive.writestr("a/b", "text")
         archive.writestr("c/data.pkl", "text")
-    refused(tmp_path / "a.pt", "no archive of torch.save")
+    refused(tmp_path / "a.pt", "not an archive of torch.save")
 
 
 def test_a_record_that_comes_twice_is_refused(whole):
     with pytest.warns(UserWarning, match="Duplicate name"):
         path = rewritten(whole, more=[("archive/version", "3")])
-    refused(path, "two records of one name")
+    refused(path, "two records with the same name")
 
 
 @pytest.mark.parametrize(
     "key, value, reason",
     [
         ("model", [], "its model is a list"),
-        ("model", {"w": 1}, "'w' is 1 and no tensor"),
+        ("model", {"w": 1}, "'w' is 1, not a tensor"),
         ("model", {3: torch.ones(1)}, "3 is a Tensor"),
         ("config", None, "its config is None"),
         ("tokenizer", "abc", "its tokenizer is 'abc'"),
@@ -185,8 +185,8 @@ def test_of_what_is_no_file_a_reason_is_given(tmp_path):
     refused(tmp_path, "is a folder")
     refused(tmp_path / "absent.pt", "No such file")
     (tmp_path / "text.pt").write_text("text")
-    refused(tmp_path / "text.pt", "no archive of torch.save")
+    refused(tmp_path / "text.pt", "not an archive of torch.save")
     buffer = io.BytesIO()
     torch.save({"model": {}}, buffer, _use_new_zipfile_serialization=False)
     (tmp_path / "old.pt").write_bytes(buffer.getvalue())
-    refused(tmp_path / "old.pt", "no archive of torch.save")
+    refused(tmp_path / "old.pt", "not an archive of torch.save")
