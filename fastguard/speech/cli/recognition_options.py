@@ -1,4 +1,4 @@
-"""The options of recognition, which evaluate and transcribe share."""
+"""Command-line options of recognition, shared by evaluate and transcribe."""
 
 import argparse
 import math
@@ -11,8 +11,8 @@ from fastguard.speech.data.tokenizer import Tokenizer
 from fastguard.speech.recognition.decoding import BeamSearch, Decode, greedy_decode
 
 LANGUAGE_MODEL_HELP = """\
-language models are files of KenLM, whose lmplz makes them, here of characters
-and of words:
+language models are made with lmplz of KenLM, for example over characters and
+over words:
   sed 's/ /|/g; s/./& /g' text.txt |
     lmplz -o 6 --discount_fallback > characters.arpa
   lmplz -o 3 < text.txt > words.arpa
@@ -21,7 +21,7 @@ and of words:
 
 
 class DecoderError(RuntimeError):
-    """The decoder that was asked for cannot be had; the message says why."""
+    """The requested decoder cannot be built; the message says why."""
 
 
 def add_decoder_options(parser: argparse.ArgumentParser) -> None:
@@ -30,58 +30,58 @@ def add_decoder_options(parser: argparse.ArgumentParser) -> None:
         "--decoder",
         choices=("greedy", "beam"),
         default="greedy",
-        help="greedy: the likeliest path; beam: CTC prefix beam search, needs "
+        help="greedy: the most likely path; beam: CTC prefix beam search, needs "
         "`pip install 'torch-fastguard[beam]'` (default: %(default)s)",
     )
     group.add_argument(
         "--beam-size",
         type=int,
         metavar="N",
-        help="hypotheses kept by the beam search (default: 50)",
+        help="hypotheses that the beam search keeps (default: 50)",
     )
     group.add_argument(
         "--lm",
         type=Path,
         metavar="FILE",
-        help="n-gram language model, an ARPA file, over the tokens, or with --lexicon over words; "
+        help="n-gram language model over tokens, or with --lexicon over words; an ARPA file; "
         "see below",
     )
     group.add_argument(
         "--lm-binary",
         action="store_true",
         default=None,
-        help="FILE of --lm is a binary one of KenLM, which is not checked: a damaged or hostile "
-        "one crashes the program (default: it is an ARPA file)",
+        help="the file of --lm is a binary file of KenLM, which is not checked: a damaged or "
+        "hostile one crashes the program (default: it is an ARPA file)",
     )
     group.add_argument(
         "--lexicon",
         type=Path,
         metavar="FILE",
-        help="a word at the start of each line: no other words come out",
+        help="file with a word at the start of each line; no other words are recognised",
     )
     group.add_argument(
         "--lm-weight",
         type=_finite,
         metavar="X",
-        help="nats that a decade of the language model's probability counts (default: 1)",
+        help="nats per decade of the language model's probability (default: 1)",
     )
     group.add_argument(
         "--word-score",
         type=_finite,
         metavar="X",
-        help="added for each word of the lexicon: more words if above 0 (default: 0)",
+        help="added to the score for each word; above 0 gives more words (default: 0)",
     )
 
 
 def _finite(text: str) -> float:
-    """Of a score that is none the beam search finds nothing."""
+    """A finite number: with NaN as a score, the beam search finds nothing."""
     if not math.isfinite(number := float(text)):
         raise argparse.ArgumentTypeError(f"must be finite, got {text}")
     return number
 
 
 def check_decoder_options(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """End the program with a message where options contradict each other."""
+    """End the program with a message if options contradict each other."""
     for name, needed, there in (
         ("beam_size", "--decoder beam", args.decoder == "beam"),
         ("lm", "--decoder beam", args.decoder == "beam"),
@@ -97,9 +97,12 @@ def check_decoder_options(parser: argparse.ArgumentParser, args: argparse.Namesp
 
 
 def decoder(args: argparse.Namespace, tokenizer: Tokenizer, rules: TextRules) -> Decode:
-    """That of the options; words of a lexicon are spelled by the ``rules`` of the model.
+    """The decoder of the options; the ``rules`` of the model spell the words of a lexicon.
 
-    Raises DecoderError for a file that cannot be used, MissingExtra without flashlight-text."""
+    Raises:
+        DecoderError: a file cannot be used.
+        MissingExtra: flashlight-text is not installed.
+    """
     if args.decoder == "greedy":
         return greedy_decode
     names = ("beam_size", "lm", "lm_binary", "lexicon", "lm_weight", "word_score")
@@ -111,7 +114,7 @@ def decoder(args: argparse.Namespace, tokenizer: Tokenizer, rules: TextRules) ->
 
 
 def decoder_name(args: argparse.Namespace) -> str:
-    """The decoding in words: greedy, or beam with its files and sizes that were given."""
+    """The decoding in words: greedy, or beam with the given files and sizes."""
     if args.decoder == "greedy":
         return "greedy"
     names = ("beam_size", "lm", "lexicon", "lm_weight", "word_score")
@@ -124,12 +127,12 @@ def add_device_option(parser: argparse.ArgumentParser) -> None:
         "--device",
         type=device,
         default="auto",
-        help="auto, cpu, cuda or cuda:N; auto is cuda where there is one (default: %(default)s)",
+        help="auto, cpu, cuda or cuda:N; auto is cuda if available (default: %(default)s)",
     )
 
 
 def device(text: str) -> torch.device:
-    """The device that the option names, checked to be there."""
+    """The device of the option; raises ArgumentTypeError if it does not exist."""
     if text == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -139,5 +142,7 @@ def device(text: str) -> torch.device:
     if found.type not in ("cpu", "cuda"):
         raise argparse.ArgumentTypeError(f"must be auto, cpu or cuda, got {text}")
     if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
-        raise argparse.ArgumentTypeError(f"no {text}: {torch.cuda.device_count()} found")
+        raise argparse.ArgumentTypeError(
+            f"{text} does not exist: {torch.cuda.device_count()} CUDA devices found"
+        )
     return found

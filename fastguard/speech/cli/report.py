@@ -1,4 +1,4 @@
-"""``python -m fastguard.report``: runs as one HTML page."""
+"""``python -m fastguard.report``: one HTML page about runs."""
 
 import argparse
 from pathlib import Path
@@ -25,14 +25,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--output",
         type=Path,
         metavar="FILE",
-        help="where the page goes (default: report.html in the first run's folder)",
+        help="file of the page (default: report.html in the folder of the first run)",
     )
     return parser.parse_args(argv)
 
 
 @terminal.command
 def main(argv: list[str] | None = None) -> int:
-    """Print the page's path. Exit status: 0 done, 1 failed, 2 wrong usage, 130 Ctrl-C."""
+    """Print the path of the page. Exit status: 0 done, 1 failed, 2 wrong usage, 130 Ctrl-C."""
     args = parse(argv)
     return exit_status(lambda: _write(args), RunFolderError, OSError)
 
@@ -42,7 +42,7 @@ def _write(args: argparse.Namespace) -> None:
     page = render([read(run) for run in args.runs])
     write = files.write_where_told if args.output else files.write_text
     try:
-        # A lone surrogate, which JSON can hold and UTF-8 cannot, becomes a question mark.
+        # A lone surrogate is possible in JSON but not in UTF-8; it becomes a question mark.
         write(path, page, errors="replace")
     except OSError as error:
         raise OSError(f"cannot write the report: {error}; choose --output") from error

@@ -1,4 +1,4 @@
-"""What a run's settings say about its data: corpus, tokenizer, features, and batches of them."""
+"""The data of a run: its corpus, tokenizer, features and batches."""
 
 import contextlib
 import logging
@@ -34,12 +34,12 @@ class Data:
     Args:
         config: the run's settings.
         tokenizer: of a trained model; by default a new one for the training split.
-        folder: where left_out.jsonl and changed_labels.jsonl are written, with each row that is
-            not used and each text that is not as it was written.
+        folder: gets left_out.jsonl, the rows that are not used, and changed_labels.jsonl, the texts
+            that normalising changed.
 
     Raises:
-        CorpusError: the corpus is absent, has nothing to train on, or no texts to learn as many
-            tokens from as the settings ask for.
+        CorpusError: the corpus is missing, has nothing to train on, or has too few texts for the
+            number of tokens in the settings.
     """
 
     def __init__(
@@ -67,8 +67,8 @@ class Data:
                 self.corpus.write_left_out(left_out)
 
     def _new_tokenizer(self, corpus: Corpus) -> tuple[Tokenizer, Corpus]:
-        """A tokenizer for those rows of the training split that CTC can align, and the corpus with
-        no others: a row that is left out must not make the vocabulary."""
+        """A tokenizer for the training rows that CTC can align, and the corpus with these alone:
+        rows that are left out must not shape the vocabulary."""
         kind, vocab_size = self.config.tokenizer.kind, self.config.tokenizer.vocab_size
         if kind == "char":
             corpus = corpus.drop_infeasible(str, self._output_length)
@@ -81,13 +81,13 @@ class Data:
             left = corpus.drop_infeasible(tokenizer.encode, self._output_length)
             if len(left.utterances) == len(corpus.utterances):
                 return tokenizer, left
-            corpus = left  # whose pieces are others
+            corpus = left  # which has other pieces
 
     def _output_length(self, seconds: float) -> int:
         return CTCModel.output_lengths(self.log_mel.num_frames_of(seconds))
 
     def train_loader(self, parallel: Parallel) -> tuple[BucketBatchSampler, StatefulDataLoader]:
-        """Batches of the training split, shuffled, perturbed and masked; this process's share."""
+        """This process's share of the training split: shuffled and augmented batches."""
         config, utterances = self.config, self.corpus.split("train")
         augment = config.augment
         masks = SpecAugment(
@@ -124,7 +124,7 @@ class Data:
         return "train"
 
     def evaluation_loader(self, split: str, parallel: Parallel) -> StatefulDataLoader:
-        """This process's share of a split, unperturbed."""
+        """This process's share of a split, not augmented."""
         return evaluation_loader(
             self.corpus.split(split),
             self.log_mel,
@@ -137,7 +137,10 @@ class Data:
 
 @contextlib.contextmanager
 def listing(folder: Path | None, name: str) -> Iterator[TextIO | None]:
-    """A new file of a folder, whole or not at all; None without a folder. Raises OSError."""
+    """A new text file in a folder, written whole or not at all; None without a folder.
+
+    Raises OSError.
+    """
     if folder is None:
         yield None
         return
@@ -159,7 +162,14 @@ def evaluation_loader(
 ) -> StatefulDataLoader:
     """Each utterance once, in batches of similar duration, the shortest first, without targets.
 
-    ``batch_duration``, in seconds, replaces ``batch_size`` as in BucketBatchSampler.
+    Args:
+        utterances: of a split.
+        log_mel: the features.
+        batch_size: utterances per batch.
+        batch_duration: in seconds; replaces ``batch_size``, as in BucketBatchSampler.
+        min_duration, max_duration: in seconds; other recordings are rejected.
+        num_workers: processes that load.
+        rank, world_size: of this process, and the number of processes.
     """
     sampler = BucketBatchSampler(
         utterances.durations,

@@ -1,4 +1,4 @@
-"""Losses of a student that learns from CTC outputs: a teacher's, or its own of another view."""
+"""Losses of a student that learns from CTC outputs: of a teacher, or of its own other view."""
 
 import math
 
@@ -18,34 +18,35 @@ def distillation_loss(
 ) -> Tensor:
     """``temperature**2 * KL(teacher || student)`` per output frame: sum / sum of frames.
 
-    Hinton et al. 2015 (arXiv 1503.02531), frame by frame: both distributions at the temperature,
-    its square so that gradients keep their size beside those of the CTC loss, with whose
-    normalisation (:func:`fastguard.speech.training.loss.ctc_loss`) the two can be mixed as
-    ``(1 - w) * ctc + w * distillation``.
+    This is Hinton et al. 2015 (arXiv 1503.02531) for each frame. Both distributions are softened by
+    the temperature. Its square keeps the size of the gradients comparable with those of the CTC
+    loss. The normalisation is that of :func:`fastguard.speech.training.loss.ctc_loss`, so both can
+    be mixed as ``(1 - w) * ctc + w * distillation``.
 
-    Most frames of CTC are blank for teacher and student alike, and of the others the two may not
-    agree which: models trained apart spike at different frames (Kurata and Audhkhasi 2018, 2019).
-    `blank_context` is the cure with evidence of those that change this loss alone: it keeps the
-    frames in which the teacher's best symbol is not the blank, and as many around them on either
-    side (the symmetric selection of Hilmes et al. 2025, arXiv 2506.01503, who found that leaving
-    out all blanks, which is 0 here, does not always work, and that with some kept the student can
-    do without the CTC loss). Frames left out count as frames without a difference.
+    Most CTC frames are blank for teacher and student. In the others the two may disagree: models
+    that are trained separately have spikes in different frames (Kurata and Audhkhasi 2018, 2019).
+    `blank_context` addresses this in the loss alone. It keeps the frames in which the teacher's
+    best symbol is not the blank, and so many frames on both sides (the symmetric selection of
+    Hilmes et al. 2025, arXiv 2506.01503). They found that leaving out all blanks (0 here) does not
+    always work, and that with some blanks the student does not need the CTC loss. Frames that are
+    left out count as frames without a difference.
 
     Args:
         student_log_probs: (B, T', V) floating point, normalised or not.
         teacher_log_probs: (B, T', V) likewise; no gradient reaches it.
-        output_lengths: (B,) int64, frames of each utterance, 1 <= length <= T'. What lies past
-            them is not read: NaN there changes nothing, and its gradient is zero.
+        output_lengths: (B,) int64, frames of each utterance, 1 <= length <= T'. Later frames are
+            not read: NaN there changes nothing, and their gradient is zero.
         temperature: > 0; above 1 the small probabilities count for more.
         blank_context: None for all frames.
 
     Returns:
-        Scalar float32 (float64 if either input is), in nats per frame. Infinite where the student
-        rules out (-inf) what the teacher does not; where the teacher does, there is no difference.
+        Scalar float32 (float64 if either input is), in nats per frame. It is infinite if the
+        student gives -inf to a symbol that the teacher does not exclude. Symbols with -inf of the
+        teacher count as no difference.
 
     Raises:
-        ValueError: shapes or options that do not fit, or a length outside [1, T']. Lengths on a
-            GPU are not looked at, since reading them would stall its stream.
+        ValueError: shapes or options do not fit, or a length is outside [1, T']. Lengths on a GPU
+            are not checked, because reading them needs a host-device sync.
     """
     _check(student_log_probs, teacher_log_probs, output_lengths, temperature, blank_context)
     dtype = torch.promote_types(student_log_probs.dtype, teacher_log_probs.dtype)
@@ -57,8 +58,8 @@ def distillation_loss(
     if blank_context is not None:
         spikes = (teacher_log_probs.argmax(-1) != _BLANK) & kept
         kept = kept & _widened(spikes, blank_context)
-    # Filled, not multiplied: 0 * NaN would let garbage out of the padding. None of the operators
-    # below is one that autocast narrows.
+    # Filled, not multiplied: 0 * NaN is NaN. Autocast changes the dtype of none of the operators
+    # below.
     student, teacher = (
         (x.masked_fill(~kept[:, :, None], 0.0).to(dtype) / temperature).log_softmax(-1)
         for x in (student_log_probs, teacher_log_probs)
@@ -70,29 +71,29 @@ def distillation_loss(
 
 
 def consistency_loss(log_probs: Tensor, output_lengths: Tensor) -> Tensor:
-    """How much two views of the same utterances are heard differently, per output frame of one.
+    """Difference between the outputs for two views of the same utterances, per output frame.
 
-    The mean of both :func:`distillation_loss`, each view in turn the teacher: the consistency
-    regularisation of CR-CTC (Yao et al. 2024, arXiv 2410.05101), whose views are masked differently
-    and which adds it with the weight 0.2 to the mean CTC loss of both.
+    The mean of :func:`distillation_loss` in both directions: the consistency regularisation of
+    CR-CTC (Yao et al. 2024, arXiv 2410.05101), whose views have different masks. It adds this loss
+    with weight 0.2 to the mean CTC loss of both views.
 
     Args:
-        log_probs: (2 B, T', V) floating point: all first views, then all second ones.
-        output_lengths: (2 B,) int64, alike in both halves.
+        log_probs: (2 B, T', V) floating point: all first views, then all second views.
+        output_lengths: (2 B,) int64, equal in both halves.
 
     Returns:
         Scalar float32 (float64 if the input is), in nats per frame.
 
     Raises:
-        ValueError: as :func:`distillation_loss`, and where the views do not pair; lengths on a GPU
-            are not compared.
+        ValueError: as :func:`distillation_loss`; or the views do not match. Lengths on a GPU are
+            not compared.
     """
     if len(log_probs) % 2 or (
         output_lengths.is_cpu and not torch.equal(*output_lengths.tensor_split(2))
     ):
         raise ValueError(
             f"output_lengths of two views must be the same, got {output_lengths.tolist()}: give "
-            "all first views and then all second ones"
+            "all first views and then all second views"
         )
     (first, second), (lengths, _) = log_probs.chunk(2), output_lengths.chunk(2)
     return (
@@ -101,7 +102,7 @@ def consistency_loss(log_probs: Tensor, output_lengths: Tensor) -> Tensor:
 
 
 def _widened(mask: Tensor, context: int) -> Tensor:
-    """(B, T) bool, True within `context` frames of a True."""
+    """(B, T) bool: True within `context` frames of a True."""
     width = 2 * context + 1
     return F.max_pool1d(mask.float()[:, None], width, stride=1, padding=context)[:, 0] > 0
 
@@ -113,7 +114,7 @@ def distillation_loss_ref(
     temperature: float = 1.0,
     blank_context: int | None = None,
 ) -> float:
-    """:func:`distillation_loss` in loops and Python's floats, as its definition reads."""
+    """:func:`distillation_loss` in float64 with loops, as defined."""
     total = 0.0
     student_log_probs, teacher_log_probs = student_log_probs.tolist(), teacher_log_probs.tolist()
     for student, teacher, length in zip(

@@ -10,12 +10,12 @@ def ctc_loss(
 ) -> Tensor:
     """Negative log-likelihood per output frame: sum over the batch / sum of its frames.
 
-    torch's ``mean`` divides each utterance by its number of symbols, so that a one-letter prompt
-    with 50 frames of silence weighs as much as a sentence: gradient norms of 100 and more at
+    torch's ``mean`` divides each utterance by its number of symbols. A one-letter prompt with 50
+    frames of silence then weighs as much as a sentence, and gradient norms are 100 or more at
     initialisation. Per frame, every utterance counts by its duration.
 
     An infeasible target gives an infinite loss on purpose (``zero_infinity`` is off): the guard
-    then skips the batch and names it, where zeroing would hide it in the mean.
+    skips the batch and names it. Zeroing would hide it in the mean.
 
     Args:
         log_probs: (B, T', V) float32.

@@ -1,4 +1,4 @@
-"""What a run tells: log lines, ``metrics.jsonl``, and the table of its epochs."""
+"""The output of a run: its log, ``metrics.jsonl``, and the table of its epochs."""
 
 import contextlib
 import copy
@@ -17,7 +17,7 @@ from fastguard._io.terminal import one_line, visible
 from fastguard.speech.recognition.evaluation import Evaluation, pooled
 
 LARGEST_METRICS = 4 << 30
-"""Bytes of metrics.jsonl; a step takes about 300."""
+"""Largest metrics.jsonl in bytes; a step has about 300."""
 
 logger = logging.getLogger(__name__)
 
@@ -32,22 +32,22 @@ class StepMetrics:
     loss: float
     #: L2 norm of all gradients before clipping.
     grad_norm: float
-    #: Factor on the gradients; 1 where nothing was written.
+    #: Factor on the gradients; 1 if they were not changed.
     clip_coef: float
     #: apply, clip, skip_nonfinite, skip_outlier.
     verdict: str
     lr: float
-    #: Wall time of the step, loading included.
+    #: Wall time of the step in seconds, loading included.
     seconds: float
     #: Ids of the utterances of a skipped batch.
     skipped_utterances: tuple[str, ...] = ()
-    #: Parameters with a NaN or Inf gradient in it.
+    #: Parameters with a NaN or Inf in their gradient.
     nonfinite_parameters: tuple[str, ...] = ()
-    #: What the GradScaler of an fp16 run multiplied the loss by; None without one.
+    #: Loss scale of the GradScaler in fp16; None without one.
     loss_scale: float | None = None
-    #: Whether the step was skipped because that scaler searches for its scale.
+    #: Whether the step was skipped because the GradScaler searches for its scale.
     scale_search: bool = False
-    #: Ids of utterances of the batch, in any process, that could not be used after all.
+    #: Ids of utterances of the batch, in any process, that could not be used.
     left_out_utterances: tuple[str, ...] = ()
 
 
@@ -69,16 +69,16 @@ class EpochMetrics:
     seconds: float
     #: WER of the utterances with at least 4 words; NaN if there are none.
     wer_long: float = math.nan
-    #: How much was evaluated.
+    #: Size of what was evaluated.
     dev_utterances: int = 0
     dev_words: int = 0
     dev_minutes: float = 0.0
-    #: Largest gradient norm of all steps; NaN or Inf if there was such a one.
+    #: Largest gradient norm of all steps; NaN or Inf if one was.
     max_grad_norm: float = math.nan
 
     @property
     def status(self) -> str:
-        """The epoch in words: first what is wrong with it, else how far it got."""
+        """The epoch in words: what is wrong with it, or else how good the WER is."""
         if 0 < self.skipped == self.steps:
             return "WARNING: every step skipped"
         if not math.isfinite(self.loss):
@@ -101,7 +101,7 @@ _STATUS = (
 
 @dataclass
 class EpochTotals:
-    """What the steps of an epoch add up to; part of a checkpoint."""
+    """Sums over the steps of an epoch; part of a checkpoint."""
 
     losses: float = 0.0
     accepted: int = 0
@@ -129,7 +129,7 @@ class EpochTotals:
             self.losses / self.accepted if self.accepted else math.nan,
             found.rates.wer,
             found.rates.cer,
-            # NaN is as large as can be: it has no place in an order.
+            # NaN counts as the largest, because it cannot be ordered.
             statistics.median(math.inf if math.isnan(n) else n for n in self.norms)
             if self.norms
             else math.nan,
@@ -145,15 +145,15 @@ class EpochTotals:
 
 
 class MetricsFile:
-    """Appends objects to ``metrics.jsonl``, each line flushed, so that a crash loses nothing.
+    """Appends objects to ``metrics.jsonl`` and flushes each line, so that a crash loses nothing.
 
     JSON has no NaN and no Inf: they are written as the strings "nan", "inf" and "-inf", which
-    ``float()`` reads. A full disk costs lines, not the run.
+    ``float()`` reads. If the disk is full, lines are lost, and the run continues.
 
     Args:
         path: of the file.
-        step, epochs: how far the run has come. What an interrupted run wrote after that will be
-            written again, and is dropped.
+        step, epochs: progress of the run. Lines of an interrupted run after this are removed,
+            because they will be written again.
     """
 
     def __init__(self, path: Path, step: int = 0, epochs: int = 0):
@@ -163,6 +163,7 @@ class MetricsFile:
         self._file = files.open_appending(path)
 
     def write(self, metrics: StepMetrics | EpochMetrics) -> None:
+        """Append a line."""
         kind = "step" if isinstance(metrics, StepMetrics) else "epoch"
         values = {
             key: _json_number(value)
@@ -178,13 +179,13 @@ class MetricsFile:
             self._complained = True
 
     def close(self) -> None:
-        with contextlib.suppress(OSError):  # said already
+        with contextlib.suppress(OSError):  # already reported
             self._file.close()
 
 
 def _drop_after(path: Path, step: int, epochs: int) -> None:
-    """Keep the lines up to there, in order. Lines that are none are named in a warning, but for a
-    last one without an end, which a crash cut off."""
+    """Keep the lines up to ``step`` and ``epochs``. A warning names invalid lines, except a last
+    line without a newline, which a crash left."""
     bad = []
     with files.replacing(path) as temporary, temporary.open("w", encoding="utf-8") as kept:
         for number, line, ended in files.json_lines(path, LARGEST_METRICS):
@@ -194,7 +195,7 @@ def _drop_after(path: Path, step: int, epochs: int) -> None:
                 kept.write(json.dumps(line) + "\n")
     if bad:
         logger.warning(
-            "%s: %d lines are no metrics and were dropped, the first is line %d",
+            "%s: %d lines are not metrics and were removed, the first is line %d",
             path,
             len(bad),
             bad[0],
@@ -211,7 +212,7 @@ def _json_number(value):
 
 
 def epoch_table(epochs: list[EpochMetrics]) -> str:
-    """One row per epoch under a header."""
+    """A text table with one row per epoch."""
     row = "{:>5}  {:>8}  {:>6}  {:>6}  {:>9}  {:>9}  {}".format
     lines = [row("epoch", "loss", "WER", "CER", "grad norm", "skipped", "status")]
     for e in epochs:
@@ -221,7 +222,8 @@ def epoch_table(epochs: list[EpochMetrics]) -> str:
 
 
 class _Formatter(logging.Formatter):
-    """INFO as it is, all else under its level; tracebacks in the file alone; nothing hidden."""
+    """Prefixes levels other than INFO, hides tracebacks from the terminal, and escapes invisible
+    characters."""
 
     def __init__(self, tracebacks: bool):
         super().__init__()
@@ -238,7 +240,7 @@ class _Formatter(logging.Formatter):
 
 
 class _File(logging.FileHandler):
-    """A log file; a full disk costs lines, not a traceback for each of them.
+    """A log file. If the disk is full, one warning replaces a traceback for each line.
 
     It follows no symbolic link.
     """
@@ -254,7 +256,7 @@ class _File(logging.FileHandler):
             super().handleError(record)
 
     def close(self):
-        with contextlib.suppress(OSError):  # what was not written was said
+        with contextlib.suppress(OSError):  # already reported
             super().close()
 
 

@@ -1,4 +1,4 @@
-"""The command line of ``python -m fastguard.train``: files, overlays and options to settings."""
+"""Turns the command line of ``python -m fastguard.train`` into settings."""
 
 import argparse
 import dataclasses
@@ -21,15 +21,15 @@ OVERLAYS = {
     "guarded": "overlay configs/guarded.yaml: a full learning rate under the adaptive guard",
 }
 
-_NUMBERS = {"inf": ".inf", "nan": ".nan"}  # as Python writes them and as YAML does
+_NUMBERS = {"inf": ".inf", "nan": ".nan"}  # Python's spelling to YAML's
 
 
 def parse(argv: list[str] | None = None) -> Config:
-    """Settings of ``python -m fastguard.train``; each of these overrides the ones before it.
+    """The settings of ``python -m fastguard.train``.
 
-    configs/MODEL.yaml, ``--config FILE``, with ``--stable`` or ``--guarded`` configs/stable.yaml or
-    configs/guarded.yaml and, where there is one, guarded_MODEL.yaml, the other options. A wrong
-    option ends the program with a message and exit status 2.
+    Later ones override earlier ones: configs/MODEL.yaml; each ``--config FILE``; with ``--stable``
+    or ``--guarded`` configs/stable.yaml or configs/guarded.yaml, and configs/guarded_MODEL.yaml if
+    it exists; all other options. A wrong option ends the program with a message and exit status 2.
     """
     argv = [_normalised(word) for word in (sys.argv[1:] if argv is None else argv)]
     parser = _parser()
@@ -43,7 +43,7 @@ def parse(argv: list[str] | None = None) -> Config:
 
     overlays = [overlay for overlay in OVERLAYS if getattr(chosen, overlay)]
     if len(overlays) > 1:
-        parser.error("--stable and --guarded contradict each other: choose one")
+        parser.error("--stable and --guarded exclude each other: choose one")
     _check_options(parser, rest)
     given = [(file, _read(parser, file)) for file in chosen.config]
     models = [settings["model"] for _, settings in given if "model" in settings]
@@ -64,14 +64,14 @@ def parse(argv: list[str] | None = None) -> Config:
 
 
 def config_file(name: str) -> Path:
-    """configs/NAME.yaml: in a checkout beside the package, in a wheel inside it."""
+    """Path of configs/NAME.yaml: beside the package in a checkout, inside it in a wheel."""
     package = Path(fastguard.__file__).parent
     inside = package / "configs" / f"{name}.yaml"
     return inside if inside.is_file() else package.parent / "configs" / f"{name}.yaml"
 
 
 def _normalised(word: str) -> str:
-    """--run-dir=a-b as --run_dir=a-b, as the fields are named."""
+    """An option with the name of its field: --run-dir=a-b becomes --run_dir=a-b."""
     if not word.startswith("--"):
         return _NUMBERS.get(word, word)
     name, equals, value = word.partition("=")
@@ -87,13 +87,13 @@ def _parser() -> jsonargparse.ArgumentParser:
         "       [--resume auto|never|PATH] [--epochs N] [--precision fp32|bf16|fp16]\n"
         "       [--optim.lr X] [... any setting listed by --help]",
         description="Train a CTC speech model. An option may be written with - or _ in its name; "
-        "options override files, and of two files the later one wins.",
+        "options override files, and later files override earlier ones.",
         epilog="example: python -m fastguard.train --model baseline --guarded --data asterisk",
     )
     parser.add_argument(
         "--config",
         action=jsonargparse.ActionConfigFile,
-        help="YAML with any of the settings below; may be given several times",
+        help="YAML file with any of the settings below; may be given several times",
     )
     for overlay, text in OVERLAYS.items():
         parser.add_argument(f"--{overlay}", action="store_true", help=text)
@@ -106,31 +106,33 @@ def _check_options(parser: jsonargparse.ArgumentParser, words: list[str]) -> Non
     for word in words:
         name = word.partition("=")[0]
         if word.startswith("--") and name not in known:
-            parser.error(f"there is no option {name}{_nearest(name, known)}")
+            parser.error(f"unknown option {name}{_nearest(name, known)}")
 
 
 def _read(parser: jsonargparse.ArgumentParser, file: Path) -> dict:
-    """The settings in a YAML file, whose keys exist."""
+    """The settings in a YAML file; unknown keys end the program."""
     if not file.exists():
-        parser.error(f"--config {file}: there is no such file")
+        parser.error(f"--config {file}: the file does not exist")
     try:
         settings = read_yaml(file)
     except (OSError, ValueError) as error:
         parser.error(f"--config {file}: {error}")
     if not isinstance(settings, dict):
-        parser.error(f"--config {file}: holds no settings; write lines such as epochs: 10")
+        parser.error(f"--config {file}: has no settings; write lines such as epochs: 10")
     known = _names(Config)
     groups = {name.partition(".")[0] for name in known if "." in name}
     for name in _keys(settings, groups):
         if name in groups:
-            parser.error(f"--config {file}: {name} is a group; give its settings indented below it")
+            parser.error(
+                f"--config {file}: {name} is a group; write its settings indented below it"
+            )
         if name not in known:
-            parser.error(f"--config {file}: there is no setting {name}{_nearest(name, known)}")
+            parser.error(f"--config {file}: unknown setting {name}{_nearest(name, known)}")
     return settings
 
 
 def _names(kind: type, prefix: str = "") -> list[str]:
-    """Names of all settings, those of groups with a dot."""
+    """Names of all settings; settings of groups have a dot."""
     types = typing.get_type_hints(kind)
     names = []
     for field in dataclasses.fields(kind):
@@ -148,7 +150,7 @@ def _keys(settings: dict, groups: set[str]) -> typing.Iterator[str]:
 
 
 def _nearest(name: str, known: list[str]) -> str:
-    """A question after the most alike name: by its last part, or as a whole."""
+    """A hint for a wrong name: the most similar one, or the names of its group."""
     last = {k.rpartition(".")[2].lstrip("-"): k for k in known}
     part = name.rpartition(".")[2].lstrip("-")
     close = [last[match] for match in difflib.get_close_matches(part, last, 1, 0.6)]

@@ -1,4 +1,4 @@
-"""One process, or several under torchrun: which of them this is, and what they tell each other."""
+"""One process, or several under torchrun: the rank of this process, and their communication."""
 
 import contextlib
 import logging
@@ -22,15 +22,15 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
-_WORD = "fastguard/ended"  # of the store
+_WORD = "fastguard/ended"  # key in the store
 
 
 class Parallel:
-    """This process among ``world_size``; alone, every method is the plain thing.
+    """This process among ``world_size``. In a run of one process no method communicates.
 
     Args:
-        kind: "ddp", a whole model in each process, or "fsdp", a shard of one in each (FSDP2).
-        store: in which the processes leave word of what ends them.
+        kind: "ddp", a whole model in each process, or "fsdp", a shard in each (FSDP2).
+        store: where a process writes what ended it.
     """
 
     def __init__(self, kind: str = "ddp", store: dist.Store | None = None):
@@ -46,11 +46,13 @@ class Parallel:
     @classmethod
     @contextlib.contextmanager
     def start(cls, kind: str) -> Iterator["Parallel"]:
-        """Join the processes that torchrun started, and leave them in the end."""
+        """Join the processes that torchrun started, and leave them at the end."""
         torchrun = _under_torchrun()
         store = None
         if torchrun:
-            store, rank, size = next(rendezvous("env://"))  # torchrun's own, which outlives them
+            store, rank, size = next(
+                rendezvous("env://")
+            )  # torchrun's own, which outlives the processes
             backend = "nccl" if torch.cuda.is_available() else "gloo"
             dist.init_process_group(backend, store=store, rank=rank, world_size=size)
         try:
@@ -61,16 +63,16 @@ class Parallel:
 
     @property
     def main(self) -> bool:
-        """Whether this is the process that writes."""
+        """Whether this is the process that writes files."""
         return self.rank == 0
 
     @property
     def group(self) -> dist.ProcessGroup | None:
-        """All processes, if there are several."""
+        """All processes; None if there is one."""
         return dist.group.WORLD if self.world_size > 1 else None
 
     def wrap(self, model: nn.Module) -> nn.Module:
-        """What to call in training in place of ``model``, whose parameters may become shards."""
+        """The module to call in training; the parameters of ``model`` may become shards."""
         if self.sharded:
             for part in model.children():
                 for block in part if isinstance(part, nn.ModuleList) else ():
@@ -82,8 +84,8 @@ class Parallel:
         return model
 
     def share_buffers(self, model: nn.Module) -> None:
-        """Give every process the first one's buffers, as DistributedDataParallel does before each
-        forward pass: BatchNorm's statistics, which FSDP leaves to each process."""
+        """Copy the buffers of the first process to all, as DistributedDataParallel does before each
+        forward pass. FSDP does not share BatchNorm's statistics."""
         by_dtype: dict[torch.dtype, list[torch.Tensor]] = {}
         for buffer in model.buffers() if self.world_size > 1 else ():
             by_dtype.setdefault(buffer.dtype, []).append(buffer)
@@ -93,13 +95,14 @@ class Parallel:
             torch._foreach_copy_(buffers, list(_unflatten_dense_tensors(flat, buffers)))
 
     def wait(self) -> None:
-        """Until every process is here."""
+        """Wait until every process is here."""
         if self.world_size > 1:
             dist.barrier()
 
     # --- what the processes tell each other -------------------------------------------------------
 
     def sum(self, value: float) -> float:
+        """The sum of a number over all processes, in float64."""
         if self.world_size == 1:
             return value
         total = torch.tensor(value, dtype=torch.float64, device=self.device)
@@ -107,10 +110,11 @@ class Parallel:
         return total.item()
 
     def any(self, flag: bool) -> bool:
+        """Whether a flag is set in any process."""
         return self.sum(float(flag)) > 0
 
     def gather(self, value: Any) -> list:
-        """Each process's value, in the order of the ranks."""
+        """The values of all processes, in the order of the ranks."""
         if self.world_size == 1:
             return [value]
         values: list = [None] * self.world_size
@@ -118,7 +122,7 @@ class Parallel:
         return values
 
     def from_main(self, value: Any) -> Any:
-        """The first process's value."""
+        """The value of the first process."""
         if self.world_size == 1:
             return value
         box = [value]
@@ -128,20 +132,20 @@ class Parallel:
     # --- how they end -----------------------------------------------------------------------------
 
     def leave_word(self, cause: str) -> None:
-        """Tell the others what ends this process; the first word counts."""
+        """Tell the others what ends this process; the first message counts."""
         if self._store is not None:
-            with contextlib.suppress(dist.DistError, RuntimeError):  # torchrun may be gone, too
+            with contextlib.suppress(dist.DistError, RuntimeError):  # torchrun may be gone too
                 self._store.compare_set(_WORD, "", f"process {self.rank}: {cause}")
 
     def word(self) -> str | None:
-        """What ended another process, if one left word."""
+        """What ended another process; None if no process left a message."""
         if self._store is not None:
             with contextlib.suppress(dist.DistError, RuntimeError):
                 return self._store.get(_WORD).decode() if self._store.check([_WORD]) else None
         return None
 
     def lost_another(self, error: Exception) -> bool:
-        """Whether the error is that another process is gone."""
+        """Whether the error means that another process is gone."""
         words = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer")
         return self.world_size > 1 and (
             isinstance(error, dist.DistError)
@@ -151,14 +155,15 @@ class Parallel:
     # --- whole states out of shards, and back -----------------------------------------------------
 
     def weights_of(self, model: nn.Module) -> dict:
-        """The state dict as of one process alone; on others than the first perhaps empty."""
+        """The state dict of the whole model; it may be empty except in the first process."""
         if not self.sharded:
             return model.state_dict()
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
         return get_model_state_dict(model, options=options)
 
     def state_of(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict, dict]:
-        """State dicts as of one process alone; on others than the first perhaps empty."""
+        """The state dicts of the whole model and optimizer; they may be empty except in the first
+        process."""
         if not self.sharded:
             return model.state_dict(), optimizer.state_dict()
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -170,7 +175,7 @@ class Parallel:
     def load(
         self, model: nn.Module, optimizer: torch.optim.Optimizer, weights: dict, moments: dict
     ) -> None:
-        """Take over what :meth:`state_of` gave."""
+        """Load what :meth:`state_of` gave."""
         if not self.sharded:
             model.load_state_dict(weights)
             optimizer.load_state_dict(moments)
@@ -182,12 +187,12 @@ class Parallel:
 
 
 def leave(status: int) -> NoReturn:
-    """End this process with ``status``, as sys.exit does where it is the only one.
+    """End this process with ``status``, with sys.exit if it is the only one.
 
-    One of several ends without the interpreter's own shutdown. FSDP's mesh keeps the process group
-    beyond destroy_process_group, and a thread of gloo's that lets go of the last collective's
-    tensors in that shutdown aborts the process: "terminate called without an active exception"
-    (pytorch/pytorch 179291), and torchrun reports a finished run as failed.
+    One of several processes ends without the interpreter's shutdown. FSDP's mesh keeps the process
+    group alive after destroy_process_group. If a thread of gloo releases the tensors of the last
+    collective in the shutdown, the process aborts with "terminate called without an active
+    exception" (pytorch/pytorch 179291), and torchrun reports a finished run as failed.
     """
     if not _under_torchrun():
         sys.exit(status)
@@ -202,7 +207,7 @@ def _under_torchrun() -> bool:
 
 
 def _by_name(moments: dict, model: nn.Module) -> dict:
-    """An optimizer's state dict with names in place of the numbers that one process alone gives."""
+    """An optimizer's state dict with parameter names in place of numbers."""
     numbers = [key for group in moments["param_groups"] for key in group["params"]]
     names = [name for name, _ in model.named_parameters()]
     called = dict(zip(numbers, names, strict=True))

@@ -1,5 +1,4 @@
-"""The state of every generator of random numbers that a run may draw from, as a checkpoint holds
-it: plain numbers and tensors."""
+"""The state of every random number generator that a run may use, as plain numbers and tensors."""
 
 import random
 

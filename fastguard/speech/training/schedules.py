@@ -1,7 +1,7 @@
-"""Learning rates: a warm-up, and what follows it.
+"""Learning rate schedules: a warm-up, and what follows it.
 
-Functions of how far a run has come rather than counters: there is no state to save, and a run that
-is resumed with more epochs goes on where its new schedule would be.
+A rate is a function of the progress of a run. There is no state to save, and a run that is resumed
+with more epochs continues on the new schedule.
 """
 
 import math
@@ -13,14 +13,14 @@ def learning_rate(schedule: str, lr: float, warmup: int, step: int, progress: fl
     """The rate of a step.
 
     Args:
-        schedule: "constant"; "cosine" falls from ``lr`` to 0 (Loshchilov and Hutter 2017, arXiv
-            1608.03983, without restarts); "noam" falls as the inverse square root of the step from
-            ``lr`` at the end of the warm-up (Vaswani et al. 2017, section 5.3, whose constant
-            ``lr`` takes the place of).
+        schedule: "constant"; "cosine", from ``lr`` to 0 (Loshchilov and Hutter 2017, arXiv
+            1608.03983, without restarts); "noam", with the inverse square root of the step from
+            ``lr`` at the end of the warm-up (Vaswani et al. 2017, section 5.3, with ``lr`` in
+            place of their constant).
         lr: the largest rate.
-        warmup: steps over which the rate rises in proportion to the step.
-        step: of the optimizer, from 0.
-        progress: share of the run that lies behind, in [0, 1].
+        warmup: steps in which the rate grows linearly from 0.
+        step: of the optimizer, counted from 0.
+        progress: finished part of the run, in [0, 1].
 
     Raises:
         ValueError: an unknown schedule.
@@ -36,6 +36,6 @@ def learning_rate(schedule: str, lr: float, warmup: int, step: int, progress: fl
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """The same for every group of parameters."""
+    """Set the learning rate of every group of parameters."""
     for group in optimizer.param_groups:
         group["lr"] = lr

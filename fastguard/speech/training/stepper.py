@@ -1,4 +1,4 @@
-"""The optimizer of a run and what steps it: the guard, or what a loop without one does."""
+"""The optimizer of a run and what steps it: the guard, or a loop without a guard."""
 
 import logging
 from pathlib import Path
@@ -28,7 +28,7 @@ _THRESHOLDS = {
 
 
 def build_optimizer(config: Config, model: nn.Module) -> torch.optim.AdamW:
-    """fastguard's beside the guard; without it torch's, so that runs show what both change."""
+    """fastguard's AdamW with the guard, torch's without: runs then show the effect of both."""
     options = _options(config)
     if config.guard.enabled:
         return AdamW(model.parameters(), **options)
@@ -36,7 +36,7 @@ def build_optimizer(config: Config, model: nn.Module) -> torch.optim.AdamW:
 
 
 def set_options(optimizer: torch.optim.Optimizer, config: Config) -> None:
-    """These settings again, in place of those that came with another run's state."""
+    """Set the options of the settings, in place of those in the state of another run."""
     for group in optimizer.param_groups:
         group.update(_options(config))
 
@@ -54,7 +54,7 @@ def _options(config: Config) -> dict:
 def build_stepper(
     config: Config, model: nn.Module, parallel: Parallel, report_dir: Path
 ) -> "GradGuard | PlainClip":
-    """What clips, and steps the optimizer or skips; in every process alike."""
+    """What clips gradients and steps the optimizer, or skips; the same in every process."""
     guard = config.guard
     if not guard.enabled:
         return PlainClip(model, guard.max_norm)
@@ -70,9 +70,13 @@ def build_stepper(
 
 
 class PlainClip:
-    """torch's clipping and an unconditional step, with the methods of a guard.
+    """torch's clipping and an unconditional step, with the interface of a guard.
 
-    The ``before`` settings train with it, so that runs show what the guard changes.
+    The settings without a guard train with it, so that runs show the effect of the guard.
+
+    Args:
+        model: whose gradients are clipped.
+        max_norm: largest gradient norm.
     """
 
     def __init__(self, model: nn.Module, max_norm: float):
@@ -83,7 +87,7 @@ class PlainClip:
         self._weight = 0.0
 
     def accumulate(self, *, scaler=None, loss=None, batch_id=None, weight: float = 1.0) -> None:
-        """Take the gradients; :meth:`step` applies their sum over that of the weights."""
+        """Add and clear the gradients; :meth:`step` divides their sum by the sum of weights."""
         grads = [p.grad for p in self.parameters]
         for parameter in self.parameters:
             parameter.grad = None
@@ -95,6 +99,7 @@ class PlainClip:
         self._weight += weight
 
     def step(self, optimizer, *, scaler=None, loss=None, batch_id=None) -> StepReport:
+        """Clip, and step the optimizer."""
         if self._sums is not None:
             for parameter, grad in zip(self.parameters, self._sums, strict=True):
                 parameter.grad = None if grad is None else grad / self._weight
@@ -116,7 +121,7 @@ class PlainClip:
         return StepReport(self.steps - 1, batch_id, verdict, norm, coef)
 
     def poll(self, wait: bool = False) -> list[StepReport]:
-        return []  # it has kept nothing back
+        return []  # every report was returned by step
 
     def state_dict(self) -> dict:
         return {"steps": self.steps}

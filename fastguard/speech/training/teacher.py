@@ -1,4 +1,4 @@
-"""The trained model that a student learns from."""
+"""Loads the trained model that a student learns from."""
 
 import torch
 
@@ -10,10 +10,11 @@ from .run_folder import RunError
 
 
 def load_teacher(config: Config, device: torch.device) -> Recognizer:
-    """The model to learn from.
+    """The model of ``--teacher``, on ``device``.
 
     Raises:
-        RunError: it cannot be read, or has other features or texts than the student.
+        RunError: the model cannot be read, or its features or text rules are not those of the
+            settings.
     """
     try:
         teacher = Recognizer.load(checkpoint.best_of(config.teacher), device)
@@ -22,11 +23,11 @@ def load_teacher(config: Config, device: torch.device) -> Recognizer:
     if teacher.config.features != config.features:
         raise RunError(
             f"--teacher {config.teacher} was trained on {teacher.config.features}, these settings "
-            f"say {config.features}: give the same"
+            f"say {config.features}: use the same"
         )
     if teacher.config.text != config.text:
         raise RunError(
             f"--teacher {config.teacher} was trained on texts by {teacher.config.text}, these "
-            f"settings say {config.text}: give the same"
+            f"settings say {config.text}: use the same"
         )
     return teacher

@@ -1,4 +1,4 @@
-"""Curves for TensorBoard: ``tensorboard --logdir runs``."""
+"""Writes curves for TensorBoard: ``tensorboard --logdir runs``."""
 
 import logging
 from pathlib import Path
@@ -11,12 +11,12 @@ logger = logging.getLogger(__name__)
 
 
 class Curves:
-    """Writes what a run measures; a full disk costs the curves, not the run.
+    """Writes the metrics of a run. If the disk is full, curves are lost, and the run continues.
 
     Args:
         folder: for the event files.
-        step: the last one of a run that is resumed; what was written after it is hidden.
-        skips: the skipped steps up to there.
+        step: the last step of a resumed run; later points in the files are hidden.
+        skips: number of skipped steps up to ``step``.
     """
 
     def __init__(self, folder: Path, step: int, skips: int):
@@ -27,6 +27,7 @@ class Curves:
             self._give_up(error)
 
     def write(self, metrics: StepMetrics | EpochMetrics) -> None:
+        """Add points of a step or an epoch."""
         if isinstance(metrics, StepMetrics):
             self._skips += metrics.verdict.startswith("skip")
             values = {
@@ -49,7 +50,7 @@ class Curves:
         self._add(values, metrics.step)
 
     def write_norms(self, norms: dict[str, float], step: int) -> None:
-        """The gradient norm of each parameter."""
+        """Add the gradient norm of each parameter."""
         self._add({f"norms/{name}": norm for name, norm in norms.items()}, step)
 
     def _add(self, values: dict[str, float], step: int) -> None:
@@ -70,5 +71,5 @@ class Curves:
             return
         try:
             self._writer.close()
-        except OSError as error:  # it writes behind the run's back, and tells of it late
+        except OSError as error:  # it writes in a thread and raises later
             self._give_up(error)

@@ -136,7 +136,7 @@ def test_what_is_evaluated_is_all_that_can_be(trained_run, tmp_path, capsys):
         (["RUN", "--decoder", "beam", "--beam-size", "0"], 2, "--beam-size must be at least 1"),
         (["RUN", "--batch-size", 9_000 * "9"], 2, "9... is a number of 9000 digits"),
         (["RUN", "--batch-size", "0"], 2, "--batch-size must be at least 1, got 0"),
-        (["RUN", "--device", "cuda:99"], 2, "no cuda:99"),
+        (["RUN", "--device", "cuda:99"], 2, "cuda:99 does not exist"),
         (["RUN", "--device", "abacus"], 2, "--device"),
         ([], 2, "checkpoint"),
     ],

@@ -105,7 +105,9 @@ def test_a_tensor_is_dense_and_no_larger_than_its_record(whole, old, new, reason
 
 
 def test_a_pickle_without_end_is_refused(whole):
-    refused(rewritten(whole, pickled=lambda content: b"]" * (33 << 20)), "what is not a tensor in it")
+    refused(
+        rewritten(whole, pickled=lambda content: b"]" * (33 << 20)), "what is not a tensor in it"
+    )
 
 
 @pytest.mark.parametrize(

@@ -150,7 +150,7 @@ def test_a_line_that_is_none_is_counted_named_and_dropped(tmp_path, caplog, line
     MetricsFile(tmp_path / "metrics.jsonl", 2, 0).close()
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [1, 2]
-    assert "1 lines are no metrics and were dropped, the first is line 2" in caplog.text
+    assert "1 lines are not metrics and were removed, the first is line 2" in caplog.text
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "train.log"])
