@@ -252,7 +252,7 @@ def test_the_command(good, tmp_path, capsys):
     assert "absent is not a folder" in capsys.readouterr().err
     assert main([str(good), "-o", str(tmp_path / "no" / "report.html")]) == 1
     assert "choose --output" in capsys.readouterr().err
-    with pytest.raises(RunFolderError, match="is no run"):
+    with pytest.raises(RunFolderError, match="is not a run"):
         (tmp_path / "empty").mkdir()
         read(tmp_path / "empty")
 

@@ -212,5 +212,5 @@ def test_consistency_pulls_each_view_to_the_other():
 
 @pytest.mark.parametrize("lengths", [[3, 2], [3, 3, 3], [3, 2, 2, 3]])
 def test_views_that_do_not_pair(lengths):
-    with pytest.raises(ValueError, match="all first views and then all second ones"):
+    with pytest.raises(ValueError, match="all first views and then all second views"):
         consistency_loss(torch.zeros(len(lengths), 3, 4), torch.tensor(lengths))
