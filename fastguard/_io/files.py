@@ -154,7 +154,7 @@ def make_folder(path: Path, named: bool) -> None:
 
     Raises:
         UnusableFile: it is a link, or a file.
-        OSError: it can not be made.
+        OSError: it cannot be made.
     """
     if not named:
         check_own_folder(path)

@@ -120,7 +120,7 @@ def _evaluate(args: argparse.Namespace) -> None:
 def _recognised(
     args: argparse.Namespace, recognizer: Recognizer, decode: Decode, corpus: Corpus
 ) -> Evaluation:
-    """The split of the options; recordings that can not be used join what the corpus left out."""
+    """The split of the options; recordings that cannot be used join what the corpus left out."""
     utterances = corpus.utterances if args.split == "all" else corpus.split(args.split)
     # One longer than those of the training is a batch of its own.
     usual = recognizer.config.max_duration
