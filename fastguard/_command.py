@@ -1,4 +1,4 @@
-"""How every command ends, and how it reads its arguments."""
+"""The exit status of every command, and a check of its arguments."""
 
 import argparse
 import os
@@ -13,13 +13,20 @@ _MOST_DIGITS = 40
 
 
 def exit_status(command: Callable[[], int | None], *failures: type[Exception]) -> int:
-    """Run a command: 0 or what it returns; 1 after one of the failures, named in a line on stderr,
-    where memory is too little, and where nobody reads its output any more; 2 where an extra is
-    missing; 130 after Ctrl-C."""
+    """Run a command.
+
+    Args:
+        command: returns an exit status, or None for 0.
+        failures: errors that are reported in one line on stderr.
+
+    Returns:
+        What the command returned. 1 after one of the failures, if memory is too little, or if
+        nobody reads the output any more. 2 if a package is missing. 130 after Ctrl-C.
+    """
     try:
         status = command()
-        print(end="", flush=True)  # here a full disk is still an error that can be told
-    except BrokenPipeError:  # the reader, such as `head`, has enough
+        print(end="", flush=True)  # a full disk can still be reported here
+    except BrokenPipeError:  # the reader, such as `head`, has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except MissingExtra as error:
@@ -40,8 +47,8 @@ def exit_status(command: Callable[[], int | None], *failures: type[Exception]) -
 
 
 def _drop_unwritten() -> None:
-    """Of output that finds no room; at the interpreter's end it would be a second message, and
-    the status 120."""
+    """Drop output that cannot be written: at the end of the interpreter it would cause a second
+    message and status 120."""
     try:
         print(end="", flush=True)
     except OSError:
@@ -49,8 +56,8 @@ def _drop_unwritten() -> None:
 
 
 def check_words(parser: argparse.ArgumentParser, argv: list[str] | None) -> None:
-    """End the program with a message where an argument is a number of more digits than any has;
-    messages about its value would repeat them all."""
+    """End the program with a message if an argument is a number with too many digits: other
+    messages would repeat all of them."""
     for word in sys.argv[1:] if argv is None else argv:
         digits = word.rpartition("=")[2].lstrip("+-")
         if len(digits) > _MOST_DIGITS and digits.isdecimal():

@@ -195,7 +195,7 @@ def test_a_link_is_a_copy_where_there_are_no_links(tmp_path, monkeypatch):
 def test_a_folder_of_our_own_naming_is_no_link(tmp_path):
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "out").symlink_to("elsewhere")
-    with pytest.raises(files.UnusableFile, match="out is a symbolic link, where a folder is"):
+    with pytest.raises(files.UnusableFile, match="out is a symbolic link, and a folder is"):
         files.make_folder(tmp_path / "out", named=False)
     files.make_folder(tmp_path / "out", named=True)
     files.make_folder(tmp_path / "new" / "one", named=False)

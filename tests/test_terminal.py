@@ -220,7 +220,7 @@ def test_the_commands_are_listed(capsys):
 
 def test_an_unknown_command_names_the_nearest(capsys):
     assert main(["trian", "--help"]) == 2
-    assert capsys.readouterr().err == "error: no command trian; did you mean train?\n"
+    assert capsys.readouterr().err == "error: unknown command trian; did you mean train?\n"
     assert main([HOSTILE]) == 2
     said = capsys.readouterr().err
     assert SHOWN in said and "there are train, evaluate, " in said and nothing_hidden(said)

@@ -1,4 +1,4 @@
-"""Any error in one line: what a run, or a command, says last."""
+"""Describes any error in one line: the last message of a run or a command."""
 
 import errno
 
@@ -8,9 +8,9 @@ _FROM_WORKER = "in DataLoader worker process"  # torch puts the worker's traceba
 
 
 def in_a_line(error: BaseException) -> str:
-    """The cause and, of a lack of memory, the cure.
+    """The cause of an error and, for a lack of memory, what to do.
 
-    Errors whose message was written for a user stand for themselves; of others the type is told.
+    The type of the error is added unless its message was written for users.
     """
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if not lines:
@@ -20,8 +20,8 @@ def in_a_line(error: BaseException) -> str:
         text = text if name.rpartition(".")[2] == type(error).__name__ else lines[-1]
     else:
         text = lines[0]
-    if text.startswith("DataLoader worker"):  # which the kernel kills first where memory is scarce
-        return f"{text.rstrip('.')}: where memory is the reason, use fewer --num-workers"
+    if text.startswith("DataLoader worker"):  # which the kernel kills first if memory is short
+        return f"{text.rstrip('.')}: if memory is the reason, use fewer --num-workers"
     if out_of_memory(error):
         said = f" ({text})" if text else ""
         return f"out of memory{said}: make batches smaller, or use fewer --num-workers"
@@ -31,7 +31,7 @@ def in_a_line(error: BaseException) -> str:
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether the machine, or its GPU, had too little memory."""
+    """Whether the error is that the machine, or its GPU, had too little memory."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
     if isinstance(error, OSError):

@@ -1,7 +1,7 @@
-"""How fastguard reads and writes files.
+"""Reads and writes files safely.
 
-What it reads is a regular file of bounded size. What it writes is there whole or not at all, in the
-folder that was named: a symbolic link in the place of an output is replaced, not followed.
+Only regular files of bounded size are read. Files are written whole or not at all, into the named
+folder: a symbolic link in the place of an output is replaced, not followed.
 """
 
 import contextlib
@@ -15,9 +15,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
-#: Bytes of a JSON file that fastguard wrote; the report on a bad step takes about one million.
+#: Largest JSON file in bytes; the report on a bad step has about one million.
 LARGEST_JSON = 64 << 20
-#: Bytes of a line of a JSON Lines file.
+#: Longest line of a JSON Lines file in bytes.
 LARGEST_LINE = 1 << 20
 
 _ANY = 1 << 62  # bytes
@@ -33,18 +33,18 @@ _KINDS = {
 
 
 class UnusableFile(OSError):
-    """A file that is not read or written, for what it is; the message names it."""
+    """A file is of a kind or size that is not read or written; the message names it."""
 
 
 # --- reading --------------------------------------------------------------------------------------
 
 
 def open_regular(path: Path, largest: int) -> BinaryIO:
-    """Open a file for reading; a FIFO is refused, where open() would wait for its writer.
+    """Open a file for reading. A FIFO is refused; open() would wait for its writer.
 
     Raises:
-        UnusableFile: it is no regular file, or has more than ``largest`` bytes.
-        OSError: it is not there, or cannot be opened.
+        UnusableFile: the file is not a regular file, or has more than ``largest`` bytes.
+        OSError: it does not exist, or cannot be opened.
     """
     flags = os.O_RDONLY | _flag("O_NONBLOCK") | _flag("O_BINARY") | _flag("O_CLOEXEC")
     try:
@@ -64,7 +64,7 @@ def open_regular(path: Path, largest: int) -> BinaryIO:
 
 
 def read_bytes(path: Path, largest: int) -> bytes:
-    """The whole of a file. Raises as :func:`open_regular`; files of /proc tell no size before."""
+    """The content of a file. Raises as :func:`open_regular`; files of /proc have no size before."""
     with open_regular(path, largest) as file:
         content = file.read(largest + 1)
     if len(content) > largest:
@@ -73,21 +73,24 @@ def read_bytes(path: Path, largest: int) -> bytes:
 
 
 def read_text(path: Path, largest: int) -> str:
-    """The whole of a UTF-8 file. Raises also UnicodeDecodeError, a ValueError."""
+    """The content of a UTF-8 file. Also raises UnicodeDecodeError, a ValueError."""
     return read_bytes(path, largest).decode("utf-8")
 
 
 def read_json(path: Path, largest: int = LARGEST_JSON) -> Any:
-    """What a JSON file holds, of any type. Raises also ValueError, in one line."""
+    """The value in a JSON file, of any type. Also raises ValueError, in one line."""
     try:
         return json.loads(read_text(path, largest))
     except RecursionError:
-        raise ValueError("brackets nested too deep") from None
+        raise ValueError("brackets are nested too deeply") from None
 
 
 def json_lines(path: Path, largest: int) -> Iterator[tuple[int, dict | None, bool]]:
-    """Of each line of a JSON Lines file that is not empty: its number from 1, its object, or None
-    where it holds none or is longer than LARGEST_LINE, and whether it has an end.
+    """The lines of a JSON Lines file that are not empty.
+
+    Yields:
+        The number from 1; the object, or None if the line is not an object or is longer than
+        LARGEST_LINE; and whether the line ends with a newline.
 
     Raises as :func:`open_regular`.
     """
@@ -111,15 +114,15 @@ def _object(line: bytes) -> dict | None:
 
 
 def _too_large(path: Path, largest: int) -> UnusableFile:
-    return UnusableFile(f"{path} has over {largest} bytes: it is not what it should be")
+    return UnusableFile(f"{path} has over {largest} bytes: it is not the expected file")
 
 
 def _kind(mode: int) -> str:
-    return _KINDS.get(stat.S_IFMT(mode), "no regular file")
+    return _KINDS.get(stat.S_IFMT(mode), "not a regular file")
 
 
 def _flag(name: str) -> int:
-    """Of os.open; 0 on systems that do not have it."""
+    """A flag of os.open; 0 on systems that do not have it."""
     return getattr(os, name, 0)
 
 
@@ -127,34 +130,40 @@ def _flag(name: str) -> int:
 
 
 def check_own(path: Path) -> None:
-    """Raise :class:`UnusableFile` unless ``path`` is a regular file or is not there."""
+    """Raise :class:`UnusableFile` unless ``path`` is a regular file or does not exist."""
     try:
         mode = os.lstat(path).st_mode
     except FileNotFoundError:
         return
     if not stat.S_ISREG(mode):
-        raise UnusableFile(f"{path} is {_kind(mode)}, where a file is written: move it away")
+        raise UnusableFile(
+            f"{path} is {_kind(mode)}, and a file is to be written there: move it away"
+        )
 
 
 def check_own_folder(path: Path) -> None:
-    """Raise :class:`UnusableFile` unless ``path`` is a folder, not a link to one, or is not
-    there."""
+    """Raise :class:`UnusableFile` unless ``path`` is a folder, not a link to one, or does not
+    exist."""
     try:
         mode = os.lstat(path).st_mode
     except FileNotFoundError:
         return
     if not stat.S_ISDIR(mode):
         kind = "a file" if stat.S_ISREG(mode) else _kind(mode)
-        raise UnusableFile(f"{path} is {kind}, where a folder is written: move it away")
+        raise UnusableFile(f"{path} is {kind}, and a folder is to be made there: move it away")
 
 
 def make_folder(path: Path, named: bool) -> None:
-    """Make a folder for results, if it is not there. One that the user ``named`` may be a link;
-    in a folder of our own naming a link could lead out of the run.
+    """Make a folder for results, if it does not exist.
+
+    Args:
+        path: of the folder.
+        named: whether the user named it. Only then it may be a link: another link could lead out of
+            the folder of the run.
 
     Raises:
-        UnusableFile: it is a link, or a file.
-        OSError: it cannot be made.
+        UnusableFile: the path is a link or a file.
+        OSError: the folder cannot be made.
     """
     if not named:
         check_own_folder(path)
@@ -163,19 +172,19 @@ def make_folder(path: Path, named: bool) -> None:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary file that becomes ``path``, whole and on the disk, if all goes well; and
-    otherwise nothing: what was there stays.
+    """A temporary file that replaces ``path`` if no error occurs. After an error ``path`` is as it
+    was.
 
     Raises:
         UnusableFile: ``path`` is a folder, a FIFO or a device.
-        OSError: the disk is full or the folder not writable.
+        OSError: the disk is full, or the folder is not writable.
     """
     if not path.is_symlink():
         check_own(path)
     temporary = _new_temporary(path.parent)
     try:
         yield temporary
-        with open(temporary, "rb+") as file:  # Windows syncs what it may write
+        with open(temporary, "rb+") as file:  # Windows can sync only a writable file
             os.fsync(file.fileno())
         os.replace(temporary, path)
         _sync_folder(path.parent)
@@ -190,11 +199,11 @@ def write_text(path: Path, text: str, errors: str = "strict") -> None:
 
 
 def write_where_told(path: Path, text: str, errors: str = "strict") -> None:
-    """Write a file that the user named: also through a symbolic link, and into a device or a pipe,
-    such as /dev/stdout.
+    """Write a file that the user named. It may be a symbolic link, a device or a pipe, such as
+    /dev/stdout.
 
     Raises:
-        OSError: the disk is full, the folder not writable, or nobody reads the pipe.
+        OSError: the disk is full, the folder is not writable, or nobody reads the pipe.
     """
     with contextlib.suppress(FileNotFoundError):
         mode = os.stat(path).st_mode
@@ -218,8 +227,8 @@ def copy(source: Path, target: Path) -> None:
 
 
 def link(source: Path, target: Path) -> None:
-    """Make ``target`` a second name of ``source``, into which nobody may write from now on, or a
-    copy where the file system has no such names. Raises OSError."""
+    """Make ``target`` a hard link to ``source``, which must not be changed afterwards, or a copy if
+    the file system has no hard links. Raises OSError."""
     temporary = target.with_name(_temporary_name())
     try:
         os.link(source, temporary)
@@ -229,14 +238,14 @@ def link(source: Path, target: Path) -> None:
     try:
         os.replace(temporary, target)
     finally:
-        temporary.unlink(missing_ok=True)  # of two names of one file os.replace leaves both
+        temporary.unlink(missing_ok=True)  # os.replace keeps both names of one file
 
 
 def open_appending(path: Path) -> TextIO:
-    """Open a UTF-8 file to write on at its end; it is made if it is not there.
+    """Open a UTF-8 file for appending; it is created if it does not exist.
 
     Raises:
-        UnusableFile: it is a symbolic link, a FIFO or anything else than a regular file.
+        UnusableFile: it is a symbolic link, a FIFO, or otherwise not a regular file.
         OSError: it cannot be written.
     """
     check_own(path)
@@ -248,14 +257,14 @@ def open_appending(path: Path) -> TextIO:
 
 
 def left_overs(folder: Path) -> Iterator[Path]:
-    """Files that :func:`replacing` had begun in this folder when its process was killed."""
+    """Temporary files of :func:`replacing` in a folder, whose processes were killed."""
     for path in folder.glob("fastguard-*.tmp"):
         if _TEMPORARY.fullmatch(path.name) and path.is_file() and not path.is_symlink():
             yield path
 
 
 def _new_temporary(folder: Path) -> Path:
-    """An empty file that nothing else has opened."""
+    """A new, empty file."""
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | _flag("O_NOFOLLOW") | _flag("O_CLOEXEC")
     temporary = folder / _temporary_name()
     os.close(os.open(temporary, flags, 0o666))
@@ -267,7 +276,7 @@ def _temporary_name() -> str:
 
 
 def _sync_folder(folder: Path) -> None:
-    """The new name is on the disk, too. Not every system opens folders."""
+    """Write the new name to the disk. Not every system can open folders."""
     with contextlib.suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:

@@ -1,9 +1,9 @@
-"""What terminals and logs are shown: text of other people's files with nothing hidden in it.
+"""Makes text from files safe to print on terminals and in logs.
 
-An escape sequence in an id, a file name or a checkpoint's symbols can clear the screen or feign
-output; U+202E turns what follows it around. They are shown as ``\\u001b`` and ``\\u202e``, as JSON
-writes them, so that lines of JSON stay JSON. So are characters that the stream's encoding lacks,
-such as Cyrillic letters under cp1252.
+An escape sequence in an id, a file name or a symbol of a checkpoint can clear the screen or imitate
+output; U+202E reverses the text after it. They are printed as ``\\u001b`` and ``\\u202e``, as in
+JSON, so that lines of JSON stay valid. The same is done for characters that the encoding of the
+stream lacks, such as Cyrillic letters in cp1252.
 """
 
 import codecs
@@ -18,21 +18,21 @@ from typing import TextIO
 
 #: Control and format characters, surrogates, private and unassigned ones, line separators.
 _HIDDEN = frozenset(("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"))
-#: Ends of lines, tabs; the joiners that Persian and Indian scripts and emoji are spelled with.
+#: Newlines, tabs, and the joiners that Persian and Indian scripts and emoji need.
 _SHOWN = frozenset("\n\t\u200c\u200d")
 _CURSOR_UP = re.compile(r"(\x1b\[A)*")
 
 
 def visible(text: str) -> str:
-    """``text`` with every character escaped that would not be seen; tabs and newlines stay."""
+    """``text`` with every invisible character escaped, except tabs and newlines."""
     if text.isascii() and text.replace("\n", "").replace("\t", "").isprintable():
         return text
     return "".join(map(_visible, text))
 
 
 def one_line(text: str) -> str:
-    """``text`` as :func:`visible` has it, and its ends of lines escaped, with which a file name
-    could forge a line of a log."""
+    """:func:`visible` text with escaped newlines too: a newline in a file name could imitate a line
+    of a log."""
     return visible(text).replace("\n", _escaped("\n"))
 
 
@@ -43,7 +43,7 @@ def _visible(character: str) -> str:
 
 
 def _escaped(text: str) -> str:
-    """As JSON writes it: UTF-16, so that what is beyond U+FFFF becomes two escapes."""
+    """Escapes as in JSON, by UTF-16: a character beyond U+FFFF becomes two."""
     units = text.encode("utf-16-be", "surrogatepass")
     return "".join(f"\\u{units[i : i + 2].hex()}" for i in range(0, len(units), 2))
 
@@ -58,14 +58,14 @@ codecs.register_error("fastguard.escape", _escape_unencodable)
 
 
 class _Visible:
-    """A text stream that shows what would be hidden; in all else the stream that it is given."""
+    """A text stream that escapes invisible characters, and otherwise behaves as ``stream``."""
 
     def __init__(self, stream: TextIO):
         self._stream = stream
 
     def write(self, text: str) -> int:
-        # A progress bar begins with a carriage return, and clears itself with two; at the start of
-        # a line, where other texts begin, they do nothing.
+        # A progress bar begins with a carriage return, and clears itself with two. At the start of
+        # a line, where other text begins, they have no effect.
         start = text[:1] if text.startswith("\r") else ""
         end = "\r" if len(text) > 1 and text.endswith("\r") else ""
         middle = text[len(start) : len(text) - len(end)]
@@ -88,12 +88,12 @@ def _protected() -> Iterator[None]:
     for stream in before:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="fastguard.escape")
-    # Of a stream that was closed before Python began there is None, to which print writes nothing.
+    # A stream that was closed before Python started is None, and print ignores it.
     sys.stdout, sys.stderr = (None if stream is None else _Visible(stream) for stream in before)
     try:
         yield
     except Exception:
-        sys.excepthook = _show_traceback  # which is called after the streams are put back
+        sys.excepthook = _show_traceback  # which is called after the streams are restored
         raise
     finally:
         sys.stdout, sys.stderr = before
@@ -104,7 +104,8 @@ def _show_traceback(*error) -> None:
 
 
 def command(main: Callable[..., int]) -> Callable[..., int]:
-    """Decorate a command's ``main``: `visible` shows all that it prints, logs and raises."""
+    """Decorate the ``main`` of a command: :func:`visible` is applied to all that it prints, logs
+    and raises."""
 
     @functools.wraps(main)
     def shown(*args, **kwargs) -> int:

@@ -1,4 +1,4 @@
-"""``python -m fastguard.evaluate``: error rates of a checkpoint, and every hypothesis in a file."""
+"""``python -m fastguard.evaluate``: error rates and hypotheses of a checkpoint."""
 
 import argparse
 import contextlib
@@ -31,8 +31,8 @@ from fastguard.speech.training.precision import AUTOCAST, autocast
 from . import recognition_options
 
 _WORST = 10
-_NAMED = 3  # of what could not be used, for each reason
-# What a recording may last, in seconds; the longest bounds the memory that it takes.
+_NAMED = 3  # rows that could not be used, for each reason
+# Shortest and longest recording in seconds; the longest bounds the memory.
 _SHORTEST, _LONGEST = 0.001, 3600.0
 
 
@@ -41,9 +41,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         prog="python -m fastguard.evaluate",
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="Word and character error rate of a checkpoint on a split of a corpus, the\n"
-        "one it was trained on unless --data says otherwise. The interval is the 95 %\n"
-        "bootstrap interval of the WER over utterances.",
+        description="Word and character error rate of a checkpoint on a split of a corpus: the\n"
+        "corpus of the training, or that of --data. The interval is the 95 % bootstrap\n"
+        "interval of the WER over utterances.",
         epilog=recognition_options.LANGUAGE_MODEL_HELP
         + "\nexample:\n"
         + "  python -m fastguard.evaluate runs/my-run --split test --decoder beam",
@@ -56,16 +56,20 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--split",
         choices=(*SPLITS, "all"),
         default="dev",
-        help="what to recognise (default: %(default)s)",
+        help="split to recognise (default: %(default)s)",
     )
     parser.add_argument(
-        "--batch-size", type=int, default=8, metavar="N", help="utterances (default: %(default)s)"
+        "--batch-size",
+        type=int,
+        default=8,
+        metavar="N",
+        help="utterances per batch (default: %(default)s)",
     )
     parser.add_argument(
         "--precision",
         choices=tuple(AUTOCAST),
         default="fp32",
-        help="of the model; fp32 turns autocast off (default: %(default)s)",
+        help="precision of the model; fp32 turns autocast off (default: %(default)s)",
     )
     recognition_options.add_device_option(parser)
     parser.add_argument(
@@ -73,7 +77,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         type=Path,
         metavar="DIR",
         help="folder for hypotheses.jsonl and alignments.txt, worst first, rates.json, "
-        "left_out.jsonl and changed_labels.jsonl; what is there is replaced (default: "
+        "left_out.jsonl and changed_labels.jsonl; existing files are replaced (default: "
         "evaluation-SPLIT-DECODER beside the checkpoint)",
     )
     recognition_options.add_decoder_options(parser)
@@ -101,14 +105,14 @@ def _evaluate(args: argparse.Namespace) -> None:
     folder = args.output or path.parent / f"evaluation-{args.split}-{args.decoder}"
     data = args.data or recognizer.config.data
     files.make_folder(folder, named=args.output is not None)
-    with contextlib.ExitStack() as results:  # their names are given when all are written
+    with contextlib.ExitStack() as results:  # the files get their names when all are written
         changed = results.enter_context(listing(folder, "changed_labels.jsonl"))
         corpus = load_split(data, args.split, recognizer, changed)
         found = _recognised(args, recognizer, decode, corpus)
         left_out = results.enter_context(listing(folder, "left_out.jsonl"))
         corpus.write_left_out(left_out)
         for listed in (changed, left_out):
-            listed.flush()  # a full disk is told before anything is replaced
+            listed.flush()  # a full disk is an error before anything is replaced
         write(folder, found)
     print(f"checkpoint  {path}\ndata        {data}, {args.split}")
     print(f"decoding    {recognition_options.decoder_name(args)}, {args.precision}\n")
@@ -120,9 +124,9 @@ def _evaluate(args: argparse.Namespace) -> None:
 def _recognised(
     args: argparse.Namespace, recognizer: Recognizer, decode: Decode, corpus: Corpus
 ) -> Evaluation:
-    """The split of the options; recordings that cannot be used join what the corpus left out."""
+    """Evaluate the split of the options. Unusable recordings are added to ``corpus.rejected``."""
     utterances = corpus.utterances if args.split == "all" else corpus.split(args.split)
-    # One longer than those of the training is a batch of its own.
+    # A recording longer than those of the training is its own batch.
     usual = recognizer.config.max_duration
     return evaluate(
         partial(_forward, recognizer, args.device, args.precision),
@@ -145,10 +149,17 @@ def _recognised(
 def load_split(
     data: str, split: str, recognizer: Recognizer, changed: TextIO | None = None
 ) -> Corpus:
-    """A corpus as a training with these settings would split it, with all that can be recognised:
-    neither durations nor texts without a word leave a row out. ``changed`` as in load_corpus.
+    """A corpus, split as in training, with every row that can be recognised: neither its duration
+    nor an empty text leaves a row out.
 
-    Raises CorpusError if there is nothing in this split, or in "all".
+    Args:
+        data: spec of the corpus.
+        split: of SPLITS, or "all".
+        recognizer: gives the settings.
+        changed: as in load_corpus.
+
+    Raises:
+        CorpusError: the split is empty.
     """
     config = recognizer.config
     return load_corpus(
@@ -168,11 +179,11 @@ def _forward(recognizer: Recognizer, device: torch.device, precision: str, batch
         return recognizer(batch.features.to(device), batch.feature_lengths.to(device))
 
 
-# --- what is told -------------------------------------------------------------------------------
+# --- output -------------------------------------------------------------------------------
 
 
 def unused(rejected: list[Rejected]) -> str:
-    """What could not be used of the corpus, a line for each reason; "" if there is nothing."""
+    """A line for each reason why rows could not be used; "" if there are none."""
     kinds: dict[str, list[Rejected]] = {}
     for row in rejected:
         kinds.setdefault(row.kind, []).append(row)
@@ -214,7 +225,7 @@ def table(found: Evaluation) -> str:
 
 
 def worst_table(found: Evaluation) -> str:
-    """The utterances with most word errors, reference above hypothesis."""
+    """The utterances with the most word errors, reference above hypothesis."""
     lines = [f"Most errors (of {len(found.rows)} utterances):"]
     for row in found.worst(_WORST):
         lines += [

@@ -1,12 +1,11 @@
-"""``python -m fastguard.export``: a checkpoint for those who do not run fastguard.
+"""``python -m fastguard.export``: a checkpoint for use without fastguard.
 
-Writes model.safetensors (the weights; fastguard reads it back wherever it takes
-a checkpoint), model.pt2 (torch.export; runs with torch alone), model.onnx
-(standard operators only) and model.json (the symbols, the features, the names
-of the tensors: what a consumer needs besides the model). The two programs take
-batches of any size and length. Each file is checked before it gets its name:
-the weights bit for bit, the programs against this model on batches of several
-sizes.
+Writes model.safetensors (the weights; fastguard reads it like a checkpoint),
+model.pt2 (torch.export; runs with torch alone), model.onnx (standard operators
+only) and model.json (the symbols, the features, the names of the tensors: what
+a consumer needs besides the model). The two programs take batches of any size
+and length. Each file is checked before it gets its name: the weights bit for
+bit, the programs against the model on batches of several sizes.
 """
 
 import argparse
@@ -34,7 +33,7 @@ from fastguard.speech.recognition.recognizer import Recognizer
 from fastguard.speech.storage import checkpoint, weights
 from fastguard.speech.storage.plain import to_plain
 
-#: Takes features and feature_lengths, gives log_probs and output_lengths.
+#: Maps features and feature_lengths to log_probs and output_lengths.
 Program = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 PACKAGES = {
@@ -47,24 +46,25 @@ SUFFIXES = {"safetensors": ".safetensors", "torch": ".pt2", "onnx": ".onnx"}
 INPUTS, OUTPUTS = ("features", "feature_lengths"), ("log_probs", "output_lengths")
 AXES = ({0: "batch", 1: "frames"}, {0: "batch"})
 
-#: Batches and frames that a program is compared on; the example that is traced is none of them.
+#: Batches and frames on which a program is compared; the traced example is not among them.
 EXAMPLE = (2, 50)
 SHAPES = ((1, 1), (1, 2000), (2, 4), (3, 7), (5, 333))
-#: |program - eager| <= TOLERANCE * (1 + |eager|), some 800 units in the last place of float32: a
-#: hundred layers, summed in another order, of the random teacher differ by a tenth of it; an
-#: operator that means something else, by more.
+#: |program - eager| <= TOLERANCE * (1 + |eager|), about 800 units in the last place of float32. A
+#: hundred layers of an untrained teacher differ by a tenth of it if summed in another order; an
+#: operator with another meaning differs by more.
 TOLERANCE = 1e-4
 
 
 class ExportError(RuntimeError):
-    """A file could not be made, or does not do as the model does; the message says which."""
+    """A file could not be written, or does not compute what the model does; the message says
+    which."""
 
 
 class Portable(nn.Module):
-    """The model, as a program for any number of frames from 1 on.
+    """The model as a program for any number of frames from 1 on.
 
-    torch.export takes a size of 1 for a constant, and 1 to 4 frames make one output frame. So four
-    more frames of padding go in: log_probs has ceil(T / 4) + 1 frames, the last one past every
+    torch.export treats a size of 1 as a constant, and 1 to 4 frames give one output frame. So four
+    frames of padding are added: log_probs has ceil(T / 4) + 1 frames, the last one past every
     length.
     """
 
@@ -79,18 +79,18 @@ class Portable(nn.Module):
 
 @torch.no_grad()
 def trace(model: nn.Module) -> ExportedProgram:
-    """`model`, in evaluation mode, as a graph of torch's own operators."""
+    """The graph of ``model`` in evaluation mode, with operators of torch only."""
     batch, frames = EXAMPLE
     example = (torch.zeros(batch, frames, model.n_mels), torch.full((batch,), frames))
     sizes = {"batch": Dim("batch", min=1), "frames": Dim("frames", min=1)}
     axes = tuple({axis: sizes[name] for axis, name in names.items()} for names in AXES)
     program = torch.export.export(Portable(model).eval(), example, dynamic_shapes=axes)
-    program.graph.eliminate_dead_code()  # what attention's reference returns besides the output
+    program.graph.eliminate_dead_code()  # other results of attention's reference
     return program
 
 
 def save_torch(path: Path, program: ExportedProgram) -> None:
-    content = io.BytesIO()  # torch's writer of archives aborts the process where a disk is full
+    content = io.BytesIO()  # torch's writer of archives aborts the process if the disk is full
     torch.export.save(program, content)
     path.write_bytes(content.getbuffer())
 
@@ -98,7 +98,9 @@ def save_torch(path: Path, program: ExportedProgram) -> None:
 def save_onnx(path: Path, program: ExportedProgram) -> None:
     names = {"input_names": INPUTS, "output_names": OUTPUTS, "dynamic_shapes": AXES}
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "# The axis name: batch")  # given twice, for two inputs
+        warnings.filterwarnings(
+            "ignore", "# The axis name: batch"
+        )  # the name is given twice, for two inputs
         model = torch.onnx.export(program, verbose=False, **names)
     model.save(path, external_data=False)
 
@@ -110,7 +112,7 @@ def load_torch(path: Path) -> Program:
 
 
 def load_onnx(path: Path) -> Program:
-    """The program in a .onnx file, by onnxruntime on the CPU."""
+    """The program in a .onnx file, run by onnxruntime on the CPU."""
     import onnxruntime
 
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
@@ -124,7 +126,7 @@ def load_onnx(path: Path) -> Program:
 
 @dataclass(frozen=True)
 class Agreement:
-    """How near a program comes to the model."""
+    """How close a program is to the model."""
 
     frames: int  #: compared
     same_symbol: int  #: of these: frames with the same best symbol
@@ -133,10 +135,10 @@ class Agreement:
 
 @torch.no_grad()
 def compare(program: Program, model: nn.Module) -> Agreement:
-    """Run both on batches of `SHAPES`, with NaN in the padding.
+    """Compare both on batches of `SHAPES`, with NaN in the padding.
 
     Raises:
-        ExportError: other lengths, or a log-probability off by more than `TOLERANCE`.
+        ExportError: lengths differ, or a log-probability differs by more than `TOLERANCE`.
     """
     frames = same = 0
     largest = 0.0
@@ -151,7 +153,7 @@ def compare(program: Program, model: nn.Module) -> Agreement:
         valid = torch.arange(log_probs.size(1)) < lengths[:, None]
         log_probs, ours = log_probs[valid], ours[:, : log_probs.size(1)][valid]
         difference = (ours - log_probs).abs()
-        # Not "any above": NaN is above nothing.
+        # Not "any above": NaN is not above anything.
         if not (difference <= TOLERANCE * (1 + log_probs.abs())).all():
             raise ExportError(
                 f"log_probs differ from the model's by up to {difference.max():.2g} {shapes}: "
@@ -174,7 +176,7 @@ def _batches(n_mels: int) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def describe(recognizer: Recognizer, files: list[str]) -> dict:
-    """What model.json holds but for the tokenizer."""
+    """The content of model.json, without the tokenizer."""
     symbols = recognizer.tokenizer.vocab_size
     return {
         "made_by": {"torch-fastguard": __version__, "torch": torch.__version__},
@@ -196,7 +198,7 @@ def describe(recognizer: Recognizer, files: list[str]) -> dict:
 
 
 def describe_features(log_mel: LogMel) -> dict:
-    """The numbers in :class:`LogMel`, enough to compute the same features elsewhere."""
+    """The parameters of :class:`LogMel`, enough to compute the same features elsewhere."""
     mel = log_mel.mel
     return {
         "sample_rate": log_mel.sample_rate,
@@ -233,12 +235,12 @@ _NORMALIZATIONS = {
 
 
 def export(recognizer: Recognizer, folder: Path, formats: list[str]) -> Iterator[str]:
-    """Write the files of `formats` and model.json into `folder`; a line about each as it is done.
+    """Write the files of ``formats`` and model.json into ``folder``; yield a line about each file.
 
     Raises:
         MissingExtra: a package that a format needs is missing.
-        ExportError: a file fails its check; an earlier file of that name stays as it is then.
-        OSError: the disk is full or the folder not writable.
+        ExportError: a file fails its check; an earlier file with its name is kept.
+        OSError: the disk is full, or the folder is not writable.
     """
     _check_packages(formats)
     folder.mkdir(parents=True, exist_ok=True)
@@ -274,7 +276,7 @@ def _write_weights(path: Path, recognizer: Recognizer) -> str:
     if written.keys() != wanted.keys() or not all(
         torch.equal(written[k], wanted[k]) for k in wanted
     ):
-        raise ExportError(f"{path} does not hold the weights that were written: is the disk well?")
+        raise ExportError(f"{path} does not have the weights that were written: check the disk")
     return f"{len(wanted)} tensors, equal bit for bit"
 
 
@@ -292,7 +294,7 @@ def _write_program(path: Path, name: str, program: ExportedProgram, model: nn.Mo
 
 
 def _write_tokenizer(folder: Path, state: dict) -> dict:
-    """`state` for JSON; a tensor of bytes in it, a SentencePiece model, becomes tokenizer.model."""
+    """``state`` for JSON; its SentencePiece model is written to tokenizer.model."""
     described = dict(state)
     for key, value in state.items():
         if isinstance(value, Tensor):
@@ -334,7 +336,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 @terminal.command
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it tells of packages it misses
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it reports missing packages
     failures = checkpoint.CheckpointError, ExportError, OSError
     return exit_status(lambda: _export(args), *failures)
 

@@ -1,4 +1,4 @@
-"""``python -m fastguard.train``: train a CTC speech model; ``--help`` lists the settings."""
+"""``python -m fastguard.train``: trains a CTC speech model; ``--help`` lists the settings."""
 
 import logging
 import shlex
@@ -31,12 +31,12 @@ def main(argv: list[str] | None = None) -> int:
     with Parallel.start(config.parallel) as parallel:
         status = run(config, parallel)
         if status and parallel.world_size > 1:
-            leave(status)  # the others may be inside of a collective: it would wait for them
+            leave(status)  # the others may be in a collective and would be waited for
         return status
 
 
 def run(config: Config, parallel: Parallel) -> int:
-    """Train in this process, one of those that train together; its exit status."""
+    """Train in this process, one of those that train together; return its exit status."""
     default = Path("runs") / f"{config.model}-{time.strftime('%Y%m%d-%H%M%S')}"
     folder = RunFolder(parallel.from_main(config.run_dir or default), config)
     trainer = None
@@ -62,20 +62,20 @@ def run(config: Config, parallel: Parallel) -> int:
 
 
 def _tell(error: Exception, folder: RunFolder, parallel: Parallel, begun: bool) -> None:
-    """In one line what ends the run; of a program's error the log file has the traceback, too."""
+    """Log in one line what ends the run; the log file also gets the traceback of a bug."""
     way_on = _way_on(folder, parallel) if begun else None
 
     def tell(cause: str, traceback: Exception | None = None) -> None:
-        between = "\n" if "\n" in cause else "; "  # the guard's advice takes some lines
+        between = "\n" if "\n" in cause else "; "  # the guard's advice has several lines
         logger.error("%s", between.join(filter(None, [cause, way_on])), exc_info=traceback)
 
     if isinstance(error, (GradientExplosionError, LoadError)) and not parallel.main:
-        return  # all have it alike
+        return  # all processes have this error
     if parallel.lost_another(error):
         cause = parallel.word()
         if cause is not None and not parallel.main:
-            return  # that process has told it, and the main one does, for the log
-        tell(cause or "another process of this run is gone, without a word: was it killed?")
+            return  # that process has logged it, and the main process logs it in the file
+        tell(cause or "another process of this run is gone without a message: was it killed?")
         return
     known = isinstance(error, (CorpusError, GradientExplosionError, LoadError, RunError))
     cause = str(error) if known else in_a_line(error)
@@ -88,23 +88,24 @@ def _tell(error: Exception, folder: RunFolder, parallel: Parallel, begun: bool) 
 
 
 def _way_on(folder: RunFolder, parallel: Parallel) -> str | None:
-    """From where the run goes on, which a process that writes no states sees in the folder."""
+    """A sentence on how the run can be continued; other processes than the first look into the
+    folder."""
     if not parallel.main and not folder.look_for_newest():
-        return None  # another machine may have the folder
+        return None  # the folder may be on another machine
     return folder.way_on()
 
 
 def _log_errors_to(path: Path) -> None:
-    """Have a process that does not write the log add its last words to it."""
+    """Let a process that does not write the log append its last message to it."""
     try:
         log_to(path)
     except OSError as error:
         log_to(None)
-        logger.warning("the traceback is in no log: %s", error)
+        logger.warning("the traceback could not be logged: %s", error)
 
 
 def _begin(folder: RunFolder) -> str | None:
-    """Make the run's folder and its log; what is wrong with it, if anything is."""
+    """Make the folder of the run and its log; return an error message, or None."""
     try:
         folder.begin()
         log_to(folder.path / "train.log")

@@ -1,4 +1,4 @@
-"""``python -m fastguard.transcribe``: what is said in recordings, as text or as JSON with times."""
+"""``python -m fastguard.transcribe``: recordings to text, or to JSON with times."""
 
 import argparse
 import json
@@ -19,8 +19,8 @@ from fastguard.speech.storage.checkpoint import CheckpointError, best_of
 
 from . import recognition_options
 
-_NAMED, _KINDS = 3, 8  # files that are passed over, and extensions of them, that are named
-# What recorders and the web write, and libsndfile does not read or not to its end.
+_NAMED, _KINDS = 3, 8  # ignored files, and extensions of ignored files, that are named
+# Formats of recorders and of the web that libsndfile does not read, or not to the end.
 _OTHER_RECORDINGS = (
     *(".3gp", ".aac", ".ac3", ".amr", ".ape", ".avi", ".avr", ".dts", ".gsm", ".m4a", ".m4b"),
     *(
@@ -45,8 +45,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         prog="python -m fastguard.transcribe",
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="What is said in recordings of any length, rate and number of channels. Of\n"
-        "one file the text is printed, of several a line each: file, tab, text. Files that\n"
+        description="Transcribe recordings of any length, rate and number of channels. For one\n"
+        "file the text is printed, for several a line each: file, tab, text. Files that\n"
         "cannot be read are named on stderr, and the exit status is 1.",
         epilog=recognition_options.LANGUAGE_MODEL_HELP
         + "\nexample:\n"
@@ -57,7 +57,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         nargs="+",
         type=Path,
         metavar="FILE",
-        help="recordings; of a folder, all in it and below",
+        help="recordings, or folders, whose recordings are found recursively",
     )
     parser.add_argument(
         "--checkpoint",
@@ -69,8 +69,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--json",
         action="store_true",
-        help="print an object a line: file, duration, text, and words with start and end in "
-        "seconds and confidence, the mean probability of the word's tokens",
+        help="print one object per line: file, duration, text, and words with start and end in "
+        "seconds and confidence, the mean probability of the tokens of the word",
     )
     recognition_options.add_device_option(parser)
     recognition_options.add_decoder_options(parser)
@@ -100,7 +100,7 @@ def _transcribe(args: argparse.Namespace) -> int:
 def _newest_run() -> Path:
     found = [path for name in ("best.pt", "last.pt") for path in Path("runs").glob(f"*/{name}")]
     if not found:
-        raise CheckpointError("there is no run in runs/: give --checkpoint")
+        raise CheckpointError("runs/ has no run: give --checkpoint")
     return max(found, key=lambda path: path.stat().st_mtime).parent
 
 
@@ -120,14 +120,13 @@ def _transcribe_all(args: argparse.Namespace, recognizer: Recognizer, decode) ->
             continue
         print(_line(file, found, args.json, alone), flush=True)
     if not files:
-        print("error: no recordings in what was given", file=sys.stderr)
+        print("error: the arguments have no recordings", file=sys.stderr)
     return int(failed or not files)
 
 
 def recordings(paths: Iterable[Path], passed_over: list[Path]) -> Iterator[Path]:
-    """The files as they are; in place of a folder the recordings in it, by name. What else is in
-    there, and what cannot be listed, comes into ``passed_over``. Links to folders are not
-    followed."""
+    """The files, and the recordings in each folder, sorted by name. Other files, and folders that
+    cannot be listed, are added to ``passed_over``. Links to folders are not followed."""
     for path in paths:
         if not path.is_dir():
             yield path
@@ -144,7 +143,7 @@ def recordings(paths: Iterable[Path], passed_over: list[Path]) -> Iterator[Path]
 
 
 def passed_over_lines(files: list[Path]) -> Iterator[str]:
-    """A line for each extension that recordings have, and one for all other files."""
+    """A line for each extension of recordings, and one for all other files."""
     kinds = defaultdict(list)
     for file in files:
         kinds[file.suffix.lower()].append(file)
@@ -153,7 +152,7 @@ def passed_over_lines(files: list[Path]) -> Iterator[str]:
     for suffix, found in ordered:
         if suffix in _OTHER_RECORDINGS:
             yield (
-                f"passed over: {len(found)} {suffix} ({_first_names(found)}), which cannot be "
+                f"ignored: {len(found)} {suffix} ({_first_names(found)}), which cannot be "
                 f"read: convert them, ffmpeg -i FILE{suffix} FILE.wav"
             )
     if others:
@@ -164,7 +163,7 @@ def passed_over_lines(files: list[Path]) -> Iterator[str]:
         more = ", ..." if len(others) > _KINDS else ""
         everything = [file for _, found in others for file in found]
         yield (
-            f"passed over: {len(everything)} other files, by extension {counts}{more} "
+            f"ignored: {len(everything)} other files, by extension {counts}{more} "
             f"({_first_names(everything)})"
         )
 
@@ -182,11 +181,11 @@ def _line(file: Path, found: Transcript, as_json: bool, alone: bool) -> str:
         for word in found.words
     ]
     values = {"file": str(file), "duration": found.duration, "text": found.text, "words": words}
-    # Of a file name that is no UTF-8 the odd bytes are \udcXX, in JSON as in Python.
+    # Bytes of a file name that are not UTF-8 become \udcXX, as in Python.
     return json.dumps(values, ensure_ascii=False).encode("utf-8", "backslashreplace").decode()
 
 
 def _shown(file: Path) -> str:
-    """The name as a field of a line may hold it: a tab or an end of line in it would forge one."""
+    """The name, for a field of a line: a tab or a newline in it is escaped."""
     name = str(file)
     return name if name.isprintable() else ascii(name)

@@ -1,4 +1,4 @@
-"""Error rates of a model on a split, as a whole and utterance by utterance."""
+"""Error rates of a model on a split: of the whole and of each utterance."""
 
 import dataclasses
 import json
@@ -25,12 +25,12 @@ from .decoding import Decode, greedy_decode
 logger = logging.getLogger(__name__)
 
 LONG = 4
-"""Words from which on an utterance counts as long."""
+"""Number of words from which an utterance counts as long."""
 
 
 @dataclass(frozen=True)
 class Scored:
-    """An utterance, what was recognised of it, and the errors in that."""
+    """An utterance, its hypothesis, and the errors in it."""
 
     id: str
     reference: str
@@ -41,22 +41,24 @@ class Scored:
     insertions: int
     characters: int
     character_errors: int
-    #: In seconds, where it is known.
+    #: In seconds; None if unknown.
     duration: float | None = None
-    #: False: the log_probs held NaN, and the hypothesis was left empty.
+    #: False if the log_probs had NaN; the hypothesis is empty then.
     finite: bool = True
 
     @property
     def errors(self) -> int:
+        """Word errors."""
         return self.substitutions + self.deletions + self.insertions
 
     @property
     def wer(self) -> float:
-        """Errors per word of the reference; NaN where it has none."""
+        """Errors per word of the reference; NaN if it has none."""
         return _per(self.errors, self.words)
 
     @property
     def cer(self) -> float:
+        """Errors per character of the reference; NaN if it has none."""
         return _per(self.character_errors, self.characters)
 
 
@@ -67,7 +69,7 @@ def _per(errors: int, all: int) -> float:
 def score(
     id: str, reference: str, hypothesis: str, duration: float | None = None, finite: bool = True
 ) -> Scored:
-    """The errors of a hypothesis; where nothing is spoken, each of its words is inserted."""
+    """The errors of a hypothesis, by jiwer. With an empty reference each word is an insertion."""
     if not reference.split():
         inserted = " ".join(hypothesis.split())
         counts = {"words": 0, "substitutions": 0, "deletions": 0}
@@ -93,9 +95,9 @@ def score(
 
 @dataclass(frozen=True)
 class ErrorRates:
-    """Errors over all utterances, per word and per character of the references; can exceed 1.
+    """Errors of all utterances, per word and per character of the references; rates can exceed 1.
 
-    ``words`` counts the references' words; the last three say what went wrong with them.
+    ``words`` is the number of words in the references. The last three count the word errors.
     """
 
     wer: float
@@ -107,7 +109,7 @@ class ErrorRates:
 
 
 def pooled(rows: Sequence[Scored]) -> ErrorRates:
-    """The errors of all rows per word and character of all rows; NaN rates for no words."""
+    """Error rates over all rows together; NaN if there are no words."""
     words = sum(row.words for row in rows)
     characters = sum(row.characters for row in rows)
     return ErrorRates(
@@ -122,34 +124,44 @@ def pooled(rows: Sequence[Scored]) -> ErrorRates:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """``rows`` in the order of the loader."""
+    """The scored utterances, in the order of the loader."""
 
     rows: list[Scored]
 
     @cached_property
     def rates(self) -> ErrorRates:
+        """Error rates over all utterances."""
         return pooled(self.rows)
 
     @property
     def long_rows(self) -> list[Scored]:
-        """Utterances of LONG words and more: single words and letters are another task."""
+        """Utterances of LONG words or more: single words and letters are another task."""
         return [row for row in self.rows if row.words >= LONG]
 
     @property
     def seconds(self) -> float:
-        """Of the utterances whose duration is known."""
+        """Total duration, of the utterances whose duration is known."""
         return sum(row.duration or 0.0 for row in self.rows)
 
     def worst(self, count: int | None = None) -> list[Scored]:
-        """The rows with most word errors, then most character errors, first; all by default."""
+        """The rows with the most word errors, then character errors, first; all by default."""
         return sorted(self.rows, key=lambda r: (-r.errors, -r.character_errors, r.id))[:count]
 
 
 def wer_interval(
     rows: Sequence[Scored], level: float = 0.95, samples: int = 1000, seed: int = 0
 ) -> tuple[float, float]:
-    """Percentile bootstrap interval of the WER (Bisani and Ney 2004): what it might have been on
-    other utterances of the same kind, drawn from ``rows`` with replacement; NaN for no words."""
+    """Percentile bootstrap interval of the WER (Bisani and Ney 2004).
+
+    Args:
+        rows: the utterances, which are resampled with replacement.
+        level: coverage of the interval.
+        samples: number of resamplings.
+        seed: of the resampling.
+
+    Returns:
+        Lower and upper bound; NaN if there are no words.
+    """
     if not any(row.words for row in rows):
         return float("nan"), float("nan")
     errors = np.array([row.errors for row in rows])
@@ -175,12 +187,19 @@ def evaluate(
     progress: str = "evaluating",
     rejected: list[Rejected] | None = None,
 ) -> Evaluation:
-    """Recognise ``batches`` and compare with their texts; their targets are not read.
+    """Recognise ``batches`` and compare the hypotheses with the texts; targets are not read.
 
-    ``forward`` gives log_probs (B, T, V) and lengths (B,) of a batch, on any device; it sees to
-    device, precision and evaluation mode.  Utterances whose log_probs hold NaN are named in a
-    warning and get an empty hypothesis.  ``durations``, in seconds, by id.  Recordings that cannot
-    be used after all come into ``rejected``; without it a warning names each.
+    A warning names utterances whose log_probs have NaN; their hypotheses are empty.
+
+    Args:
+        forward: gives log_probs (B, T, V) and lengths (B,) of a batch on any device. It takes care
+            of device, precision and evaluation mode.
+        batches: of a loader.
+        tokenizer: of the model.
+        decode: log-probabilities to tokens.
+        durations: in seconds, by id.
+        progress: label of the progress bar.
+        rejected: gets recordings that cannot be used; without it a warning names each.
     """
     durations = durations or {}
     rows: list[Scored] = []
@@ -210,15 +229,15 @@ def evaluate(
 
 
 def _finite(log_probs: Tensor, lengths: Tensor) -> Tensor:
-    """(B,) bool: no NaN up to the length."""
+    """(B,) bool: whether the log_probs have no NaN up to the length."""
     frames = torch.arange(log_probs.shape[1], device=lengths.device)
     inside = frames < lengths[:, None]
     return ~(log_probs.isnan().any(dim=-1).to(inside.device) & inside).any(dim=-1)
 
 
 def write(folder: Path, found: Evaluation) -> None:
-    """hypotheses.jsonl, alignments.txt and rates.json, utterances with most errors first; all of
-    them, or none where the disk is full. Raises OSError."""
+    """Write hypotheses.jsonl, alignments.txt and rates.json, utterances with most errors first: all
+    files, or none if the disk is full. Raises OSError."""
     with (
         replacing(folder / "hypotheses.jsonl") as hypotheses,
         replacing(folder / "alignments.txt") as alignments,
@@ -240,7 +259,7 @@ def _write_rows(hypotheses: Path, alignments: Path, rows: list[Scored]) -> None:
 
 
 def _summary(found: Evaluation) -> dict:
-    """What rates.json holds."""
+    """The content of rates.json."""
     return {
         "utterances": len(found.rows),
         "minutes": found.seconds / 60,
@@ -266,7 +285,7 @@ def alignment(row: Scored) -> str:
 
 
 def _without_nan(value):
-    """JSON has no NaN: a rate of nothing is null."""
+    """``value`` with None for NaN, which JSON does not have."""
     if isinstance(value, dict):
         return {key: _without_nan(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):

@@ -1,4 +1,4 @@
-"""A trained model with all that recognition needs: its features, its tokenizer, its settings."""
+"""A trained model with all that recognition needs: features, tokenizer and settings."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +15,7 @@ from fastguard.speech.training.config import Config, warn_without_text_rules
 
 @dataclass
 class Recognizer:
-    """What a checkpoint holds, ready to recognise speech. The model is in evaluation mode."""
+    """The contents of a checkpoint, ready to recognise speech. The model is in evaluation mode."""
 
     model: nn.Module
     tokenizer: Tokenizer
@@ -24,17 +24,18 @@ class Recognizer:
 
     @classmethod
     def load(cls, path: Path, device: torch.device | str = "cpu") -> "Recognizer":
-        """Read a checkpoint of :mod:`fastguard.train`, or a .safetensors file made of one.
+        """Read a checkpoint of :mod:`fastguard.train`, or a .safetensors file of
+        :mod:`fastguard.export`.
 
         Raises:
-            CheckpointError: the file is missing, truncated, foreign, or its weights do not fit the
-                settings that it names.
+            CheckpointError: the file is missing, damaged or not of fastguard, or its weights do not
+                fit its settings.
         """
         state = (weights if path.suffix == ".safetensors" else checkpoint).load(path)
         try:
             config = Config.from_dict(state["config"])
             tokenizer = tokenizer_from_dict(state["tokenizer"])
-            with torch.device("meta"):  # before the memory is taken that the settings ask for
+            with torch.device("meta"):  # before memory is allocated for what the settings say
                 wanted = untrained_model(config, tokenizer.vocab_size).state_dict()
             checkpoint.check_fit(state["model"], wanted)
             model = untrained_model(config, tokenizer.vocab_size)
@@ -48,12 +49,13 @@ class Recognizer:
 
     @torch.no_grad()
     def __call__(self, features: Tensor, feature_lengths: Tensor) -> tuple[Tensor, Tensor]:
-        """log_probs (B, T', V) float32 and output_lengths (B,) of features (B, T, n_mels)."""
+        """log_probs (B, T', V) float32 and output_lengths (B,) int64 of features (B, T, n_mels) and
+        feature_lengths (B,) int64."""
         return self.model(features, feature_lengths)
 
 
 def features(config: Config) -> LogMel:
-    """The features that these settings speak of."""
+    """The features that the settings describe."""
     wanted = config.features
     return LogMel(wanted.sample_rate, wanted.n_mels, normalization=wanted.normalization)
 

@@ -1,4 +1,4 @@
-"""Settings of a training run: dataclasses, and what makes a set of them impossible."""
+"""Settings of a training run, and the checks of their values."""
 
 import logging
 import math
@@ -23,9 +23,9 @@ class OptimConfig:
     """AdamW."""
 
     lr: float = 1e-4
-    """Learning rate; with a schedule the largest."""
+    """Learning rate; with a schedule the largest rate."""
     schedule: Literal["constant", "cosine", "noam"] = "constant"
-    """What follows the warm-up: the same rate, half a cosine down to 0, or 1 / sqrt(step)."""
+    """After the warm-up: a constant rate, half a cosine down to 0, or 1 / sqrt(step)."""
     warmup: int = 0
     """Steps over which the learning rate rises from 0."""
     betas: tuple[float, float] = (0.9, 0.999)
@@ -38,18 +38,18 @@ class OptimConfig:
 
 @dataclass
 class GuardConfig:
-    """What happens between backward and the optimizer."""
+    """The guard between the backward pass and the optimizer."""
 
     enabled: bool = True
     """Use fastguard.GradGuard; false: torch's clip_grad_norm_ and an unconditional step."""
     max_norm: float = 1.0
-    """Gradient norm that is clipped to."""
+    """Largest gradient norm; larger ones are clipped to it."""
     skip_norm: float = float("inf")
-    """Norm above which a batch is an outlier and skipped, once the median norm lies below it."""
+    """Norm above which an outlier is skipped: a norm also above 4 times the running median."""
     threshold: Literal["fixed", "zclip", "median", "autoclip", "adagc"] = "fixed"
-    """Where clipping begins: at max_norm, or where fastguard.thresholds learns to, below it."""
+    """Threshold of clipping: max_norm, or a rule of fastguard.thresholds, which stays below it."""
     patience: int = 25
-    """Skips in a row that end the run with an error."""
+    """Consecutive skips that end the run with an error."""
 
 
 @dataclass
@@ -67,11 +67,11 @@ class NetworkConfig:
     """Options of the model itself."""
 
     dropout: float = 0.1
-    """Probability with which a residual branch loses a channel."""
+    """Probability of dropping a channel of a residual branch."""
     attention_clamp: float | None = None
-    """Bound on the attention output; null leaves it free. The baseline has no attention."""
+    """Bound on the attention output; null for none. The baseline has no attention."""
     attention_dropout: float = 0.0
-    """Probability with which an attention weight is dropped."""
+    """Probability of dropping an attention weight."""
 
 
 @dataclass
@@ -83,111 +83,111 @@ class FeaturesConfig:
     n_mels: int = 80
     """Mel bins per frame of 10 ms."""
     normalization: Literal["utterance", "level"] = "utterance"
-    """Each bin by its own mean and deviation, or decibels under the loudest, which suits short
+    """Each bin by its mean and deviation, or decibels below the loudest, which suits short
     recordings of one microphone."""
 
 
 @dataclass
 class TokenizerConfig:
-    """Symbols of the output; kept in every checkpoint."""
+    """Symbols of the output; saved in every checkpoint."""
 
     kind: Literal["char", "unigram", "bpe"] = "char"
-    """Characters, or pieces of SentencePiece trained on the training split."""
+    """Characters, or SentencePiece pieces trained on the training split."""
     vocab_size: int = 256
-    """Pieces of SentencePiece, the blank included."""
+    """Number of SentencePiece pieces, the blank included."""
 
 
 @dataclass
 class AugmentConfig:
-    """Speed perturbation and SpecAugment on the training split; 0 masks turn the latter off."""
+    """Speed perturbation and SpecAugment on the training split; 0 masks turn SpecAugment off."""
 
     speeds: tuple[float, ...] = ()
-    """Speeds that an utterance is played at, one of them drawn each time."""
+    """Speeds of an utterance; one is drawn each time."""
     freq_masks: int = 2
     """Frequency masks per utterance."""
     freq_width: int = 15
-    """Widest frequency mask in bins."""
+    """Largest width of a frequency mask, in bins."""
     time_masks: int = 2
     """Time masks per utterance."""
     time_ratio: float = 0.05
-    """Widest time mask as a part of the utterance."""
+    """Largest width of a time mask, as a fraction of the utterance."""
     warmup: int = 0
-    """Epochs before masks, and the second view of --consistency.weight, begin."""
+    """Epochs without masks and without the second view of --consistency.weight."""
 
 
 @dataclass
 class ConsistencyConfig:
-    """Two views of each utterance, masked differently, that the model should hear alike."""
+    """Consistency loss: two views of each utterance with different masks should agree."""
 
     weight: float = 0.0
-    """Weight of their difference beside the mean CTC loss of both; 0: one view."""
+    """Weight of their difference, added to the mean CTC loss of both; 0: one view."""
 
 
 @dataclass
 class CheckpointConfig:
-    """When the state is written, and how much of it is kept."""
+    """When states are written, and how many are kept."""
 
     minutes: float = 10.0
-    """Write after so many minutes, besides the end of each epoch."""
+    """Write a state after so many minutes, and at the end of each epoch."""
     steps: int | None = None
-    """Write after so many steps, too."""
+    """Also write a state after so many steps."""
     keep_last: int = 2
-    """States to keep; the older ones serve where the newest cannot be read."""
+    """States to keep; an older one is used if the newest cannot be read."""
     keep_best: int = 5
-    """Weights to keep, those of the lowest WER; at the end they are averaged."""
+    """Weights with the lowest WER to keep; at the end they are averaged."""
 
 
 @dataclass
 class DistillConfig:
-    """What a teacher of --teacher adds to the CTC loss."""
+    """Distillation from the model of --teacher."""
 
     weight: float = 0.5
-    """Share of the distillation in the loss, between 0 and 1."""
+    """Weight of the distillation loss, between 0 and 1; the CTC loss has the rest."""
     temperature: float = 2.0
-    """Divides the logits of both before they are compared."""
+    """Temperature that divides the logits of both models."""
 
 
 @dataclass
 class Config:
-    """Everything a run depends on; kept in its folder as config.yaml."""
+    """All settings of a run; saved in its folder as config.yaml."""
 
     model: ModelName = "teacher"
-    """Which model; its file in configs/ gives the defaults."""
+    """The model; its file in configs/ has the defaults."""
     data: str = "synthetic"
     """Corpus: synthetic, asterisk[:DIR][@LANG], manifest:FILE.jsonl, librispeech:DIR, yesno:DIR."""
     check: Literal["auto", "decode", "header"] = "auto"
     """Decode every recording before training, or trust headers; auto decodes up to 2000."""
     run_dir: Path | None = None
-    """Folder for log, metrics, checkpoints; default runs/MODEL-TIME."""
+    """Folder for log, metrics and checkpoints; default runs/MODEL-TIME."""
     resume: str = "auto"
-    """auto continues the run in --run-dir, if there is one; never refuses a folder with a run; a
-    checkpoint or run folder is continued in a new folder."""
+    """auto continues a run in --run-dir; never refuses a folder with a run; a checkpoint or a run
+    folder is continued in a new folder."""
     teacher: Path | None = None
-    """Checkpoint or run folder of a trained model to learn from, besides the texts."""
+    """Checkpoint or run folder of a trained model for distillation."""
     epochs: int = 10
     """Passes over the training split."""
     max_steps: int | None = None
-    """End after this many optimizer steps, skipped ones included."""
+    """End after so many optimizer steps, skipped ones included."""
     batch_size: int = 2
     """Utterances per batch."""
     batch_duration: float | None = None
-    """Seconds per batch, padding counted; where given, in place of batch_size."""
+    """Seconds per batch, padding included; replaces batch_size."""
     grad_accumulation: int = 1
     """Batches per optimizer step."""
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
-    """fp32 turns autocast off; fp16 scales the loss."""
+    """Precision of autocast; fp32 turns it off, fp16 scales the loss."""
     ema: float = 0.0
-    """Decay per step of an average of the weights, which is evaluated and kept as best; 0: none."""
+    """Decay per step of averaged weights, which are evaluated and kept as best; 0: none."""
     max_duration: float = 20.0
-    """Longer recordings, in seconds, are left out."""
+    """Longest recording, in seconds; longer ones are left out."""
     num_workers: int = 0
     """Processes that load recordings; 0 loads in the training process."""
     compile: bool = False
-    """Run the model through torch.compile."""
+    """Compile the model with torch.compile."""
     parallel: Literal["ddp", "fsdp"] = "ddp"
-    """Under torchrun: a whole model in each process, or shards of one (FSDP2)."""
+    """Under torchrun: a whole model in each process, or shards (FSDP2)."""
     seed: int = 0
-    """Of initial weights, order, masks and the synthetic corpus."""
+    """Seed of initial weights, order, masks and the synthetic corpus."""
     optim: OptimConfig = field(default_factory=OptimConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)
     init: InitConfig = field(default_factory=InitConfig)
@@ -236,40 +236,42 @@ class Config:
         if not guard.enabled and (guard.skip_norm != math.inf or guard.threshold != "fixed"):
             raise ValueError(
                 f"guard.skip_norm={guard.skip_norm:g} and guard.threshold={guard.threshold} need "
-                "the guard: add --guard.enabled true, or --stable or --guarded"
+                "the guard: add --guard.enabled true, --stable or --guarded"
             )
         if self.optim.schedule == "noam" and self.optim.warmup == 0:
             raise ValueError("optim.schedule=noam needs a warm-up: set --optim.warmup")
         if self.parallel == "fsdp" and (self.compile or self.ema):
-            raise ValueError("--compile and --ema do not work with --parallel fsdp: leave one out")
+            raise ValueError("--compile and --ema do not work with --parallel fsdp: remove one")
 
     def to_dict(self) -> dict:
-        """Plain dicts, lists, strings and numbers, for YAML and for checkpoints."""
+        """The settings as plain dicts, lists, strings and numbers, for YAML and checkpoints."""
         return to_plain(self)
 
     @classmethod
     def from_dict(cls, values: dict) -> "Config":
-        """What :meth:`to_dict` gave; what is missing, as in files of earlier versions, by default.
+        """The settings from what :meth:`to_dict` gave. Missing ones, as in files of earlier
+        versions, get their defaults.
 
         Raises:
-            ValueError: a key that is none of the settings, or a value that a setting cannot have.
+            TypeError: a key is not a setting.
+            ValueError: a setting cannot have its value.
         """
         return from_plain(cls, values)
 
     def to_yaml(self) -> str:
-        """What ``--config`` reads back."""
+        """The settings as text that ``--config`` reads."""
         return yaml.safe_dump(self.to_dict(), sort_keys=False)
 
 
 def warn_without_text_rules(path: Path, values: dict) -> None:
-    """Say so where the settings in ``path`` are of a version that had no TextRules: what was done
-    to its texts is none of today's choices."""
+    """Warn if the settings in ``path`` are of a version without TextRules, whose normalisation none
+    of today's rules describes."""
     if "text" in values:
         return
     rules = ", ".join(f"{name}={value}" for name, value in vars(TextRules()).items())
     logger.warning(
-        "%s was written before the settings text.*: in its training the digits, * and # of a text "
-        "became English words one by one, and from now on texts are normalised with %s",
+        "%s was written before the settings text.*: in its training each digit, * and # of a text "
+        "became an English word; now texts are normalised with %s",
         path,
         rules,
     )
@@ -281,7 +283,7 @@ def _look_up(config: Config, name: str):
     return config
 
 
-_MOST = 10**15  # of a count; the arithmetic of floats is exact up to there
+_MOST = 10**15  # of a count; floats are exact up to there
 _AT_LEAST = {
     "epochs": 1,
     "max_steps": 1,
@@ -324,9 +326,9 @@ _FINITE = (
     "distill.temperature",
 )
 _BETWEEN = (
-    ("seed", 0, 2**63 - 1),  # what both torch and numpy take
+    ("seed", 0, 2**63 - 1),  # the range of torch and numpy
     ("features.sample_rate", *SAMPLE_RATES),
-    ("features.n_mels", 1, 512),  # more than the bins of a spectrum of 16 kHz
+    ("features.n_mels", 1, 512),  # a spectrum at 16 kHz has fewer bins
     ("ema", 0, 1),
     ("network.dropout", 0, 1),
     ("network.attention_dropout", 0, 1),

@@ -1,10 +1,10 @@
-"""The folder of a run: what lies in it, whether a run may go on there, and from which state.
+"""The folder of a run: its files, whether a run may continue in it, and from which state.
 
 config.yaml  train.log  metrics.jsonl  tensorboard/  bad_step_*.json
-left_out.jsonl  changed_labels.jsonl         of the corpus
+left_out.jsonl  changed_labels.jsonl        of the corpus
 hypotheses.jsonl alignments.txt rates.json  of best.pt on the dev split
 last.pt      the newest state, for --resume: weights, optimizer, guard, random numbers, place
-best.pt      the weights of the lowest WER; averaged.pt those of the mean of the best
+best.pt      the weights with the lowest WER; averaged.pt: the mean of the best weights
 checkpoints/ step_*.pt, the last states, and best_*.pt, the best weights
 """
 
@@ -29,10 +29,10 @@ from .config import Config, warn_without_text_rules
 
 logger = logging.getLogger(__name__)
 
-# Settings that a run may change when it goes on: they say how long and where, not what.
+# Settings that may change when a run continues: they do not change what is computed.
 _MAY_CHANGE = ("run_dir", "resume", "epochs", "max_steps", "num_workers", "parallel", "checkpoint")
 
-# What a run writes into its folder, beside its reports on bad steps.
+# Files that a run writes into its folder, besides reports on bad steps.
 _FILES = (
     "config.yaml", "train.log", "metrics.jsonl", "left_out.jsonl", "changed_labels.jsonl",
     "hypotheses.jsonl", "alignments.txt", "rates.json", "last.pt", "best.pt", "averaged.pt",
@@ -42,19 +42,19 @@ _FOLDERS = ("checkpoints", "tensorboard")
 _BAD_STEP = re.compile(r"bad_step_\d{6,}\.json")
 _STATE = re.compile(r"step_(\d{9,18})\.pt")
 _BEST = re.compile(r"best_(\d{1,9}\.\d{6}|nan|inf)_(\d{9,18})\.pt")
-# Before files.replacing had names of its own, that of a state was followed by this.
+# Temporary files of versions before files.replacing.
 _HALF_WRITTEN = re.compile(rf"({_STATE.pattern}|{_BEST.pattern})\.tmp")
 
 _MOST_STEPS = 10**18
-_WAIT = 10.0  # seconds for a folder: a killed run's loader processes live on for some
+_WAIT = 10.0  # seconds for the lock: the loader processes of a killed run live a few seconds longer
 
 
 class RunError(RuntimeError):
-    """A run cannot begin in its folder; the message says why and what to do."""
+    """A run cannot begin or continue; the message says why and what to do."""
 
 
 class RunFolder:
-    """Reads and writes the folder at ``path``; nothing is made before :meth:`begin`."""
+    """Reads and writes the folder at ``path``; nothing is written before :meth:`begin`."""
 
     def __init__(self, path: Path, config: Config):
         self.path = path
@@ -62,20 +62,20 @@ class RunFolder:
         self._states = path / "checkpoints"
         self._lock: FileLock | None = None
         self.newest: int | None = None  # step of the newest state that was read or written
-        self.unsaved: dict[str, str] = {}  # what could not be written when it was last due, and why
+        self.unsaved: dict[str, str] = {}  # what the last attempt could not write, and why
 
     def begin(self) -> None:
-        """Make the folder, keep others out till :meth:`close`, and write the settings into it.
+        """Make the folder, lock it until :meth:`close`, and write the settings into it.
 
-        The state that --resume names is taken over: from then on the folder needs no other. Besides
-        it a new run finds no state, since its folder holds none of what runs write; and a run that
-        goes on finds those in its own folder.
+        The state that --resume names is copied into the folder, which then needs no other folder. A
+        new run finds only this state, because its folder has no files of a run. A run that
+        continues finds the states in its own folder.
 
         Raises:
-            RunError: there is a run in it that must not, or cannot, go on; there is something else
-                in it that would be overwritten, or a link that leads out of it; another process
-                trains in it; or --resume names something that holds no state.
-            OSError: it cannot be written.
+            RunError: the folder has a run that must not or cannot continue, other files that would
+                be overwritten, or a link out of the folder; another process trains in it; or
+                --resume names something without a state.
+            OSError: the folder cannot be written.
         """
         self._check_place()
         source = None if self._has_begun() else self._source()
@@ -98,18 +98,18 @@ class RunFolder:
             self._check_continues()
         elif "metrics.jsonl" in present and "config.yaml" not in present:
             raise RunError(
-                f"{self.path} holds a run without a config.yaml, which cannot be continued: "
+                f"{self.path} has a run without a config.yaml, which cannot be continued: "
                 "choose another --run-dir, or move it away"
             )
         elif present and not self._has_settings():
             raise RunError(
-                f"{self.path} is not the folder of a run, and holds what a run would overwrite "
+                f"{self.path} is not the folder of a run, and has files that a run would overwrite "
                 f"({', '.join(present[:3])}): choose another --run-dir, or move it away"
             )
 
     def _present(self) -> list[str]:
-        """Names of what is there of all that a run writes. Raises RunError for what is a link out
-        of the folder, or of another kind than what a run writes there."""
+        """Names of existing files that a run writes. Raises RunError for a link out of the folder,
+        or a file of another kind."""
         names = [*_FILES, *(path.name for path in _ours(self.path, "bad_step_*", _BAD_STEP))]
         try:
             for name in _FOLDERS:
@@ -122,12 +122,12 @@ class RunFolder:
         return [*full, *(name for name in names if (self.path / name).exists())]
 
     def _has_begun(self) -> bool:
-        """A run that failed before its first step leaves its settings, and is none."""
+        """Whether the folder has a run; one that failed before its first step does not count."""
         traces = (self.path / "metrics.jsonl").exists() or self._saved_states(self.path)
         return bool(traces and (self.path / "config.yaml").exists())
 
     def _has_settings(self) -> bool:
-        """Whether config.yaml is as a run writes it, without anybody's comments."""
+        """Whether config.yaml is exactly as a run writes it."""
         path = self.path / "config.yaml"
         try:
             return Config.from_dict(read_yaml(path)).to_yaml().encode() == path.read_bytes()
@@ -135,7 +135,7 @@ class RunFolder:
             return False
 
     def _remove_left_overs(self) -> None:
-        """Of files that a killed run was writing."""
+        """Remove temporary files of a killed run."""
         for folder in (self.path, self._states):
             for path in files.left_overs(folder):
                 path.unlink()
@@ -143,7 +143,7 @@ class RunFolder:
             path.unlink()
 
     def close(self) -> None:
-        """Let others into the folder."""
+        """Unlock the folder."""
         if self._lock is not None:
             self._lock.release()
 
@@ -164,26 +164,26 @@ class RunFolder:
             saved = Config.from_dict(read_yaml(self.path / "config.yaml")).to_dict()
         except (OSError, TypeError, ValueError) as error:
             raise RunError(
-                f"{self.path}/config.yaml is not what fastguard wrote: {error}; choose another "
+                f"{self.path}/config.yaml was not written by fastguard: {error}; choose another "
                 "--run-dir"
             ) from error
-        # The same command again, after a kill, goes on with what it had begun.
+        # The same command, given again after a kill, continues its run.
         if self.config.resume not in ("auto", saved["resume"]) or self.config.resume == "never":
             raise RunError(
-                f"{self.path} holds a run already: choose another --run-dir, or continue it with "
+                f"{self.path} already has a run: choose another --run-dir, or continue it with "
                 "--resume auto"
             )
         if changed := _differences(saved, self.config.to_dict()):
             raise RunError(
-                f"{self.path} holds a run with other settings: {'; '.join(changed)}. Give the same "
+                f"{self.path} has a run with other settings: {'; '.join(changed)}. Use the same "
                 "to continue it, or choose another --run-dir (with --resume "
                 f"{self.path} it starts from that run's state)"
             )
 
-    # --- states to go on from ---------------------------------------------------------------------
+    # --- states to continue from ------------------------------------------------------------------
 
     def find_state(self) -> dict | None:
-        """The newest state of this folder that can be read, or None for a new run."""
+        """The newest readable state in this folder; None for a new run."""
         found = self._newest(self.path)
         if found is not None:
             logger.info("state: %s", found[0])
@@ -191,7 +191,9 @@ class RunFolder:
             warn_without_text_rules(found[0], found[1]["config"])
             return found[1]
         if (self.path / "metrics.jsonl").exists():
-            logger.warning("%s holds no state yet: the run begins anew", self.path)
+            logger.warning(
+                "%s has no state yet: the run starts again from the beginning", self.path
+            )
         return None
 
     def _source(self) -> tuple[Path, dict] | None:
@@ -204,7 +206,7 @@ class RunFolder:
         except CheckpointError as error:
             raise RunError(f"--resume {error}") from error
         if found is None:
-            raise RunError(f"--resume {source}: there is no state in this folder")
+            raise RunError(f"--resume {source}: the folder has no state")
         return found
 
     def _newest(self, folder: Path) -> tuple[Path, dict] | None:
@@ -212,20 +214,21 @@ class RunFolder:
             try:
                 return path, _load(path)
             except CheckpointError as error:
-                logger.warning("%s; taking the one before it", error)
+                logger.warning("%s; using the state before it", error)
         return None
 
     def _saved_states(self, folder: Path) -> list[Path]:
-        """States that a run wrote, the oldest first."""
+        """Files of states, the oldest first."""
         return sorted(_ours(folder / "checkpoints", "step_*.pt", _STATE), key=_step_of)
 
     def _state_path(self, state: dict) -> Path:
         return self._states / f"step_{state['step']:09d}.pt"
 
     def save(self, state: dict) -> None:
-        """Write a state, and drop the oldest. Where that fails, warn: the run must not end.
+        """Write a state and remove the oldest. A failure is a warning, because the run must go on.
 
-        Those of later steps go too: they could not be read, or the run has left their way.
+        States of later steps are removed too: they could not be read, or belong to another course
+        of the run.
         """
         path = self._state_path(state)
         try:
@@ -239,13 +242,13 @@ class RunFolder:
             self.unsaved.pop("state", None)
         except (OSError, CheckpointError) as error:
             self.unsaved["state"] = str(error)
-            logger.warning("No checkpoint at step %d, training goes on: %s", state["step"], error)
+            logger.warning("No checkpoint at step %d, training continues: %s", state["step"], error)
 
     # --- the best weights -------------------------------------------------------------------------
 
     def save_best(self, weights: dict, found: Evaluation) -> None:
-        """Keep weights if they are among the best; best.pt is the very best of them, and what it
-        recognised lies beside it."""
+        """Keep weights that are among the best. The best of all are best.pt, with their hypotheses
+        beside them."""
         step, wer = weights["step"], found.rates.wer
         path = self._states / f"best_{wer:.6f}_{step:09d}.pt"
         kept = [other for other in self.best() if other != path]
@@ -255,7 +258,7 @@ class RunFolder:
             checkpoint.save(path, weights)
             for again in self.best():
                 if again != path and _step_of(again) == step:
-                    again.unlink()  # of the same epoch, which a kill made the run repeat
+                    again.unlink()  # of the same epoch, repeated after a kill
             if self.best()[0] == path:
                 self._promote(path, found)
             for worse in self.best()[self.config.checkpoint.keep_best :]:
@@ -263,28 +266,28 @@ class RunFolder:
             self.unsaved.pop("best weights", None)
         except (OSError, CheckpointError) as error:
             self.unsaved["best weights"] = str(error)
-            logger.warning("No best checkpoint, training goes on: %s", error)
+            logger.warning("No best checkpoint, training continues: %s", error)
 
     def best(self) -> list[Path]:
-        """Files of the best weights, those of the lowest WER first, of equals the oldest."""
+        """Files of the best weights: the lowest WER first, and of equals the oldest."""
         return sorted(_ours(self._states, "best_*.pt", _BEST), key=_rank)
 
     def best_weights(self, wanted: Mapping[str, Tensor]) -> list[dict]:
-        """What is in these files, of those that can be read and are of the model whose weights are
-        ``wanted``."""
+        """The contents of these files, without those that cannot be read or do not fit ``wanted``,
+        the state dict of the model."""
         weights = []
         for path in self.best():
             try:
                 found = checkpoint.load(path)
                 _check_fit(path, found, wanted)
             except CheckpointError as error:
-                logger.warning("%s; the mean of the best is without it", error)
+                logger.warning("%s; the mean of the best weights is without it", error)
             else:
                 weights.append(found)
         return weights
 
     def save_averaged(self, weights: dict, found: Evaluation) -> None:
-        """Keep the mean of the best weights, as best.pt too if it is."""
+        """Keep the mean of the best weights, also as best.pt if it is the best."""
         path = self.path / "averaged.pt"
         try:
             checkpoint.save(path, weights)
@@ -295,25 +298,26 @@ class RunFolder:
             logger.warning("No averaged checkpoint: %s", error)
 
     def look_for_newest(self) -> bool:
-        """Take ``newest`` from the folder, where another process writes; whether there is any.
+        """Set ``newest`` from the folder, where another process writes; return whether it has a
+        state.
 
-        A state has its name only when it is whole, and is not read here.
+        Files are not read: a state gets its name when it is complete.
         """
         states = self._saved_states(self.path)
         self.newest = _step_of(states[-1]) if states else None
         return bool(states)
 
     def way_on(self) -> str:
-        """From where the run goes on."""
+        """A sentence on how the run can be continued."""
         if self.newest is None:
-            return "no state was written: the same command begins anew"
+            return "no state was written: the same command starts again from the beginning"
         return (
-            f"the same command with --run-dir {one_line(str(self.path))} goes on from the state of "
-            f"step {self.newest}"
+            f"the same command with --run-dir {one_line(str(self.path))} continues from the state "
+            f"of step {self.newest}"
         )
 
     def _promote(self, path: Path, found: Evaluation) -> None:
-        """To best.pt, unless that is better: the mean of a run that went on for more epochs."""
+        """Make weights best.pt, unless it is better: the mean of a run that was continued."""
         best = self.path / "best.pt"
         try:
             present = checkpoint.load(best).get("wer", math.inf)
@@ -328,10 +332,10 @@ def _load(path: Path) -> dict:
     state = checkpoint.load(path)
     if missing := {"optimizer", "guard", "loader", "random", "step"} - set(state):
         raise CheckpointError(
-            f"{path} holds weights, and nothing to go on with: it lacks {sorted(missing)}"
+            f"{path} has weights, but no state to continue from: it lacks {sorted(missing)}"
         )
     if type(step := state["step"]) is not int or not 0 <= step < _MOST_STEPS:
-        raise CheckpointError(f"{path} is of step {shown(step)}, which is no number of steps")
+        raise CheckpointError(f"{path} is of step {shown(step)}, which is not a number of steps")
     return state
 
 
@@ -343,14 +347,14 @@ def _check_fit(path: Path, weights: dict, wanted: Mapping[str, Tensor]) -> None:
 
 
 def _but_the_lock(folder: Path) -> Iterator[Path]:
-    """What is in a folder, but for an empty lock, which a run leaves that was killed at once."""
+    """The files in a folder, without an empty lock, which a killed run leaves."""
     for path in folder.iterdir() if folder.is_dir() else ():
         if path.name != "lock" or path.stat().st_size:
             yield path
 
 
 def _ours(folder: Path, pattern: str, name: re.Pattern) -> Iterator[Path]:
-    """Files whose names are such as a run gives; links are not: a run makes none."""
+    """Files with names of a run. Links are left out, because a run makes none."""
     for path in folder.glob(pattern):
         if name.fullmatch(path.name) and path.is_file() and not path.is_symlink():
             yield path
@@ -365,7 +369,7 @@ def _step_of(path: Path) -> int:
 
 
 def _rank(best: Path) -> tuple[bool, float, str]:
-    """NaN comes last: it has no place in an order."""
+    """Sort by WER; NaN comes last."""
     wer = _wer_of(best)
     return math.isnan(wer), wer, best.name
 

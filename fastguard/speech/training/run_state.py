@@ -115,7 +115,7 @@ class RunState:
         saved = len(state["loader"])
         if saved != self.parallel.world_size:
             logger.warning(
-                "The state is of %d processes and there are %d: the epoch begins anew",
+                "The state is of %d processes and there are %d: the epoch starts again",
                 saved,
                 self.parallel.world_size,
             )

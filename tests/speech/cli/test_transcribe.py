@@ -206,9 +206,9 @@ def test_folders_hold_recordings_and_other_files(trained_run, prompts, tmp_path,
     lines = error.splitlines()
     names = ", ".join(str(tmp_path / name) for name in ("1.m4a", "2.m4a", "3.M4A"))
     cure = "convert them, ffmpeg -i FILE.m4a FILE.wav"
-    assert lines[0] == f"passed over: 4 .m4a ({names}, ...), which cannot be read: {cure}"
+    assert lines[0] == f"ignored: 4 .m4a ({names}, ...), which cannot be read: {cure}"
     assert [line.split()[2:4] for line in lines[1:3]] == [["1", ".gsm"], ["1", ".webm"]]
-    assert lines[3].startswith("passed over: 2 other files, by extension 1 without an extension, ")
+    assert lines[3].startswith("ignored: 2 other files, by extension 1 without an extension, ")
     assert len(lines) == 4
     assert "\x1b" not in error
     assert main(["--checkpoint", str(trained_run), str(tmp_path / "below.wav")]) == 0
@@ -233,7 +233,7 @@ def test_an_mp3_without_its_length_is_transcribed_to_its_end(recognizer, prompts
 def test_the_newest_run_is_taken_and_named(trained_run, prompts, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main([prompts[0][0]]) == 1
-    assert "there is no run in runs/: give --checkpoint" in capsys.readouterr().err
+    assert "runs/ has no run: give --checkpoint" in capsys.readouterr().err
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "mine").symlink_to(trained_run)
     assert main([prompts[0][0]]) == 0

@@ -83,7 +83,7 @@ def test_a_fault_ends_the_run_with_its_last_step_as_a_state(
     assert error.startswith("ERROR - ")
     assert cause in error
     if steps or where != "load":
-        assert error.endswith(f"--run-dir {tmp_path} goes on from the state of step {steps}")
+        assert error.endswith(f"--run-dir {tmp_path} continues from the state of step {steps}")
         assert checkpoint.load(tmp_path / "last.pt")["step"] == steps
     assert run(tmp_path, data) == 0
     assert result(tmp_path) == whole
@@ -146,7 +146,7 @@ def test_a_fault_in_the_optimizers_step_writes_no_state(tmp_path, data, monkeypa
 
     monkeypatch.setattr(GradGuard, "step", faulty)
     assert run(tmp_path, data, "--checkpoint.steps", "1") == 1
-    assert last_line(capsys).endswith("goes on from the state of step 2")
+    assert last_line(capsys).endswith("continues from the state of step 2")
     assert checkpoint.load(tmp_path / "last.pt")["step"] == 2
 
 
@@ -156,7 +156,7 @@ def test_a_fault_while_a_state_is_written(tmp_path, data, whole, monkeypatch, ca
         assert run(tmp_path, data, "--checkpoint.steps", "1") == 1
     assert "ERROR - out of memory" in (error := last_line(capsys))
     # The second state fails, and is written after all when the run ends.
-    assert error.endswith("goes on from the state of step 2")
+    assert error.endswith("continues from the state of step 2")
     assert run(tmp_path, data) == 0
     assert result(tmp_path) == whole
 
@@ -175,7 +175,7 @@ def test_an_error_of_the_last_state_does_not_hide_the_cause(tmp_path, data, monk
     *_, warning, error = capsys.readouterr().err.splitlines()
     assert warning.startswith("WARNING - No checkpoint at step 2: out of memory")
     assert error.startswith("ERROR - ZeroDivisionError: a fault of the program")
-    assert error.endswith("no state was written: the same command begins anew")
+    assert error.endswith("no state was written: the same command starts again from the beginning")
 
 
 @pytest.mark.parametrize("options", [(), ("--max-steps", "3")], ids=["epochs", "steps"])
@@ -186,7 +186,7 @@ def test_a_run_that_could_save_nothing_says_so_last(tmp_path, data, monkeypatch,
     assert error.startswith("ERROR - Finished at step ")
     assert "not all could be written" in error
     assert "no state: [Errno 28] No space left on device" in error
-    assert error.endswith("no state was written: the same command begins anew")
+    assert error.endswith("no state was written: the same command starts again from the beginning")
 
 
 def test_a_run_whose_folder_is_deleted_says_so_last(tmp_path, data, monkeypatch, capsys):

@@ -24,10 +24,10 @@ def faulty(folder, data, fault, *options):
 
 FAULTS = [
     ("memory:step:1", "ddp", "process 1: out of memory: make batches smaller"),
-    ("killed:step:1", "ddp", "another process of this run is gone, without a word"),
+    ("killed:step:1", "ddp", "another process of this run is gone without a message"),
     ("error:evaluation:1", "fsdp", "process 1: ZeroDivisionError: a fault of the program"),
     ("memory:save:0", "ddp", "out of memory: make batches smaller"),
-    ("killed:step:0", "fsdp", "another process of this run is gone, without a word"),
+    ("killed:step:0", "fsdp", "another process of this run is gone without a message"),
     ("killed:load:1", "fsdp", "DataLoader worker (pid"),
     ("memory:load:1", "ddp", "tone2.wav could not be loaded: out of memory"),
 ]
@@ -53,8 +53,8 @@ def test_the_survivors_name_the_state_of_the_process_that_is_gone(tmp_path, data
     status, errors = faulty(tmp_path, data, "killed:step:0", "--checkpoint.steps", "1")
     assert status == 1, errors
     (told,) = [line for line in errors.splitlines() if line.startswith("ERROR - ")]
-    assert "another process of this run is gone, without a word" in told
-    assert told.endswith(f"--run-dir {tmp_path} goes on from the state of step 2")
+    assert "another process of this run is gone without a message" in told
+    assert told.endswith(f"--run-dir {tmp_path} continues from the state of step 2")
     assert checkpoint.load(tmp_path / "last.pt")["step"] == 2
 
 

@@ -75,7 +75,7 @@ def test_a_damaged_state_is_named_and_the_one_before_it_is_taken(tmp_path, damag
         newest.write_bytes(whole[:300] if damage == "truncated" else b"")
     assert folder.find_state()["step"] == 1
     assert str(newest) in caplog.text
-    assert "taking the one before it" in caplog.text
+    assert "using the state before it" in caplog.text
 
 
 @pytest.mark.parametrize("keep_last", [1, 2])
@@ -104,7 +104,7 @@ def test_weights_that_are_not_finite_replace_nothing(tmp_path, caplog):
     folder.save_best({**state(2), "model": {"w": torch.tensor(math.inf)}}, of_wer(0.1))
     assert folder.find_state()["step"] == 1
     assert folder.best() == []
-    assert "No checkpoint at step 2, training goes on" in caplog.text
+    assert "No checkpoint at step 2, training continues" in caplog.text
 
 
 def test_a_full_disk_is_said_and_keeps_the_last_good_state(tmp_path, caplog, monkeypatch):
@@ -210,7 +210,7 @@ def test_a_run_that_failed_before_its_first_step_claims_nothing(tmp_path):
 
 def test_never_refuses_a_folder_with_a_run(tmp_path):
     begun(tmp_path).save(state(1))
-    with pytest.raises(RunError, match="holds a run already"):
+    with pytest.raises(RunError, match="already has a run"):
         RunFolder(tmp_path, Config(resume="never")).begin()
 
 
@@ -219,7 +219,7 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path):
     with pytest.raises(RunError, match=r"without a config\.yaml"):
         RunFolder(tmp_path, Config()).begin()
     (tmp_path / "config.yaml").write_text("trainer: somebody else's")
-    with pytest.raises(RunError, match="not what fastguard wrote"):
+    with pytest.raises(RunError, match="was not written by fastguard"):
         RunFolder(tmp_path, Config()).begin()
     assert (tmp_path / "metrics.jsonl").read_text() == "precious"
     assert not (tmp_path / "checkpoints").exists()
@@ -312,7 +312,9 @@ def test_a_folder_that_is_no_run_keeps_its_temporary_files(tmp_path):
 def test_what_no_run_wrote_is_not_overwritten(tmp_path, there):
     (tmp_path / there).parent.mkdir(exist_ok=True)
     (tmp_path / there).write_text("epochs: 3  # a comment of mine\n")
-    with pytest.raises(RunError, match=f"holds what a run would overwrite .{there.split('/')[0]}"):
+    with pytest.raises(
+        RunError, match=f"has files that a run would overwrite .{there.split('/')[0]}"
+    ):
         begun(tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == [there.split("/")[0]]
     assert (tmp_path / there).read_text() == "epochs: 3  # a comment of mine\n"
@@ -373,7 +375,7 @@ def test_links_in_the_place_of_results_are_replaced(tmp_path):
 def test_settings_that_no_run_wrote_are_named(tmp_path, settings):
     begun(tmp_path).save(state(1))
     (tmp_path / "config.yaml").write_text(settings)
-    with pytest.raises(RunError, match="not what fastguard wrote: ") as caught:
+    with pytest.raises(RunError, match="was not written by fastguard: ") as caught:
         begun(tmp_path)
     assert len(str(caught.value)) < 500
 
@@ -381,7 +383,7 @@ def test_settings_that_no_run_wrote_are_named(tmp_path, settings):
 @pytest.mark.parametrize("step", [-1, "1", 1.0, True, None, 10**18])
 def test_a_state_of_a_step_that_is_none_is_refused(tmp_path, step):
     checkpoint.save(tmp_path / "a.pt", {**state(1), "step": step})
-    with pytest.raises(RunError, match="no number of steps"):
+    with pytest.raises(RunError, match="not a number of steps"):
         begun(tmp_path / "new", resume=str(tmp_path / "a.pt"))
 
 
@@ -438,7 +440,7 @@ def test_weights_alone_are_nothing_to_go_on_with(tmp_path):
     folder = begun(tmp_path / "old")
     weights = {key: state(3)[key] for key in ("model", "config", "tokenizer", "step")}
     folder.save_best(weights, of_wer(0.5))
-    with pytest.raises(RunError, match="holds weights, and nothing to go on with"):
+    with pytest.raises(RunError, match="has weights, but no state to continue from"):
         begun(tmp_path / "new", resume=str(tmp_path / "old" / "best.pt"))
 
 

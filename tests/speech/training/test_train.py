@@ -185,7 +185,7 @@ def test_without_the_guard_the_same_batch_destroys_the_model(tmp_path, monkeypat
     assert train(run_dir, tones(tmp_path), "--precision", "fp32", "--epochs", "1") == 1
     log = (run_dir / "train.log").read_text()
     assert "WARNING - Large gradient norm: nan at batch" in log
-    assert "No checkpoint at step 2, training goes on" in log
+    assert "No checkpoint at step 2, training continues" in log
     assert "ERROR - Finished at step 2, but not all could be written" in log.splitlines()[-1]
     assert not (run_dir / "last.pt").exists()
 

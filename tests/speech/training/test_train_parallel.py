@@ -109,7 +109,7 @@ def test_another_number_of_processes_begins_the_epoch_anew(whole, data, tmp_path
     middle = sorted((folder / "checkpoints").glob("step_*.pt"))[-2]
     assert checkpoint.load(middle)["batches"] == 1
     log = finish(torchrun(new, data, "--resume", str(middle), "--parallel", kind, processes=1))
-    assert "The state is of 2 processes and there are 1: the epoch begins anew" in log
+    assert "The state is of 2 processes and there are 1: the epoch starts again" in log
     steps = metrics(new, "step")
     assert [s["epoch"] for s in steps] == [2, 2, 2]
     assert json.loads((new / "rates.json").read_text())["utterances"] == 2
