@@ -17,7 +17,7 @@ from fastguard.speech.training.run_folder import RunError
 from fastguard.speech.training.stepper import PlainClip
 from tests.recordings import tones, write_manifest
 
-from .test_run_folder import of_wer
+from .folders import of_wer
 from .test_train import metrics
 
 

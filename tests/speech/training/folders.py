@@ -1,0 +1,37 @@
+"""Run folders, states and evaluations that tests make for themselves."""
+
+import torch
+
+from fastguard.speech.recognition.evaluation import Evaluation, score
+from fastguard.speech.training.config import Config
+from fastguard.speech.training.run_folder import RunFolder
+
+
+def state(step, value=1.0):
+    return {
+        "model": {"w": torch.full((4,), value)},
+        "config": Config().to_dict(),
+        "tokenizer": {},
+        "optimizer": {},
+        "guard": {},
+        "loader": [],
+        "random": [],
+        "step": step,
+    }
+
+
+def of_wer(wer):
+    """An evaluation with this error rate, in tenths, of two seconds of speech."""
+    right = round(10 * (1 - wer))
+    words, recognised = " ".join("abcdefghij"), " ".join("abcdefghij"[:right])
+    return Evaluation([score("utt", words, recognised, duration=2.0)])
+
+
+def begun(path, **settings):
+    folder = RunFolder(path, Config(**settings))
+    folder.begin()
+    return folder
+
+
+def names(folder):
+    return sorted(p.name for p in folder.path.rglob("*.pt"))
