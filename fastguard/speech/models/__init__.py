@@ -22,7 +22,7 @@ def build_model(name: str, **overrides) -> nn.Module:
         overrides: fields of `BaselineConfig` or `TeacherConfig` that differ from its default.
 
     Returns:
-        The model; ``model.config`` holds the fields, ``model(features, feature_lengths)``
+        The model; ``model.config`` has the fields, ``model(features, feature_lengths)``
         the log-probabilities, ``model.output_lengths(feature_lengths)`` their number.
 
     Raises:
@@ -39,8 +39,8 @@ def build_model(name: str, **overrides) -> nn.Module:
 
 
 def count_weight_layers(model: nn.Module) -> int:
-    """Number of weight matrices and filter banks: the depth that "50+ layers" speaks of.
+    """Number of weight matrices and filter banks: the depth of a model.
 
-    Attention's packed input projection counts once, normalisations and biases not at all.
+    Attention's packed input projection counts once. Normalisations and biases do not count.
     """
     return sum(parameter.dim() > 1 for parameter in model.parameters())

@@ -13,6 +13,8 @@ from .layers import MaskedBatchNorm1d, check_kernel_size
 
 @dataclass(frozen=True)
 class BaselineConfig:
+    """Options of the baseline."""
+
     vocab_size: int = 29
     """Symbols that the head scores, CTC's blank included."""
     n_mels: int = 80
@@ -49,12 +51,12 @@ class Baseline(CTCModel):
 class ResidualConvolution(nn.Module):
     """x + dropout(conv(silu(norm(x)))), in the order of He et al. 2016 (arXiv 1603.05027).
 
-    The convolution is not followed by a normalisation of its own, which would undo the
-    scale of its initial weights and enlarge their gradient by the inverse.
+    No normalisation follows the convolution. It would undo the scale of the initial weights and
+    enlarge their gradient by the inverse.
 
-    Whole channels are dropped (Tompson et al. 2015, arXiv 1411.4280): neighbouring frames
-    are too alike for the loss of single values to matter, and with one draw per utterance
-    and channel a training step does not depend on the amount of padding.
+    Whole channels are dropped (Tompson et al. 2015, arXiv 1411.4280): neighbouring frames are so
+    similar that dropping single values has little effect. With one draw per utterance and channel,
+    a training step does not depend on the amount of padding.
     """
 
     def __init__(self, config: BaselineConfig):

@@ -1,4 +1,4 @@
-"""What both models are: features in, log-probabilities for the CTC loss out."""
+"""The base of both models: features in, log-probabilities for the CTC loss out."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from .layers import Subsampling, subsampled
 class CTCModel(nn.Module):
     """Subsampling by 4, an encoder (`encode`, in the subclasses), and a linear CTC head.
 
-    Connectionist temporal classification: Graves et al. 2006. Lengths travel with the
-    frames, so that an utterance scores the same alone and padded in a batch, and padding
-    enters neither the batch statistics nor a gradient.
+    Connectionist temporal classification: Graves et al. 2006. Every layer gets the lengths, so an
+    utterance has the same scores alone and padded in a batch, and padding affects neither the
+    batch statistics nor a gradient.
     """
 
     def __init__(self, n_mels: int, channels: int, kernel_size: int, vocab_size: int):
@@ -31,20 +31,20 @@ class CTCModel(nn.Module):
 
         Returns:
             log_probs (B, T', vocab_size) float32, T' = ceil(T / 4), and output_lengths
-            (B,) int64; what lies past output_lengths is finite and means nothing.
+            (B,) int64. Frames past output_lengths are finite and have no meaning.
 
         Raises:
-            ValueError: a shape is wrong, or a length is outside [1, T]. Lengths on a GPU
-                are not looked at, since reading them would stall its stream, nor are those
-                given to an exported program.
+            ValueError: a shape is wrong, or a length is outside [1, T]. Lengths on a GPU are not
+                checked, because reading them needs a host-device sync. An exported program checks
+                no lengths.
         """
         check_batch(features, feature_lengths, self.n_mels)
         frames = torch.arange(features.size(1), device=features.device)
         padding_mask = frames >= feature_lengths.to(features.device)[:, None]  # (B, T)
         x, padding_mask = self.subsampling(features, padding_mask)  # (B, C, T')
         x = self.encode(x, padding_mask)  # (B, T', C)
-        # An explicit dtype holds under autocast too. Log-probabilities in half precision were
-        # behind NaN losses (speechbrain issue 1803).
+        # An explicit dtype also applies under autocast. Log-probabilities in half precision caused
+        # NaN losses (speechbrain issue 1803).
         log_probs = self.head(x).log_softmax(dim=-1, dtype=torch.float32)
         return log_probs, self.output_lengths(feature_lengths)
 
@@ -54,7 +54,7 @@ class CTCModel(nn.Module):
 
     @staticmethod
     def output_lengths(feature_lengths: Tensor | int) -> Tensor | int:
-        """T' = ceil(T / 4) for each T: the frames that CTC has for a target."""
+        """T' = ceil(T / 4) for each T: the output frames for a target."""
         return subsampled(feature_lengths)
 
 
@@ -70,7 +70,7 @@ def check_batch(features: Tensor, feature_lengths: Tensor, n_mels: int) -> None:
             f"feature_lengths must be integers of shape ({batch},), got {feature_lengths.dtype} "
             f"of shape {tuple(feature_lengths.shape)}: pass one count of frames per utterance"
         )
-    # While torch.export traces, lengths have no values to look at.
+    # While torch.export traces, lengths have no values.
     if feature_lengths.is_cpu and not torch.compiler.is_exporting():
         wrong = {i: n for i, n in enumerate(feature_lengths.tolist()) if not 1 <= n <= frames}
         if wrong:

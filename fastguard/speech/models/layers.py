@@ -1,4 +1,4 @@
-"""Layers that both models share. Each takes `padding_mask` (B, T), bool, True = padding."""
+"""Layers of both models. Each takes `padding_mask` (B, T), bool, True = padding."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from torch import Tensor, nn
 class MaskedBatchNorm1d(nn.BatchNorm1d):
     """Batch normalisation over the valid frames only.
 
-    Ioffe and Szegedy 2015 (arXiv 1502.03167) as in `nn.BatchNorm1d`, whose state dict it
-    shares and with which it agrees when nothing is padded. Counted in, the zeros of the
-    padding would pull mean and variance down, by more the more the lengths differ.
+    Ioffe and Szegedy 2015 (arXiv 1502.03167). The state dict is that of `nn.BatchNorm1d`, and so
+    is the result without padding. With padding, `nn.BatchNorm1d` would count zeros, which reduce
+    mean and variance.
 
-    - Two passes: E[x^2] - E[x]^2 cancels when the mean is large against the deviation.
-    - Statistics have the parameters' dtype, which is float32 under autocast too.
-    - Fewer than two valid frames have no variance (`nn.BatchNorm1d` raises there): they
-      are normalised by the running statistics, as in evaluation, and leave them alone.
-    - Everything stays on the device: no boolean indexing, no `item()`.
+    - Two passes: E[x^2] - E[x]^2 cancels if the mean is large compared with the deviation.
+    - Statistics have the dtype of the parameters, which is float32 under autocast too.
+    - Fewer than two valid frames have no variance, and `nn.BatchNorm1d` raises. Here they are
+      normalised by the running statistics, as in evaluation, and do not change them.
+    - There is no host-device sync: no boolean indexing, no `item()`.
     """
 
     def __init__(self, num_features: int, eps: float = 1e-5, momentum: float = 0.1):
@@ -27,7 +27,7 @@ class MaskedBatchNorm1d(nn.BatchNorm1d):
     def forward(self, x: Tensor, padding_mask: Tensor) -> Tensor:
         """(B, C, T) in any memory layout, (B, T) -> (B, C, T), dtype of x; padding gets `bias`."""
         padding_mask = padding_mask[:, None, :]  # (B, 1, T)
-        # Filled, not multiplied: 0 * NaN would let garbage out of the padding.
+        # Filled, not multiplied: 0 * NaN is NaN.
         frames = x.to(self.weight.dtype).masked_fill(padding_mask, 0.0)
         mean, var = self.running_mean[:, None], self.running_var[:, None]  # (C, 1)
         if self.training:

@@ -46,7 +46,7 @@ class Progress:
         self.batches, self.totals = 0, EpochTotals()
 
     def to_dict(self) -> dict:
-        """What a checkpoint holds of it."""
+        """The part of a checkpoint about progress."""
         return {
             "batches": self.batches,
             "totals": dataclasses.asdict(self.totals),
@@ -54,7 +54,7 @@ class Progress:
         }
 
     def restore(self, state: dict) -> None:
-        """Take over what a checkpoint holds."""
+        """Take over the progress of a checkpoint."""
         self.step = state["step"]
         self.batches = state["batches"]
         self.totals = EpochTotals(**state["totals"])
