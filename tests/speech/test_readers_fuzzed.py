@@ -16,6 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from fastguard._random import random_state
 from fastguard.optim import AdamW
 from fastguard.speech.data.tokenizer import CharTokenizer, tokenizer_from_dict
 from fastguard.speech.reporting.html_report import render
@@ -23,7 +24,6 @@ from fastguard.speech.reporting.run_history import read
 from fastguard.speech.storage import checkpoint
 from fastguard.speech.training.config import Config
 from fastguard.speech.training.metrics import EpochMetrics, EpochTotals, MetricsFile
-from fastguard.speech.training.random_state import random_state
 from fastguard.speech.training.run_folder import RunError, RunFolder
 from fastguard.speech.training.state_schema import check_state
 

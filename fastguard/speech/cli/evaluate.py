@@ -11,6 +11,7 @@ import torch
 
 from fastguard._command import check_words, exit_status
 from fastguard._io import files, terminal
+from fastguard._table import aligned
 from fastguard.speech.data.batching import Batch
 from fastguard.speech.data.corpora import SPECS, SPLITS, Corpus, load_corpus
 from fastguard.speech.data.readers import CorpusError, Rejected
@@ -196,32 +197,22 @@ def unused(rejected: list[Rejected]) -> str:
 
 def table(found: Evaluation) -> str:
     """The error rates of all utterances and of the long ones."""
-    row = "{:<20}{:>8}{:>18}{:>8}{:>12}{:>8}{:>9}{:>6}{:>6}{:>6}".format
     lines = [
-        row(
-            "", "WER", "95 % interval", "CER", "utterances", "words", "minutes", "sub", "del", "ins"
-        )
+        [
+            "",
+            *["WER", "95 % interval", "CER", "utterances", "words", "minutes", "sub", "del", "ins"],
+        ]
     ]
     for name, rows in (("all", found.rows), (f"{LONG} words and more", found.long_rows)):
         if rows:
             rates = pooled(rows)
             low, high = wer_interval(rows)
             minutes = sum(r.duration or 0.0 for r in rows) / 60
-            lines.append(
-                row(
-                    name,
-                    f"{rates.wer:.3f}",
-                    f"{low:.3f} to {high:.3f}",
-                    f"{rates.cer:.3f}",
-                    len(rows),
-                    rates.words,
-                    f"{minutes:.1f}",
-                    rates.substitutions,
-                    rates.deletions,
-                    rates.insertions,
-                )
-            )
-    return "\n".join(lines)
+            numbers = [f"{rates.wer:.3f}", f"{low:.3f} to {high:.3f}", f"{rates.cer:.3f}"]
+            numbers += [str(len(rows)), str(rates.words), f"{minutes:.1f}"]
+            errors = rates.substitutions, rates.deletions, rates.insertions
+            lines.append([name, *numbers, *map(str, errors)])
+    return "\n".join(aligned(lines))
 
 
 def worst_table(found: Evaluation) -> str:

@@ -128,11 +128,11 @@ class _BadStepView:
         self.loss, self.grad_norm, self.utterances = bad.loss, bad.grad_norm, bad.utterances
         details = bad.details
         self.batch = str(details.get("batch_id") or "")
-        offenders = [o for o in _list(details.get("nonfinite_parameters")) if isinstance(o, dict)]
-        self.offenders = [_offender(o) for o in offenders[:_MOST_PARAMETERS]]
-        self.offender_count = len(offenders) or len(bad.nonfinite)
-        self.first = _place(offenders[0]) if offenders else next(iter(bad.nonfinite), "")
-        self.bracket = [
+        found = [o for o in _list(details.get("nonfinite_parameters")) if isinstance(o, dict)]
+        self.nonfinite = [_counts(o) for o in found[:_MOST_PARAMETERS]]
+        self.nonfinite_count = len(found) or len(bad.nonfinite)
+        self.first = _place(found[0]) if found else next(iter(bad.nonfinite), "")
+        self.finite_ranges = [
             (bool(s.get("finite")), str(s.get("first")), str(s.get("last")))
             for s in _list(details.get("finite_ranges"))[: 2 * _MOST_PARAMETERS]
             if isinstance(s, dict)
@@ -154,20 +154,20 @@ class _BadStepView:
             for name, words in (("max_norm", "clipped to"), (skipped_above, "skipped above"))
             if name in details
         ]
-        self.has_details = bool(self.offenders or self.bracket or self.largest or self.risen)
+        self.has_details = bool(self.nonfinite or self.finite_ranges or self.largest or self.risen)
 
 
 def _list(value: object) -> list:
     return value if isinstance(value, list) else []
 
 
-def _place(offender: dict) -> str:
-    return f"{offender.get('name')}[{offender.get('first_index')}]"
+def _place(parameter: dict) -> str:
+    return f"{parameter.get('name')}[{parameter.get('first_index')}]"
 
 
-def _offender(offender: dict) -> tuple[str, str]:
-    counts = f"{offender.get('nans')} NaN, {offender.get('infs')} Inf"
-    return _place(offender), counts
+def _counts(parameter: dict) -> tuple[str, str]:
+    counts = f"{parameter.get('nans')} NaN, {parameter.get('infs')} Inf"
+    return _place(parameter), counts
 
 
 # --- utterances ---------------------------------------------------------------------------------

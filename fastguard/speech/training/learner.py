@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from fastguard._random import random_state, set_random_state
 from fastguard.guard import GradGuard
 from fastguard.speech.data.batching import Batch
 from fastguard.speech.recognition.recognizer import Recognizer, untrained_model
@@ -18,7 +19,6 @@ from .distillation import consistency_loss, distillation_loss
 from .loss import ctc_loss
 from .parallel import Parallel
 from .precision import autocast
-from .random_state import random_state, set_random_state
 from .stepper import PlainClip
 
 logger = logging.getLogger(__name__)

@@ -14,6 +14,7 @@ import numpy
 
 from fastguard._io import files
 from fastguard._io.terminal import one_line, visible
+from fastguard._table import aligned
 from fastguard.speech.recognition.evaluation import Evaluation, pooled
 
 LARGEST_METRICS = 4 << 30
@@ -213,12 +214,11 @@ def _json_number(value):
 
 def epoch_table(epochs: list[EpochMetrics]) -> str:
     """A text table with one row per epoch."""
-    row = "{:>5}  {:>8}  {:>6}  {:>6}  {:>9}  {:>9}  {}".format
-    lines = [row("epoch", "loss", "WER", "CER", "grad norm", "skipped", "status")]
+    rows = [["epoch", "loss", "WER", "CER", "grad norm", "skipped", "status"]]
     for e in epochs:
-        numbers = f"{e.loss:.3f}", f"{e.wer:.3f}", f"{e.cer:.3f}", f"{e.grad_norm:.3g}"
-        lines.append(row(e.epoch, *numbers, f"{e.skipped}/{e.steps}", e.status))
-    return "\n".join(lines)
+        numbers = [f"{e.loss:.3f}", f"{e.wer:.3f}", f"{e.cer:.3f}", f"{e.grad_norm:.3g}"]
+        rows.append([str(e.epoch), *numbers, f"{e.skipped}/{e.steps}", e.status])
+    return "\n".join(aligned(rows, left=(6,)))
 
 
 class _Formatter(logging.Formatter):

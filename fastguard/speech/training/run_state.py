@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import torch
 from torchdata.stateful_dataloader import StatefulDataLoader
 
+from fastguard._random import random_state, set_random_state
 from fastguard.guard import GradGuard
 from fastguard.speech.data.sampler import BucketBatchSampler
 from fastguard.speech.data.tokenizer import Tokenizer
@@ -14,7 +15,6 @@ from .config import Config
 from .learner import Learner
 from .parallel import Parallel
 from .progress import Progress
-from .random_state import random_state, set_random_state
 from .run_folder import RunError
 from .state_schema import check_state
 from .stepper import PlainClip, set_options

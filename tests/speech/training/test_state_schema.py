@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import nn
 
+from fastguard._random import random_state
 from fastguard.optim import AdamW
 from fastguard.speech.cli.train import main
 from fastguard.speech.storage import checkpoint
 from fastguard.speech.training.metrics import EpochMetrics, EpochTotals
-from fastguard.speech.training.random_state import random_state
 from fastguard.speech.training.state_schema import check_state
 from tests.recordings import tones
 
