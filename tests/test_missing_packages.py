@@ -15,7 +15,7 @@ tomllib = pytest.importorskip("tomllib")  # of Python 3.11
 
 ROOT = Path(__file__).resolve().parent.parent
 
-COMMANDS = "train", "evaluate", "transcribe", "report", "export"
+COMMANDS = "train", "evaluate", "transcribe", "report", "diagnose", "export"
 
 #: Runs modules as programs, in a process whose finders do not see the packages of argv[1].
 WITHOUT = """

@@ -207,7 +207,7 @@ def test_wrong_arguments():
 
 def test_the_attribute_is_the_function_whatever_is_imported():
     import fastguard.diagnose
-    from fastguard.diagnose.__main__ import main
+    from fastguard.speech.cli.diagnose import main
 
     assert inspect.isfunction(fastguard.diagnose)
     assert importlib.import_module("fastguard.diagnose").diagnose is fastguard.diagnose

@@ -197,12 +197,8 @@ def unused(rejected: list[Rejected]) -> str:
 
 def table(found: Evaluation) -> str:
     """The error rates of all utterances and of the long ones."""
-    lines = [
-        [
-            "",
-            *["WER", "95 % interval", "CER", "utterances", "words", "minutes", "sub", "del", "ins"],
-        ]
-    ]
+    rates_of = ["WER", "95 % interval", "CER"]
+    lines = [["", *rates_of, "utterances", "words", "minutes", "sub", "del", "ins"]]
     for name, rows in (("all", found.rows), (f"{LONG} words and more", found.long_rows)):
         if rows:
             rates = pooled(rows)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from fastguard import GradGuard, stable_init_
-from fastguard.diagnose.__main__ import main, utterances_of
+from fastguard.speech.cli.diagnose import main, utterances_of
 from fastguard.speech.data.corpora import read_rows
 from fastguard.speech.data.readers import CorpusError
 from fastguard.speech.data.tokenizer import CharTokenizer
