@@ -234,8 +234,16 @@ _NORMALIZATIONS = {
 }
 
 
-def export(recognizer: Recognizer, folder: Path, formats: list[str]) -> Iterator[str]:
+def export(
+    recognizer: Recognizer, folder: Path, formats: list[str], named: bool = True
+) -> Iterator[str]:
     """Write the files of ``formats`` and model.json into ``folder``; yield a line about each file.
+
+    Args:
+        recognizer: what is exported.
+        folder: is made if it does not exist.
+        formats: of SUFFIXES.
+        named: whether the user named the folder; only then it may be a link.
 
     Raises:
         MissingExtra: a package that a format needs is missing.
@@ -243,7 +251,7 @@ def export(recognizer: Recognizer, folder: Path, formats: list[str]) -> Iterator
         OSError: the disk is full, or the folder is not writable.
     """
     _check_packages(formats)
-    folder.mkdir(parents=True, exist_ok=True)
+    files.make_folder(folder, named)
     program = None
     for name in formats:
         path = folder / f"model{SUFFIXES[name]}"
@@ -345,8 +353,7 @@ def _export(args: argparse.Namespace) -> None:
     path = checkpoint.best_of(args.checkpoint)
     recognizer = Recognizer.load(path)
     folder = args.output or path.parent / "exported"
-    files.make_folder(folder, named=args.output is not None)
     formats = list(dict.fromkeys(args.format))
-    lines = export(recognizer, folder, formats)
+    lines = export(recognizer, folder, formats, named=args.output is not None)
     for line in tqdm(lines, "exporting", len(formats) + 1, leave=False, disable=None):
         tqdm.write(line)

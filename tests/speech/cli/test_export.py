@@ -309,7 +309,7 @@ def test_foreign_and_truncated_safetensors_are_named(tmp_path, monkeypatch):
     flipped = bytearray(whole)
     flipped[-1234] ^= 1
     (tmp_path / "flipped.safetensors").write_bytes(flipped)
-    with pytest.raises(checkpoint.CheckpointError, match="do not have the checksum of its own"):
+    with pytest.raises(checkpoint.CheckpointError, match="do not match its checksum"):
         Recognizer.load(tmp_path / "flipped.safetensors")
     os.mkfifo(tmp_path / "fifo.safetensors")
     with pytest.raises(checkpoint.CheckpointError, match="is a FIFO"):

@@ -181,7 +181,7 @@ def test_one_sample_and_silence(recognizer, tmp_path):
 
 
 def test_folders_hold_recordings_and_other_files(trained_run, prompts, tmp_path, capsys):
-    """A folder may be named as a recording is; what is passed over is told."""
+    """A folder may be named as a recording is; what is ignored is named."""
     (tmp_path / "below.wav").mkdir()
     samples, rate = soundfile.read(prompts[0][0])
     for name in ("b.WAV", "below.wav/a.flac"):
@@ -207,7 +207,7 @@ def test_folders_hold_recordings_and_other_files(trained_run, prompts, tmp_path,
     names = ", ".join(str(tmp_path / name) for name in ("1.m4a", "2.m4a", "3.M4A"))
     cure = "convert them, ffmpeg -i FILE.m4a FILE.wav"
     assert lines[0] == f"ignored: 4 .m4a ({names}, ...), which cannot be read: {cure}"
-    assert [line.split()[2:4] for line in lines[1:3]] == [["1", ".gsm"], ["1", ".webm"]]
+    assert [line.split()[1:3] for line in lines[1:3]] == [["1", ".gsm"], ["1", ".webm"]]
     assert lines[3].startswith("ignored: 2 other files, by extension 1 without an extension, ")
     assert len(lines) == 4
     assert "\x1b" not in error

@@ -36,10 +36,10 @@ def hostile(tmp_path):
         "norms": {HOSTILE: 2.5, "head.weight": "nan"},
         "max_norm": "inf",
     }
-    (folder / "bad_step_000002.json").write_text(json.dumps(details))
+    (folder / "bad_step_000002.json").write_text(json.dumps(details), "utf-8")
     row = {"id": HOSTILE, "reference": f"a {HOSTILE}", "hypothesis": HOSTILE, "wer": 2, "cer": 1}
-    (folder / "hypotheses.jsonl").write_text(json.dumps(row) + "\n")
-    with (folder / "train.log").open("a") as log:
+    (folder / "hypotheses.jsonl").write_text(json.dumps(row) + "\n", "utf-8")
+    with (folder / "train.log").open("a", encoding="utf-8") as log:
         log.write(f"ERROR - {HOSTILE}")
     return folder
 

@@ -75,8 +75,9 @@ def run_folder(path, lines, settings=None):
     for line in lines:
         file.write(line)
     file.close()
-    (path / "config.yaml").write_text(yaml.safe_dump(settings or {"model": "baseline"}))
-    (path / "train.log").write_text("run folder: x\nbaseline: 15.6 M parameters on cpu, bf16\n")
+    (path / "config.yaml").write_text(yaml.safe_dump(settings or {"model": "baseline"}), "utf-8")
+    log = "run folder: x\nbaseline: 15.6 M parameters on cpu, bf16\n"
+    (path / "train.log").write_text(log, "utf-8")
     return path
 
 

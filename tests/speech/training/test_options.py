@@ -213,6 +213,6 @@ def test_help_lists_every_field(capsys):
         "--run_dir",
         "--optim.lr",
         "--guard.skip_norm",
-        "Skips in a row that end the run with an error",
+        "Consecutive skips that end the run with an error",
     ):
         assert word in text

@@ -64,7 +64,7 @@ def test_a_state_that_lies_in_a_new_folder_is_not_taken(tmp_path, resume, with_l
         (tmp_path / "new" / "train.log").touch()
     begun(tmp_path / "X").save(state(7))
     resume = str(tmp_path / "X") if resume == "X" else resume
-    with pytest.raises(RunError, match=r"not the folder of a run, and holds what .*checkpoints"):
+    with pytest.raises(RunError, match=r"not the folder of a run, and has files .*checkpoints"):
         begun(tmp_path / "new", resume=resume)
     assert not (tmp_path / "new" / "config.yaml").exists()
 
@@ -242,7 +242,7 @@ def test_two_processes_do_not_train_in_one_folder(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "name, message", [("absent.pt", "cannot be read"), (".", "no state in this folder")]
+    "name, message", [("absent.pt", "cannot be read"), (".", "the folder has no state")]
 )
 def test_nothing_to_resume_from_is_an_error(tmp_path, name, message):
     with pytest.raises(RunError, match=message):
