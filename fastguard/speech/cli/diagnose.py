@@ -1,4 +1,4 @@
-"""``python -m fastguard.diagnose``: why a training step goes wrong, and what to change."""
+"""``python -m fastguard.diagnose``: what is wrong with a training step, and what to change."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _EXAMPLE = """examples:
 
 
 class _Failure(Exception):
-    """Why nothing could be diagnosed."""
+    """Nothing could be diagnosed; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -63,9 +63,9 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m fastguard.diagnose",
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="Run batches through a trained model, forward and backward, and say what is\n"
-        "wrong: a row for each layer, the first module that gives NaN or Inf, and the\n"
-        "setting to change. Recordings that training leaves out are not left out here.",
+        description="Run batches through a trained model, forward and backward, and report what\n"
+        "is wrong: a row for each layer, the first module that gives NaN or Inf, and the\n"
+        "setting to change. Recordings that training leaves out are included.",
         epilog=_EXAMPLE,
     )
     parser.add_argument(
@@ -77,9 +77,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--data", metavar="SPEC", help="corpus; default: that of the run")
     chosen = parser.add_mutually_exclusive_group()
     chosen.add_argument(
-        "--report", type=Path, metavar="FILE", help="the batch of this bad_step_NUMBER.json"
+        "--report", type=Path, metavar="FILE", help="the batch of a bad_step_NUMBER.json"
     )
-    chosen.add_argument("--utterances", nargs="+", metavar="ID", help="one batch of these")
+    chosen.add_argument(
+        "--utterances", nargs="+", metavar="ID", help="one batch of these utterances"
+    )
     chosen.add_argument(
         "--batches",
         type=_positive,
@@ -87,13 +89,15 @@ def _parser() -> argparse.ArgumentParser:
         help="the first N batches of the train split, in the order of the corpus; default 1",
     )
     parser.add_argument("--precision", choices=[*AUTOCAST], help="default: that of the run")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write all numbers there")
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="also write all numbers to this file"
+    )
     return parser
 
 
 def _positive(text: str) -> int:
     if not text.isascii() or not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
+        raise argparse.ArgumentTypeError(f"must be 1 or more, got {text}")
     return int(text)
 
 
@@ -112,7 +116,7 @@ def _run(options: argparse.Namespace) -> list[_Diagnosed]:
         reasons = {row.id: f"left out ({row.reason})" for row in rejected}
         for name in ids:
             if name not in known:
-                reason = reasons.get(name, "not there; choose --data")
+                reason = reasons.get(name, "missing; choose --data")
                 raise _Failure(f"utterance {name} of {options.data or config.data} is {reason}")
         batches = [[known[name] for name in ids]]
     precision = options.precision or config.precision
@@ -129,10 +133,11 @@ def _first_batches(rows: list[Row], size: int, count: int) -> Iterator[list[Row]
 
 
 def utterances_of(report: Path, known: Container[str]) -> list[str]:
-    """Ids of the utterances of a bad step: of its bad micro-batches if it names any.
+    """Ids of the utterances of a bad step, or of its bad micro-batches if it names any.
 
-    The report's batch is ``NUMBER [ID, ID, ...]``; `known` ids tell a comma in an id from one
-    between two.
+    Args:
+        report: a bad_step_NUMBER.json, whose batch reads ``NUMBER [ID, ID, ...]``.
+        known: ids of the corpus; they show whether a comma separates ids or is part of one.
     """
     try:
         content = with_new_keys(files.read_json(report), OLD_KEYS)
@@ -140,8 +145,8 @@ def utterances_of(report: Path, known: Container[str]) -> list[str]:
         texts = [str(part["batch_id"]) for part in parts]
     except (AttributeError, ValueError, KeyError, TypeError) as error:
         raise _Failure(
-            f"{report} is no report on a bad step ({type(error).__name__}: {error}): give a "
-            "bad_step_NUMBER.json of a run's folder"
+            f"{report} is not a report on a bad step ({type(error).__name__}: {error}): give a "
+            "bad_step_NUMBER.json of the folder of a run"
         ) from error
     ids = []
     for text in texts:
@@ -153,7 +158,7 @@ def utterances_of(report: Path, known: Container[str]) -> list[str]:
 
 
 def _split_ids(pieces: list[str], known: Container[str]) -> list[str]:
-    """The longest known ids that the pieces make up; an unknown piece as it is."""
+    """The longest known ids that the pieces form; unknown pieces are returned unchanged."""
     ids = []
     while pieces:
         lengths = range(len(pieces), 0, -1)
@@ -164,7 +169,7 @@ def _split_ids(pieces: list[str], known: Container[str]) -> list[str]:
 
 
 def _batch(recognizer: Recognizer, rows: list[Row]) -> tuple[Batch, list[Finding]]:
-    """The batch of these rows, without masks, and what is wrong with their recordings."""
+    """The batch of the rows, without masks, and what is wrong with their recordings."""
     items, found = [], []
     for row in rows:
         try:
@@ -173,7 +178,7 @@ def _batch(recognizer: Recognizer, rows: list[Row]) -> tuple[Batch, list[Finding
                 features = recognizer.log_mel(waveform)
             tokens = torch.tensor(recognizer.tokenizer.encode(row.text))
         except (soundfile.SoundFileError, OSError, TypeError, ValueError) as error:
-            raise _Failure(f"utterance {row.id} can not be read: {error}") from error
+            raise _Failure(f"utterance {row.id} cannot be read: {error}") from error
         found += recording_problems(row.id, waveform, features)
         items.append(Item(row.id, row.text, features, tokens))
     batch = collate(items)
@@ -192,14 +197,14 @@ def _diagnose(recognizer: Recognizer, rows: list[Row], precision: str, device: s
     scale = 2.0**16 if precision == "fp16" else 1.0
     while True:
         result = diagnose(recognizer.model, loss_fn, loss_scale=scale, data_findings=found)
-        # As a GradScaler does: gradients that overflow are a fault only where no scale helps.
+        # Like a GradScaler: overflowing gradients are a fault only if no scale helps.
         if scale == 1 or not result.gradients_overflow:
             return _Diagnosed(batch.ids, result)
         scale /= 16
 
 
 def _text(results: list[_Diagnosed]) -> str:
-    """The table and the verdict of the first batch with a fault; of the others the verdict."""
+    """The table and the verdict of the first batch with a fault, and the verdicts of the others."""
     shown = next((r for r in results if not r.diagnosis.healthy), results[0])
     lines = [f"batch [{', '.join(shown.ids)}]", str(shown.diagnosis)]
     for other in results:

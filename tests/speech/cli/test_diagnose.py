@@ -208,4 +208,4 @@ def test_a_foreign_checkpoint(tmp_path, capsys):
     with pytest.raises(checkpoint.CheckpointError):
         checkpoint.load(tmp_path / "last.pt")
     assert main([str(tmp_path / "last.pt")]) == 1
-    assert "no checkpoint of fastguard" in capsys.readouterr().err
+    assert "every checkpoint of fastguard" in capsys.readouterr().err

@@ -11,9 +11,9 @@ import pytest
 
 from fastguard.diagnose import __main__ as diagnose
 from fastguard.speech.cli import evaluate, export, report
-from tests.diagnose.test_command import save
 from tests.recordings import tones
 from tests.soak import small_disk
+from tests.speech.cli.test_diagnose import save
 
 ROOT = Path(__file__).parents[3]
 

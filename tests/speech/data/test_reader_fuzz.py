@@ -1,5 +1,5 @@
 """Drawn bytes for the readers of recordings and manifests: samples of the right length, or a line
-that says what is wrong. Nothing else, and not for ever."""
+that says what is wrong. Nothing else, and not forever."""
 
 import io
 import json
