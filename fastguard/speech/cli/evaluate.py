@@ -38,6 +38,7 @@ _SHORTEST, _LONGEST = 0.001, 3600.0
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The options of the command; wrong ones end the program with exit status 2."""
     parser = argparse.ArgumentParser(
         prog="python -m fastguard.evaluate",
         allow_abbrev=False,

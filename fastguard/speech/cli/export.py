@@ -90,12 +90,14 @@ def trace(model: nn.Module) -> ExportedProgram:
 
 
 def save_torch(path: Path, program: ExportedProgram) -> None:
+    """Write a .pt2 file."""
     content = io.BytesIO()  # torch's writer of archives aborts the process if the disk is full
     torch.export.save(program, content)
     path.write_bytes(content.getbuffer())
 
 
 def save_onnx(path: Path, program: ExportedProgram) -> None:
+    """Write a .onnx file."""
     names = {"input_names": INPUTS, "output_names": OUTPUTS, "dynamic_shapes": AXES}
     with warnings.catch_warnings():
         warnings.filterwarnings(
@@ -313,6 +315,7 @@ def _write_tokenizer(folder: Path, state: dict) -> dict:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The options of the command; wrong ones end the program with exit status 2."""
     parser = argparse.ArgumentParser(
         prog="python -m fastguard.export",
         description=__doc__.split("\n", 1)[1].strip(),
@@ -343,6 +346,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 @terminal.command
 def main(argv: list[str] | None = None) -> int:
+    """Exit status: 0 done, 1 failed, 2 wrong usage, 130 stopped by Ctrl-C."""
     args = parse(argv)
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it reports missing packages
     failures = checkpoint.CheckpointError, ExportError, OSError

@@ -25,6 +25,7 @@ class DecoderError(RuntimeError):
 
 
 def add_decoder_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of decoding."""
     group = parser.add_argument_group("decoding")
     group.add_argument(
         "--decoder",
@@ -123,6 +124,7 @@ def decoder_name(args: argparse.Namespace) -> str:
 
 
 def add_device_option(parser: argparse.ArgumentParser) -> None:
+    """Add the option --device."""
     parser.add_argument(
         "--device",
         type=device,

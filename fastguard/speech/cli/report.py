@@ -10,6 +10,7 @@ from fastguard.speech.reporting.run_history import RunFolderError, read
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The options of the command; wrong ones end the program with exit status 2."""
     parser = argparse.ArgumentParser(
         prog="python -m fastguard.report",
         description="Write one HTML page about a run, or about several side by side: curves,\n"

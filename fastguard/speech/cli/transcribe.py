@@ -41,6 +41,7 @@ _OTHER_RECORDINGS = (
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The options of the command; wrong ones end the program with exit status 2."""
     parser = argparse.ArgumentParser(
         prog="python -m fastguard.transcribe",
         allow_abbrev=False,

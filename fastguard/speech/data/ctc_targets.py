@@ -17,10 +17,12 @@ class Needed:
 
     @classmethod
     def by(cls, tokens: Sequence) -> "Needed":
+        """What the tokens need."""
         return cls(len(tokens), sum(a == b for a, b in pairwise(tokens)))
 
     @property
     def frames(self) -> int:
+        """Output frames in total."""
         return self.symbols + self.repeats
 
     def __str__(self) -> str:

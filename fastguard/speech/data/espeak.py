@@ -24,6 +24,8 @@ CALLBACK = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_int, ctypes.
 
 
 class Speaker:
+    """The library, with one voice at a time."""
+
     def __init__(self, library: str, data: str) -> None:
         self._espeak = ctypes.CDLL(library)
         rate = self._espeak.espeak_Initialize(AUDIO_OUTPUT_SYNCHRONOUS, 0, data.encode(), 0)
@@ -43,6 +45,7 @@ class Speaker:
         return 0
 
     def speak(self, text: str, voice: str, rate: int, pitch: int) -> bytes:
+        """Samples of a text, int16 at SAMPLE_RATE."""
         self._samples.clear()
         if self._espeak.espeak_SetVoiceByName(voice.encode()) != 0:
             sys.exit(f"eSpeak NG has no voice {voice!r}: reinstall espeakng-loader")
@@ -55,6 +58,7 @@ class Speaker:
 
 
 def main(library: str, data: str, requests: str) -> None:
+    """Speak each request of a file to standard output."""
     speaker = Speaker(library, data)
     with open(requests, encoding="utf-8") as lines:
         for line in lines:

@@ -100,6 +100,7 @@ class Rejected:
 
     @property
     def kind(self) -> str:
+        """The part of the reason before the colon."""
         return self.reason.partition(":")[0]
 
 

@@ -18,13 +18,17 @@ class Tokenizer(Protocol):
     """What training and recognition need from a tokenizer; token 0 is the CTC blank."""
 
     @property
-    def vocab_size(self) -> int: ...
+    def vocab_size(self) -> int:
+        """Number of tokens, the blank included."""
 
-    def encode(self, text: str) -> list[int]: ...
+    def encode(self, text: str) -> list[int]:
+        """The tokens of a text; raises ValueError if it has none."""
 
-    def decode(self, tokens: Iterable[int]) -> str: ...
+    def decode(self, tokens: Iterable[int]) -> str:
+        """The text of tokens without blanks."""
 
-    def to_dict(self) -> dict: ...
+    def to_dict(self) -> dict:
+        """The part of a checkpoint that :func:`tokenizer_from_dict` restores."""
 
 
 class CharTokenizer:
@@ -78,6 +82,7 @@ class CharTokenizer:
 
     @classmethod
     def from_dict(cls, state: dict) -> "CharTokenizer":
+        """The tokenizer of :meth:`to_dict`; raises ValueError for a damaged state."""
         symbols = state["symbols"]
         if not isinstance(symbols, list) or not all(isinstance(s, str) for s in symbols):
             raise ValueError("the symbols of a tokenizer are not a list of strings")
@@ -186,6 +191,7 @@ class SentencePieceTokenizer:
 
     @classmethod
     def from_dict(cls, state: dict) -> "SentencePieceTokenizer":
+        """The tokenizer of :meth:`to_dict`; raises ValueError for a damaged state."""
         model = state["model"]
         if not isinstance(model, torch.Tensor) or (model.dtype, model.dim()) != (torch.uint8, 1):
             raise ValueError("the sentencepiece model of a tokenizer is not a tensor of bytes")

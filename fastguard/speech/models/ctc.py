@@ -59,6 +59,7 @@ class CTCModel(nn.Module):
 
 
 def check_batch(features: Tensor, feature_lengths: Tensor, n_mels: int) -> None:
+    """Raise ValueError unless the shapes, dtypes and lengths are those of a batch."""
     if features.dim() != 3 or features.size(2) != n_mels:
         raise ValueError(
             f"features must be (B, T, {n_mels}), got {tuple(features.shape)}: "

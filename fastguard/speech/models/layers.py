@@ -82,12 +82,14 @@ def subsampled(length: Tensor | int) -> Tensor | int:
 
 
 def strided_convolution(in_channels: int, out_channels: int, kernel_size: int) -> nn.Conv1d:
+    """A convolution of stride 2 without bias, T -> ceil(T / 2)."""
     return nn.Conv1d(
         in_channels, out_channels, kernel_size, stride=2, padding=kernel_size // 2, bias=False
     )
 
 
 def check_kernel_size(kernel_size: int) -> None:
+    """Raise ValueError unless the size is odd and positive."""
     if kernel_size < 1 or kernel_size % 2 == 0:
         raise ValueError(
             f"kernel_size must be odd and positive, got {kernel_size}: "

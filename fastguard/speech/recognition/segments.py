@@ -68,6 +68,7 @@ class Segments:
 
     @property
     def seconds_read(self) -> float:
+        """Duration in seconds that has been read from the file."""
         return self.samples_read / self.file.samplerate
 
     def __iter__(self) -> Iterator[Segment]:

@@ -38,6 +38,7 @@ class Transcript:
 
     @property
     def text(self) -> str:
+        """The words, separated by spaces."""
         return " ".join(word.word for word in self.words)
 
 

@@ -38,12 +38,14 @@ class Steps:
         return len(self.step)
 
     def append(self, step: int, line: dict) -> None:
+        """Add a step from its line of metrics.jsonl."""
         self.step.append(step)
         for name in ("loss", "grad_norm", "clip_coef", "lr", "seconds"):
             getattr(self, name).append(number(line.get(name)))
         self.skipped.append(str(line.get("verdict")).startswith("skip"))
 
     def forget_from(self, step: int) -> None:
+        """Remove ``step`` and all later steps."""
         first = bisect_left(self.step, step)
         for column in vars(self).values():
             del column[first:]
@@ -60,6 +62,7 @@ class Epoch:
 
     @property
     def status(self) -> str:
+        """The epoch in words."""
         return "no error rate" if math.isnan(self.metrics.wer) else self.metrics.status
 
 

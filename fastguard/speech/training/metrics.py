@@ -111,9 +111,11 @@ class EpochTotals:
 
     @property
     def skipped(self) -> int:
+        """Number of skipped steps."""
         return len(self.norms) - self.accepted
 
     def add(self, step: StepMetrics) -> None:
+        """Add a step."""
         self.norms.append(step.grad_norm)
         self.seconds += step.seconds
         if not step.verdict.startswith("skip"):
@@ -180,6 +182,7 @@ class MetricsFile:
             self._complained = True
 
     def close(self) -> None:
+        """Close the file."""
         with contextlib.suppress(OSError):  # already reported
             self._file.close()
 

@@ -121,12 +121,15 @@ class PlainClip:
         return StepReport(self.steps - 1, batch_id, verdict, norm, coef)
 
     def poll(self, wait: bool = False) -> list[StepReport]:
+        """No reports: :meth:`step` returned them all."""
         return []  # every report was returned by step
 
     def state_dict(self) -> dict:
+        """The number of steps."""
         return {"steps": self.steps}
 
     def load_state_dict(self, state: dict) -> None:
+        """Take over what :meth:`state_dict` gave; raises ValueError for another state."""
         steps = state["steps"]
         if type(steps) is not int or steps < 0:
             raise ValueError(f"the state of a run without a guard holds steps={shown(steps)}")

@@ -67,6 +67,7 @@ class Curves:
         logger.warning("No more curves for TensorBoard: %s", error)
 
     def close(self) -> None:
+        """Write what is buffered, and close the files."""
         if self._writer is None:
             return
         try:

@@ -11,6 +11,7 @@ _STREAM = ((0x7FFFE000, 0x7FFFFFFF), (0xFFFFF000, 0xFFFFFFFF))  # sizes that mea
 
 
 def chunks_extent(file: BinaryIO, position: int, size: int, order: str) -> Extent:
+    """The extent of WAV, RF64 or AIFF, whose chunks begin at ``position``."""
     long_size = None  # of RF64: its offset and its value
     while len(head := read_at(file, position, 8)) == 8:
         name, length = head[:4], struct.unpack(order + "I", head[4:])[0]
@@ -54,6 +55,7 @@ def _is_chunk(head: bytes) -> bool:
 
 
 def wave64_extent(file: BinaryIO, size: int) -> Extent:
+    """The extent of W64."""
     claimed = struct.unpack("<Q", read_at(file, 16, 8).ljust(8, b"\0"))[0]
     if size + _SLACK < claimed < 1 << 62:
         raise cut_off(claimed, size, "bytes")
@@ -63,6 +65,7 @@ def wave64_extent(file: BinaryIO, size: int) -> Extent:
 
 
 def au_extent(head: bytes, size: int) -> Extent:
+    """The extent of AU, by its first 12 bytes."""
     if len(head) < 12:
         raise cut_off(12, len(head), "bytes of header")
     start, claimed = struct.unpack((">" if head[:1] == b"." else "<") + "II", head[4:12])
@@ -75,5 +78,6 @@ def au_extent(head: bytes, size: int) -> Extent:
 
 
 def nist_extent(header: bytes) -> Extent:
+    """The extent of NIST SPHERE, by its first 1024 bytes."""
     count = re.search(rb"sample_count -i (\d{1,15})\s", header)
     return Extent(frames=int(count[1]) if count else None)

@@ -78,6 +78,7 @@ class _View(io.RawIOBase):
 
 
 def read_at(file: BinaryIO, offset: int, size: int) -> bytes:
+    """Up to ``size`` bytes from ``offset``."""
     file.seek(offset)
     return file.read(size)
 
@@ -92,6 +93,7 @@ def skip_id3(file: BinaryIO, start: int) -> int:
 
 
 def cut_off(claimed: int, there: int, unit: str = "bytes of samples") -> Incomplete:
+    """The error for a file that is shorter than it claims."""
     return Incomplete(
         f"cut off: its header claims {claimed} {unit} and the file has {there}, as after an "
         "interrupted copy or recording"
@@ -99,6 +101,7 @@ def cut_off(claimed: int, there: int, unit: str = "bytes of samples") -> Incompl
 
 
 def goes_on(claimed: int, there: int, unit: str = "bytes of samples") -> Incomplete:
+    """The error for a file that is longer than it claims."""
     return Incomplete(
         f"wrong length: its header claims {claimed} {unit} and the file has {there}, most of which "
         "would be skipped"
