@@ -6,6 +6,7 @@ import socket
 import stat
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -139,7 +140,7 @@ def test_what_a_killed_process_was_writing_is_found_again(tmp_path):
 
 
 def _root():
-    return os.path.dirname(os.path.dirname(files.__file__))
+    return str(Path(files.__file__).parents[2])
 
 
 def test_what_the_user_names_is_followed(tmp_path):
