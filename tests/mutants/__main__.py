@@ -16,6 +16,8 @@ import hypothesis  # noqa: F401  what every child needs, loaded once
 import pytest
 import torch
 
+from tests.simt import left_out
+
 from . import Mutant, cpp, python
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -67,7 +69,6 @@ TESTS = {
     "csrc/decide.h": "guard/outliers guard/grad_guard ops/guard_decide ops/guard_thresholds",
 }
 _FAILED = 70  # the status of a child that never came to run the tests
-_DEVICES = ("cuda kernel", "warps one by one", "at random")  # the executor's, of tests/simt
 
 
 def tests_of(file: str) -> list[str]:
@@ -80,13 +81,6 @@ def tests_of(file: str) -> list[str]:
             raise SystemExit(f"error: no tests/{folder}/test_{stem}*.py; mend TESTS")
         found += [str(path.relative_to(ROOT)) for path in files]
     return list(dict.fromkeys(found))
-
-
-class NoDevices:
-    """Leaves the CUDA kernels' tests out: no mutant is of these, and compiling them takes long."""
-
-    def pytest_collection_modifyitems(self, items):
-        items[:] = [item for item in items if not any(name in item.name for name in _DEVICES)]
 
 
 def main() -> int:
@@ -180,7 +174,7 @@ def _pytest(tree: Path, tests: list[str]) -> int:
     os.dup2(silence, 1)
     os.dup2(silence, 2)
     options = ["-x", "-q", "--tb=no", "-p", "no:cacheprovider"]
-    return pytest.main([*options, *tests], plugins=[NoDevices()])
+    return pytest.main([*options, *tests], plugins=[left_out])
 
 
 def copy_of_the_repository(tree: Path) -> Path:
