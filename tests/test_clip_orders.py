@@ -147,7 +147,8 @@ def test_sparse_gradients_in_every_order(norm_type, dtype):
     values = torch.tensor([[1, 2], [3, 4], [5, 6]], dtype=dtype)
     sparse = torch.sparse_coo_tensor([[1, 1, 4]], values, (6, 2), check_invariants=True)
     empty = torch.sparse_coo_tensor(size=(3, 2), dtype=dtype, check_invariants=True)
-    expected = nn.utils.get_total_norm([sparse], norm_type)
+    # torch 2.11 has no norm of a sparse tensor itself.
+    expected = nn.utils.get_total_norm([sparse.coalesce().values()], norm_type)
     grads = [sparse.clone(), sparse.coalesce(), empty]
     for grad in grads[:2]:
         torch.testing.assert_close(fastguard.get_total_norm([grad, empty], norm_type), expected)

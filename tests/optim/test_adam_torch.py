@@ -219,7 +219,7 @@ def test_torchs_error_inputs_raise_the_same_errors(ours, theirs):
         assert when == "CONSTRUCTION_ERROR"
         # torch warns of one of them on the way to its error.
         with warnings.catch_warnings():
-            warnings.simplefilter("error" if kind is UserWarning else "ignore")
+            warnings.simplefilter("error" if issubclass(kind, Warning) else "ignore")
             with pytest.raises(kind, match=regex):
                 ours(params, **kwargs)
 
