@@ -171,6 +171,7 @@ class Soak:
         self.ends(process, f"a {what} killed", start)
         if process.returncode == 0 or "ERROR - " not in self.said(since):
             self.fail(f"a {what} killed: status {process.returncode}, and no cause in a line")
+            print(f"--- what was logged since ---\n{self.said(since)[-6000:]}", file=sys.stderr)
 
     def stop(self, process: subprocess.Popen) -> None:
         """SIGTERM to all, as of a scheduler: the run ends."""
