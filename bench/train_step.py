@@ -12,7 +12,7 @@ is autocast, with fp32 parameters, as in the trainer. The rows:
 - ours: ClampedMultiheadAttention, GradGuard.step, fastguard.AdamW;
 - SDPA + clamp: the same function, the attention by F.scaled_dot_product_attention and clamp;
   clip_grad_norm_ and torch's default AdamW;
-- nn.MultiheadAttention: without a clamp, for it can not clamp before its output projection;
+- nn.MultiheadAttention: without a clamp, for it cannot clamp before its output projection;
   clip_grad_norm_ and the default AdamW;
 - the same with AdamW(fused=True).
 

@@ -293,7 +293,7 @@ def _dtensor_norms(dtensors: list[Tensor], norm_type: float) -> list[Tensor]:
     groups: dict[tuple, list[Tensor]] = {}
     for dtensor in dtensors:
         if dtensor.device_mesh.get_coordinate() is None:
-            continue  # a mesh without this rank, which holds no part and can not ask for one
+            continue  # a mesh without this rank, which holds no part and cannot ask for one
         dtensor = _summed_up(dtensor)
         sharded = tuple(not placement.is_replicate() for placement in dtensor.placements)
         groups.setdefault((dtensor.device_mesh, sharded), []).append(local_part(dtensor))

@@ -20,7 +20,7 @@ from tests.tensors import assert_same_bits, bits, parameters_with
     st.floats(1e-2, 2.0),
 )
 def test_every_order_is_torchs(grads, norm_type, fraction):
-    """Whose own sums are taken in float64 here, and which can not do without elements."""
+    """Whose own sums are taken in float64 here, and which cannot do without elements."""
     ours, exact = parameters_with(grads), [g.double() for g in grads if g.numel()]
     expected = nn.utils.get_total_norm(exact, norm_type) if exact else torch.tensor(0.0)
     expected = expected.double()

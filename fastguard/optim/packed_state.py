@@ -137,7 +137,7 @@ class Bucket:
                 if self.states == self._copies:
                     return True
         except (TypeError, ValueError, RuntimeError):
-            pass  # of an entry that can not be compared; what counts is compared below
+            pass  # of an entry that cannot be compared; what counts is compared below
         same = all(
             all(map(is_, map(dict.get, self.states, repeat(name)), views))
             for name, views in self.views.items()

@@ -84,7 +84,7 @@ def test_denormals_count_on_every_thread(threads):
     torch.set_num_threads(threads)
     try:
         if not torch.set_flush_denormal(True):
-            pytest.skip("this processor can not flush denormals")
+            pytest.skip("this processor cannot flush denormals")
         norms = ops.grad_norm(grads).norms.tolist()
     finally:
         torch.set_flush_denormal(False)
