@@ -2,6 +2,7 @@
 
 import logging
 import shlex
+import signal
 import sys
 import time
 from pathlib import Path
@@ -42,23 +43,49 @@ def run(config: Config, parallel: Parallel) -> int:
     trainer = None
     if not parallel.main:
         log_to(None)
-    try:
-        if error := parallel.from_main(_begin(folder) if parallel.main else None):
-            if parallel.main:
-                print(f"error: {terminal.one_line(error)}", file=sys.stderr)
-            return 2
-        trainer = Trainer(config, folder, parallel)
-        trainer.fit()
-    except KeyboardInterrupt:
-        return 130
-    except Exception as error:
-        _tell(error, folder, parallel, begun=trainer is not None)
-        return 1
-    finally:
-        folder.close()
+    with _SigtermAtTheEnd() as sigterm:
+        try:
+            if error := parallel.from_main(_begin(folder) if parallel.main else None):
+                if parallel.main:
+                    print(f"error: {terminal.one_line(error)}", file=sys.stderr)
+                return 2
+            trainer = Trainer(config, folder, parallel)
+            sigterm.ignored = True  # while fit runs, it stops the run by handlers of its own
+            trainer.fit()
+        except KeyboardInterrupt:
+            return 130
+        except Exception as error:
+            sigterm.ignored = True
+            _tell(error, folder, parallel, begun=trainer is not None)
+            return 1
+        finally:
+            folder.close()
     if folder.unsaved:
         return 1
     return 130 if trainer.stopping else 0
+
+
+class _SigtermAtTheEnd:
+    """Ignores SIGTERM while a process says why it ends, which takes seconds.
+
+    Where a process is gone, torchrun sends SIGTERM to the others at once. Before ``ignored`` is
+    set, the signal ends the process as it does without this class.
+    """
+
+    def __init__(self):
+        self.ignored = False
+
+    def __enter__(self) -> "_SigtermAtTheEnd":
+        self._previous = signal.signal(signal.SIGTERM, self._receive)
+        return self
+
+    def __exit__(self, *_) -> None:
+        signal.signal(signal.SIGTERM, self._previous)
+
+    def _receive(self, signum, frame) -> None:
+        if not self.ignored:
+            signal.signal(signum, signal.SIG_DFL)
+            signal.raise_signal(signum)
 
 
 def _tell(error: Exception, folder: RunFolder, parallel: Parallel, begun: bool) -> None:

@@ -13,6 +13,7 @@ import torch
 
 from fastguard._io import failures
 from fastguard.guard import GradGuard
+from fastguard.speech.cli import train as cli
 from fastguard.speech.cli.train import main
 from fastguard.speech.data.batching import LoadError
 from fastguard.speech.storage import checkpoint
@@ -111,6 +112,41 @@ def test_the_log_file_alone_has_the_traceback(tmp_path, data, monkeypatch, capsy
     assert run(tmp_path, data) == 1
     assert "Traceback" not in capsys.readouterr().err
     assert "Traceback" in (tmp_path / "train.log").read_text()
+
+
+def test_sigterm_does_not_keep_a_run_from_saying_why_it_ends(tmp_path, data, monkeypatch, capsys):
+    """torchrun sends it to a process as soon as another one is gone."""
+
+    def unexpected(signum, frame):
+        pytest.fail("the signal ended the run before its cause was logged")
+
+    before, tell = signal.signal(signal.SIGTERM, unexpected), cli._tell
+
+    def interrupted(*args, **options):
+        signal.raise_signal(signal.SIGTERM)
+        tell(*args, **options)
+        signal.raise_signal(signal.SIGTERM)
+
+    faults.put_in(monkeypatch.setattr, "error", "step")
+    monkeypatch.setattr(cli, "_tell", interrupted)
+    try:
+        assert run(tmp_path, data) == 1
+        assert signal.getsignal(signal.SIGTERM) is unexpected
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert "ERROR - ZeroDivisionError: a fault of the program" in capsys.readouterr().err
+
+
+def test_sigterm_ends_a_run_that_has_not_begun(tmp_path, data):
+    """As it ends any program: the handler is for the end of a run only."""
+    code = (
+        "import os, signal, sys\n"
+        "from fastguard.speech.cli import train\n"
+        "train.RunFolder.begin = lambda self: os.kill(os.getpid(), signal.SIGTERM)\n"
+        "train.main(sys.argv[1:])\n"
+    )
+    command = [sys.executable, "-c", code, *OPTIONS, "--data", data, "--run-dir", str(tmp_path)]
+    assert subprocess.run(command, cwd=REPOSITORY).returncode == -signal.SIGTERM
 
 
 def test_a_fault_in_the_second_batch_of_a_step(tmp_path, data, monkeypatch):
