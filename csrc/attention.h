@@ -136,15 +136,22 @@ inline void check_attention_masks(
   }
 }
 
+// What a softcap is computed with is float32: outside of this it would be 0 or inf there, and NaN
+// in the output. Twins: fastguard/ops/attention.py.
+constexpr double smallest_softcap = 1e-30;
+constexpr double largest_softcap = 1e30;
+
 inline void check_attention_options(
     const char* op,
     const AttentionOptions& options,
     const std::optional<torch::stable::Tensor>& seed) {
   STD_TORCH_CHECK(
-      options.dropout_p >= 0.0 && options.dropout_p < 1.0 && options.softcap >= 0.0 &&
-          std::isfinite(options.softcap) && options.clamp > 0.0,
+      options.dropout_p >= 0.0 && options.dropout_p < 1.0 &&
+          (options.softcap == 0.0 ||
+           (options.softcap >= smallest_softcap && options.softcap <= largest_softcap)) &&
+          options.clamp > 0.0,
       op,
-      ": dropout_p must be in [0, 1), softcap at least 0, clamp above 0; got ",
+      ": dropout_p must be in [0, 1), softcap 0 or in [1e-30, 1e30], clamp above 0; got ",
       options.dropout_p,
       ", ",
       options.softcap,

@@ -13,6 +13,7 @@ from torch.nn.attention.bias import CausalBias, CausalVariant
 
 from fastguard.ops import DTYPES
 from fastguard.ops import attention as attention_ops
+from fastguard.ops.attention import LARGEST_SOFTCAP, SMALLEST_SOFTCAP
 
 
 class AttentionStats(NamedTuple):
@@ -64,8 +65,8 @@ def clamped_attention(
         dropout_p: probability, in [0, 1), of dropping a weight; rounded to a multiple of 2^-16. The
             same for forward and backward, CPU and CUDA, given the state of torch's generator.
         scale: factor on the logits; None means 1 / sqrt(D).
-        softcap: c > 0 bounds the logits: ``c * tanh(logits / c)``, before masks (Gemma 2, arXiv
-            2408.00118). None leaves them free.
+        softcap: c bounds the logits: ``c * tanh(logits / c)``, before masks (Gemma 2, arXiv
+            2408.00118). It must be in [1e-30, 1e30]; None leaves the logits free.
         clamp: bound on the output, > 0; None leaves it free.
         return_stats: also return :class:`AttentionStats`, without gradients.
 
@@ -171,9 +172,9 @@ def _per_head(output: Tensor, rows: Tensor, clamp: float | None) -> AttentionSta
 def check_options(dropout_p: float, softcap: float | None, clamp: float | None) -> None:
     if not 0 <= dropout_p < 1:
         raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
-    if softcap is not None and not 0 < softcap < math.inf:
+    if softcap is not None and not SMALLEST_SOFTCAP <= softcap <= LARGEST_SOFTCAP:
         raise ValueError(
-            f"softcap must be finite and > 0, got {softcap}: pass None for free logits"
+            f"softcap must be in [1e-30, 1e30], got {softcap}: pass None for free logits"
         )
     check_clamp(clamp)
 

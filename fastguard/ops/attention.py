@@ -26,6 +26,9 @@ MOST_CUDA_HEAD_DIM = 128
 #: T * S from which torch's attention is asked on GPUs of capability 9 and 10. See :func:`route`.
 LONG = 1024 * 1024
 
+#: The range of a softcap. Outside of it the kernels' float32 would be 0 or inf, and the output NaN.
+SMALLEST_SOFTCAP, LARGEST_SOFTCAP = 1e-30, 1e30
+
 
 class Attention(NamedTuple):
     output: Tensor  #: (B, H, T, Dv), dtype of the query
@@ -298,10 +301,11 @@ def _check(query, key, value, padding, attn_mask, seed, dropout_p, softcap, clam
                 f"attention: {name} must be {' or '.join(map(str, dtypes))} of shape {shape}; got "
                 f"{mask.dtype} of shape {tuple(mask.shape)}"
             )
-    if not (0 <= dropout_p < 1 and 0 <= softcap < torch.inf and clamp > 0):
+    capped = softcap == 0 or SMALLEST_SOFTCAP <= softcap <= LARGEST_SOFTCAP
+    if not (0 <= dropout_p < 1 and capped and clamp > 0):
         raise RuntimeError(
-            "attention: dropout_p must be in [0, 1), softcap at least 0, clamp above 0; got "
-            f"{dropout_p}, {softcap}, {clamp}"
+            "attention: dropout_p must be in [0, 1), softcap 0 or in [1e-30, 1e30], clamp above 0; "
+            f"got {dropout_p}, {softcap}, {clamp}"
         )
     if seed is not None:
         check_tensor("attention", "seed", seed, torch.int64, 2)

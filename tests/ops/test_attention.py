@@ -335,6 +335,8 @@ def test_logits_of_any_finite_size(dtype, scale):
         ((X, X, X), {"dropout_p": -0.1}, r"dropout_p .* got -0.1"),
         ((X, X, X), {"dropout_p": math.nan}, r"dropout_p .* got nan"),
         ((X, X, X), {"softcap": 0.0}, r"softcap .* got 0.0"),
+        ((X, X, X), {"softcap": 1e300}, r"softcap must be in \[1e-30, 1e30\], got 1e\+300"),
+        ((X, X, X), {"softcap": 1e-300}, r"softcap .* got 1e-300: pass None"),
         ((X, X, X), {"clamp": -1.0}, r"clamp must be > 0, got -1.0"),
         ((X, X, X), {"attn_mask": torch.zeros(3, 3).int()}, r"attn_mask .* got torch.int32"),
         ((X, X, X), {"attn_mask": torch.zeros(3, 4)}, r"\(2, 4, 3, 3\), got shape \(3, 4\)"),
@@ -348,6 +350,22 @@ def test_bad_input_is_named(args, options, message):
         clamped_attention(*args, **options)
 
 
+@pytest.mark.parametrize("softcap", [1e-30, 1e-20, 1e20, 1e30])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_softcap_at_either_end_of_its_range(dtype, softcap):
+    """A small one makes all logits equal, a large one leaves them as they are."""
+    inputs = [torch.randn(1, 2, 5, 8, dtype=dtype, requires_grad=True) for _ in range(3)]
+    found = clamped_attention(*inputs, softcap=softcap, clamp=None)
+    if softcap < 1:
+        expected = inputs[2].double().mean(2, keepdim=True).expand_as(found)
+    else:
+        expected = clamped_attention(*inputs, clamp=None).double()
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(found.double(), expected, atol=8 * eps, rtol=8 * eps)
+    found.sum().backward()
+    assert all(x.grad.isfinite().all() for x in inputs)
+
+
 @needs_kernel
 def test_the_operator_itself_checks_what_it_is_given():
     options = [None, None, SEED, False, 0.0, 1.0, 0.0, 1.0, False]
@@ -356,6 +374,9 @@ def test_the_operator_itself_checks_what_it_is_given():
         (1, torch.zeros(2, 4, 3, 3).int(), "attn_mask must be bool or"),
         (2, SEED[:1], "seed must be 2 numbers"),
         (4, 1.5, "dropout_p must be in"),
+        (6, 1e300, r"softcap 0 or in \[1e-30, 1e30\].* 1e\+300"),
+        (6, 1e-300, r"softcap 0 or in .* 1e-300"),
+        (6, math.nan, "softcap 0 or in .* nan"),
         (7, -1.0, "clamp above 0"),
     ]:
         given_ = [*options[:position], wrong, *options[position + 1 :]]

@@ -16,7 +16,7 @@ def source(name):
 
 
 def constant(name, file):
-    found = re.findall(rf"constexpr \w+ {name} = ([\d.e+]+);", source(file))
+    found = re.findall(rf"constexpr \w+ {name} = ([\d.e+-]+);", source(file))
     assert len(found) == 1, f"csrc/{file} defines {name} {len(found)} times"
     return float(found[0])
 
@@ -37,6 +37,8 @@ def enumerators(name, file):
         (types, "LARGEST_APPLIED", "decide.h"),
         (packed, "PACKED_ALIGNMENT", "adamw_options.h"),
         (attention, "MOST_HEAD_DIM", "attention.h"),
+        (attention, "SMALLEST_SOFTCAP", "attention.h"),
+        (attention, "LARGEST_SOFTCAP", "attention.h"),
     ],
 )
 def test_a_constant_is_the_same_in_both_languages(module, name, file):
