@@ -98,7 +98,7 @@ def guards_and_moments_are_saved():
         "weights": [full(p.detach()).tolist() for p in net.parameters()],
     }
     if distributed.get_rank() == 0:
-        (shared / "expected.json").write_text(json.dumps(expected))
+        (shared / "expected.json").write_text(json.dumps(expected), encoding="utf-8")
     return reports
 
 
@@ -107,7 +107,7 @@ def guards_and_moments_are_loaded():
     from torch.distributed import checkpoint
     from torch.distributed.checkpoint import state_dict as helpers
 
-    expected = json.loads((shared / "expected.json").read_text())
+    expected = json.loads((shared / "expected.json").read_text(encoding="utf-8"))
     net, optimizer, guards = resumable()
     states = checkpoint_of(net, optimizer, guards)
     checkpoint.load(states, checkpoint_id=shared / "states")

@@ -71,7 +71,7 @@ TESTS = {
 _FAILED = 70  # the status of a child that never came to run the tests
 
 
-def tests_of(file: str) -> list[str]:
+def files_of_tests(file: str) -> list[str]:
     """For "guard/report": tests/guard/test_report.py, and what was split off (test_report_*.py)."""
     found = []
     for name in TESTS[file].split():
@@ -120,7 +120,7 @@ def sample(file: str, source: str, count: int, seed: str) -> list[Mutant]:
 
 def run_file(tree: Path, file: str, drawn: list[Mutant]) -> tuple[int, list[Mutant]]:
     """How many mutants of the file its tests saw, and those that they did not."""
-    place, tests = tree / file, tests_of(file)
+    place, tests = tree / file, files_of_tests(file)
     original = place.read_text(encoding="utf-8")
     library = cpp.CpuLibrary(tree, file) if file.endswith(".h") else None
     start = time.monotonic()
