@@ -136,10 +136,11 @@ inline void check_attention_masks(
   }
 }
 
-// What a softcap is computed with is float32: outside of this it would be 0 or inf there, and NaN
-// in the output. Twins: fastguard/ops/attention.py.
+// The kernels compute in float32. A softcap outside of this range would be 0 or inf there, a larger
+// scale inf, and the output NaN. Twins: fastguard/ops/attention.py.
 constexpr double smallest_softcap = 1e-30;
 constexpr double largest_softcap = 1e30;
+constexpr double largest_scale = 1e30;
 
 inline void check_attention_options(
     const char* op,
@@ -157,6 +158,11 @@ inline void check_attention_options(
       options.softcap,
       ", ",
       options.clamp);
+  STD_TORCH_CHECK(
+      std::abs(options.scale) <= largest_scale,
+      op,
+      ": scale must be between -1e30 and 1e30; got ",
+      options.scale);
   STD_TORCH_CHECK(
       options.dropout_p == 0.0 || seed.has_value(), op, ": dropout needs a seed of two int64");
   if (seed.has_value()) {

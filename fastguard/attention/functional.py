@@ -13,7 +13,7 @@ from torch.nn.attention.bias import CausalBias, CausalVariant
 
 from fastguard.ops import DTYPES
 from fastguard.ops import attention as attention_ops
-from fastguard.ops.attention import LARGEST_SOFTCAP, SMALLEST_SOFTCAP
+from fastguard.ops.attention import LARGEST_SCALE, LARGEST_SOFTCAP, SMALLEST_SOFTCAP
 
 
 class AttentionStats(NamedTuple):
@@ -64,7 +64,7 @@ def clamped_attention(
         is_causal: row i sees keys 0 to i; may be combined with the masks.
         dropout_p: probability, in [0, 1), of dropping a weight; rounded to a multiple of 2^-16. The
             same for forward and backward, CPU and CUDA, given the state of torch's generator.
-        scale: factor on the logits; None means 1 / sqrt(D).
+        scale: factor on the logits, between -1e30 and 1e30; None means 1 / sqrt(D).
         softcap: c bounds the logits: ``c * tanh(logits / c)``, before masks (Gemma 2, arXiv
             2408.00118). It must be in [1e-30, 1e30]; None leaves the logits free.
         clamp: bound on the output, > 0; None leaves it free.
@@ -128,6 +128,8 @@ def _operands(
     query, key, value = _autocast(query, key, value)
     _check_inputs(query, key, value)
     check_options(dropout_p, softcap, clamp)
+    if scale is not None and not -LARGEST_SCALE <= scale <= LARGEST_SCALE:
+        raise ValueError(f"scale must be between -1e30 and 1e30, got {scale}")
     shape = (*query.shape[:3], key.size(2))
     if key_padding_mask is not None:
         check_mask("key_padding_mask", key_padding_mask)

@@ -26,8 +26,10 @@ MOST_CUDA_HEAD_DIM = 128
 #: T * S from which torch's attention is asked on GPUs of capability 9 and 10. See :func:`route`.
 LONG = 1024 * 1024
 
-#: The range of a softcap. Outside of it the kernels' float32 would be 0 or inf, and the output NaN.
+#: The kernels compute in float32. A softcap outside of this range would be 0 or inf there, a larger
+#: scale inf, and the output NaN.
 SMALLEST_SOFTCAP, LARGEST_SOFTCAP = 1e-30, 1e30
+LARGEST_SCALE = 1e30
 
 
 class Attention(NamedTuple):
@@ -236,7 +238,7 @@ def _attention_and_weights(
     clamp: float,
     return_stats: bool,
 ) -> tuple[Attention, Tensor]:
-    _check(query, key, value, key_padding_mask, attn_mask, seed, dropout_p, softcap, clamp)
+    _check(query, key, value, key_padding_mask, attn_mask, seed, dropout_p, scale, softcap, clamp)
     dtype = query.dtype
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     query, key, value = (x.to(wide) for x in (query, key, value))
@@ -272,7 +274,7 @@ def _attention_and_weights(
     return Attention(output, logsumexp, stats), weights.to(dtype)
 
 
-def _check(query, key, value, padding, attn_mask, seed, dropout_p, softcap, clamp) -> None:
+def _check(query, key, value, padding, attn_mask, seed, dropout_p, scale, softcap, clamp) -> None:
     """Twin: check_attention in csrc/attention.h, but for the sizes that only kernels limit."""
     if torch.compiler.is_exporting():  # comparing its sizes would limit the program
         return
@@ -307,6 +309,8 @@ def _check(query, key, value, padding, attn_mask, seed, dropout_p, softcap, clam
             "attention: dropout_p must be in [0, 1), softcap 0 or in [1e-30, 1e30], clamp above 0; "
             f"got {dropout_p}, {softcap}, {clamp}"
         )
+    if not -LARGEST_SCALE <= scale <= LARGEST_SCALE:
+        raise RuntimeError(f"attention: scale must be between -1e30 and 1e30; got {scale}")
     if seed is not None:
         check_tensor("attention", "seed", seed, torch.int64, 2)
     elif dropout_p > 0:

@@ -100,7 +100,9 @@ def grad_norm_decide_ref_(grads: Sequence[Tensor], *arguments) -> tuple[Tensor, 
 
 def _grow(scaling: Scaling, total_norm: Tensor) -> None:
     """``GradScaler.update`` in place. Twin: grow in csrc/decide.h."""
-    scale, tracker, interval = scaling.scale, scaling.growth_tracker, scaling.growth_interval
+    # One number each, whatever their shapes are.
+    scale, tracker = scaling.scale.reshape(()), scaling.growth_tracker.reshape(())
+    interval = scaling.growth_interval
     interval = math.floor(min(interval, 2.0**53)) if interval >= 1 else 0
     good = total_norm.isfinite()
     steps = torch.where(good, tracker + 1, 0)

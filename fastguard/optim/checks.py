@@ -9,11 +9,13 @@ from torch import Tensor
 from fastguard._tensors import is_dtensor
 
 _OPTIONS = ("lr", "betas", "eps", "weight_decay", "momentum")
+#: Of an option of Adam, in absolute value: a step computes in float32.
+LARGEST_OPTION = torch.finfo(torch.float32).max
 _NEVER_NEGATIVE = ("exp_avg_sq", "max_exp_avg_sq", "step")
 
 
 def check_options(param_groups: Iterable[dict]) -> None:
-    """Refuse an option that is NaN or infinite: every parameter of its group would become so.
+    """Refuse an option that is NaN, infinite, or too large for float32, in which a step computes.
 
     Looks at lr, betas, eps, weight_decay and momentum. A tensor that is not on the CPU is not
     looked at, since the host would have to wait for the device.
@@ -30,10 +32,10 @@ def check_group(number: int, group: Mapping[str, object]) -> None:
     for option in _OPTIONS:
         value = group.get(option, 0.0)
         for each in value if isinstance(value, (tuple, list)) else (value,):
-            if _on_host(each) and not math.isfinite(each):
+            if _on_host(each) and not abs(each) <= LARGEST_OPTION:
                 raise ValueError(
-                    f"{option} of param group {number} is {float(each)}; a step would make all "
-                    "parameters of the group NaN or infinite. Set "
+                    f"{option} of param group {number} is {float(each)}; in float32 that is no "
+                    "finite number, and a step would spoil all parameters of the group. Set "
                     f"optimizer.param_groups[{number}][{option!r}] to a finite number, and check "
                     "the scheduler or state dict that wrote it"
                 )

@@ -3,7 +3,6 @@
 The optimizer's ``state`` holds views of it, under torch's keys.
 """
 
-import math
 from itertools import repeat
 from operator import is_
 
@@ -15,7 +14,7 @@ from fastguard import ops
 from fastguard._tensors import is_dtensor, local_parts
 from fastguard.guard.distributed import lay_out_
 
-from .checks import check_group, state_problem
+from .checks import LARGEST_OPTION, check_group, state_problem
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 
@@ -187,7 +186,7 @@ class Bucket:
         """The group's options as :func:`fastguard.ops.adamw_` takes them.
 
         Raises:
-            ValueError: one is NaN or infinite.
+            ValueError: one is NaN, infinite or too large for float32.
         """
         group = self.group
         beta1, beta2 = map(float, group["betas"])
@@ -201,7 +200,7 @@ class Bucket:
             amsgrad=bool(group["amsgrad"]),
             maximize=bool(group["maximize"]),
         )
-        if not all(map(math.isfinite, options[:5])):
+        if not all(abs(option) <= LARGEST_OPTION for option in options[:5]):
             values = options._asdict()
             check_group(self.number, values | {"betas": (beta1, beta2)})
         return options

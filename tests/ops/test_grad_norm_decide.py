@@ -71,6 +71,22 @@ def test_the_scale_grows_and_shrinks_as_a_grad_scalers(function, scale):
         assert ours.growth_tracker.item() == scaler._get_growth_tracker()
 
 
+@pytest.mark.parametrize("shapes", [((), (1,)), ((1,), ()), ((1, 1), ())])
+@pytest.mark.parametrize(
+    "function", [grad_norm_decide_ref_, pytest.param(ops.grad_norm_decide_, marks=needs_kernel)]
+)
+def test_the_shapes_of_scale_and_tracker_do_not_matter(function, shapes):
+    """One number each is taken, as the operator's check says."""
+    scale = torch.full(shapes[0], 8.0)
+    tracker = torch.full(shapes[1], 2, dtype=torch.int32)
+    function(
+        [torch.ones(3)], double(1.0), double(1.0), fresh(n=1), 3, THRESHOLDS[0], 1.0, 9.0,
+        scaling=ops.Scaling(scale, tracker, 2.0, 0.5, 3),
+    )  # fmt: skip
+    assert (scale.item(), tracker.item()) == (16.0, 0)
+    assert (scale.shape, tracker.shape) == tuple(map(torch.Size, shapes))
+
+
 @pytest.mark.parametrize("function", [ops.guard_decide_, ops.grad_norm_decide_])
 def test_what_a_decision_writes_has_another_version_then(function):
     """scaler.scale(loss) keeps the scale for backward, and must not get another one silently."""

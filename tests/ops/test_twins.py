@@ -39,6 +39,7 @@ def enumerators(name, file):
         (attention, "MOST_HEAD_DIM", "attention.h"),
         (attention, "SMALLEST_SOFTCAP", "attention.h"),
         (attention, "LARGEST_SOFTCAP", "attention.h"),
+        (attention, "LARGEST_SCALE", "attention.h"),
     ],
 )
 def test_a_constant_is_the_same_in_both_languages(module, name, file):

@@ -27,7 +27,11 @@ def two_groups(**options):
     return optimizer, params
 
 
-@pytest.mark.parametrize("value", [*BAD, *map(torch.tensor, BAD)])
+#: Finite, and infinite in float32.
+TOO_LARGE = (1e39, torch.tensor(-1e39, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("value", [*BAD, *map(torch.tensor, BAD), *TOO_LARGE])
 @pytest.mark.parametrize("option", ["lr", "eps", "weight_decay"])
 def test_a_step_refuses_an_option_that_is_not_finite(option, value):
     optimizer, params = two_groups()
