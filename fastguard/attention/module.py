@@ -43,7 +43,7 @@ class ClampedMultiheadAttention(nn.MultiheadAttention):
         kdim, vdim: width of key and value; None means C.
         batch_first: (N, T, C) instead of (T, N, C).
         clamp: bound on the attention output, > 0; None leaves it free.
-        softcap: bound on the logits, > 0, see `clamped_attention`; None leaves them free.
+        softcap: bound on the logits, see `clamped_attention`; None leaves them free.
         record_stats: keep the `AttentionStats` of the last forward in `stats`; a `GradGuard` of the
             model writes them to its reports on bad steps. May be set later. A forward that returns
             weights has none, nor one inside `torch.vmap`.

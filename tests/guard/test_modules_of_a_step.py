@@ -1,7 +1,7 @@
 """How many modules a reader meets on the path of a gradient, from ``guard.step`` to the kernels.
 
 On the path are the modules one of whose functions holds a gradient of the step: in a local variable
-or an argument, also inside of lists, tuples and dicts. ``ON_THE_PATH`` is the limit of issue 15.
+or an argument, also inside of lists, tuples and dicts. ``ON_THE_PATH`` limits their number.
 The other modules of a step decide nothing about gradients: statistics, buffers, reports, warnings.
 ``IN_A_STEP`` keeps the number of all modules of a step from growing.
 """
