@@ -22,7 +22,7 @@ from fastguard.speech.training.parallel import Parallel, leave
 from fastguard.speech.training.run_folder import RunError, RunFolder
 from fastguard.speech.training.trainer import Trainer
 
-logger = logging.getLogger("fastguard.train")  # run with -m, __name__ is "__main__"
+logger = logging.getLogger(__name__)
 
 
 @terminal.command
