@@ -1,6 +1,6 @@
-"""What follows from the reports of steps: the budget of skips, warnings, files, callbacks.
+"""The host's reaction to the reports of steps: budget of skips, warnings, files, callbacks.
 
-The host learns of steps late, where a device decides. It takes the reports in order, each once.
+Where a GPU decides, the reports reach the host late. The host takes them in order, each once.
 """
 
 import copy
@@ -25,10 +25,10 @@ from .step_warnings import StepWarnings
 
 
 class Accounting:
-    """Takes the reports of a guard in order, and says what each has for a consequence.
+    """Takes the reports of a guard in order: counts skips, logs them, writes files, adds callbacks.
 
     Args:
-        patience: as of :class:`fastguard.GradGuard`, as are ``on_skip`` and ``report_dir``.
+        patience, on_skip, report_dir: the arguments of :class:`fastguard.GradGuard`.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class Accounting:
         self._pending.append(report)
 
     def __len__(self) -> int:
-        """How many reports are under way."""
+        """The number of reports that are not accounted for yet."""
         return len(self._pending)
 
     @property
@@ -57,10 +57,10 @@ class Accounting:
         return bool(self._pending) and self._pending[0].ready
 
     def take(self, threshold: Threshold, skip_norm: float) -> StepReport:
-        """Account for the oldest report that is under way; waits for the device.
+        """Account for the oldest pending report. This is a host-device sync if it is not ready.
 
         Args:
-            threshold, skip_norm: the guard's, for warnings.
+            threshold, skip_norm: the settings of the guard, for warnings.
         """
         pending = self._pending.popleft()
         report = pending.result()
@@ -79,29 +79,29 @@ class Accounting:
         return report
 
     def taken(self) -> list[StepReport]:
-        """The reports that were taken since the last call, the last 1000 of them."""
+        """The reports that were taken since the last call, at most the last 1000."""
         reports = list(self._reports)
         self._reports.clear()
         return reports
 
     def clear(self) -> None:
-        """Forget the reports that are under way or not told yet."""
+        """Drop the reports that are pending, not returned, or not given to the callback yet."""
         self._pending.clear()
         self._reports.clear()
         self.on_skip.clear()
 
     def without_schedulers(self) -> "Accounting":
-        """For a copy of the guard: schedulers stay with the original."""
+        """A copy for a copy of the guard. The schedulers stay with the original."""
         other = copy.copy(self)
         other.on_skip, other.schedulers = copy.copy(self.on_skip), []
         return other
 
 
 class Following:
-    """How :class:`fastguard.GradGuard` learns what became of its steps, and goes back or raises.
+    """The part of :class:`fastguard.GradGuard` that reads reports, and rolls back or raises.
 
     Args:
-        rollback, on_patience: as of GradGuard.
+        rollback, on_patience: the arguments of GradGuard.
     """
 
     def __init__(self, rollback: Rollback, on_patience: str):
@@ -109,7 +109,7 @@ class Following:
         self._snapshots = Snapshots(rollback) if on_patience == "rollback" else None
         self._rate = RateFactor(rollback)
         self._batches_to_skip = 0
-        self._discarded: int | None = None  # the last step that was, after a rollback
+        self._discarded: int | None = None  # the last step that was discarded after a rollback
 
     def poll(self, wait: bool = False) -> list[StepReport]:
         """Read the reports of earlier steps: warn, write files, roll back or raise.
@@ -127,15 +127,15 @@ class Following:
         return self._accounting.taken()
 
     def _heed(self, wait: bool = False) -> None:
-        """Account for the reports that are there, tell of skips, go back or raise."""
+        """Account for the reports that are ready, call the callbacks, roll back or raise."""
         self._learn(wait)
         self._accounting.on_skip.tell()
         if (spent := self._accounting.budget.spent) is not None:
             self._act(spent)
-            self._accounting.on_skip.tell()  # of steps that were undone
+            self._accounting.on_skip.tell()  # skips among the steps that were undone
 
     def _learn(self, wait: bool = False) -> None:
-        """Account for the reports that are there, up to a spent patience."""
+        """Account for the reports that are ready, until the patience is spent."""
         accounting = self._accounting
         while accounting and accounting.budget.spent is None:
             if not (wait or len(accounting) > self.max_lag or self._may_look_early()):
@@ -146,13 +146,14 @@ class Following:
                 self._rate.applied()
 
     def _may_look_early(self) -> bool:
-        # Not on a device, where one rank would go back or raise steps before another.
+        # On a GPU reports become ready at other times on other ranks. A rank that looked early
+        # would roll back or raise some steps before the others.
         together = self._decider.ranks is not None
         on_device = self._decider.memory.statistics.numbers.device.type != "cpu"
         return self._accounting.next_is_ready and not (together and on_device)
 
     def _act(self, spent: "Spent") -> None:
-        """Go back or raise: the patience is spent."""
+        """Roll back or raise: the patience is spent."""
         self._accounting.budget.clear()
         if self._snapshots is not None:
             self._snapshots.forget_since(spent.since, self._stepped[0])
@@ -163,8 +164,8 @@ class Following:
         self._go_back()
 
     def _take_snapshot(self) -> None:
-        # Whether the last verdicts were skips is not known yet, and need not be: a skip leaves
-        # everything alone. What is younger than an explosion is dropped when that is known.
+        # The last verdicts may still be unknown here. This does no harm: a skip changes nothing,
+        # and copies from after an explosion are dropped when the explosion becomes known.
         if self._snapshots is None:
             return
         if self._discarded == self._steps - 1:
@@ -176,7 +177,7 @@ class Following:
 
     @torch.no_grad()
     def _go_back(self) -> None:
-        while self._accounting:  # steps after the explosion, which are undone: say what they were
+        while self._accounting:  # report the steps after the explosion too; they are undone
             self._learn(wait=True)
             self._accounting.budget.clear()
         self._rate.back_off()
@@ -189,31 +190,31 @@ class Following:
 
 # --- the budget of skips --------------------------------------------------------------------------
 
-#: The window whose share of skips is looked at, as a multiple of ``patience``.
+#: The number of steps whose share of skips is limited, as a multiple of ``patience``.
 SHARE_WINDOW = 8
 
 
 class Spent(NamedTuple):
-    """Why the budget is spent."""
+    """The reason why the budget is spent."""
 
-    #: In words, with the steps' numbers.
+    #: The reason in words, with the numbers of the steps.
     what: str
-    #: The first skip of those that spent it. What is older was before the explosion.
+    #: The step of the first skip that counts. Earlier states are from before the explosion.
     since: int
     #: The last skips, at most ``patience``.
     reports: tuple[StepReport, ...]
 
 
 class Budget:
-    """``patience`` skips in a row spend it, or more than half of the last 8 x ``patience`` steps.
+    """Allows less than ``patience`` skips in a row, and half of the last 8 x ``patience`` steps.
 
-    The second catches a run that skips, say, nine steps of ten: never 25 in a row, but it does
-    not train.
+    The second limit catches a run that skips nine steps of ten: it never skips 25 in a row, but it
+    does not train.
     """
 
     def __init__(self, patience: int):
         self.patience = operator.index(patience)
-        #: Of the last steps: the number of a step that was skipped, -1 of one that was taken.
+        #: One entry for each of the last steps: its number if it was skipped, else -1.
         self._steps: deque[int] = deque(maxlen=SHARE_WINDOW * self.patience)
         self._skips: deque[StepReport] = deque(maxlen=self.patience)
         self._searches = Searches()
@@ -221,16 +222,16 @@ class Budget:
         self.spent: Spent | None = None
 
     def clear(self) -> None:
-        """Begin anew, but for the searches of a GradScaler that were free."""
+        """Begin anew. The free searches of a GradScaler stay counted."""
         self._steps.clear()
         self._skips.clear()
         self.in_a_row, self.spent = 0, None
 
     def account(self, report: StepReport) -> bool:
-        """Take in the next step; ``spent`` says why, if it was one skip too many.
+        """Count the next step, and set ``spent`` if the budget is spent.
 
         Returns:
-            Whether the step counts. A skip that does not is as if its step had not been.
+            Whether the step counts. A skip that does not count is ignored.
         """
         if not report.skipped:
             self.in_a_row = 0
@@ -245,7 +246,7 @@ class Budget:
         return True
 
     def _spends(self, report: StepReport) -> bool:
-        """Whether a skip uses up the budget. It is asked once for each."""
+        """Whether a skip counts against the budget. Call this once per skip: it counts searches."""
         if report.verdict is Verdict.SKIP_ROLLBACK:
             return False
         return not (report.scale_search and self._searches.is_free(report.step))
@@ -301,14 +302,14 @@ def _span(reports: tuple[StepReport, ...]) -> str:
 class OnSkip:
     """Calls a callback once with each report that was added, in order.
 
-    Reports are added while the guard accounts for them, and told when it is done with that: a
-    callback may raise, or call the guard.
+    The guard adds reports while it accounts for them, and calls :meth:`tell` afterwards. The
+    callback may therefore raise or call the guard.
 
     Args:
-        callback: or None, and nothing is called.
+        callback: the function to call, or None.
 
     Raises:
-        TypeError: the callback cannot be called.
+        TypeError: the callback is not callable.
     """
 
     def __init__(self, callback: Callable[[StepReport], object] | None):
@@ -322,10 +323,10 @@ class OnSkip:
             self._untold.append(report)
 
     def tell(self) -> None:
-        """Call the callback. After an exception of it the next call goes on with the next report.
+        """Call the callback with each report. After an exception the next call continues.
 
         Raises:
-            Exception: what the callback raises.
+            Exception: any exception of the callback.
         """
         while self._untold:
             self._callback(self._untold.popleft())
@@ -333,7 +334,7 @@ class OnSkip:
     def clear(self) -> None:
         self._untold.clear()
 
-    # A copy tells of nothing that the original has still to tell.
+    # A copy has no reports: the original still has to give them to the callback.
 
     def __copy__(self) -> "OnSkip":
         return OnSkip(self._callback)

@@ -20,37 +20,37 @@ from .update import reads_decision
 
 logger = logging.getLogger(__name__)
 
-#: What gradients are added up in; complex ones in their own dtype.
+#: The dtypes of the sums where they differ from those of the gradients.
 _WIDE = {torch.bfloat16: torch.float32, torch.float16: torch.float32}
 
 
 class Window:
     """The micro-batches of one step: the sums of the good ones' gradients, and their weight.
 
-    Which are good is decided on the device and not known here. The sums are tensors of their own:
-    ``.grad`` may be static memory of a CUDA graph, a part of a flat buffer, or a view of DDP's
-    bucket, which has to stay where it is. It is set to zero in place, so that both a backward pass
-    that adds and one that overwrites leave the next micro-batch there.
+    The device decides which micro-batches are good; the host does not know it here. The sums are
+    separate tensors, and the tensor in ``.grad`` stays: it may be static memory of a CUDA graph, a
+    part of a flat buffer or a view of DDP's bucket. It is set to zero in place. The next backward
+    pass may then add to it or overwrite it, with the same result.
 
     Args:
-        buffers: a copy of the guard's, as they were before the first micro-batch.
-        scaler: the GradScaler that scales the losses, if one does.
+        buffers: a copy of the guard's :class:`Buffers` from before the first micro-batch.
+        scaler: the GradScaler that scales the losses, or None.
     """
 
     def __init__(self, buffers: Buffers, device: torch.device, scaler: torch.amp.GradScaler | None):
         self._scaled = enabled(scaler)
-        #: Whether a micro-batch had a NaN or Inf: what a GradScaler has to hear of.
+        #: Whether a micro-batch had a NaN or Inf. A GradScaler has to be told.
         self.found_inf = torch.zeros((), dtype=torch.bool, device=device)
         self.reports: list[PendingReport] = []
         self.buffers = buffers
-        #: Micro-batches seen, the good ones, and the weight of the good ones.
+        #: The number of micro-batches, the number of good ones, and the weight of the good ones.
         self._counts = torch.zeros(3, dtype=torch.float64, device=device)
-        #: How many overflowed under the scaler, by :func:`fastguard.guard.grad_scaler.overflowed`.
+        #: The number of micro-batches for which ``grad_scaler.overflowed`` is true.
         self._overflowed = torch.zeros((), dtype=torch.float64, device=device)
         self._sums: dict[Tensor, tuple[str, Tensor]] = {}
-        #: The gradients that were left in place, and their versions when they were set to zero.
+        #: The gradients that stayed in place, and their versions after they were set to zero.
         self._cleared: dict[Tensor, tuple[Tensor, int]] = {}
-        #: Of the parameters that have a sum as their gradient: the dtype that theirs must have.
+        #: The parameters whose ``.grad`` is a sum, and the ``grad_dtype`` that they had before.
         self._handed: dict[Tensor, torch.dtype | None] = {}
 
     @property
@@ -59,11 +59,14 @@ class Window:
 
     @property
     def all_overflowed(self) -> Tensor | None:
-        """Whether all micro-batches did so under the scaler, bool, shape (); None without one."""
+        """Whether all micro-batches overflowed, bool, shape (); None without a GradScaler."""
         return self._overflowed == self._counts[0] if self._scaled else None
 
     def check(self, scaler: torch.amp.GradScaler | None) -> None:
-        """ValueError if this is not the window's scaler, or it has unscaled gradients."""
+        """ValueError if the window began with a scaler and this is none, or vice versa.
+
+        A scaler whose ``unscale_`` was called is a ValueError too.
+        """
         if self._scaled != enabled(scaler):
             raise ValueError(
                 "a window's accumulate() and step() need the same GradScaler, or all of them none"
@@ -71,7 +74,7 @@ class Window:
         check_not_unscaled(scaler)
 
     def check_complete(self, names: list[str], parameters: list[Tensor]) -> None:
-        """ValueError if one of these has a gradient that was not accumulated."""
+        """ValueError if a parameter has a gradient that was not accumulated."""
         for name, p in zip(names, parameters, strict=True):
             cleared, version = self._cleared.get(p, (None, None))
             if p.grad is not cleared or p.grad._version != version:
@@ -89,10 +92,10 @@ class Window:
         report: PendingReport,
         overflowed: Tensor | None = None,
     ) -> None:
-        """Add the parameters' gradients to the sums, if the verdict is good, and clear them.
+        """Add the gradients to the sums if the verdict is good, and clear them in any case.
 
         Args:
-            overflowed: whether this micro-batch did so under the scaler; None without one.
+            overflowed: whether this micro-batch overflowed; None without a GradScaler.
         """
         verdict = decision.verdict
         self.found_inf = self.found_inf | ~decision.entries.total_norm.isfinite()
@@ -103,7 +106,7 @@ class Window:
                 self._sums[p] = name, _zeros_for(p.grad, p.grad.dtype)
         sums = readable(local_parts([self._sums[p][1] for p in parameters]))
         grads = local_parts([p.grad for p in parameters])
-        grads = [grad.resolve_conj() for grad in grads]  # what is read is the memory
+        grads = [grad.resolve_conj() for grad in grads]  # the operator reads memory as it is
         ops.accumulate_(sums, readable(grads), verdict, self._counts, weight)
         self._clear(parameters)
         self.buffers.settle(verdict)
@@ -112,7 +115,8 @@ class Window:
     def _clear(self, parameters: list[Tensor]) -> None:
         kept = []
         for p in parameters:
-            # Of a DTensor the version does not tell of writes; an expanded tensor takes none.
+            # The version of a DTensor does not count writes. An expanded tensor and an inference
+            # tensor cannot be set to zero in place.
             if is_dtensor(p.grad) or p.grad.is_inference() or ops.overlaps_itself(p.grad):
                 p.grad = None
             else:
@@ -122,13 +126,13 @@ class Window:
         self._cleared |= {p: (p.grad, p.grad._version) for p in kept}
 
     def add_up(self, ranks: Ranks, watched: Watched) -> None:
-        """Make the sums those over all replicas, each of which saw micro-batches of its own.
+        """Add the sums and weights up over all replicas, each of which saw its own micro-batches.
 
-        Where a gradient was averaged over the replicas already, as by the backward of DDP that is
-        not under ``no_sync``, each adds the same, and the mean is the same too.
+        A backward pass of DDP that is not under ``no_sync`` has averaged the gradients already.
+        Every replica then adds the same gradient, and the mean stays right.
 
-        All replicas add up zeros for what they have no gradient of. The host looks at what the
-        others had only where this one lacks something.
+        A replica without a gradient of a parameter adds zeros for it. In this case the host reads
+        which parameters had a gradient on another replica (a host-device sync).
         """
         sums = [
             self._sums[p][1] if p in self._sums else _zeros_for(p, p.dtype)
@@ -145,16 +149,17 @@ class Window:
         self._sums = {p: (name, total) for p, name, total, there in rows if there}
 
     def gradients(self) -> tuple[list[str], list[Tensor]]:
-        """Names of the parameters, and the sums of their gradients."""
+        """The names of the parameters, and the sums of their gradients."""
         return [name for name, _ in self._sums.values()], [t for _, t in self._sums.values()]
 
     def hand_over(
         self, optimizer: torch.optim.Optimizer, grads: list[Tensor], decision: ops.GuardDecision
     ) -> ops.GuardDecision:
-        """Make the sums the gradients of the optimizer's parameters, and say what to do with them.
+        """Put the sums into ``.grad`` of the optimizer's parameters; returns the decision for them.
 
-        fastguard's optimizers take float32 beside 16-bit parameters. For others the means are made
-        here, in float32: only then are they rounded, for a sum of float16 might overflow.
+        fastguard's optimizers take float32 gradients of 16-bit parameters. For other optimizers the
+        float32 means are computed here and then rounded to the dtype of the parameter, because a
+        sum might overflow in float16. The returned decision has the coefficient 1 in this case.
         """
         held = [p for group in optimizer.param_groups for p in group["params"] if p in self._sums]
         sums = [self._sums[p][1] for p in held]
@@ -210,12 +215,13 @@ def check_alone(module: nn.Module | None) -> None:
     """Check that a guard without a process_group sees the gradients of all replicas.
 
     Raises:
-        ValueError: a DDP module has not averaged those of its last backward.
+        ValueError: a DDP module did not average the gradients of its last backward pass.
     """
     parts = [] if module is None else module.modules()
     replicas = [p for p in parts if isinstance(p, nn.parallel.DistributedDataParallel)]
     for part in replicas:
-        # The first is of now, the second of the last forward pass, which tells its backward.
+        # The first attribute is the present setting. The second one is the setting at the last
+        # forward pass, and the backward pass follows that one.
         if not (part.require_backward_grad_sync and part.require_forward_param_sync):
             raise ValueError(
                 "under DistributedDataParallel.no_sync() the gradients are those of this rank "

@@ -1,11 +1,11 @@
-"""An optimizer whose own ``step`` is the guarded step: what :meth:`GradGuard.attach` makes of it.
+"""Optimizers whose own ``step`` is the guarded step: the result of :meth:`GradGuard.attach`.
 
 :class:`Attachable` holds the methods of :class:`fastguard.GradGuard` for loops that are not yours.
 
-Trainers call ``optimizer.step()`` from their own code, through schedulers, GradScalers and wrappers
-of their own. So the class of the optimizer is changed to a subclass with another ``step``: all of
-these then call the guard, also those that got the optimizer before. Code that kept the *method*
-from before would step without the guard: a pre-step hook refuses that.
+Trainers call ``optimizer.step()`` from their own code, through schedulers, GradScalers and
+wrappers. ``attach`` therefore changes the class of the optimizer to a subclass with another
+``step``. All callers then reach the guard, also those that got the optimizer earlier. Code that
+kept the bound *method* would step without the guard; a pre-step hook refuses such a step.
 """
 
 import functools
@@ -25,9 +25,9 @@ from .update import LINK, Link, StepCall, calls_hooks, link_of, plain_class, unw
 if TYPE_CHECKING:
     from .grad_guard import GradGuard
 
-#: Where a guard's state lies in the state dict of its optimizer: in the first param group, as JSON.
-#: torch.distributed.checkpoint keeps param groups only, and flattens everything but plain values.
-#: It asks for the keys that the optimizer's own groups have, so these have this one, empty.
+#: The key of a guard's state in the first param group of its optimizer's state dict, as JSON text.
+#: torch.distributed.checkpoint keeps only param groups, and flattens all values that are not plain.
+#: It loads only the keys that the groups of the optimizer have, so the groups hold an empty entry.
 STATE_KEY = "fastguard"
 
 
@@ -36,7 +36,7 @@ class Attachable:
 
     def __init__(self):
         self._attached: torch.optim.Optimizer | None = None
-        #: Batch id and loss of the next step, by :meth:`describe`.
+        #: Batch id and loss of the next step, from :meth:`describe`.
         self._described: tuple[object, Tensor | float | None] = None, None
 
     def attach(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
@@ -84,7 +84,7 @@ class Attachable:
         return self._attached
 
     def adopt(self, optimizer: torch.optim.Optimizer) -> None:
-        """Take a copy of the attached optimizer, made together with this copy of the guard."""
+        """Attach to a copy of the optimizer that was made together with this copy of the guard."""
         self._attached = optimizer
 
     def detach(self) -> None:
@@ -118,12 +118,12 @@ class Attachable:
 
     @torch.no_grad()
     def step_attached(self, optimizer, handed, loss: Tensor | float | None) -> PendingReport:
-        """The step of an attached optimizer, which calls this.
+        """The guarded step. The attached optimizer calls this from its own ``step``.
 
         Args:
-            handed: the ``grad_scale`` and ``found_inf`` that ``GradScaler.step`` left in it; or
-                None.
-            loss: what its closure returned; :meth:`describe` comes first.
+            handed: ``grad_scale`` and ``found_inf`` that ``GradScaler.step`` left in the optimizer,
+                or None.
+            loss: the result of the closure. A loss from :meth:`describe` has priority.
         """
         if handed is not None and self._window is not None:
             raise ValueError(
@@ -137,12 +137,13 @@ class Attachable:
 
 
 class Attached:
-    """Comes before the optimizer's own class in the class of an attached optimizer."""
+    """The first base class of an attached optimizer, before the optimizer's own class."""
 
-    # GradScaler.step then calls step on a bad step too, and leaves grad_scale and found_inf here.
+    # With this flag GradScaler.step calls step() also when it found an Inf, and leaves grad_scale
+    # and found_inf in the optimizer.
     _step_supports_amp_scaling = True
 
-    @torch._disable_dynamo  # as torch's own optimizers: torch.compile would trace the guard
+    @torch._disable_dynamo  # torch.compile would trace the guard; torch's optimizers do the same
     def step(self, closure: Callable[[], object] | None = None):
         """The guarded step.
 
@@ -169,11 +170,12 @@ class Attached:
             link.guard.step_attached(self, handed, loss if _is_one_number(loss) else None)
         return loss
 
-    # torch would call the hooks of a step here too, also on a skip. The optimizer's own step does.
+    # This keeps torch from wrapping the step to call the step hooks, which it would do on a skip
+    # too. The optimizer's own step calls them.
     step.hooked = True
 
     def state_dict(self) -> dict:
-        """The optimizer's, and in it the guard's."""
+        """The optimizer's state dict, which holds the guard's state."""
         state = super().state_dict()
         if (link := link_of(self)) is not None:
             first, *others = state["param_groups"]
@@ -182,7 +184,7 @@ class Attached:
         return state
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """Load the optimizer's state, and the guard's if it is in it.
+        """Load the optimizer's state, and the guard's state if it is included.
 
         Raises:
             ValueError: one of them does not fit. Neither was changed then.
@@ -218,23 +220,23 @@ class Attached:
 
 @functools.cache
 def _attached_class(cls: type) -> type:
-    # Under the same name, for logs and progress bars print it.
+    # The name stays the same: logs and progress bars print it.
     names = {"__module__": cls.__module__, "__doc__": cls.__doc__, "_plain_class": cls}
     return type(cls.__name__, (Attached, cls), names)
 
 
 def _new(cls: type) -> torch.optim.Optimizer:
-    """An attached optimizer without a state, for pickle and copy."""
+    """An attached optimizer without state, for pickle and copy."""
     attached = _attached_class(cls)
     return attached.__new__(attached)
 
 
 def attach(guard: "GradGuard", optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    """Make the optimizer inside ``optimizer`` an attached one, and return it.
+    """Attach the guard to the optimizer inside ``optimizer``, and return that optimizer.
 
     Raises:
-        TypeError: no torch optimizer, or one whose class cannot be changed.
-        ValueError: another guard is attached to it; its ``step`` was replaced by something unknown.
+        TypeError: this is no torch optimizer, or its class cannot be changed.
+        ValueError: another guard is attached to it, or its ``step`` was replaced on the instance.
     """
     inner = unwrapped(optimizer)
     if not isinstance(inner, torch.optim.Optimizer):
@@ -283,7 +285,7 @@ def detach(optimizer: torch.optim.Optimizer) -> None:
 
 
 def _tracked(optimizer: torch.optim.Optimizer) -> Callable:
-    """The step that torch's LRScheduler puts in the place of an optimizer's, to see that it ran."""
+    """A ``step`` that records its call, like the one that torch's LRScheduler puts in."""
     reference = weakref.ref(optimizer)
 
     @functools.wraps(Attached.step)
@@ -297,7 +299,7 @@ def _tracked(optimizer: torch.optim.Optimizer) -> Callable:
 
 
 def _take_hold_again(wrapper: torch.optim.Optimizer, inner: torch.optim.Optimizer) -> None:
-    """accelerate's wrapper keeps the method of the optimizer that it got."""
+    """Give accelerate's wrapper the new ``step``: it keeps the bound method from its creation."""
     if hasattr(wrapper, "_optimizer_original_step_method"):
         from accelerate.optimizer import patch_optimizer_step
 
@@ -306,14 +308,14 @@ def _take_hold_again(wrapper: torch.optim.Optimizer, inner: torch.optim.Optimize
 
 
 def _load_left_over(guard: "GradGuard", optimizer: torch.optim.Optimizer) -> None:
-    """A guard's state that the optimizer loaded before it was attached lies in its param group."""
+    """Load a guard's state that the optimizer loaded into a param group before it was attached."""
     if text := optimizer.param_groups[0].get(STATE_KEY):
         guard.load_state_dict(_parsed(text))
     optimizer.param_groups[0][STATE_KEY] = ""
 
 
 def _without_guard(state_dict: dict) -> tuple[dict, str | None]:
-    """The optimizer's part of a state dict, and the guard's."""
+    """A state dict without the guard's state, and the guard's state as text or None."""
     first, *others = state_dict["param_groups"]
     plain = {key: value for key, value in first.items() if key != STATE_KEY}
     return state_dict | {"param_groups": [plain, *others]}, first.get(STATE_KEY)

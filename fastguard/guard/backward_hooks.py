@@ -1,4 +1,4 @@
-"""Measuring gradients while backward produces them, before they leave the cache."""
+"""Norms of gradients that are measured in the backward pass, while they are in the cache."""
 
 import weakref
 from collections.abc import Iterable
@@ -8,19 +8,19 @@ from torch import Tensor
 
 from fastguard import ops
 
-_BUCKET_BYTES = 16 << 20  # what caches hold; smaller ones cost more in calls than they save
+_BUCKET_BYTES = 16 << 20  # fits into a last-level cache; smaller buckets cost too many calls
 
 
 def _no_parameter() -> None:
-    """Stands for the weak reference of a parameter that was never seen."""
+    """Replaces the weak reference of a parameter that was never seen."""
 
 
 class BackwardMeasure:
-    """One native call per bucket of gradients, from hooks that torch calls as each is ready.
+    """Measures one bucket of gradients per native call, from hooks that run as each is ready.
 
-    A gradient that was written or replaced after its hook ran is measured again at the step, by
-    its identity and version counter. What those do not show (writes through ``.data``, all-reduces
-    of DistributedDataParallel, which happen after the hook) needs ``measure="step"``.
+    The step measures a gradient again if it was written or replaced after its hook ran. Its
+    identity and its version counter show this. They do not show writes through ``.data`` and the
+    all-reduces of DistributedDataParallel, which follow the hook. These need ``measure="step"``.
     """
 
     def __init__(self):
@@ -35,7 +35,7 @@ class BackwardMeasure:
 
     def watch(self, parameters: Iterable[Tensor]) -> None:
         """Register a hook on each parameter that has none yet."""
-        me = weakref.ref(self)  # a hook must not keep alive a guard that nobody uses any more
+        me = weakref.ref(self)  # a hook must not keep an unused guard alive
 
         def hook(parameter: Tensor) -> None:
             if (measure := me()) is not None:
@@ -52,18 +52,19 @@ class BackwardMeasure:
     def _note(self, parameter: Tensor) -> None:
         grad = parameter.grad
         if grad is None or grad.layout != torch.strided or grad.dtype not in ops.DTYPES:
-            return  # another hook took it; or the step will see to it
+            return  # another hook took the gradient, or the step handles it
         self._open[id(parameter)] = grad
         self._open_bytes += grad.nbytes
         if self._open_bytes >= _BUCKET_BYTES:
             self._close()
 
     def _close(self) -> None:
-        """Measure the open bucket. By parameter: its newest gradient counts, others may go."""
+        """Measure the open bucket. Of each parameter only the newest gradient counts."""
         if not self._open:
             return
         if self._measured > 8 * len(self._rows):
-            self._measured, self._norms, self._rows = 0, [], {}  # of batches without a step
+            # No step used these: the loop runs backward passes without steps.
+            self._measured, self._norms, self._rows = 0, [], {}
         grads = list(self._open.values())
         for row, (parameter, grad) in enumerate(self._open.items(), start=self._measured):
             self._rows[parameter] = grad, grad._version, row
@@ -72,7 +73,7 @@ class BackwardMeasure:
         self._open, self._open_bytes = {}, 0
 
     def collect(self, grads: list[Tensor]) -> ops.GradNorm:
-        """What :func:`fastguard.ops.grad_norm` says of ``grads``; forgets what it knows."""
+        """The result of :func:`fastguard.ops.grad_norm` for ``grads``; drops all measurements."""
         self._close()
         rows = {id(grad): (version, row) for grad, version, row in self._rows.values()}
         order, stale = [], []
@@ -97,6 +98,6 @@ class BackwardMeasure:
         return ops.GradNorm(torch.linalg.vector_norm(norms), norms, nonfinite)
 
     def forget(self) -> None:
-        """Drop what was measured and not collected."""
+        """Drop the measurements that were not collected."""
         self._open, self._open_bytes = {}, 0
         self._norms, self._rows, self._measured = [], {}, 0

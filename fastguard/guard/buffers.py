@@ -1,8 +1,8 @@
-"""A module's buffers as they were after the last accepted step.
+"""Copies of a module's buffers, made after the last accepted step.
 
-A NaN activation gets into BatchNorm's running statistics before any gradient exists, and would stay
-there for ever. It need not be this step's: the statistics of a generator are written in the step of
-its discriminator too.
+A forward pass writes a NaN activation into BatchNorm's running statistics before any gradient
+exists. Without a copy the NaN would stay there for ever. The forward pass may belong to the step of
+another guard: the discriminator's step of a GAN also writes the generator's statistics.
 """
 
 import logging
@@ -26,24 +26,25 @@ Place = tuple[nn.Module, str]  # a module and the name of its buffer
 
 class _Saved(NamedTuple):
     buffer: Tensor | None  # the object that was in the buffer's place
-    copy: Tensor | None  # its values; None also of what cannot be written in place
+    copy: Tensor | None  # its values; None without a buffer that can be written in place
 
 
 class Buffers:
-    """Copies of modules' buffers, to be kept or put back by a verdict that is on the device.
+    """Copies of modules' buffers. A verdict on the device updates them or restores the buffers.
 
-    All are copied each time: torch's own batch normalisation writes its running statistics without
-    counting it in ``_version``: what changed is not known.
+    Every buffer is copied in every step. ``_version`` cannot tell which ones changed: torch's batch
+    normalisation writes its running statistics without incrementing it.
 
-    What is finite in a copy is never replaced by a NaN or Inf, whatever the verdict: then all
-    buffers of the module that holds it are put back, for mean, variance and count belong together.
+    A NaN or Inf never replaces a finite value in a copy, whatever the verdict is. In this case all
+    buffers of the module that owns the buffer are restored, because its mean, variance and count
+    belong together.
 
     Args:
-        module: the guarded one, if there is one.
+        module: the guarded module, or None.
         others: more modules, or (name, buffer) pairs as ``named_buffers`` gives them.
 
     Raises:
-        TypeError: something else among ``others``.
+        TypeError: ``others`` holds something else.
     """
 
     def __init__(
@@ -54,21 +55,21 @@ class Buffers:
         self._roots = [] if module is None else [("", module)]
         self._roots += _named([others] if isinstance(others, nn.Module) else others)
         self._saved: dict[Place, _Saved] = {}
-        #: The modules that have buffers, and their names.
+        #: The modules that have buffers, and the name of each.
         self._owners: dict[nn.Module, str] = {}
         self._lost = _Lost()
-        #: The places that ops.settle_ saw last, the numbers of their owners, and their names.
+        #: The places in the last call of ops.settle_, the numbers of their owners, their names.
         self._settled: tuple[list[Place], Tensor, list[str]] | None = None
         self.commit()
 
     def modules(self) -> Iterator[nn.Module]:
-        """All modules that may have buffers, and their parts."""
+        """All modules that may have buffers, with their submodules."""
         return (part for _, root in self._roots for part in root.modules())
 
     @torch.inference_mode(False)  # a copy made in inference mode could not be written later
     @torch.no_grad()
     def commit(self, part: nn.Module | None = None) -> None:
-        """What is in the buffers now is good: of the modules, or of one part without its parts."""
+        """Copy the present values: of all modules, or of ``part`` without its submodules."""
         copies: dict[int, Tensor] = {}  # two places may share a buffer
         if part is None:
             self.look_up()
@@ -92,10 +93,10 @@ class Buffers:
     @torch.inference_mode(False)
     @torch.no_grad()
     def settle(self, verdict: Tensor) -> None:
-        """Put back what was saved if the verdict is a skip; else save what is there.
+        """Restore the buffers if the verdict is a skip; else copy them.
 
-        The host does not wait, unless the forward pass put a tensor of another shape, or none, in
-        a buffer's place, or made a new place.
+        This needs no host-device sync, with one exception: the forward pass registered a new
+        buffer, removed one, or replaced one by a tensor of another shape, dtype or device.
         """
         current = dict(self._current())
         places = self._saved | current
@@ -108,7 +109,8 @@ class Buffers:
             if place[0] in on_host or buffer is None or saved.copy is None:
                 continue
             if buffer is not saved.buffer or buffer.is_inference():
-                # In its place comes a tensor of ours: this one may be the user's, as a batch.
+                # Replace it by a clone: the module may hold a tensor of the user, such as a batch,
+                # which settle_ must not write.
                 if id(buffer) not in replaced:
                     replaced[id(buffer)] = _Saved(buffer.detach().clone(), saved.copy)
                 saved = self._saved[place] = replaced[id(buffer)]
@@ -132,12 +134,12 @@ class Buffers:
             return True
         if buffer is None:
             return False
-        if saved.copy is None:  # what could not be copied may have become a lazy layer's buffer
+        if saved.copy is None:  # a lazy layer may have materialised its buffer since
             return buffer is not saved.buffer or (_writable(buffer) and not buffer.is_meta)
         return not (_alike(buffer, saved.copy) and _writable(buffer))
 
     def _owners_of(self, places: list[Place], device: torch.device) -> tuple[Tensor, list[str]]:
-        """For each place the number of its owner, int64, shape (N,), and its name."""
+        """The number of each place's owner, int64, shape (N,), and the name of each place."""
         if (
             self._settled is None
             or self._settled[0] != places
@@ -155,11 +157,11 @@ class Buffers:
         return f"{path}.{name}" if path else name
 
     def tell(self, wait: bool = False) -> None:
-        """Warn of the buffers that were put back in accepted steps, as far as the host knows."""
+        """Warn of buffers that were restored in accepted steps; ``wait`` for the last ones too."""
         self._lost.tell(wait)
 
     def copy(self) -> "Buffers":
-        """With copies of its own, of what is saved here."""
+        """An independent clone of these copies."""
         other = Buffers(None)
         other._roots, other._owners, other._lost = self._roots, self._owners, self._lost
         copies: dict[int, Tensor] = {}
@@ -170,12 +172,12 @@ class Buffers:
         return other
 
     def restore(self) -> None:
-        """Put back what was saved."""
+        """Write the copies back into the buffers."""
         self.settle(torch.tensor(int(ops.Verdict.SKIP_ROLLBACK), device="cpu"))
 
     @torch.no_grad()
     def heal(self) -> None:
-        """Put back what was saved if a buffer that was finite no longer is; the host waits."""
+        """Restore if a buffer is NaN or Inf and its copy is finite. This is a host-device sync."""
         current = dict(self._current())
         if any(_is_lost(current.get(place), saved) for place, saved in self._saved.items()):
             self.restore()
@@ -215,7 +217,7 @@ class Buffers:
 
 
 class _Lost:
-    """The buffers that were put back in accepted steps: a warning for each, once."""
+    """Warns once of each buffer that was restored in an accepted step."""
 
     def __init__(self):
         self._under_way: deque[tuple[list[str], Transfer]] = deque()
@@ -249,7 +251,7 @@ class _Lost:
 
 
 def _named(others: Iterable[nn.Module | tuple[str, Tensor]]) -> list[tuple[str, nn.Module]]:
-    """Each module with its class as its name; the pairs as one module that holds them."""
+    """(name, module) pairs. A module's name is its class; one unnamed module holds all pairs."""
     named, pairs = [], nn.Module()
     for other in others:
         if isinstance(other, nn.Module):
@@ -266,12 +268,12 @@ def _named(others: Iterable[nn.Module | tuple[str, Tensor]]) -> list[tuple[str, 
 
 def _save(buffer: Tensor | None, copies: dict[int, Tensor]) -> _Saved:
     if buffer is None or buffer.is_meta or not _writable(buffer):
-        return _Saved(buffer, None)  # of a tensor on the meta device there are no values
+        return _Saved(buffer, None)  # a tensor on the meta device has no values
     return _Saved(buffer, copies.setdefault(id(buffer), buffer.detach().clone()))
 
 
 def _is_lost(buffer: Tensor | None, saved: _Saved | None) -> bool:
-    """Whether the copy is finite and the buffer is not; the host waits."""
+    """Whether the copy is finite and the buffer is not. This is a host-device sync."""
     known = saved is not None and saved.copy is not None
     return known and _finite(saved.copy) and not _finite(buffer)
 
@@ -283,7 +285,7 @@ def _finite(buffer: Tensor | None) -> bool:
 
 
 def _as(copy: Tensor, buffer: Tensor | None) -> Tensor:
-    """The values of before in the dtype and on the device of now: the module may have moved."""
+    """``copy`` in the dtype and on the device of ``buffer``: the module may have been moved."""
     if buffer is None or buffer.is_floating_point() != copy.is_floating_point():
         return copy.clone()
     return copy.to(buffer.device, buffer.dtype, copy=True)
@@ -294,7 +296,7 @@ def _alike(a: Tensor, b: Tensor) -> bool:
 
 
 def _writable(tensor: Tensor) -> bool:
-    """Whether it can be copied and written in place: not lazy, sparse, nested or expanded."""
+    """Whether a copy can be written in place: not of a lazy, sparse, nested or expanded tensor."""
     return (
         not nn.parameter.is_lazy(tensor)
         and tensor.layout == torch.strided
@@ -304,7 +306,7 @@ def _writable(tensor: Tensor) -> bool:
 
 
 class OnLoad:
-    """A load_state_dict hook that neither keeps its guard alive nor goes with a module's copy."""
+    """A load_state_dict hook with a weak reference to its guard. Copies of a module do nothing."""
 
     def __init__(self, method: Callable[[nn.Module], None] | None = None):
         self._method = None if method is None else weakref.WeakMethod(method)

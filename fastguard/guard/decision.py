@@ -1,4 +1,4 @@
-"""The gradients of a step: which they are, what one read says of them, and the decision."""
+"""The gradients of a step, their norms, and the decision about them."""
 
 import itertools
 import math
@@ -21,7 +21,7 @@ _DTYPES = frozenset(ops.FLOATING_DTYPES)
 
 
 class Rules(NamedTuple):
-    """What a guard was told to skip and to clip."""
+    """The settings of a guard that decide what to skip and to clip."""
 
     threshold: Threshold
     max_norm: float
@@ -29,15 +29,15 @@ class Rules(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """What one decision is about."""
+    """The input of one decision."""
 
     names: list[str]
-    #: Of each name the gradient, or the sum of those of several micro-batches.
+    #: For each name the gradient, or the sum over several micro-batches.
     tensors: list[Tensor]
     #: The factor that undoes a GradScaler's scale and makes a sum a mean, float64, shape (); None
     #: for 1.
     unscale: Tensor | None
-    #: float64, shape (); None if it was not given.
+    #: The loss, float64, shape (); None if it was not given.
     loss: Tensor | None
 
 
@@ -45,18 +45,18 @@ class Decider:
     """Measures gradients and decides about them, on their device.
 
     Args:
-        device: of the parameters.
+        device: the device of the parameters.
         backward: measures the gradients in the backward pass; None to read them in the step.
     """
 
     def __init__(self, device: torch.device, backward: BackwardMeasure | None):
         self.memory = Memory(device)
         self.backward = backward
-        #: None where this process decides by itself.
+        #: The ranks that decide together; None where this process decides by itself.
         self.ranks: Ranks | None = None
 
     def without_gradients(self) -> "Decider":
-        """For a copy of the guard: the same memory, and nothing that was measured in backward."""
+        """A copy for a copy of the guard: equal statistics, and no measurements of gradients."""
         other = Decider(self.memory.statistics.numbers.device, self.backward and BackwardMeasure())
         other.memory = self.memory
         return other
@@ -74,11 +74,11 @@ class Decider:
     def decide(
         self, found: Gradients, step: int, rules: Rules, scaling: ops.Scaling | None = None
     ) -> tuple[ops.GradNorm, ops.GuardDecision]:
-        """The norms and the decision about a step; the statistics are updated.
+        """The norms and the decision about a step. This updates the statistics.
 
         Args:
-            step: its number.
-            scaling: a GradScaler's state, which the same call updates; None to leave it alone.
+            step: the number of the step.
+            scaling: the state of a GradScaler, which the same call updates; None to leave it alone.
         """
         known = self.memory.statistics
         return self._decide(found, known, step, rules, scaling, self.in_one_call)
@@ -86,7 +86,7 @@ class Decider:
     def decide_micro_batch(
         self, found: Gradients, step: int, rules: Rules
     ) -> tuple[ops.GradNorm, ops.GuardDecision]:
-        """As :meth:`decide`, by the norms of micro-batches; of replicas each decides by itself."""
+        """:meth:`decide` with the statistics of micro-batches. Each replica decides by itself."""
         known = self.memory.of_micro_batches(found.tensors[0].device)
         alone = self.in_one_call or self.replicated
         return self._decide(found, known, step, rules._replace(threshold=Fixed()), None, alone)
@@ -101,8 +101,8 @@ class Decider:
         return norms, ops.guard_decide_(norms, unscale, loss, *arguments)
 
     def discard(self, found: Gradients) -> tuple[ops.GradNorm, ops.GuardDecision]:
-        """The norms, and the decision to skip: a batch that is passed over after a rollback."""
-        # A NaN: ranks that do not pass over this batch must not apply it without this one.
+        """The norms, and the decision to skip a batch that is passed over after a rollback."""
+        # The NaN makes all ranks skip: a rank that does not pass over the batch must not apply it.
         bad = torch.full((), math.nan, dtype=torch.float64, device=self._device_of(found))
         norms, *_ = self._agreed(found._replace(loss=bad))
         return norms, discarded(norms, found.unscale, found.loss)
@@ -111,7 +111,7 @@ class Decider:
         return found.tensors[0].device if found.tensors else self.memory.statistics.numbers.device
 
     def _agreed(self, found: Gradients):
-        """The norms, ``unscale`` and ``loss``; where ranks train together those of all ranks."""
+        """The norms, ``unscale`` and ``loss``, over all ranks where ranks train together."""
         measure = ops.grad_norm if self.backward is None else self.backward.collect
         if self.ranks is None:
             return _measured(measure, found), found.unscale, found.loss
@@ -121,12 +121,12 @@ class Decider:
 
 def _measured(measure, found: Gradients, *args):
     try:
-        # To look at dtype, layout and device of 2000 tensors first takes as long as this.
+        # A check of dtype, layout and device of 2000 tensors takes as long as this call.
         return measure(found.tensors, *args)
-    except RuntimeError:  # the operator takes no sparse, complex and distributed tensors
+    except RuntimeError:  # the operator takes no sparse, complex or distributed tensors
         values = measurable(found.names, found.tensors)
         if values is found.tensors:
-            raise  # it was something else
+            raise  # the error has another cause
         return measure(values, *args)
 
 
@@ -148,7 +148,7 @@ def discarded(
 def present(
     names: list[str], parameters: list[Tensor]
 ) -> tuple[list[str], list[Tensor], list[Tensor]]:
-    """The parameters that have a gradient: their names, they, and their gradients."""
+    """The parameters that have a gradient: names, parameters, gradients."""
     grads = [p.grad for p in parameters]
     if all(map(operator.is_not, grads, itertools.repeat(None))):
         return names, parameters, grads
@@ -157,7 +157,7 @@ def present(
 
 
 def once(names: list[str], grads: list[Tensor]) -> tuple[list[str], list[Tensor]]:
-    """Each gradient once: one that two parameters share has the first name."""
+    """Each gradient once. A gradient that two parameters share has the first one's name."""
     if len(set(map(id, grads))) == len(grads):
         return names, grads
     first: dict[int, tuple[str, Tensor]] = {}
@@ -167,10 +167,10 @@ def once(names: list[str], grads: list[Tensor]) -> tuple[list[str], list[Tensor]
 
 
 def measurable(names: list[str], grads: list[Tensor]) -> list[Tensor]:
-    """What :func:`fastguard.ops.grad_norm` is to read of each gradient.
+    """The gradients in a form that :func:`fastguard.ops.grad_norm` can read.
 
     Raises:
-        ValueError: other dtypes, several devices; with the parameter's name.
+        ValueError: a gradient has an unsupported dtype, or the gradients are on several devices.
     """
     dtypes = {grad.dtype for grad in grads}
     if not dtypes <= _DTYPES:
@@ -195,10 +195,10 @@ def measurable(names: list[str], grads: list[Tensor]) -> list[Tensor]:
 
 
 def scalar(loss: Tensor | float | None, device: torch.device) -> Tensor | None:
-    """The loss, float64, shape (), on ``device``; the host does not wait.
+    """The loss, float64, shape (), on ``device``, without a host-device sync.
 
     Raises:
-        ValueError: it is not one real number.
+        ValueError: the loss is not one real number.
     """
     if loss is None:
         return None
@@ -219,11 +219,11 @@ def scalar(loss: Tensor | float | None, device: torch.device) -> Tensor | None:
 def unscale_factor(
     scale: Tensor | None, weight: Tensor | float, device: torch.device
 ) -> Tensor | None:
-    """The factor that undoes a GradScaler's scale and makes a sum a mean; None for 1.
+    """The factor that divides by a GradScaler's scale and turns a sum into a mean; None for 1.
 
     Args:
-        scale: of the GradScaler, float64, shape (); None for 1.
-        weight: what the gradients sum to, as a number or a float64 tensor of shape ().
+        scale: the scale of the GradScaler, float64, shape (); None for 1.
+        weight: the sum of the weights of the gradients, a number or a float64 tensor of shape ().
     """
     if scale is None and not isinstance(weight, Tensor):
         if weight == 1.0:

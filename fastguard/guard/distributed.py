@@ -1,4 +1,4 @@
-"""Ranks that train together: their gradients may be shards, and all must come to one decision."""
+"""One decision for all ranks that train together. Their gradients may be shards."""
 
 import math
 import sys
@@ -22,25 +22,28 @@ _groups: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 
 def ranks_of(names: list[str], parameters: list[Tensor], group) -> "Ranks | None":
-    """Those that have to agree, or None where this process decides by itself."""
+    """The ranks that have to agree, or None where this process decides by itself."""
     if group is None and not any(map(is_dtensor, set(map(type, parameters)))):
         return None
     return Ranks(names, parameters, group)
 
 
 class Ranks:
-    """The processes that take a decision together, each from what it holds of the gradients.
+    """The processes that make one decision, each from its part of the gradients.
 
-    Which collective they call depends on the parameters alone, never on a value, a local shape or
-    on whether this rank has a gradient: all take part or wait for ever.
+    The choice of the collective depends on the parameters alone. It must not depend on a value, on
+    a local shape or on whether this rank has a gradient: a rank that does not take part makes the
+    others wait for ever.
 
     Args:
-        names, parameters: the same ones, in the same order, on every rank. A plain tensor is taken
-            to be held by every rank; a DTensor's shards, wherever they lie, by equally many each.
-        group: a process group; None for the ranks of the DTensors' mesh, the largest of several.
+        names, parameters: equal and in the same order on every rank. Every rank holds all of a
+            plain tensor. The same number of ranks holds each shard of a DTensor.
+        group: a process group. None stands for the ranks of the DTensors' mesh, of several meshes
+            the largest one.
 
     Raises:
-        ValueError: a DTensor whose mesh has ranks that the group lacks, or does not divide it.
+        ValueError: the mesh of a DTensor has ranks that the group lacks, or the number of its
+            shards does not divide the size of the group.
     """
 
     def __init__(self, names: list[str], parameters: list[Tensor], group=None):
@@ -54,7 +57,7 @@ class Ranks:
         if self._size < 1:
             raise ValueError("this process is not in the process_group that was given to GradGuard")
         self._check(names, parameters)
-        #: Where the group communicates; gradients may be offloaded from there.
+        #: The device of the group's collectives. Offloaded gradients are on another one.
         self._there = next((torch.device(mesh.device_type) for mesh in meshes), None)
         #: How many ranks hold each element of each gradient.
         self._copies = torch.tensor(
@@ -81,7 +84,7 @@ class Ranks:
     def all_of(
         self, names: list[str], grads: list[Tensor], device: torch.device
     ) -> tuple[list[str], list[Tensor]]:
-        """The gradients of all parameters, in their order; of what has none here, an empty one."""
+        """One gradient per parameter, in order; an empty tensor where this rank has none."""
         if names == self._names:
             return names, grads
         there = dict(zip(names, grads, strict=True))
@@ -91,15 +94,16 @@ class Ranks:
     def agree(
         self, measured: ops.GradNorm, unscale: Tensor | None, loss: Tensor | None
     ) -> tuple[ops.GradNorm, Tensor, Tensor]:
-        """What the decision is made of, with the same bits on every rank; the host does not wait.
+        """The inputs of the decision, bitwise equal on every rank, without a host-device sync.
 
-        One all-reduce of 3 N + 4 float64 for N parameters. What is derived from it is derived by
-        operations that have one correct result. A NaN in what any rank gives is a NaN for all.
+        This is one all-reduce of 3 N + 4 float64 numbers for N parameters. The results are derived
+        from the sums by correctly rounded operations, so they are equal on all ranks. A NaN from
+        one rank becomes a NaN on all ranks.
 
         Returns:
-            The norms of the whole gradients and the counts of all their NaNs and Infs (the index of
-            the first one stays that of this rank's part); the mean of ``unscale``; the mean of the
-            losses, of the ranks that gave one.
+            The norms of the whole gradients with the counts of their NaNs and Infs; the index of
+            the first one refers to this rank's part. The mean of ``unscale``. The mean of the
+            losses over the ranks that gave one.
         """
         squares = measured.norms.square()
         self._copies = copies = self._copies.to(squares.device)
@@ -117,7 +121,7 @@ class Ranks:
         squares, counts, told = summed.split([n, 2 * n, len(told)])
         square, loss, losses, unscale = told.unbind()
         unscale = unscale / self._size
-        # A GradScaler's unscale_ may have found an Inf on another rank: see decision.nan_if.
+        # unscale is NaN on a rank whose GradScaler.unscale_ found a NaN or Inf (LossScale.reject).
         square = torch.where(unscale.isnan(), math.nan, square)
         counts = (counts.view(n, 2) / copies[:, None]).ceil().long()
         whole = ops.GradNorm(
@@ -128,10 +132,11 @@ class Ranks:
         return whole, unscale, loss / losses.clamp(min=1)
 
     def add_up_(self, tensors: list[Tensor]) -> None:
-        """The sums over all ranks, in place; of tensors that lie alike or not, several at a time.
+        """Sum the tensors over all ranks, in place, several tensors per all-reduce.
 
         Args:
-            tensors: strided, on one device, of the same shapes and dtypes on every rank.
+            tensors: strided, on one device, of the same shapes and dtypes on every rank. Their
+                strides may differ between ranks.
         """
         for bucket in _buckets([torch.view_as_real(t) if t.is_complex() else t for t in tensors]):
             flat = self.sum_of(torch.cat([t.reshape(-1) for t in bucket]))
@@ -139,7 +144,7 @@ class Ranks:
                 tensor.copy_(part.view(tensor.shape))
 
     def sum_of(self, numbers: Tensor) -> Tensor:
-        """Over all ranks, with the same bits on each; a new tensor."""
+        """The sum over all ranks, bitwise equal on each, as a new tensor."""
         there = numbers.device if self._there is None else self._there
         summed = numbers.to(there, copy=True)
         distributed.all_reduce(summed, group=self._group)
@@ -147,7 +152,7 @@ class Ranks:
 
 
 def _buckets(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
-    """Consecutive tensors of one dtype, about _BUCKET_ELEMENTS together."""
+    """Lists of consecutive tensors of one dtype, each of about _BUCKET_ELEMENTS elements."""
     bucket, elements = [], 0
     for tensor in tensors:
         if bucket and (tensor.dtype != bucket[0].dtype or elements >= _BUCKET_ELEMENTS):
@@ -160,7 +165,7 @@ def _buckets(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
 
 
 def check_whole(module: nn.Module | None, names: list[str], parameters: list[Tensor]) -> None:
-    """ValueError for parameters whose gradients a guard cannot see, or sees a part of."""
+    """ValueError for parameters whose gradients the guard sees in part or not at all."""
     fsdp = sys.modules.get("torch.distributed.fsdp.fully_sharded_data_parallel")
     parts = () if module is None else module.modules()
     if any(_is_deepspeed(part) for part in parts) or any(hasattr(p, "ds_id") for p in parameters):
@@ -183,7 +188,7 @@ def check_whole(module: nn.Module | None, names: list[str], parameters: list[Ten
 
 
 def check_whole_state(optimizer: torch.optim.Optimizer) -> None:
-    """ValueError for an optimizer each rank of which holds and steps a part of the parameters."""
+    """ValueError for an optimizer that is sharded: each rank steps a part of the parameters."""
     zero = sys.modules.get("torch.distributed.optim.zero_redundancy_optimizer")
     if zero is not None and isinstance(optimizer, zero.ZeroRedundancyOptimizer):
         raise ValueError(
@@ -198,7 +203,7 @@ def _is_deepspeed(thing: object) -> bool:
 
 
 def lay_out_(parameters: Iterable[Tensor]) -> None:
-    """Give gradients the placements of their parameters, where torch left a sum to be made."""
+    """Give gradients the placements of their parameters; torch may leave them as partial sums."""
     for p in parameters:
         grad = p.grad
         if is_dtensor(grad) and is_dtensor(p) and grad.placements != p.placements:
@@ -218,8 +223,8 @@ def _group_of(mesh):
         return mesh.get_group()
     if mesh.size() == distributed.get_world_size():
         return distributed.group.WORLD
-    # Not one reduction for each dimension: an all-reduce gives all its ranks the same bits, but two
-    # of them that add up the same numbers, in two groups, need not.
+    # One group over all dimensions, not one reduction per dimension: one all-reduce gives its ranks
+    # equal bits, while two all-reduces of equal numbers in two groups may differ in rounding.
     if mesh not in _groups:
         ranks = mesh.mesh.flatten().tolist()
         _groups[mesh] = distributed.new_group(ranks, use_local_synchronization=True)

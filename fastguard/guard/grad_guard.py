@@ -3,18 +3,18 @@
 :meth:`GradGuard.step` runs these stages; each is a module:
 
 ========================= ==================================================================
-``parameters``            which parameters are watched, and whether the optimizer fits them
+``parameters``            the watched parameters, and the check that the optimizer fits them
 ``decision``              the gradients, their norms, and the decision to apply, clip or skip
-``statistics``            what is remembered of earlier norms
+``statistics``            the statistics of earlier norms
 ``update``                the optimizer's step by the decision
-``buffers``               the module's buffers are kept, or put back on a skip
-``report``                what was seen and done, on its way to the host
-``accounting``            what the host does with it: patience, warnings, files, callbacks
+``buffers``               the module's buffers: copied after a step, restored after a skip
+``report``                the report, and its transfer to the host
+``accounting``            the host's reaction: patience, warnings, files, callbacks
 ========================= ==================================================================
 
-Other modules are for those who use them: ``accumulation`` (micro-batches), ``attached`` (the loops
-of others), ``grad_scaler`` (fp16), ``distributed`` (several processes), ``rollback``, ``state``
-(checkpoints) and ``backward_hooks`` (the measure in the backward pass).
+The other modules serve optional features: ``accumulation`` (micro-batches), ``attached`` (loops
+that call ``optimizer.step``), ``grad_scaler`` (fp16), ``distributed`` (several processes),
+``rollback``, ``state`` (checkpoints) and ``backward_hooks`` (the measure in the backward pass).
 """
 
 import math
@@ -245,7 +245,7 @@ class GradGuard(Watching, Accumulating, Attachable, Following, Restorable):
         )
 
     def _guarded(self, call: StepCall) -> PendingReport:
-        """The step, and what has to happen before and after each."""
+        """:meth:`_step`, with the checks before it and the accounting after it."""
         if self._stepping:
             raise RuntimeError(
                 "guard.step was called from inside guard.step: the optimizer's step calls the "
@@ -296,7 +296,7 @@ class GradGuard(Watching, Accumulating, Attachable, Following, Restorable):
         return report
 
     def _collect(self, call: StepCall) -> tuple[Gradients, list[str], ScalerStep]:
-        """The gradients, the names of the parameters that have one here, and the scaler."""
+        """The gradients, the names of the parameters with one on this rank, and the scaler."""
         self._lay_out()
         window, ranks = self._window, self._decider.ranks
         names, parameters, grads = present(self._watched.names, self._watched.parameters)
@@ -311,7 +311,7 @@ class GradGuard(Watching, Accumulating, Attachable, Following, Restorable):
                 window.add_up(ranks, self._watched)
             names, grads = window.gradients()
         elif not grads:
-            self._watched.stale = True  # perhaps the module has other parameters by now
+            self._watched.stale = True  # the module may have other parameters by now
         with_gradient = names
         names, grads = once(names, grads)
         if ranks is not None:
@@ -331,7 +331,7 @@ class GradGuard(Watching, Accumulating, Attachable, Following, Restorable):
         return self._decider.decide(found, self._steps, self._rules, scaling)
 
     def _update(self, call: StepCall, found: Gradients, decision: ops.GuardDecision) -> None:
-        """Step the optimizers by the decision, at the learning rates that a rollback left."""
+        """Step the optimizers by the decision, at learning rates times :attr:`lr_factor`."""
         window = self._window
         try:
             with self._rate.lowering(call.optimizers):

@@ -30,15 +30,14 @@ _updated_by: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 
 class LossScale(NamedTuple):
-    """What a scaler did to the gradients of one step."""
+    """The scale and the findings of a GradScaler in one step."""
 
-    #: The factor of the loss that the gradients still carry, float64, shape (); None for 1.
+    #: The scale that the gradients still have, float64, shape (); None for 1.
     scale: Tensor | None
-    #: Non-zero where the scaler found a NaN or Inf, perhaps on another rank; None if it has not
-    #: looked.
+    #: Non-zero if the scaler found a NaN or Inf, perhaps on another rank; None if it did not look.
     found_inf: Tensor | None
-    #: The factor of the loss, also where ``unscale_`` has undone it; like ``scale``. None where no
-    #: scaler is in use, or where an attached optimizer was handed gradients without it.
+    #: The scale of the loss, float64, shape (), also after ``unscale_``. None without a scaler, and
+    #: in an attached optimizer after ``unscale_``.
     of_loss: Tensor | None = None
 
     @property
@@ -47,10 +46,10 @@ class LossScale(NamedTuple):
         return self.found_inf is not None or self.of_loss is not None
 
     def reject(self, unscale: Tensor | None) -> Tensor | None:
-        """``unscale``, or what makes every norm non-finite where the scaler found a NaN or Inf.
+        """``unscale``; a factor that makes every norm non-finite if the scaler found a NaN or Inf.
 
-        NaN after ``unscale_``, which may have found it on another rank; else Inf, for then the
-        norm itself is NaN or Inf, and an Inf should be reported as one.
+        The factor is NaN after ``unscale_``: the NaN or Inf may be on another rank. Otherwise it is
+        Inf. The norm of this rank is NaN or Inf in this case, and an Inf stays an Inf.
         """
         if self.found_inf is None:
             return unscale
@@ -67,7 +66,7 @@ def enabled(scaler: torch.amp.GradScaler | None) -> bool:
 
 
 def check_scaled(scaler: torch.amp.GradScaler | None) -> None:
-    """ValueError if the scaler never scaled a loss: the gradients would be divided for nothing."""
+    """ValueError if the scaler never scaled a loss: the gradients have no scale to divide by."""
     if enabled(scaler) and scaler._scale is None:
         raise ValueError(
             "this GradScaler has not scaled a loss yet, and the gradients would be divided by its "
@@ -77,7 +76,7 @@ def check_scaled(scaler: torch.amp.GradScaler | None) -> None:
 
 
 def check_not_unscaled(scaler: torch.amp.GradScaler | None) -> None:
-    """ValueError after ``scaler.unscale_``: a window's sums are unscaled when it is stepped."""
+    """ValueError after ``scaler.unscale_``: ``guard.step`` unscales the sums of a window."""
     if enabled(scaler) and any(
         state["stage"] is OptState.UNSCALED for state in scaler._per_optimizer_states.values()
     ):
@@ -88,7 +87,7 @@ def check_not_unscaled(scaler: torch.amp.GradScaler | None) -> None:
 
 
 def check_shared(scaler: torch.amp.GradScaler | None, guard, update_scaler: bool | None) -> None:
-    """ValueError if two guards would each end the iterations of one scaler."""
+    """ValueError if two guards would each call ``update`` of one scaler."""
     if not enabled(scaler) or update_scaler is not None:
         return
     other = _updated_by.get(scaler, lambda: None)()
@@ -105,7 +104,7 @@ def check_shared(scaler: torch.amp.GradScaler | None, guard, update_scaler: bool
 
 
 def _current_scale(scaler: torch.amp.GradScaler, device: torch.device) -> Tensor:
-    """What the scaler multiplies the loss by, float64, shape ()."""
+    """The scaler's factor of the loss, float64, shape ()."""
     check_scaled(scaler)
     return scaler.scale(torch.ones((), device=device)).double()
 
@@ -115,7 +114,7 @@ def loss_scale(
     optimizers: list[torch.optim.Optimizer],
     device: torch.device,
 ) -> LossScale:
-    """The scale that the gradients still carry, or what ``scaler.unscale_`` found.
+    """The scale that the gradients still have, or the findings of ``scaler.unscale_``.
 
     Raises:
         ValueError: no loss was scaled; ``unscale_`` was called for some of the optimizers only;
@@ -124,7 +123,7 @@ def loss_scale(
     if not enabled(scaler):
         return NOT_SCALED
     scale = _current_scale(scaler, device)
-    # Not by indexing: that makes an entry, and a scaler with entries cannot be pickled.
+    # get, because [] would create an entry: a scaler with entries cannot be pickled.
     states = [scaler._per_optimizer_states.get(id(optimizer)) for optimizer in optimizers]
     stages = {OptState.READY if state is None else state["stage"] for state in states}
     if OptState.STEPPED in stages:
@@ -143,7 +142,7 @@ def loss_scale(
 
 
 def handed_scale(scale: Tensor | None, found_inf: Tensor | float, device) -> LossScale:
-    """What ``GradScaler.step`` leaves in an optimizer's ``grad_scale`` and ``found_inf``."""
+    """A LossScale from ``grad_scale`` and ``found_inf``, which ``GradScaler.step`` leaves."""
     if scale is not None:
         scale = torch.as_tensor(scale).to(device, torch.float64, non_blocking=True).reshape(())
     found = torch.as_tensor(found_inf).to(device, torch.float64, non_blocking=True).reshape(())
@@ -153,11 +152,11 @@ def handed_scale(scale: Tensor | None, found_inf: Tensor | float, device) -> Los
 def _state(
     scaler: torch.amp.GradScaler, device: torch.device, optimizers: list[torch.optim.Optimizer]
 ) -> ops.Scaling | None:
-    """The scaler's state, for the decision to update in the same call.
+    """The scaler's state, which the decision updates in the same call, or None.
 
-    None where that is not all that ``update`` has to do: a scaler of another class may do more, as
-    ShardedGradScaler asks all ranks, and what it found for an optimizer that the guard does not
-    step counts too.
+    None means that ``scaler.update`` has more to do. The scaler may be of another class: for
+    example, ShardedGradScaler communicates with all ranks. Or the scaler has findings for an
+    optimizer that the guard does not step.
     """
     if type(scaler).update is not torch.amp.GradScaler.update or scaler._scale.device != device:
         return None
@@ -177,10 +176,10 @@ class ScalerStep:
     """A GradScaler in one step of a guard, from its scale to its update.
 
     Args:
-        scaler: None, or one that is not enabled, where no scaler is in use.
+        scaler: the GradScaler; None or a disabled one means that no scaler is in use.
         handed: ``grad_scale`` and ``found_inf`` of an attached optimizer, as :func:`taken_from`
-            returns them: then the loop updates the scaler, which is not known here.
-        update: whether the guard is to call ``scaler.update()``.
+            returns them. The scaler itself is unknown in this case, and the loop updates it.
+        update: whether the guard calls ``scaler.update()``.
     """
 
     def __init__(
@@ -201,7 +200,7 @@ class ScalerStep:
         self._before: list[Tensor] = []
 
     def give_state(self) -> ops.Scaling | None:
-        """The scaler's state, if the decision can update it; it is updated there then."""
+        """The scaler's state for the decision to update, or None if the decision cannot do it."""
         if self._scaler is None or not self._update or self.scale.found_inf is not None:
             return None
         self._given = _state(self._scaler, self._device, self._optimizers)
@@ -209,15 +208,16 @@ class ScalerStep:
         return self._given
 
     def undo(self) -> None:
-        """Give the scaler the state that it had before the decision."""
+        """Restore the scaler's state from before the decision."""
         for tensor, before in zip(self._given or (), self._before, strict=False):
             tensor.copy_(before)
 
     def finish(self, found_inf: Tensor | None, total_norm: Tensor) -> None:
-        """Tell the scaler of a NaN or Inf, and update it, if the decision has not.
+        """Tell the scaler of a NaN or Inf and update it, unless the decision has done so.
 
         Args:
-            found_inf: whether a micro-batch had one, bool, shape (); None without micro-batches.
+            found_inf: whether a micro-batch had a NaN or Inf, bool, shape (); None without
+                micro-batches.
             total_norm: float64, shape ().
         """
         if self._scaler is None or self._given is not None:
@@ -234,15 +234,15 @@ def _record_found_inf(
     optimizers: list[torch.optim.Optimizer],
     found_inf: Tensor,
 ) -> None:
-    """Tell the scaler, as its ``step`` would have, whether there was a NaN or Inf.
+    """Record in the scaler whether there was a NaN or Inf, as its own ``step`` does.
 
-    ``unscale_`` would find that out by reading and writing all gradients once more, and has no
-    bf16 on CUDA; the norm has told already. ``scaler.update()`` is to follow.
+    ``unscale_`` would read and write all gradients once more to find this out, and it has no bf16
+    on CUDA. The norm already tells. The caller calls ``scaler.update()`` afterwards.
     """
     for optimizer in optimizers:
         state = scaler._per_optimizer_states[id(optimizer)]
         found = state["found_inf_per_device"]
-        # What unscale_ found counts too; found_inf tells what it found on other ranks.
+        # Keep the findings of unscale_ on this rank; found_inf includes those of other ranks.
         found[found_inf.device] = found.get(found_inf.device, 0) + found_inf.float()
         state["stage"] = OptState.STEPPED
 
@@ -256,9 +256,9 @@ _HANDED = ("grad_scale", "found_inf")
 def taken_from(
     optimizer: torch.optim.Optimizer,
 ) -> Iterator[tuple[Tensor | None, Tensor | float] | None]:
-    """What ``GradScaler.step`` left in the optimizer; it is not there in the meantime.
+    """``grad_scale`` and ``found_inf`` that ``GradScaler.step`` left in the optimizer, or None.
 
-    None where it left nothing.
+    The optimizer does not have these attributes inside the context.
     """
     attributes = vars(optimizer)
     handed = {name: attributes.pop(name) for name in _HANDED if name in attributes}
@@ -272,7 +272,7 @@ def taken_from(
 def handing(
     optimizer: torch.optim.Optimizer, grad_scale: Tensor, found_inf: Tensor
 ) -> Iterator[None]:
-    """Leave the two in the optimizer, as ``GradScaler.step`` does, while it steps."""
+    """Set ``grad_scale`` and ``found_inf`` in the optimizer during a step, as GradScaler does."""
     optimizer.grad_scale, optimizer.found_inf = grad_scale, found_inf
     try:
         yield
@@ -282,9 +282,10 @@ def handing(
 
 # --- the search for a scale -----------------------------------------------------------------------
 
-#: Searches that spend no patience: 40 halvings lead from 2^40 down to 1.
+#: The number of searches that spend no patience: 40 halvings lead from 2^40 down to 1.
 _FREE = 40
-#: Steps in which as many searches are free; torch's ``growth_interval``, after which S grows.
+#: The number of steps in which so many searches are free: torch's ``growth_interval``, after which
+#: S grows.
 _INTERVAL = 2000
 
 
@@ -293,13 +294,13 @@ def is_search(
 ) -> bool:
     """Whether a step was skipped because a GradScaler searches for its scale.
 
-    What is known of such a step: the gradients of S times the loss overflowed. While S is above 1
-    those of the loss itself may well be ordinary, and a lower S is the first thing to try. The
-    dtype of the gradients tells no more: under autocast an Inf in a float32 ``.grad`` may come from
-    an fp16 activation. At S = 1 and below the gradients of the loss themselves overflow.
+    In such a step the gradients of S times the loss overflowed. While S is above 1, the gradients
+    of the loss itself may be ordinary, and a lower S is the first thing to try. At S = 1 and below
+    the gradients of the loss itself overflow. The dtype of the gradients does not help: under
+    autocast an Inf in a float32 ``.grad`` may come from an fp16 activation.
 
-    A NaN beside an Inf changes nothing: an Inf becomes a NaN on its way through backward (Inf - Inf
-    in a matrix product, Inf times 0 in a ReLU). NaNs alone come from no overflow.
+    A NaN beside an Inf changes nothing: the backward pass turns an Inf into a NaN (Inf - Inf in a
+    matrix product, Inf times 0 in a ReLU). NaNs without an Inf do not come from an overflow.
 
     Args:
         scaled: whether an enabled GradScaler scaled the loss.
@@ -314,9 +315,10 @@ def is_search(
 
 
 def overflowed(decision: GuardDecision, measured: GradNorm, loss_counts: bool) -> Tensor:
-    """Whether a micro-batch has an Inf and no bad loss, on the device, bool, shape ().
+    """Whether a micro-batch has an Inf and no bad loss: bool, shape (), on the device.
 
-    A window in which all did so, on all ranks, is a search; no rank may come to another answer.
+    A window is a search if this holds for all its micro-batches on all ranks. The ranks must agree
+    on it.
 
     Args:
         loss_counts: whether the record has a loss.
@@ -326,20 +328,20 @@ def overflowed(decision: GuardDecision, measured: GradNorm, loss_counts: bool) -
 
 
 class Searches:
-    """Which searches are free: they spend no patience.
+    """Counts the searches that are free, which means that they spend no patience.
 
-    At most 40 in 2000 steps are: a scaler that never gets to a scale of 1, or whose scale is not
-    known, must not let a run skip for ever.
+    At most 40 searches in 2000 steps are free. A scaler that never reaches a scale of 1, or whose
+    scale is unknown, must not let a run skip for ever.
 
     Args:
-        steps: of the last free ones, as :meth:`state_dict` gave them.
+        steps: the steps of the last free searches, from :meth:`state_dict`.
     """
 
     def __init__(self, steps: Iterable[int] = ()):
         self._steps: deque[int] = deque(map(operator.index, steps), maxlen=_FREE)
 
     def is_free(self, step: int) -> bool:
-        """Whether the search at this step is free; it is counted then."""
+        """Whether the search at this step is free. A free search is counted."""
         if len(self._steps) == _FREE and step - self._steps[0] < _INTERVAL:
             return False
         self._steps.append(step)

@@ -1,15 +1,15 @@
-"""Names without what wrappers of modules put before them.
+"""Names of parameters and modules without the prefixes of wrappers.
 
 DistributedDataParallel calls a weight ``module.0.weight``, torch.compile ``_orig_mod.0.weight``.
-The guard's names are those of the wrapped module, so that its state fits however it is wrapped.
+The guard uses the names of the wrapped module, so its state fits with and without wrappers.
 """
 
 import functools
 
 from torch import nn
 
-#: A wrapper's class, by the module that defines it and its name, and the attribute that it wraps.
-#: By name, so that nothing is imported that is not in use.
+#: A wrapper's class, as (module, name), and the attribute that holds the wrapped module. Names need
+#: no import of packages that are not in use.
 _WRAPS = {
     ("torch.nn.parallel.distributed", "DistributedDataParallel"): "module",
     ("torch.nn.parallel.data_parallel", "DataParallel"): "module",
@@ -34,9 +34,9 @@ def _wrapped_by(cls: type) -> str | None:
 
 
 class Names:
-    """The names of a module's parts and parameters, as they would be without wrappers.
+    """The names of a module's submodules and parameters without wrappers.
 
-    A prefix goes only where the module at that place really is a wrapper: a part that the user
+    A prefix is removed only if the module at that path is a wrapper: a submodule that the user
     called ``module`` keeps its name.
     """
 
@@ -56,14 +56,14 @@ class Names:
             parent, name = self._resolve(above)
             if parent is None or _wrapped_by(type(parent)) != last:
                 name = _join(name, last)
-            # A wrapper may have named its parameters without itself: then nothing is found here.
+            # No child is found where a wrapper gave names without its own prefix.
             child = None if parent is None else parent._modules.get(last)
             self._known[path] = child, name
         return self._known[path]
 
 
 def bare(name: str) -> str:
-    """Without anything that a wrapper might have put there; the user might have, too."""
+    """The name without all words that are a wrapper's prefix, even if the user chose the word."""
     prefixes = set(_WRAPS.values())
     return ".".join(part for part in name.split(".") if part not in prefixes)
 

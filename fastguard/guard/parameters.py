@@ -1,4 +1,4 @@
-"""Which parameters a guard watches, and which optimizers may step them."""
+"""The parameters that a guard watches, and the check of the optimizers that step them."""
 
 import inspect
 import operator
@@ -19,15 +19,16 @@ from .update import plain_class, reads_decision
 
 
 class Watched:
-    """The parameters of a module, or those given, by name and in order; each one once.
+    """The parameters of a module, or the given ones, with names, in order, each one once.
 
-    A module is walked again when the parameters of an optimizer are not those of its last step, and
-    when ``stale`` is set; not each time, for a walk of many parameters takes longer than reading
-    their gradients.
+    A module's parameters are looked up again when an optimizer holds other parameters than in its
+    last step, and when ``stale`` is set. They are not looked up in every step: for many parameters
+    this takes longer than reading their gradients.
 
     Raises:
-        ValueError: there are none.
-        TypeError: one is no tensor; an optimizer, or a torch.jit.ScriptModule.
+        ValueError: there are no parameters, or two have one name.
+        TypeError: a parameter is not a tensor; the argument is an optimizer; the module is or holds
+            a torch.jit.ScriptModule.
     """
 
     def __init__(
@@ -36,14 +37,14 @@ class Watched:
         _check_guardable(params_or_model)
         self.module = params_or_model if isinstance(params_or_model, nn.Module) else None
         self._given = [] if self.module is not None else _name(params_or_model)
-        # Of each optimizer: the parameters that it held last, and those that are not watched.
+        # For each optimizer: the parameters that it held last, and the unwatched ones of them.
         self._checked: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
         self._listening: weakref.WeakSet = weakref.WeakSet()
         self.names: list[str] = []
         self.parameters: list[Tensor] = []
         self._ids: set[int] = set()
         self._attentions: list[tuple[str, ClampedMultiheadAttention]] = []
-        #: Whether the module is to be walked again before the next step.
+        #: Whether the parameters are to be looked up again before the next step.
         self.stale = False
         self._look_up()
         if len(set(self.names)) < len(self.names):
@@ -75,7 +76,7 @@ class Watched:
         self.stale = False
 
     def by_current_names(self, values: dict) -> dict:
-        """Values by names as they were saved, with or without the prefixes of wrappers."""
+        """``values`` under the present names. Saved names may have other prefixes of wrappers."""
         known, bare_of = set(self.names), {bare(name): name for name in self.names}
         return {
             name if name in known else bare_of.get(bare(name), name): value
@@ -92,11 +93,11 @@ class Watched:
         self._ids = set(map(id, self.parameters))
 
     def attention_stats(self) -> dict[str, AttentionStats]:
-        """Those that the module's attentions recorded in their last forward, by name."""
+        """The statistics that the module's attentions recorded in their last forward, by name."""
         return {name: each.stats for name, each in self._attentions if each.stats is not None}
 
     def refresh(self) -> bool:
-        """Walk again if a known optimizer has other parameters, or none is known; True if so."""
+        """Look the parameters up if no optimizer is known or one holds others; True if so."""
         if known := list(self._checked):
             return self.check(known)
         if self.module is not None:
@@ -104,7 +105,7 @@ class Watched:
         return self.module is not None
 
     def check(self, optimizers: list[torch.optim.Optimizer]) -> bool:
-        """ValueError if a step with these cannot be guarded; True after a new walk."""
+        """ValueError if a step with these cannot be guarded; True after a new look-up."""
         return any([self._check(optimizer) for optimizer in optimizers])
 
     def _check(self, optimizer: torch.optim.Optimizer) -> bool:
@@ -129,7 +130,7 @@ class Watched:
             check_state(optimizer, names)
             self._listen(optimizer)
             self._checked[optimizer] = [list(group) for group in groups], strangers
-        if not reads_decision(optimizer):  # which looks at them itself
+        if not reads_decision(optimizer):  # such an optimizer checks its options itself
             check_options(optimizer.param_groups)
         for p in strangers:
             if p.grad is not None:
@@ -162,7 +163,7 @@ def _same(a: list[list[Tensor]], b: list[list[Tensor]]) -> bool:
 
 
 def _check_no_closure(optimizer: torch.optim.Optimizer) -> None:
-    # Of the class: schedulers put a wrapper in the instance.
+    # The class's step: a scheduler puts a wrapper into the instance.
     _, *parameters = inspect.signature(plain_class(optimizer).step).parameters.values()
     for parameter in parameters:
         if parameter.default is parameter.empty and parameter.kind not in (
@@ -220,10 +221,10 @@ def _name(
 
 
 class Watching:
-    """What :class:`fastguard.GradGuard` watches: parameters, buffers, and their ranks.
+    """The part of :class:`fastguard.GradGuard` that knows its parameters, buffers and ranks.
 
     Args:
-        params_or_model: as of GradGuard, as are ``buffers`` and ``process_group``.
+        params_or_model, buffers, process_group: the arguments of GradGuard.
     """
 
     def __init__(self, params_or_model, buffers, process_group):
@@ -233,11 +234,12 @@ class Watching:
         self._listening: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
     def commit_buffers(self) -> None:
-        """Tell the guard that what is in the module's buffers is good.
+        """Tell the guard that the values in the module's buffers are good.
 
-        After something other than a training step wrote them: ``update_bn``, an average of weights
-        that is kept in buffers; or after layers without parameters were added, which it would not
-        find. ``load_state_dict`` of the module and its parts does it by itself.
+        Call this after something other than a training step wrote them, such as ``update_bn`` or an
+        average of weights that is kept in buffers. Call it also after layers without parameters
+        were added: the guard does not find them by itself. ``load_state_dict`` of the module or of
+        a submodule needs no call.
         """
         self._buffers.commit()
         if self._window is not None:
@@ -256,7 +258,7 @@ class Watching:
             lay_out_(self._watched.parameters)
 
     def _look_up_again(self) -> None:
-        """The parameters were looked up anew, and the module may have other parts."""
+        """Follow a new look-up of the parameters: the module may have other submodules."""
         watched, backward = self._watched, self._decider.backward
         check_whole(watched.module, watched.names, watched.parameters)
         ranks = ranks_of(watched.names, watched.parameters, self._group)
@@ -272,23 +274,23 @@ class Watching:
             backward.watch(watched.parameters)
 
     def _listen(self) -> None:
-        """Have :meth:`_on_load` called after a load_state_dict of a module or a part of it."""
+        """Have :meth:`_on_load` called after ``load_state_dict`` of a module or a submodule."""
         for part in self._buffers.modules():
             if part not in self._listening:
                 self._listening.add(part)
                 part.register_load_state_dict_post_hook(OnLoad(self._on_load))
 
     def _on_load(self, part: nn.Module) -> None:
-        """A part of the module got another state; its parameters may be new objects."""
+        """``part`` loaded another state. Its parameters may be new objects."""
         self._buffers.commit(part)
         if self._window is not None:
             self._window.buffers.commit(part)
         self._watched.stale = True
-        if part is self._watched.module:  # what is under way is of other weights
+        if part is self._watched.module:  # sums and snapshots belong to the earlier weights
             self._window = None
             if self._snapshots is not None:
                 self._snapshots.clear()
 
     def _heal_buffers(self) -> None:
-        """After an exception: a NaN that the forward pass wrote must not pass for good later."""
+        """After an exception, restore buffers with a NaN or Inf: a later step would commit them."""
         (self._buffers if self._window is None else self._window.buffers).heal()

@@ -1,4 +1,4 @@
-"""What the guard saw in a step, and how the host learns of it."""
+"""The report of a step, and its transfer to the host."""
 
 import dataclasses
 import math
@@ -14,9 +14,9 @@ from fastguard.ops import RISEN_FACTOR, GradNorm, Verdict
 
 from .grad_scaler import NOT_SCALED, LossScale, is_search
 
-MOST_RISEN = 5  # parameters that a report names
+MOST_RISEN = 5  # the most parameters that a report names as risen
 
-#: Keys of :meth:`StepReport.to_dict`, and so of JSON files and states, before they were renamed.
+#: Earlier names of keys of :meth:`StepReport.to_dict`, for JSON files and states of older versions.
 OLD_KEYS = {
     "offenders": "nonfinite_parameters",
     "bracket": "finite_ranges",
@@ -31,8 +31,8 @@ class NonfiniteParameter:
     name: str
     nans: int
     infs: int
-    #: Flat row-major index of the first NaN or Inf; of a DTensor in the shard of this rank, and -1
-    #: where all of them are on other ranks.
+    #: Flat row-major index of the first NaN or Inf. For a DTensor it is the index in the shard of
+    #: this rank, and -1 if all NaNs and Infs are on other ranks.
     first_index: int
 
     @property
@@ -51,9 +51,9 @@ class Risen(NamedTuple):
     name: str
     #: L2 norm before clipping, after unscaling.
     norm: float
-    #: What it was on average in the steps before.
+    #: The average norm of the steps before.
     usual_norm: float
-    #: The first step of those in a row, up to the present one, that had such norms.
+    #: The first of the consecutive steps, up to the present one, that had such norms.
     since_step: int
 
     @property
@@ -68,7 +68,7 @@ class Risen(NamedTuple):
 
 
 class FiniteRange(NamedTuple):
-    """Parameters that follow each other in the model, whose gradients are all finite or all not."""
+    """Consecutive parameters of the model whose gradients are all finite or all non-finite."""
 
     finite: bool
     first: str
@@ -146,7 +146,7 @@ class StepReport:
 
     @property
     def first_nonfinite(self) -> str | None:
-        """Where the first of them has its first NaN or Inf: "name[flat index]".
+        """The place of the first NaN or Inf of the first such parameter: "name[flat index]".
 
         None where all elements are finite, also if the norm of float64 gradients overflowed or the
         loss alone was not finite.
@@ -154,8 +154,8 @@ class StepReport:
         return str(self.nonfinite_parameters[0]) if self.nonfinite_parameters else None
 
     def to_dict(self) -> dict:
-        """As plain values; the batch's id as text."""
-        # Without the id, which may be anything: asdict copies what it finds.
+        """The report as plain values, with the batch's id as text."""
+        # asdict copies all values, and the id may be any object.
         bare = dataclasses.replace(self, batch_id=None, skipped_micro_batches=())
         values = dataclasses.asdict(bare)
         values["verdict"] = int(self.verdict)
@@ -169,7 +169,7 @@ class StepReport:
 
     @classmethod
     def from_dict(cls, values: Mapping) -> "StepReport":
-        """The report of which :meth:`to_dict` made ``values``, also one of an older fastguard."""
+        """The report from the result of :meth:`to_dict`, also from that of an older fastguard."""
         values = with_new_keys(values, OLD_KEYS)
         found, ranges = values["nonfinite_parameters"], values["finite_ranges"]
         return cls(
@@ -185,15 +185,16 @@ class StepReport:
 
 
 class PendingReport:
-    """A :class:`StepReport` that is still on its way from the device.
+    """A :class:`StepReport` whose values are still on the device.
 
-    It has the attributes of a StepReport; the first look at one of them (other than ``step`` and
-    ``batch_id``) waits for the device. ``ready`` tells whether it would have to wait.
+    It has the attributes of a StepReport. The first access to one of them (other than ``step`` and
+    ``batch_id``) waits for the device. ``ready`` is true if it does not have to wait.
 
     Args:
-        loss_counts: whether a NaN or Inf loss in the record is one: by default where ``loss`` was
-            given; among ranks that decide together it may be another rank's.
-        all_overflowed: of a window, as :attr:`fastguard.guard.accumulation.Window.all_overflowed`.
+        loss_counts: whether the record has a loss, so that its NaN or Inf counts. By default this
+            is so if ``loss`` was given. The loss of ranks that decide together may come from
+            another rank.
+        all_overflowed: :attr:`fastguard.guard.accumulation.Window.all_overflowed` of a window.
     """
 
     def __init__(
@@ -223,7 +224,7 @@ class PendingReport:
         self._unscale = unscale
         self._loss_given = loss is not None
         self._loss_counts = self._loss_given if loss_counts is None else loss_counts
-        self._per_tensor = per_tensor  # the statistics' before this step
+        self._per_tensor = per_tensor  # the statistics of each parameter before this step
         self._micro_batch = micro_batch
         self._names = names
         self._micro_batches = tuple(micro_batches)
@@ -235,7 +236,7 @@ class PendingReport:
         return self._record.ready
 
     def result(self) -> StepReport:
-        """The report; waits for the device at the first call."""
+        """The report. The first call waits for the device."""
         if self._result is None:
             record, *more = self._record.wait()
             self._result = self._made_of(record, dict(zip(self._more, more, strict=True)))
@@ -275,11 +276,11 @@ class PendingReport:
         return dict(zip(self._names, norms.tolist(), strict=True))
 
     def risen(self) -> list[Risen]:
-        """The parameters whose norm rose most above their own usual one, at most 5.
+        """The parameters whose norm rose most above their own usual norm, at most 5.
 
-        These are above 4 times their usual norm: the average over earlier steps, with factor 0.98,
-        of which a single spike is 6 % at most. Empty of a micro-batch, and of a step with a NaN or
-        Inf only the finite norms count. Waits for the device.
+        Their norms are above 4 times their usual norms. The usual norm is an exponential average
+        over earlier steps with factor 0.98, to which a single spike contributes at most 6 %. Only
+        finite norms count. The list of a micro-batch is empty. Waits for the device.
         """
         if self._per_tensor is None:
             return []
@@ -292,9 +293,9 @@ class PendingReport:
         return sorted(risen, key=lambda each: each.ratio, reverse=True)[:MOST_RISEN]
 
     def attention(self) -> dict[str, dict[str, list[float]]]:
-        """What `ClampedMultiheadAttention(record_stats=True)` saw in this step's last forward.
+        """The statistics of ``ClampedMultiheadAttention(record_stats=True)`` in the last forward.
 
-        Of each module by name: largest logit, entropy and clamped share of each head.
+        Each module's name maps to the largest logit, entropy and clamped share of each head.
         """
         return {
             name: {key: values.tolist() for key, values in stats._asdict().items()}
@@ -302,7 +303,7 @@ class PendingReport:
         }
 
     def _nonfinite(self) -> tuple[tuple[NonfiniteParameter, ...], tuple[FiniteRange, ...]]:
-        """The parameters with a NaN or Inf, and the ranges; both empty where there is none."""
+        """The parameters with a NaN or Inf, and the ranges. Both are empty if there is none."""
         rows = list(zip(self._names, self._measured.nonfinite.tolist(), strict=True))
         found = tuple(NonfiniteParameter(name, *row) for name, row in rows if row[0] or row[1])
         ranges: list[FiniteRange] = []
@@ -315,7 +316,7 @@ class PendingReport:
         return found, tuple(ranges) if found else ()
 
     def __getattr__(self, name: str):
-        if name.startswith("_"):  # pickle and copy look for methods before there is a result
+        if name.startswith("_"):  # pickle and copy look for methods before the result exists
             raise AttributeError(name)
         return getattr(self.result(), name)
 
@@ -324,7 +325,7 @@ class PendingReport:
 
 
 class Transfer:
-    """Tensors on their way to the host. On the CPU they are there already."""
+    """A copy of tensors to the host without a sync. Tensors on the CPU need no copy."""
 
     def __init__(self, *tensors: Tensor):
         self._host, self._event = tensors, None
@@ -341,14 +342,14 @@ class Transfer:
         return self._event is None or self._event.query()
 
     def wait(self) -> list:
-        """The values of each."""
+        """The values of each tensor, as numbers or nested lists; waits for the copy."""
         if self._event is not None:
             self._event.synchronize()
         return [tensor.tolist() for tensor in self._host]
 
 
 def strict_json(value):
-    """JSON has no NaN and no Infinity: they become text."""
+    """The value with NaN and Infinity as text: JSON has neither."""
     if isinstance(value, dict):
         return {key: strict_json(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -357,7 +358,7 @@ def strict_json(value):
 
 
 def shorten(items: Iterable, at_most: int = 8) -> str:
-    """The items as text, and how many there are where some are left out."""
+    """The items as text. If some are left out, the text ends with the number of all."""
     words = [str(item) for item in items]
     more = f", ... ({len(words)} in all)" if len(words) > at_most else ""
     return ", ".join(words[:at_most]) + more

@@ -1,4 +1,4 @@
-"""What is said of bad steps: log lines, a JSON file each, and the error that ends a run."""
+"""Log lines and JSON files of bad steps, and the error that ends a run."""
 
 import json
 import logging
@@ -13,7 +13,7 @@ from .report import PendingReport, StepReport, shorten, strict_json
 
 logger = logging.getLogger(__name__)
 
-_MAX_FILES = 100  # of one guard: a run that skips every other batch must not fill the disk
+_MAX_FILES = 100  # per guard: a run that skips every other batch must not fill the disk
 
 
 class GradientExplosionError(RuntimeError):
@@ -40,13 +40,13 @@ class GradientExplosionError(RuntimeError):
         self.poisoned = list(poisoned)
         super().__init__(_explosion(self.reports, skip_norm, what, self.poisoned))
 
-    def __reduce__(self):  # exceptions are pickled by their message, and rebuilt from it
+    def __reduce__(self):  # by default pickle rebuilds an exception from its message alone
         return type(self), (self.reports, self.skip_norm, self.what, self.poisoned)
 
 
 def _explosion(reports: list[StepReport], skip_norm: float, what: str, poisoned: list[str]) -> str:
-    """The message: what was seen, where, and what to try."""
-    # Of a step without a good micro-batch, what was wrong with these.
+    """The message: the findings, their places, and suggestions."""
+    # A step without a good micro-batch is replaced by its micro-batches.
     causes = (r.skipped_micro_batches if r.all_micro_batches_skipped else (r,) for r in reports)
     evidence = [each for group in causes for each in group]
     overflowed = [r for r in evidence if _overflowed(r)]
@@ -62,7 +62,7 @@ def _explosion(reports: list[StepReport], skip_norm: float, what: str, poisoned:
     ]
     seen, suggestions = zip(*parts, strict=True) if parts else ((), ())
     nonfinite = next((r.nonfinite for r in evidence if r.nonfinite_parameters), ())
-    # Of the first outlier: the usual norms of later ones are those of the outliers, too.
+    # The first outlier's list: later usual norms include those of the outliers.
     risen = next((r.most_risen for r in large if r.most_risen), ())
     rose = f"  parameters that rose most: {shorten(risen)}\n" if risen else ""
     return (
@@ -74,7 +74,7 @@ def _explosion(reports: list[StepReport], skip_norm: float, what: str, poisoned:
 
 
 def _of_poisoned(poisoned: list[str]) -> tuple[str, str]:
-    """What was seen, and what to try; as the functions below."""
+    """The finding and the suggestion, as in the functions below."""
     return f"NaN or Inf is in {shorten(poisoned)}", (
         "load an earlier state of the model and its optimizer: no batch can be good with these, "
         "and no skipped step wrote them"
@@ -122,11 +122,11 @@ def _of_large(reports: list[StepReport], skip_norm: float) -> tuple[str, str]:
 class BadStepFiles:
     """One JSON file per bad step, ``bad_step_<number>.json``, in a folder that may be absent yet.
 
-    A GradScaler's search for its scale is none.
+    A GradScaler's search for its scale is no bad step.
 
-    It holds the report, the batch's id, the ranges of finite parameters, the norm of every
-    parameter, and the logits of the attentions that record them. At most 100 are written. A folder
-    that cannot be written costs a warning, not the run.
+    A file holds the report, the batch's id, the ranges of finite parameters, the norm of every
+    parameter, and the statistics of the attentions that record them. At most 100 files are written.
+    A file that cannot be written is a warning, and the run continues.
     """
 
     def __init__(self, folder: str | Path | None):
@@ -156,7 +156,7 @@ class BadStepFiles:
 
 
 def log_skip(report: StepReport, skip_norm: float) -> None:
-    """A warning in the words of the trainer's logs."""
+    """Log a warning about a skipped step, in the wording of the trainer's logs."""
     if report.verdict is Verdict.SKIP_OUTLIER:
         logger.warning(
             "Large gradient norm: %.4g at batch %s, skipping (%s)%s",
@@ -192,7 +192,7 @@ def log_skip(report: StepReport, skip_norm: float) -> None:
 
 
 def _limit_of(report: StepReport, skip_norm: float) -> tuple[str, str]:
-    """What a finite norm was above, and what to change."""
+    """The limit that a finite norm was above, and the suggestion."""
     if report.total_norm > report.outlier_above:
         limit = f"skip_norm={skip_norm:g}"
         if report.outlier_above > skip_norm:
@@ -216,7 +216,7 @@ def _why_no_parameter_is_nonfinite(report: StepReport) -> str:
 
 
 def _overflowed(report: StepReport) -> bool:
-    """Whether gradients overflowed under a GradScaler, at any scale, with no bad loss known."""
+    """Whether gradients overflowed under a GradScaler, at any scale, without a known bad loss."""
     if report.scale_search:
         return True
     if report.loss_scale is None or not any(each.infs for each in report.nonfinite_parameters):

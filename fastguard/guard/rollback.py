@@ -1,4 +1,4 @@
-"""Going back to a state from before the explosion, in the running process."""
+"""Rollback to a state from before the explosion, in the running process."""
 
 import contextlib
 import copy
@@ -64,11 +64,11 @@ class Rollback:
 
 
 class RateFactor:
-    """What the learning rates are multiplied by: ``lr_factor`` to the power of ``backoffs``.
+    """The factor of the learning rates: ``lr_factor`` to the power of ``backoffs``.
 
     Args:
-        backoffs: the rollbacks that have not been grown back yet.
-        tracker: applied steps since the last change, as GradScaler's growth tracker.
+        backoffs: the number of rollbacks minus the number of growths since.
+        tracker: applied steps since the last change, like GradScaler's growth tracker.
     """
 
     def __init__(self, rollback: Rollback, backoffs: int = 0, tracker: int = 0):
@@ -83,7 +83,7 @@ class RateFactor:
         self.backoffs, self.tracker = self.backoffs + 1, 0
 
     def applied(self) -> None:
-        """A step was applied."""
+        """Count an applied step; the factor may grow."""
         if self.backoffs > 0:
             self.tracker += 1
             if self.tracker >= self._rollback.growth_interval:
@@ -91,9 +91,9 @@ class RateFactor:
 
     @contextlib.contextmanager
     def lowering(self, optimizers: list[torch.optim.Optimizer]) -> Iterator[None]:
-        """While the optimizers step their learning rates are multiplied by the factor.
+        """Multiply the learning rates by the factor while the optimizers step.
 
-        A rate that the step itself sets stays as it set it.
+        A rate that the step itself sets keeps its new value.
         """
         lowered = []
         try:
@@ -110,7 +110,7 @@ class RateFactor:
 
 
 class Snapshots:
-    """The ring of copies. What is copied is given each time: models and optimizers may grow."""
+    """The last copies. Each call names what to copy: models and optimizers may grow."""
 
     def __init__(self, rollback: Rollback):
         self._rollback = rollback
@@ -128,7 +128,7 @@ class Snapshots:
         return self._last_step is None or step - self._last_step >= self._rollback.every
 
     def take(self, step: int, parameters: list[Tensor], optimizers, scaler, guard: dict) -> None:
-        """Copy the state after ``step`` steps; ``guard`` is kept as it is."""
+        """Copy the state after ``step`` steps. ``guard`` is kept without a copy."""
         scheduler = self._rollback.scheduler
         self._last_step = step
         held = [p for o in optimizers for group in o.param_groups for p in group["params"]]
@@ -146,11 +146,11 @@ class Snapshots:
         )
 
     def postpone(self, step: int) -> None:
-        """Take no copy before there were good steps again."""
+        """Take the next copy ``every`` steps from now."""
         self._last_step = step
 
     def forget_since(self, step: int, optimizers) -> None:
-        """Drop copies that are younger than the explosion, or of other optimizers or groups."""
+        """Drop copies from after the explosion, and copies of other optimizers or param groups."""
         now = [(o, _groups_of(o)) for o in optimizers]
         fitting = [
             s
@@ -162,13 +162,14 @@ class Snapshots:
 
     @torch.no_grad()
     def restore(self, step: int, factor: float) -> dict:
-        """Go back to the newest copy and drop it; returns the guard's state of that time.
+        """Restore the newest copy and drop it; returns the guard's state of that time.
 
-        ``factor``, of the learning rates from now on, is for the log. Without a scheduler to be
-        restored the rates in the groups stay: one that goes on may make each from the last.
+        ``factor`` is the factor of the learning rates from now on, for the log. Without a scheduler
+        to restore, the rates in the param groups stay: the schedule goes on, and a scheduler may
+        compute each rate from the last one.
         """
         snapshot = self._ring.pop()
-        self._last_step = step  # the next copy comes when it has gone well for a while
+        self._last_step = step  # the next copy follows after ``every`` steps
         for parameter, saved in snapshot["parameters"]:
             local_parts([parameter])[0].copy_(saved.local if isinstance(saved, _Shard) else saved)
         for optimizer, _, saved in snapshot["optimizers"]:
@@ -179,7 +180,7 @@ class Snapshots:
                     group.update(current)
         if snapshot["scaler"] is not None:
             scaler, saved = snapshot["scaler"]
-            if saved:  # {} of one that is disabled
+            if saved:  # a disabled scaler has the state {}
                 scaler.load_state_dict(saved)
         if self._rollback.scheduler is not None:
             self._rollback.scheduler.load_state_dict(snapshot["scheduler"])
@@ -197,7 +198,7 @@ class Snapshots:
 
 
 def _rates_of(group: dict) -> dict:
-    """What optimizers and schedulers keep of learning rates in a group."""
+    """The entries of a param group that hold learning rates of optimizers and schedulers."""
     return {key: group[key] for key in ("lr", "initial_lr", "max_lr", "min_lr") if key in group}
 
 
@@ -206,7 +207,7 @@ def _groups_of(optimizer) -> list[list[int]]:
 
 
 def _state_of(optimizer) -> dict:
-    """Without the guard's, which is in an attached optimizer's state dict and is kept apart."""
+    """The optimizer's state without the guard's, which an attached optimizer's state dict holds."""
     return plain_class(optimizer).state_dict(optimizer)
 
 
@@ -222,7 +223,7 @@ def _load_exactly(optimizer, saved: dict) -> None:
 
 
 class _Shard:
-    """This rank's part of a DTensor, in host memory."""
+    """The shard of a DTensor on this rank, in host memory."""
 
     def __init__(self, dtensor: Tensor):
         self.local = local_parts([dtensor])[0].to("cpu", copy=True)
@@ -238,7 +239,7 @@ class _Shard:
 
 
 def _from_host(value):
-    """With DTensors again in place of their parts."""
+    """The value with each _Shard replaced by its DTensor."""
     if isinstance(value, _Shard):
         return value.whole()
     if isinstance(value, dict):

@@ -11,7 +11,7 @@ class Restorable:
     """``state_dict`` and ``load_state_dict`` of :class:`fastguard.GradGuard`, and its copies."""
 
     def state_dict(self) -> dict:
-        """What the next decision depends on, as plain numbers; waits for the device.
+        """The state that the next decision depends on, as plain numbers; waits for the device.
 
         Settings such as ``max_norm`` are not part of it. A window that :meth:`accumulate` has begun
         and the copies for a rollback are not part of it either: these start anew. Where processes
@@ -34,13 +34,14 @@ class Restorable:
         }
 
     def load_state_dict(self, state: dict) -> None:
-        """Go on as the guard did whose :meth:`state_dict` this is.
+        """Load the result of :meth:`state_dict`.
 
-        That of an older fastguard, which kept the accepted norms only, is taken for one that saw no
-        others.
+        An older fastguard kept only the accepted norms. Its state loads as that of a guard that saw
+        no other norms.
 
         Raises:
-            ValueError: it is not one, or one of a newer fastguard. Nothing was changed then.
+            ValueError: this is no state of a GradGuard, or a newer fastguard wrote it. Nothing was
+                changed then.
         """
         try:
             state = of_this_version(state)
@@ -69,10 +70,10 @@ class Restorable:
             self._decider.backward.forget()
 
     def __getstate__(self) -> dict:
-        """For pickle and copy: the settings, the parameters and what the next decision depends on.
+        """For pickle and copy: the settings, the parameters, and the state of the next decision.
 
-        Copies for a rollback and a begun window start anew, and :meth:`GradGuard.scheduler` has to
-        be called again. Waits for the device.
+        The copy has no copies for a rollback and no begun window. :meth:`GradGuard.scheduler` has
+        to be called again for it. Waits for the device.
         """
         if self._group is not None:
             raise TypeError(

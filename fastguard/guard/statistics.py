@@ -1,7 +1,7 @@
-"""What the guard remembers of earlier norms: of all gradients together, and of each parameter.
+"""The statistics of earlier norms: of all gradients together, and of each parameter.
 
-:class:`fastguard.ops.Statistics` holds the numbers. :class:`TensorNorms` knows whose the columns of
-its ``per_tensor`` are.
+:class:`fastguard.ops.Statistics` holds the numbers. :class:`TensorNorms` maps the columns of its
+``per_tensor`` to parameters.
 """
 
 import math
@@ -17,7 +17,7 @@ from fastguard.thresholds import Kind
 #: Version of the state dict. Version 1 had no version entry and held the accepted norms alone.
 VERSION = 2
 
-WINDOW = 128  # norms whose median says what is usual; llm.c's and OLMo-core's window
+WINDOW = 128  # the number of norms whose median is the usual norm, as in llm.c and OLMo-core
 
 
 def fresh_statistics(device: torch.device) -> ops.Statistics:
@@ -26,7 +26,7 @@ def fresh_statistics(device: torch.device) -> ops.Statistics:
 
 
 def as_plain(known: ops.Statistics) -> dict:
-    """The statistics as numbers and lists, for a checkpoint; without the norms of tensors."""
+    """The statistics as numbers and lists, for a checkpoint, without those of each parameter."""
     seen, accepted, mean, variance = known.numbers.tolist()
     return {
         "seen": int(seen),
@@ -39,14 +39,15 @@ def as_plain(known: ops.Statistics) -> dict:
 
 
 def from_plain(plain: dict, device: torch.device, new_moments: bool) -> ops.Statistics:
-    """The statistics of which :func:`as_plain` made ``plain``.
+    """The statistics from the result of :func:`as_plain`.
 
     Args:
-        new_moments: take mean and variance from the accepted norms: another threshold kept none.
+        new_moments: compute mean and variance from the accepted norms, because another threshold
+            wrote the state.
 
     Raises:
-        ValueError: a number is negative or not finite, or a list is not as long as it says.
-        AttributeError, KeyError, TypeError: it is something else.
+        ValueError: a number is negative or not finite, or a list has not the length of its count.
+        AttributeError, KeyError, TypeError: ``plain`` is something else.
     """
     known = fresh_statistics(device)
     counts = [int(plain["seen"]), int(plain["accepted"])]
@@ -67,29 +68,29 @@ def from_plain(plain: dict, device: torch.device, new_moments: bool) -> ops.Stat
 
 
 def _in_order(window: Tensor, count: int) -> list[float]:
-    """The norms that ``count`` have left, the oldest first."""
+    """The last norms of ``count`` in all, the oldest first."""
     norms = window.tolist()
     return [norms[i % WINDOW] for i in range(max(0, count - WINDOW), count)]
 
 
 # --- the norm of each parameter -------------------------------------------------------------------
 
-#: The rows, as the properties of :class:`fastguard.ops.Statistics` that they are, and what they
-#: hold where nothing is known yet.
+#: The rows, named by the properties of :class:`fastguard.ops.Statistics`, and the value of each
+#: where nothing is known yet.
 ROWS = {"ema_norms": math.inf, "clipped_since": -1, "usual_norms": math.inf, "risen_since": -1}
 
 
 def unseen(n: int, device: torch.device) -> Tensor:
-    """Columns of ``n`` parameters of which nothing is known, float64, shape (4, n)."""
+    """Columns of ``n`` parameters without earlier norms, float64, shape (4, n)."""
     columns = torch.full((4, n), math.inf, dtype=torch.float64, device=device)
     columns[1::2] = -1.0
     return columns
 
 
 class TensorNorms:
-    """Whose the columns are. Those of parameters without a gradient at the moment are put aside.
+    """Maps columns to parameters, and keeps the columns of parameters without a gradient.
 
-    Steps have mostly the same parameters; the operators then read and write the same tensor.
+    Most steps have the same parameters. The operators then read and write the same tensor.
     """
 
     def __init__(self, aside: dict[str, Tensor] | None = None):
@@ -105,7 +106,7 @@ class TensorNorms:
         """The columns of these parameters, float64, shape (4, N), on the device of ``held``.
 
         Args:
-            held: the columns of the names of the last call.
+            held: the columns of the last call's names.
         """
         if names == self._names:
             return held
@@ -121,7 +122,7 @@ class TensorNorms:
     # --- checkpoints ------------------------------------------------------------------------------
 
     def as_plain(self, held: Tensor) -> dict[str, dict[str, float]]:
-        """For each row a dict of the parameters of which there is something to say."""
+        """For each row a dict from parameter names to the known values."""
         columns = self._by_name(held)
         rows = torch.stack([*columns.values()], dim=1) if columns else held[:, :0]
         return {
@@ -133,14 +134,14 @@ class TensorNorms:
     def from_plain(
         cls, plain: dict, device: torch.device, renamed: Callable[[dict], dict] = dict
     ) -> "TensorNorms":
-        """The names of which :meth:`as_plain` made ``plain``; all columns are put aside.
+        """The object from the result of :meth:`as_plain`. No column is selected yet.
 
-        Rows that an older fastguard did not have may be missing. ``renamed`` gives a dict by names
-        the names of now.
+        Rows may be missing, because older versions did not have all. ``renamed`` replaces the keys
+        of a dict by the present names of the parameters.
 
         Raises:
             ValueError: a number is negative or not finite.
-            AttributeError, TypeError: it is something else.
+            AttributeError, TypeError: ``plain`` is something else.
         """
         rows = [renamed(plain.get(row, {})) for row in ROWS]
         names = list(dict.fromkeys(name for row in rows for name in row))
@@ -158,15 +159,15 @@ class TensorNorms:
 
 
 class Memory:
-    """What the next decision depends on: of steps, of micro-batches and of each parameter.
+    """The state that the next decision depends on: of steps, micro-batches and each parameter.
 
     Args:
-        device: of the parameters, where the decisions are made.
+        device: the device of the parameters, where the decisions are made.
     """
 
     def __init__(self, device: torch.device):
         self.statistics = fresh_statistics(device)
-        #: Of the micro-batches that ``GradGuard.accumulate`` decides about.
+        #: The statistics of micro-batches, for ``GradGuard.accumulate``.
         self.micro_statistics = fresh_statistics(device)
         self.tensor_norms = TensorNorms()
 
@@ -178,7 +179,7 @@ class Memory:
         return copy
 
     def select(self, names: list[str], device: torch.device) -> None:
-        """Move to ``device``, and give ``statistics`` the columns of these parameters."""
+        """Move ``statistics`` to ``device``, and give it the columns of these parameters."""
         if self.statistics.numbers.is_meta and device.type != "meta":
             self.tensor_norms = TensorNorms()
         known = _on(self.statistics, device)
@@ -191,10 +192,10 @@ class Memory:
         return self.micro_statistics
 
     def state_dict(self, kind: Kind) -> dict:
-        """Plain numbers; the host waits for the device.
+        """The state as plain numbers. This is a host-device sync.
 
         Args:
-            kind: of the guard's threshold.
+            kind: the kind of the guard's threshold.
         """
         return {
             "threshold": kind.name.lower(),
@@ -207,16 +208,16 @@ class Memory:
     def from_state(
         cls, state: dict, device: torch.device, kind: Kind, renamed: Callable[[dict], dict]
     ) -> "Memory":
-        """What :meth:`state_dict` made ``state`` of.
+        """The object from the result of :meth:`state_dict`.
 
         Args:
-            kind: of the threshold of the guard that takes it, which may be another one.
-            renamed: gives a dict by parameter names the current names.
+            kind: the kind of the loading guard's threshold, which may be another one.
+            renamed: replaces the keys of a dict by the present names of the parameters.
 
         Raises:
-            ValueError: a number is negative or not finite; AdaGC accepted steps and no norms by
-                parameter are there.
-            AttributeError, KeyError, TypeError: it is something else.
+            ValueError: a number is negative or not finite; AdaGC accepted steps, but the state has
+                no norms by parameter.
+            AttributeError, KeyError, TypeError: ``state`` is something else.
         """
         memory = cls(device)
         other = Kind[state["threshold"].upper()] is not kind
@@ -236,7 +237,7 @@ class Memory:
 
 
 def _on(known: ops.Statistics, device: torch.device) -> ops.Statistics:
-    if known.numbers.is_meta and device.type != "meta":  # the guard was made before to_empty
+    if known.numbers.is_meta and device.type != "meta":  # the guard was built before to_empty
         return fresh_statistics(device)
     if known.numbers.device == device:
         return known
@@ -244,7 +245,7 @@ def _on(known: ops.Statistics, device: torch.device) -> ops.Statistics:
 
 
 def of_this_version(state: dict) -> dict:
-    """The state dict as the present version writes it.
+    """The state dict in the format of the present version.
 
     Raises:
         ValueError: a newer fastguard wrote it.

@@ -1,7 +1,7 @@
 """Warnings about steps that are no error but are probably not intended; once for each guard.
 
-They need no host-device sync: which parameters have gradients is known on the host, and clip
-coefficients come with the reports.
+They need no host-device sync: the host knows which parameters have gradients, and the reports hold
+the clip coefficients.
 """
 
 import logging
@@ -18,10 +18,10 @@ from .report import StepReport, shorten
 
 logger = logging.getLogger(__name__)
 
-#: Steps in which a parameter must have had a gradient that no optimizer held. Fewer may be those of
-#: a loop whose other optimizers come later, as the second one of a GAN.
+#: The number of steps in which a parameter has a gradient and no optimizer holds it, before the
+#: warning. Fewer such steps are normal at the start of a loop with several optimizers, as of a GAN.
 _UNHELD_STEPS = 20
-#: The applied steps that are looked at for clipping, and how many there must be at least.
+#: The number of last applied steps that the check of clipping reads, and the least number it needs.
 _CLIP_WINDOW, _CLIP_STEPS = 128, 64
 _CLIPPED_BELOW = 0.01
 
@@ -37,8 +37,8 @@ class StepWarnings:
 
     def __init__(self):
         self._logged: set[str] = set()
-        self._held: set[str] = set()  # names of the parameters that any optimizer held
-        #: Names of the others -> in how many steps each had a gradient.
+        self._held: set[str] = set()  # names of the parameters that an optimizer held
+        #: Names of the other parameters -> the number of steps in which each had a gradient.
         self._unheld: dict[str, int] = {}
         #: Clip coefficient and norm of the last applied steps.
         self._clipped: deque[tuple[float, float]] = deque(maxlen=_CLIP_WINDOW)
@@ -49,16 +49,13 @@ class StepWarnings:
         parameters: Sequence[Tensor],
         optimizers: Sequence[torch.optim.Optimizer],
     ) -> None:
-        """What the guard watches, and the optimizers that it steps, where either changed."""
+        """Take in the watched parameters and the optimizers, after either changed."""
         ids = {id(p) for o in optimizers for group in o.param_groups for p in group["params"]}
         self._held |= {n for n, p in zip(names, parameters, strict=True) if id(p) in ids}
         self._unheld = {n: self._unheld.get(n, 0) for n in names if n not in self._held}
 
     def saw_gradients(self, step: int, names: Iterable[str]) -> None:
-        """The names of the parameters that had a gradient at a step that was given to optimizers.
-
-        ``names`` are those of this rank.
-        """
+        """Take in the names of the parameters that had a gradient on this rank in a step."""
         if not names:
             self._log(
                 "no gradients",
@@ -84,7 +81,7 @@ class StepWarnings:
             )
 
     def saw_report(self, report: StepReport, threshold: Threshold) -> None:
-        """A step, in order, with the threshold of the guard."""
+        """Take in the next report, with the threshold of the guard."""
         if report.skipped or "clipped" in self._logged:
             return
         self._clipped.append((report.clip_coef, report.total_norm))
@@ -106,7 +103,7 @@ class StepWarnings:
             statistics.median(norms),
             " of the parameter that is clipped most" if per_parameter else "",
             statistics.median(coefs),
-            _cure(threshold),
+            _suggestion(threshold),
         )
 
     def _log(self, key: str, text: str, *args: object) -> None:
@@ -115,7 +112,7 @@ class StepWarnings:
             logger.warning(text, *args)
 
 
-def _cure(threshold: Threshold) -> str:
+def _suggestion(threshold: Threshold) -> str:
     if threshold.kind is Kind.FIXED:
         return (
             "max_norm is far below the ordinary norm: raise it, or lower the learning rate if the "

@@ -1,9 +1,8 @@
-"""Carrying a decision out: each kind of optimizer steps by it, or is not called.
+"""The optimizer's step by a decision, for each kind of optimizer.
 
-fastguard's optimizers and torch's fused ones read the decision on the device, if their ``step``
-really is the one that does. For everything else the host looks at the verdict, scales gradients and
-calls the optimizer's own ``step``, with whatever wrappers are around it. In both cases the guard
-checks that the step was taken.
+fastguard's optimizers and torch's fused ones read the decision on the device, if their ``step`` has
+not been replaced. For every other optimizer the host reads the verdict, scales the gradients and
+calls ``step`` with all its wrappers. In both cases the guard checks that the step was taken.
 """
 
 import functools
@@ -24,19 +23,19 @@ from .grad_scaler import handing
 if TYPE_CHECKING:
     from .grad_guard import GradGuard
 
-#: Wrappers whose ``step`` calls that of their ``optimizer``, by the package of a class of theirs.
+#: Packages whose classes wrap an optimizer: their ``step`` calls that of ``self.optimizer``.
 _WRAPPERS = ("accelerate", "lightning", "lightning_fabric", "pytorch_lightning")
 
 
 class StepCall(NamedTuple):
-    """What one step is asked to do; the fields are the arguments of :meth:`GradGuard.step`."""
+    """The arguments of one :meth:`GradGuard.step`, or of one step of an attached optimizer."""
 
     optimizers: list[torch.optim.Optimizer]
     loss: Tensor | float | None
     batch_id: object
     scaler: torch.amp.GradScaler | None = None
     update_scaler: bool = True
-    #: ``grad_scale`` and ``found_inf`` of an attached optimizer, if it was handed any.
+    #: ``grad_scale`` and ``found_inf`` that GradScaler left in an attached optimizer, if it did.
     handed: tuple | None = None
     #: Whether the optimizer's own step called the guard.
     called_by_it: bool = False
@@ -53,7 +52,7 @@ def listed(optimizer) -> list[torch.optim.Optimizer]:
 
 
 def unwrapped(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    """The optimizer inside the wrappers of accelerate, Lightning and Fabric, or itself."""
+    """The optimizer inside the wrappers of accelerate, Lightning and Fabric."""
     while _is_wrapper(type(optimizer)):
         inner = getattr(optimizer, "optimizer", None)
         if not isinstance(inner, torch.optim.Optimizer) or inner is optimizer:
@@ -68,7 +67,7 @@ def _is_wrapper(cls: type) -> bool:
 
 
 def check_steppable(optimizer: torch.optim.Optimizer) -> None:
-    """ValueError where ``optimizer.step()`` would not do what ``guard.step`` means by it."""
+    """ValueError if ``guard.step`` cannot control a compiled or wrapped ``optimizer.step``."""
     if hasattr(vars(optimizer).get("step"), "_torchdynamo_orig_callable"):
         raise ValueError(
             f"{type(optimizer).__name__}.step is compiled by torch.compile, and a compiled step "
@@ -94,7 +93,7 @@ def check_steppable(optimizer: torch.optim.Optimizer) -> None:
 
 
 def held_scaler(optimizer: torch.optim.Optimizer) -> torch.amp.GradScaler | None:
-    """The enabled GradScaler that a wrapper of accelerate, Lightning or Fabric steps through."""
+    """The enabled GradScaler of a wrapper of accelerate, Lightning or Fabric, or None."""
     strategy = getattr(optimizer, "_strategy", None)
     precision = getattr(strategy, "precision_plugin", getattr(strategy, "precision", None))
     for holder in (optimizer, precision):
@@ -110,18 +109,18 @@ def step_optimizer(
     decision: ops.GuardDecision,
     step: Callable[[], object],
 ) -> None:
-    """Step with the gradients times ``decision.grad_coef``, or leave everything as it is.
+    """Step with the gradients times ``decision.grad_coef``, or change nothing on a skip.
 
     Args:
-        grads: those that the decision is about; with AdaGC in the order of its coefficients.
+        grads: the gradients of the decision; with AdaGC in the order of its coefficients.
         step: calls the optimizer's own step.
 
     Raises:
-        RuntimeError: ``step`` returned, and the optimizer has not stepped by the decision.
+        RuntimeError: ``step`` returned, but the optimizer did not carry out the decision.
     """
     one_coef = decision.grad_coef.dim() == 0
     if _has_hooks(optimizer) and _skipped(decision):
-        return  # hooks after a step, as those of an EMA of the weights, must not see a skip
+        return  # step hooks, such as those of an EMA of the weights, must not run on a skip
     if reads_decision(optimizer):
         optimizer.decision = decision
         optimizer.decision_index = None if one_coef else {id(g): i for i, g in enumerate(grads)}
@@ -140,10 +139,10 @@ def step_optimizer(
 
 
 def reads_decision(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether its step reads the decision itself, and writes no gradient.
+    """Whether the optimizer's step reads the decision itself. Such a step writes no gradient.
 
-    The class alone does not tell: wrappers take on the class of what they wrap, and a subclass may
-    have a step of its own.
+    The class is not enough to know: a wrapper may pose as the class of the wrapped optimizer, and a
+    subclass may override ``step``.
     """
     return _own_step(optimizer) is _READS_DECISION
 
@@ -162,7 +161,7 @@ def plain_class(optimizer: torch.optim.Optimizer) -> type[torch.optim.Optimizer]
 
 
 def _own_step(optimizer: torch.optim.Optimizer) -> Callable:
-    """The function that ``optimizer.step`` comes to, without torch's and schedulers' wrappers."""
+    """The innermost function of ``optimizer.step``, inside the wrappers of torch and schedulers."""
     cls = plain_class(optimizer)
     if cls is type(optimizer) and "step" in vars(optimizer):
         return _innermost(optimizer.step)
@@ -178,7 +177,7 @@ _innermost_of_class = functools.lru_cache(64)(_innermost)
 
 
 _READS_DECISION = _innermost(optim.AdamW.step)
-#: torch's own kernels for GradScaler: they divide by ``grad_scale`` and heed ``found_inf``.
+#: Steps with torch's fused kernels, which divide by ``grad_scale`` and skip by ``found_inf``.
 _FUSED = {
     _innermost(cls.step)
     for cls in (torch.optim.Adagrad, torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)
@@ -190,7 +189,7 @@ def _skipped(decision: ops.GuardDecision) -> bool:
 
 
 class OnStep:
-    """A hook of ours, which :func:`_has_hooks` does not count."""
+    """A hook of fastguard, which :func:`_has_hooks` does not count."""
 
 
 #: The attribute of an attached optimizer that holds its :class:`Link`.
@@ -198,7 +197,7 @@ LINK = "_fastguard_link"
 
 
 class Link(OnStep):
-    """The guard of an attached optimizer; as a pre-step hook it refuses steps without the guard."""
+    """The guard of an attached optimizer, and a pre-step hook that refuses unguarded steps."""
 
     def __init__(self, guard: "GradGuard"):
         self.guard = guard
@@ -227,12 +226,12 @@ class Link(OnStep):
 
 
 def link_of(optimizer: torch.optim.Optimizer) -> Link | None:
-    """None of an optimizer that is not attached."""
+    """The link of an attached optimizer; None if it is not attached."""
     return vars(optimizer).get(LINK)
 
 
 def check_own(optimizer: torch.optim.Optimizer, guard: "GradGuard") -> None:
-    """ValueError if ``guard`` is to step an optimizer that is attached to another."""
+    """ValueError if the optimizer is attached to another guard."""
     link = link_of(unwrapped(optimizer))
     if link is not None and link.guard is not guard:
         raise ValueError(
@@ -242,10 +241,11 @@ def check_own(optimizer: torch.optim.Optimizer, guard: "GradGuard") -> None:
 
 
 def plain_step_of(optimizer: torch.optim.Optimizer, attached: bool) -> Callable[[], object]:
-    """What calls the optimizer's own step.
+    """A function that calls the optimizer's own step.
 
     Args:
-        attached: whether the guard was called by the optimizer's step: what wraps that has run.
+        attached: whether the optimizer's step called the guard. Its wrappers have run in this case
+            and are not called again.
     """
     link = link_of(unwrapped(optimizer))
     if link is None:
@@ -262,7 +262,7 @@ def plain_step_of(optimizer: torch.optim.Optimizer, attached: bool) -> Callable[
 
 
 def _has_hooks(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether somebody wants to hear of the steps that are taken."""
+    """Whether the optimizer has step hooks of others."""
     own = vars(unwrapped(optimizer))
     return any(
         not isinstance(hook, OnStep)
@@ -278,7 +278,7 @@ def _has_hooks(optimizer: torch.optim.Optimizer) -> bool:
 
 
 def _has_no_momentum_yet(optimizer: torch.optim.Optimizer) -> bool:
-    # torch's fused SGD allocates its momentum with empty_like, and on a skip leaves it so.
+    # torch's fused SGD allocates its momentum with empty_like. A skip leaves it uninitialised.
     return any(
         group.get("momentum") and p.grad is not None and "momentum_buffer" not in optimizer.state[p]
         for group in optimizer.param_groups
@@ -289,10 +289,10 @@ def _has_no_momentum_yet(optimizer: torch.optim.Optimizer) -> bool:
 def _step_fused(
     optimizer: torch.optim.Optimizer, decision: ops.GuardDecision, step: Callable[[], object]
 ) -> None:
-    """Through what torch made for its GradScaler.
+    """Step by ``grad_scale`` and ``found_inf``, which torch's fused kernels have for GradScaler.
 
-    Its kernels divide by ``grad_scale`` and skip if ``found_inf`` is 1, exactly, and of shape ().
-    A coefficient below 1/3.4e38 cannot be represented so: such gradients are clipped less.
+    The kernels divide by ``grad_scale`` and skip if ``found_inf`` of shape () is exactly 1. A
+    coefficient below 1/3.4e38 cannot be represented: such gradients are clipped less.
     """
     skip = decision.verdict >= int(ops.Verdict.SKIP_NONFINITE)
     largest = torch.finfo(torch.float32).max
@@ -302,7 +302,7 @@ def _step_fused(
 
 
 class _Stepped(OnStep):
-    """A post-step hook that remembers that it was called."""
+    """A post-step hook that records that it was called."""
 
     def __init__(self):
         self.called = False
@@ -327,9 +327,10 @@ def _step_on_host(optimizer: torch.optim.Optimizer, step: Callable[[], object]) 
 
 
 def calls_hooks(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether its step calls hooks: not where its class never called ``Optimizer.__init__``.
+    """Whether the optimizer's step calls step hooks.
 
-    Lookahead of timm and pytorch_optimizer is such a class.
+    A class that never calls ``Optimizer.__init__`` has none. Lookahead of timm and of
+    pytorch_optimizer is such a class.
     """
     hooked = getattr(plain_class(optimizer).step, "hooked", False)
     return hooked and "_optimizer_step_post_hooks" in vars(optimizer)
@@ -348,14 +349,15 @@ def _not_stepped(optimizer: torch.optim.Optimizer) -> RuntimeError:
 def _lay_out_grads_(optimizer: torch.optim.Optimizer) -> None:
     """Give dense gradients the memory layout of their parameters.
 
-    torch's fused kernels read and write a gradient as its parameter lies, whatever its strides are;
-    and an expanded gradient cannot be scaled in place.
+    torch's fused kernels read and write a gradient in the layout of its parameter and ignore the
+    gradient's strides. An expanded gradient cannot be scaled in place.
     """
     held = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     dense = [p for p in held if p.grad.layout == torch.strided]
     grads = [p.grad for p in dense]
     contiguous = Tensor.is_contiguous
-    if all(map(contiguous, dense)) and all(map(contiguous, grads)):  # the strides cost far more
+    # To compare strides takes far longer than this.
+    if all(map(contiguous, dense)) and all(map(contiguous, grads)):
         return
     for p, grad in zip(dense, grads, strict=True):
         if grad.stride() != p.stride() and not is_dtensor(grad):
@@ -363,7 +365,7 @@ def _lay_out_grads_(optimizer: torch.optim.Optimizer) -> None:
 
 
 def _scale_own_(optimizer: torch.optim.Optimizer, grads: list[Tensor], coef: Tensor) -> None:
-    """Scale the gradients among ``grads`` that this optimizer is to use; others may share them."""
+    """Scale those of ``grads`` that this optimizer holds, each once: parameters may share one."""
     row_of = {id(grad): row for row, grad in enumerate(grads)}
     params = [p for group in optimizer.param_groups for p in group["params"]]
     held = [(p, row_of[id(p.grad)]) for p in params if id(p.grad) in row_of]
