@@ -1,7 +1,7 @@
-"""``python -m fastguard.diagnose``. The package's attribute of this name is the function.
+"""``python -m fastguard.diagnose``. The attribute ``fastguard.diagnose`` is the function.
 
-It is a package so that both can be: it is imported, and overwritten by the function, before anyone
-can import it, and what `-m` runs is its ``__main__``.
+A package allows both. ``fastguard/__init__.py`` imports the package and then binds the function to
+its name. ``python -m`` runs the package's ``__main__``.
 """
 
 from .diagnosis import Diagnosis, diagnose

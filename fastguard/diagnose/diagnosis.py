@@ -1,4 +1,4 @@
-"""Root-cause analysis of a training step: what is wrong, where, and which setting to change."""
+"""Root-cause analysis of a training step: the fault, its place and the setting to change."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ __all__ = ["Diagnosis", "Finding", "Layer", "diagnose"]
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What one forward and backward pass showed. As text: the table, then the verdict."""
+    """The result of :func:`diagnose`. Its text is the table of layers and the verdict."""
 
     loss: float
-    #: L2 norm of the finite gradients by all parameters, the loss scale taken out.
+    #: L2 norm of the finite gradients of all parameters, divided by the loss scale.
     grad_norm: float
     layers: tuple[Layer, ...]
     first_nonfinite_forward: ForwardOrigin | None
     first_nonfinite_backward: BackwardOrigin | None
-    #: The cause first, then its consequences, then notes that are not faults.
+    #: The cause, then its consequences, then notes that are not faults.
     findings: tuple[Finding, ...]
-    #: Change of the gradient over the layer that is repeated most often, in words.
+    #: The change of the gradient over the layer that is repeated most often, in words.
     growth: str = ""
 
     @property
@@ -47,12 +47,12 @@ class Diagnosis:
 
     @property
     def gradients_overflow(self) -> bool:
-        """Whether the cause is a gradient that is larger than its dtype can hold."""
+        """Whether the cause is a gradient above the largest value of its dtype."""
         return bool(self.findings) and self.findings[0].kind == "gradient overflow"
 
     @property
     def verdict(self) -> str:
-        """In plain words, with the setting to change."""
+        """The faults and notes in words, with the settings to change."""
         faults = [finding for finding in self.findings if finding.fault]
         notes = [finding for finding in self.findings if not finding.fault]
         lines = [f"Also {finding}" for finding in faults[1:]]
@@ -69,7 +69,7 @@ class Diagnosis:
         return f"{render(list(self.layers))}\n\n{self.verdict}"
 
     def to_dict(self) -> dict:
-        """Plain values for JSON, which has no NaN and no Inf: they become text."""
+        """The diagnosis as plain values. NaN and Inf become text, because JSON has neither."""
         forward, backward = self.first_nonfinite_forward, self.first_nonfinite_backward
         return strict_json(
             {
@@ -94,28 +94,31 @@ def diagnose(
     loss_scale: float = 1.0,
     data_findings: Iterable[Finding] = (),
 ) -> Diagnosis:
-    """Run `model` forward and backward once, watch each of its modules, and say what is wrong.
+    """Run `model` forward and backward once, record each of its modules, and name the faults.
 
-    Names a bad input, a poisoned weight or buffer, an overflow or another value that is not finite
-    with the first module that produced it, forward or backward; exploding attention logits; a
-    repeated layer over which the gradient explodes or vanishes; BatchNorm without variance; dead
-    units. Nothing of the model changes: not its weights, gradients, buffers and modes, nor torch's,
-    numpy's and Python's generators. Hooks on the accumulation of gradients are not run, unless the
-    model uses reentrant checkpointing, which needs a full backward. Lazy modules get their shapes.
+    It finds a bad input, a poisoned weight or buffer, an overflow and other values that are not
+    finite, with the first module that produced them, forward or backward. It finds exploding
+    attention logits, repeated layers over which the gradient explodes or vanishes, BatchNorm
+    without variance, and dead units.
+
+    The model does not change: its weights, gradients, buffers and modes stay, and so do the random
+    number generators of torch, NumPy and Python. Only lazy modules get their shapes. Hooks on the
+    accumulation of gradients do not run, unless the model uses reentrant checkpointing, which needs
+    a full backward pass.
 
     Args:
-        model: any module, in the mode (training or evaluation) that is to be examined.
-        loss_fn: calls the model, under autocast where that is used, and returns the scalar loss;
-            it does not call backward.
-        loss_scale: factor on the loss in backward, as of a GradScaler. The numbers are reported
-            without it.
-        data_findings: what is known of the batch, such as
-            :func:`fastguard.speech.data.problems.ctc_problems`; it joins the findings.
+        model: any module, in the mode (training or evaluation) to examine.
+        loss_fn: calls the model, under autocast if training uses it, and returns the scalar loss.
+            It does not call backward.
+        loss_scale: factor on the loss in backward, as of a GradScaler. The reported numbers are
+            divided by it.
+        data_findings: findings about the batch, such as those of
+            :func:`fastguard.speech.data.problems.ctc_problems`. They join the findings.
 
     Raises:
         ValueError: `loss_fn` does not return a scalar tensor, or calls no module of the model, or
             `loss_scale` is not finite and above 0.
-        Exception: whatever `loss_fn` raises; the model is restored all the same.
+        Exception: any exception of `loss_fn`. The model is restored first.
     """
     if not (math.isfinite(loss_scale) and loss_scale > 0):
         raise ValueError(f"loss_scale must be finite and above 0, got {loss_scale}")
@@ -176,7 +179,7 @@ def _check(loss: Tensor, probe: Probe) -> None:
 
 
 def _gradients(model: nn.Module, loss: Tensor, scale: float) -> dict[str, Summary | None]:
-    """By name of the parameter; unscaled."""
+    """The summary of each parameter's gradient by name, divided by `scale`; None without one."""
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not named or not loss.requires_grad:
         return dict.fromkeys(named)
@@ -184,14 +187,14 @@ def _gradients(model: nn.Module, loss: Tensor, scale: float) -> dict[str, Summar
     if _reentrant(loss):
         gradients = _by_backward([*named.values()], loss)
     else:
-        # Not backward(), whose hooks on parameters may take steps or talk to other ranks.
+        # backward() would run hooks on parameters, which may step optimizers or communicate.
         gradients = torch.autograd.grad(loss, [*named.values()], allow_unused=True)
     summaries = (None if g is None else summarize([_strided(g)]) for g in gradients)
     return {name: _unscaled(summary, scale) for name, summary in zip(named, summaries, strict=True)}
 
 
 def _reentrant(loss: Tensor) -> bool:
-    """Whether a part is under torch.utils.checkpoint(use_reentrant=True)."""
+    """Whether a part of the graph is under torch.utils.checkpoint(use_reentrant=True)."""
     seen, nodes = set(), [loss.grad_fn]
     while nodes:
         node = nodes.pop()
@@ -231,7 +234,7 @@ def _unscaled(summary: Summary | None, scale: float) -> Summary | None:
 
 @contextlib.contextmanager
 def _unchanged(model: nn.Module) -> Iterator[None]:
-    """Buffers, modes and generators are afterwards what they were."""
+    """Restore buffers, modes and random number generators afterwards."""
     buffers = Buffers(model)
     modes = {module: module.training for module in model.modules()}
     generators = random_state()
@@ -245,7 +248,7 @@ def _unchanged(model: nn.Module) -> Iterator[None]:
 
 
 def _plain(value):
-    """Dtypes as text, for JSON."""
+    """The value with dtypes as text, for JSON."""
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     return str(value) if isinstance(value, torch.dtype) else value

@@ -1,4 +1,4 @@
-"""What a diagnosis may find, and what the rules look at."""
+"""The findings of a diagnosis, and the evidence that the rules read."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fastguard._deprecated import Renamed
 from .probes import Call, ForwardOrigin
 from .summary import Summary
 
-#: Every kind of finding; of several, the cause comes before its consequences.
+#: All kinds of findings. A cause comes before its consequences.
 KINDS = (
     "bad input",
     "poisoned weight",
@@ -34,13 +34,13 @@ KINDS = (
 
 @dataclass(frozen=True)
 class Finding:
-    """Something that is wrong (`fault`), or that is worth a look."""
+    """A fault, or something that deserves a look (`fault` is false)."""
 
     #: One of KINDS.
     kind: str
     #: Name of a module, a parameter or an utterance.
     where: str
-    #: In plain words, with the numbers.
+    #: The description in words, with the numbers.
     what: str
     #: The setting to change.
     suggestion: str
@@ -58,17 +58,18 @@ class Finding:
 
 @dataclass
 class Evidence:
-    """What the rules look at."""
+    """The input of the rules."""
 
     model: nn.Module
     calls: list[Call]
     origin: ForwardOrigin | None
     loss: Summary
-    #: Gradients by the parameters, by name; None where the loss does not depend on it.
+    #: The gradient of each parameter by name; None if the loss does not depend on it.
     gradients: dict[str, Summary | None]
     loss_scale: float
-    #: Parameters and buffers that were not finite before, and buffers that forward made so.
+    #: Parameters and buffers that were not finite before the forward pass.
     poisoned: dict[str, Summary]
+    #: Buffers that became non-finite in the forward pass.
     poisoned_buffers: tuple[str, ...]
 
     @property

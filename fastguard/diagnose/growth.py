@@ -1,4 +1,4 @@
-"""How a gradient or an activation changes over the repetitions of a layer."""
+"""The growth of gradients and activations over the repetitions of a layer."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from dataclasses import asdict, dataclass
 from .findings import Evidence, Finding
 from .probes import ROOT, Call
 
-#: Of a layer that is repeated, from its last to its first repetition.
+#: Limits of the gradient's growth from the last to the first repetition of a layer.
 LARGEST_GROWTH, SMALLEST_GROWTH = 1e4, 1e-6
 FEWEST_REPEATS = 4
 
 
 @dataclass(frozen=True)
 class Growth:
-    """Of a magnitude over the repetitions of a layer, from the first that it meets to the last."""
+    """The growth of a magnitude over the repetitions of a layer, in the order of computation."""
 
     where: str
     layers: int
@@ -29,7 +29,7 @@ class Growth:
 
 
 def repeated(calls: list[Call]) -> dict[str, list[Call]]:
-    """Calls of the same module, or of modules of one class in one parent, by name; in order."""
+    """Groups of calls by name: calls of one module, or of modules of one class in one parent."""
     groups: dict[tuple[str, type], list[Call]] = defaultdict(list)
     for call in calls:
         if call.name != ROOT:  # the model itself is not one of its children
@@ -44,15 +44,15 @@ def repeated(calls: list[Call]) -> dict[str, list[Call]]:
 
 
 def _growth(where: str, sizes: list[float]) -> Growth | None:
-    """Of sizes in the order in which they were met; None unless the first is above 0."""
+    """The growth over `sizes`, which are in the order of computation; None if the first is 0."""
     if len(sizes) < FEWEST_REPEATS or not sizes[0] > 0:
         return None
-    last = max(sizes[-1], 1e-300)  # a gradient that vanished altogether
+    last = max(sizes[-1], 1e-300)  # a gradient may be exactly 0
     return Growth(where, len(sizes), (last / sizes[0]) ** (1 / (len(sizes) - 1)))
 
 
 def gradient_growths(calls: list[Call]) -> list[Growth]:
-    """Of the gradient that enters each repeated layer; backwards as far as it is finite."""
+    """The growth of the gradient over each repeated layer, backwards while it is finite."""
     growths = []
     for where, group in repeated(calls).items():
         sizes = []

@@ -1,4 +1,4 @@
-"""Rules about layers: attention logits, BatchNorm, units and parameters without a gradient."""
+"""Rules about layers: attention logits, BatchNorm, dead units, parameters without a gradient."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from .findings import Evidence, Finding
 from .nonfinite import backward_origin
 from .probes import RECTIFIERS, ROOT, Call
 
-#: QK-Clip (arXiv 2507.20534) rescales queries and keys from a largest logit of 100 on.
+#: QK-Clip (arXiv 2507.20534) rescales queries and keys if the largest logit is above 100.
 LARGEST_LOGIT = 100.0
-#: A channel is constant where its variance is this part of BatchNorm's eps, or less.
+#: A channel is constant if its variance is at most this fraction of BatchNorm's eps.
 CONSTANT = 1e-4
 MOST_CONSTANT = MOST_DEAD = MOST_CLAMPED = 0.5
-#: Of a channel, for its BatchNorm, and to call it dead: a few zeros may be chance.
+#: The least number of values per channel for BatchNorm, and of outputs for a dead channel: a few
+#: zeros may be chance.
 FEWEST_VALUES, FEWEST_POSITIONS = 8, 16
 
 
@@ -72,7 +73,7 @@ def batch_norm(evidence: Evidence) -> Iterator[Finding]:
 
 
 def _blamed(evidence: Evidence, call: Call) -> bool:
-    """Whether what is not finite came out of this module."""
+    """Whether the first NaN or Inf came out of this module, forward or backward."""
     if evidence.origin is not None:
         return evidence.origin.kind == "computed" and evidence.origin.name == call.name
     backward = backward_origin(evidence)
@@ -102,7 +103,7 @@ def _zero_variance(calls: list[Call], fault: bool) -> Finding:
 
 
 def dead_share(call: Call) -> float | None:
-    """Share of the channels that are always zero, or whose gradient is."""
+    """The share of channels whose outputs or gradients are all zero; None if it is unknown."""
     dead = call.silent
     if (
         dead is not None

@@ -1,4 +1,4 @@
-"""Rules about values that are not finite, forward and backward: where the first came from."""
+"""Rules about values that are not finite, forward and backward: the origin of the first one."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def _computed_nonfinite(evidence: Evidence, origin: ForwardOrigin) -> Finding:
 
 
 def _overflowed(origin: ForwardOrigin) -> torch.dtype | None:
-    """The dtype that was too narrow, if that was it."""
+    """The dtype whose range was too small; None if the cause is not an overflow."""
     dtype = origin.found.dtype
     if not dtype.is_floating_point or dtype.itemsize < 2:
         return None
@@ -83,7 +83,7 @@ def _overflowed(origin: ForwardOrigin) -> torch.dtype | None:
         return dtype if origin.wider.finite else None
     near = max(s.largest for s in (origin.found, origin.inputs) if s is not None)
     limit = torch.finfo(dtype).max
-    # The root: products and squares overflow from there on.
+    # Products and squares of values above the root of the limit overflow.
     return dtype if origin.found.infs and near > math.sqrt(limit) else None
 
 
@@ -138,10 +138,11 @@ def _numbers(origin: ForwardOrigin) -> dict:
 
 @dataclass(frozen=True)
 class BackwardOrigin:
-    """Where the first gradient that is not finite came from."""
+    """The origin of the first gradient that is not finite."""
 
     name: str
-    #: Whether it entered the module from what follows, finite everywhere before.
+    #: Whether the gradient was not finite when it entered the module. The operations that follow
+    #: the module in the forward pass made it so.
     entered: bool
     found: Summary
     #: The gradient that entered.
@@ -163,7 +164,7 @@ def backward_origin(evidence: Evidence) -> BackwardOrigin | None:
 
 
 def _in_backward(calls: list[Call]) -> list[Call]:
-    """As backward came by; of modules with the same output the inner one first."""
+    """The calls in the order of backward. Of two modules with one output the inner one is first."""
     return sorted((c for c in calls if c.entering is not None), key=lambda c: c.entered)
 
 

@@ -1,4 +1,4 @@
-"""What every module of a model sees in one forward and one backward pass."""
+"""Hooks that record each module's inputs, outputs and gradients in one training step."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fastguard.attention.module import ClampedMultiheadAttention
 
 from .summary import Summary, merge, readable, summarize, tensors_in, with_tensors
 
-ROOT = "(model)"  # the name of the model itself, which has none
+ROOT = "(model)"  # stands for the model itself, whose name is empty
 RECTIFIERS = (nn.ReLU, nn.ReLU6, nn.Hardtanh, nn.Threshold, nn.RReLU, nn.Hardswish)
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _WIDER = {
@@ -28,72 +28,75 @@ _WIDER = {
 
 @dataclass(eq=False)
 class Call:
-    """One call of one module. Summaries are None where there was nothing to read."""
+    """One call of one module. A summary is None if there was no tensor to summarize."""
 
     name: str
     module: nn.Module
     parent: Call | None
     inputs: Summary | None = None
     outputs: Summary | None = None
-    #: Gradient of the loss by the outputs: what enters the module in backward.
+    #: Gradient of the loss with respect to the outputs. It enters the module in backward.
     entering: Summary | None = None
-    #: Gradient of the loss by the inputs, as far as it came through this module.
+    #: Gradient of the loss with respect to the inputs, through this module alone.
     leaving: Summary | None = None
-    #: Place among the calls in the order of backward.
+    #: The call's position in the order of the backward pass.
     entered: int | None = None
-    #: For each channel, whether all its outputs are zero, and whether their gradients are.
+    #: (C,) bool: whether all outputs of the channel are zero.
     silent: Tensor | None = None
+    #: (C,) bool: whether the gradients of all outputs of the channel are zero.
     zero_grad_channels: Tensor | None = None
-    #: Of how many values each.
+    #: The number of outputs per channel.
     positions: int = 0
-    #: BatchNorm: the variance of each channel that it divides by, and of how many values.
+    #: BatchNorm: the variance of each channel, (C,), which the module divides by.
     variances: Tensor | None = None
+    #: BatchNorm: the number of values per channel.
     values: int = 0
     attention: AttentionStats | None = None
-    # Of the original inputs, by all that uses them: see Probe._tap.
+    # Gradient of the loss with respect to the inputs, through all their users: see Probe._tap.
     _reaching: Summary | None = field(default=None, repr=False)
     _versions: list[tuple[Tensor, int]] = field(default_factory=list, repr=False)
-    #: Whether the module wrote over what it was given.
+    #: Whether the module wrote its inputs in place.
     _in_place: bool = False
 
 
 @dataclass(frozen=True)
 class ForwardOrigin:
-    """Where the first value that is not finite came from in forward."""
+    """The origin of the first NaN or Inf of the forward pass."""
 
-    #: "input": it was given; "parameter": from a parameter or buffer that is not finite;
-    #: "computed": by the module, from finite values.
+    #: "input": the input was not finite. "parameter": a parameter or buffer was not finite.
+    #: "computed": the module computed it from finite values.
     kind: str
-    #: The module; of a value that was given, the module that it was given to.
+    #: The module that computed the value or got it as its input.
     name: str
     module: nn.Module
     found: Summary
     #: The module's finite inputs.
     inputs: Summary | None = None
-    #: The module that met the value first, if it was computed between two modules of `name`.
+    #: The submodule that got the value first, if `name` computed it between its submodules.
     met_by: str | None = None
-    #: Parameters and buffers of the module that were not finite before.
+    #: Parameters and buffers of the module that were not finite before the forward pass.
     poisoned: tuple[str, ...] = ()
-    #: Its result in the next wider dtype; None where that could not be computed.
+    #: The module's result in the next wider dtype; None if it could not be computed.
     wider: Summary | None = None
 
 
 class Probe:
-    """Watches the modules of `model` while it is entered; leaves no hook behind."""
+    """Records the calls of `model`'s modules inside its context. No hook stays afterwards."""
 
     def __init__(self, model: nn.Module):
         self.names = {module: name or ROOT for name, module in model.named_modules()}
-        #: Parameters and buffers that were not finite before the forward pass wrote any.
+        #: Parameters and buffers that were not finite before the forward pass.
         self.poisoned = poisoned_tensors(model)
         self.calls: list[Call] = []
         self.origin: ForwardOrigin | None = None
-        self.backward = False  # modules called now are recomputed, by activation checkpointing
+        self.backward = False  # in backward, activation checkpointing calls modules again
         self._open: list[tuple[Call, tuple, dict]] = []
         self._entered = 0
         self._paused = False
-        self._stack = contextlib.ExitStack()  # of the hooks that are to be removed
+        self._stack = contextlib.ExitStack()  # removes the hooks
         self._origin_of: Call | None = None
-        self._channels: tuple[int, int] | None = None  # dimensions, channel's index from the end
+        #: The last layer with channels: number of dimensions, index of the channels from the end.
+        self._channels: tuple[int, int] | None = None
 
     def __enter__(self) -> Probe:
         with contextlib.ExitStack() as stack:
@@ -130,16 +133,16 @@ class Probe:
             if self.origin is None and call.inputs is not None and not call.inputs.finite:
                 self._trace_input(call, (args, kwargs))
         elif known := [c for c in self.calls if c.module is module and c.entering is None]:
-            call = known[-1]  # of several calls the last is recomputed first
+            call = known[-1]  # checkpointing recomputes the last of several calls first
         self._open.append((call, args, kwargs))
-        memo: dict[int, Tensor] = {}  # attention asks whether its query is its key
+        memo: dict[int, Tensor] = {}  # equal inputs stay one object: attention tests query is key
         tap = partial(self._tap, call, memo)
         return with_tensors(args, tap), with_tensors(kwargs, tap)
 
     def _after(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         if self._paused:
             return
-        while self._open[-1][0].module is not module:  # left by an exception that was caught
+        while self._open[-1][0].module is not module:  # such a call raised, and the model caught it
             self._open.pop()
         call, args, kwargs = self._open.pop()
         call._in_place = any(x._version != version for x, version in call._versions)
@@ -165,10 +168,10 @@ class Probe:
                 self._stack.callback(handle.remove)
 
     def _trace_input(self, call: Call, arguments: tuple) -> None:
-        """The inputs of `call` are not finite, and nothing was before."""
+        """Set the origin: the inputs of `call` are the first values that are not finite."""
         parent = call.parent
         given = parent is None or (
-            # The parent was given something that hides its tensors.
+            # The parent's arguments hide their tensors from tensors_in.
             parent.inputs is None and not any(x.requires_grad for x in tensors_in(arguments))
         )
         if given:
@@ -192,10 +195,10 @@ class Probe:
 
     @torch.no_grad()
     def _wider(self, call: Call, args: tuple, kwargs: dict) -> Summary | None:
-        """The result of the same call, computed in a wider dtype."""
+        """The result of the same call in a wider dtype; None if it cannot be computed."""
         found = call.outputs or call.inputs
         wide = _WIDER.get(found.dtype if found else None)
-        # An operation in place has written over what the call was given.
+        # A module that works in place has overwritten its inputs.
         if wide is None or call._in_place:
             return None
 
@@ -211,7 +214,7 @@ class Probe:
                 args, kwargs = with_tensors(args, widen), with_tensors(kwargs, widen)
                 output = torch.func.functional_call(call.module, state, args, kwargs)
             return summarize(tensors_in(output))
-        except Exception:  # a module may insist on its dtype; the diagnosis then says less
+        except Exception:  # the module may support only its dtype; the finding has fewer numbers
             return None
         finally:
             self._paused = False
@@ -219,9 +222,10 @@ class Probe:
     # --- backward -------------------------------------------------------------------------------
 
     def _tap(self, call: Call, memo: dict[int, Tensor], x: Tensor) -> Tensor:
-        """A view of `x` whose gradient is the one that came through this call alone.
+        """A view of `x`: its gradient is that through this call, without other users of `x`.
 
-        An operation in place on it would go by the view, and through `x`, whose hook serves then.
+        An operation in place on the view bypasses the view's hook. The hook of `x` records the
+        gradient in this case (`_reaching`).
         """
         if not readable(x):
             return x
@@ -253,17 +257,17 @@ class Probe:
     # --- channels -------------------------------------------------------------------------------
 
     def _channel_index(self, module: nn.Module, output: Any) -> int | None:
-        """Dimension of the channels, from the end; None where it is not known."""
+        """Index of the channel dimension, from the end; None if it is not known."""
         if not readable(output) or output.numel() == 0:
             return None
         dims = output.dim()
-        if isinstance(module, RECTIFIERS):  # those of the layer before
+        if isinstance(module, RECTIFIERS):  # the channels are those of the layer before
             same = self._channels is not None and self._channels[0] == dims
             return self._channels[1] if same else -1 if dims <= 2 else None
         width, index = _width(module, dims)
         if width is None:
             return None
-        for candidate in (index, -1):  # a convolution may keep its channels last
+        for candidate in (index, -1):  # the output of a convolution may have its channels last
             if -dims <= candidate and output.size(candidate) == width:
                 self._channels = dims, candidate
                 return candidate
@@ -271,7 +275,7 @@ class Probe:
 
 
 def _width(module: nn.Module, dims: int) -> tuple[int | None, int]:
-    """Number of channels and their dimension, by the convention of the layer."""
+    """The number of channels and the index of their dimension, by the convention of the layer."""
     if isinstance(module, nn.Linear):
         return module.out_features, -1
     if isinstance(module, _CONVOLUTIONS):
@@ -282,14 +286,14 @@ def _width(module: nn.Module, dims: int) -> tuple[int | None, int]:
 
 
 def _all_zero(tensor: Tensor, index: int) -> Tensor:
-    """(C,) bool."""
+    """Whether all elements of each channel are zero, (C,) bool."""
     others = [i for i in range(tensor.dim()) if i != tensor.dim() + index]
     zero = tensor.detach() == 0
     return zero.all(dim=others) if others else zero
 
 
 def poisoned_tensors(module: nn.Module) -> dict[str, Summary]:
-    """The parameters and buffers that are not finite. A buffer with -Inf is a mask."""
+    """The parameters and buffers that are not finite. A buffer that is a mask does not count."""
     found = {}
     for name, x in (*module.named_parameters(), *module.named_buffers()):
         known = not nn.parameter.is_lazy(x) and readable(x)
@@ -299,7 +303,7 @@ def poisoned_tensors(module: nn.Module) -> dict[str, Summary]:
 
 
 def mask(x: Tensor) -> bool:
-    """Whether -Inf says in it what is hidden: no gradient, no NaN and no +Inf."""
+    """Whether `x` is an attention mask: it has -Inf, no NaN, no +Inf, and requires no gradient."""
     if not readable(x) or x.is_complex() or x.requires_grad:
         return False
     if not (x == -torch.inf).any():
@@ -308,19 +312,19 @@ def mask(x: Tensor) -> bool:
 
 
 def _without_masks(args: tuple, kwargs: dict) -> list[Tensor]:
-    """The tensors given to a module, less those behind the first that mask what is hidden."""
+    """The tensors in a module's arguments, without masks. The first tensor is no mask."""
     first, *others = [*tensors_in((args, kwargs))] or [None]
     return [x for x in (first, *others) if x is not None and (x is first or not mask(x))]
 
 
 @torch.no_grad()
 def _variances(module: _BatchNorm, args: tuple) -> tuple[Tensor | None, int]:
-    """Of each channel, in float64, and the number of values that it was taken of."""
+    """The variance of each channel, (C,) float64, and the number of values per channel."""
     x = next((x for x in args if readable(x)), None)
     if x is None or x.dim() < 2:
         return None, 0
     rows = x.detach().to(torch.float64).transpose(0, 1).flatten(1)  # (C, N)
-    # A mask (B, T) beside (B, C, T) says which frames are padding.
+    # A bool argument of shape (B, T) beside (B, C, T) is true for frames of padding.
     shape = (x.size(0), *x.shape[2:])
     for other in args:
         if isinstance(other, Tensor) and other.dtype == torch.bool and other.shape == shape:

@@ -1,4 +1,4 @@
-"""All rules, in order: from what the modules saw to what is wrong, and which setting to change."""
+"""All rules, in order. A rule turns the recorded evidence into findings with suggestions."""
 
 from . import growth, layer_rules, nonfinite
 from .findings import KINDS, Evidence, Finding
@@ -18,7 +18,7 @@ _RULES = (
 
 
 def find(evidence: Evidence, known: tuple[Finding, ...] = ()) -> list[Finding]:
-    """All findings, causes first; `known` are those about the data."""
+    """All findings, causes first. `known` are the findings about the data."""
     found = [*known]
     for rule in _RULES:
         found += rule(evidence)
@@ -27,9 +27,9 @@ def find(evidence: Evidence, known: tuple[Finding, ...] = ()) -> list[Finding]:
 
 
 def _explained(finding: Finding, found: list[Finding]) -> bool:
-    """Whether another finding says the same, and why."""
+    """Whether another finding explains this one."""
     kinds = {f.kind for f in found if f is not finding and f.fault}
-    if finding.kind == "bad input":  # the model's word on it, beside that of the recordings
+    if finding.kind == "bad input":  # findings about the data name the utterance too
         return "utterance" not in finding.evidence and any(
             f.kind == "bad input" and "utterance" in f.evidence for f in found
         )

@@ -1,4 +1,4 @@
-"""Numbers that tell a tensor that is well from one that is not, NaN and Inf counted apart."""
+"""Summaries of tensors: counts of NaN and Inf, largest magnitude and norm of the finite values."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Summary:
-    """Of the floating-point elements of one or more tensors."""
+    """The summary of the floating-point elements of one or more tensors."""
 
     count: int
     nans: int
@@ -21,7 +21,7 @@ class Summary:
     largest: float
     #: L2 norm of the finite elements, summed in float64.
     norm: float
-    #: Of the first tensor.
+    #: The dtype of the first tensor.
     dtype: torch.dtype
 
     @property
@@ -40,7 +40,7 @@ class Summary:
 
 
 def summarize(tensors: Iterable[Tensor]) -> Summary | None:
-    """Of all floating-point tensors together; None if there is none."""
+    """The summary of all floating-point tensors together; None if there is none."""
     total = None
     for tensor in tensors:
         if readable(tensor):
@@ -49,7 +49,7 @@ def summarize(tensors: Iterable[Tensor]) -> Summary | None:
 
 
 def merge(one: Summary | None, other: Summary | None) -> Summary | None:
-    """As if they had been summarized together."""
+    """The summary of both sets of tensors together."""
     if one is None or other is None:
         return one or other
     return Summary(
@@ -65,7 +65,7 @@ def merge(one: Summary | None, other: Summary | None) -> Summary | None:
 @torch.no_grad()
 def _summary(tensor: Tensor) -> Summary:
     values = tensor.detach().flatten()
-    if values.element_size() < 2:  # float8 has few operations
+    if values.element_size() < 2:  # torch has few operations for float8
         values = values.float()
     finite = values.isfinite()
     nans = infs = 0
@@ -78,13 +78,13 @@ def _summary(tensor: Tensor) -> Summary:
     wide = torch.complex128 if values.is_complex() else torch.float64
     largest = values.abs().max().item()
     norm = torch.linalg.vector_norm(values, dtype=wide).item()
-    if not 1e-150 < norm < math.inf and largest > 0:  # squares of float64 left its range
+    if not 1e-150 < norm < math.inf and largest > 0:  # the squares left the range of float64
         norm = largest * torch.linalg.vector_norm(values.to(wide) / largest).item()
     return Summary(tensor.numel(), nans, infs, largest, norm, tensor.dtype)
 
 
 def readable(value: object) -> bool:
-    """Whether it is a tensor of numbers with a fraction, which are there to be read."""
+    """Whether `value` is a dense floating-point or complex tensor whose values can be read."""
     return (
         isinstance(value, Tensor)
         and (value.is_floating_point() or value.is_complex())
@@ -95,7 +95,7 @@ def readable(value: object) -> bool:
 
 
 def tensors_in(value: object) -> Iterator[Tensor]:
-    """The tensors of arguments or results: of tuples, lists, dicts and dataclasses, nested."""
+    """The tensors in arguments or results: in nested tuples, lists, dicts and dataclasses."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, dict):
@@ -110,9 +110,10 @@ def tensors_in(value: object) -> Iterator[Tensor]:
 
 
 def with_tensors(value, change: Callable[[Tensor], Tensor]):
-    """`value` with each tensor changed; only plain tuples, lists and dicts are rebuilt.
+    """`value` with `change` applied to each tensor in plain tuples, lists and dicts.
 
-    Others, such as a named tuple, may check or count what they are made of.
+    Other containers, such as a named tuple, stay as they are: their constructors may check their
+    arguments.
     """
     if type(value) is Tensor:
         return change(value)

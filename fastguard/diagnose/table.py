@@ -18,24 +18,24 @@ from .summary import Summary, merge
 
 @dataclass(frozen=True)
 class Layer:
-    """What a module saw, all its calls together; None where that does not apply.
+    """The numbers of one module over all its calls; None where a number does not apply.
 
-    Of values that are not all finite, `activation_max` and the norms are those of the finite ones.
+    `activation_max` and the norms are those of the finite values.
     """
 
     name: str
     kind: str
     calls: int
     activation_max: float | None
-    #: Values of the outputs that are NaN or Inf.
+    #: The number of outputs that are NaN or Inf.
     nonfinite: int
-    #: L2 norm of the gradient by the module's own parameters.
+    #: L2 norm of the gradient with respect to the module's own parameters.
     grad_norm: float | None
-    #: Norm of the gradient that leaves the module in backward (by its inputs) over the norm of the
-    #: one that enters it (by its outputs): above 1 it amplifies. Over several calls the geometric
-    #: mean.
+    #: The norm of the gradient with respect to the inputs, divided by the norm of the gradient with
+    #: respect to the outputs. A module with a gain above 1 amplifies the gradient. Several calls
+    #: have the geometric mean of their gains.
     gain: float | None
-    #: Values of these two, and of the gradient by the parameters, that are NaN or Inf.
+    #: The number of NaNs and Infs in these two gradients and in that of the parameters.
     nonfinite_gradient: int
     #: Largest logit of all heads; smallest entropy of a head, in nats; largest share of a head's
     #: output that the clamp holds.
@@ -44,7 +44,7 @@ class Layer:
     clamped_share: float | None
     #: Smallest variance of a channel of a BatchNorm.
     min_variance: float | None
-    #: Share of the channels that are always zero, or whose gradient is.
+    #: The share of channels whose outputs or gradients are all zero.
     dead_share: float | None
 
     def to_dict(self) -> dict:
@@ -52,9 +52,10 @@ class Layer:
 
 
 def layers(evidence: Evidence) -> list[Layer]:
-    """Of the modules without children or with weights of their own, and of repeated blocks.
+    """A row for each module without children or with own parameters, and for each repeated block.
 
-    In the order in which they were called; those that were not, but have a gradient, at the end.
+    The rows are in the order of the calls. Modules that were not called but have a gradient follow
+    at the end.
     """
     calls: dict[nn.Module, list[Call]] = {}
     for call in evidence.calls:
@@ -140,7 +141,7 @@ _COUNTS = ("nonfinite", "nonfinite_gradient")
 
 
 def render(rows: list[Layer]) -> str:
-    """A row for each layer; columns that say nothing of any are left out."""
+    """The table as text, a row for each layer. Columns without a value are left out."""
     names = [f.name for f in fields(Layer) if f.name in _COLUMNS and _says(f.name, rows)]
     table = [["layer", *(_COLUMNS[name] for name in names)]]
     table += [[row.name, *(_cell(name, getattr(row, name)) for name in names)] for row in rows]

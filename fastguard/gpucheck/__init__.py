@@ -1,2 +1,4 @@
-"""The parts of ``python -m fastguard.gpucheck``: each takes a device, and all but CUDA's own run on
-the CPU too, where the tests try them."""
+"""The parts of ``python -m fastguard.gpucheck``. Each takes a device.
+
+All parts that do not need CUDA run on the CPU too. The tests run them there.
+"""

@@ -1,8 +1,9 @@
-"""``python -m fastguard.gpucheck``: everything that only a machine with a GPU can tell.
+"""``python -m fastguard.gpucheck``: all checks that need a machine with a GPU.
 
-Builds the CUDA library if it is missing, runs every operator against its reference over a grid of
-sizes, dtypes and layouts, whole guarded steps, the tests marked ``cuda``, and times all beside
-torch. What is printed is also in a file, to be attached to an issue.
+The command builds the CUDA library if it is missing. It compares every operator with its reference
+over a grid of sizes, dtypes and layouts, runs whole guarded steps and the tests marked ``cuda``,
+and measures times beside torch's. It also writes its output to a file that users can attach to an
+issue.
 """
 
 import argparse
@@ -84,7 +85,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace, argv: list[str]) -> int:
-    """The whole command; its exit status."""
+    """Run the command; returns its exit status."""
     if args.device.type == "cuda":
         if (reason := machine.no_gpu()) is not None:
             print(reason)
@@ -104,7 +105,7 @@ def _run(args: argparse.Namespace, argv: list[str]) -> int:
         return 2
     guard_log = logging.getLogger("fastguard")
     level = guard_log.level
-    guard_log.setLevel(logging.ERROR)  # its warnings are of the bad batches thrown in on purpose
+    guard_log.setLevel(logging.ERROR)  # the checks give bad batches on purpose; hide the warnings
     try:
         return check(report, args.device, parts(report, args))
     finally:
@@ -113,7 +114,7 @@ def _run(args: argparse.Namespace, argv: list[str]) -> int:
 
 
 def _build_and_start_again(argv: list[str]) -> int:
-    """In a new process: this one has loaded what was there before."""
+    """Build, and run the command again in a new process, which loads the new library."""
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder, "build.log")
         try:
@@ -130,7 +131,7 @@ def default_path(device: torch.device) -> Path:
 
 
 def parts(report: Report, args: argparse.Namespace) -> Iterator[tuple[str, Part]]:
-    """The report's sections, in order, each with what fills it."""
+    """The titles of the report's sections in order, each with the function that writes it."""
     device, grid = args.device, QUICK if args.quick else Grid()
 
     def run(checks: list[Check]) -> Part:
@@ -157,7 +158,7 @@ def parts(report: Report, args: argparse.Namespace) -> Iterator[tuple[str, Part]
 
 
 def check(report: Report, device: torch.device, parts: Iterable[tuple[str, Part]]) -> int:
-    """Fill the sections, one's failure not hiding the next; the exit status."""
+    """Write all sections, also after a failure in one; returns the exit status."""
     report.line(f"fastguard gpucheck, {time.strftime('%Y-%m-%d %H:%M:%S')}")
     stopped = False
     try:
@@ -174,7 +175,7 @@ def check(report: Report, device: torch.device, parts: Iterable[tuple[str, Part]
         stopped = True
     report.section("Result")
     if stopped:
-        report.line("stopped by Ctrl-C: what follows is of what was done")
+        report.line("stopped by Ctrl-C: the result covers the checks that ran before")
     report.line(f"FAILED: {', '.join(report.failed)}" if report.failed else "nothing failed")
     report.line(f"This report is in {report.path.resolve()}: please attach it to an issue.")
     return 130 if stopped else int(bool(report.failed))

@@ -1,4 +1,4 @@
-"""adamw_ against its reference in float64, with errors in units of what rounding may do."""
+"""adamw_ against its reference in float64, with errors in units of the possible rounding."""
 
 import dataclasses
 import functools
@@ -15,15 +15,15 @@ from fastguard.ops import DTYPES, Verdict
 from .cases import SENTINEL, Grid, Spec, draw, lists, on_cpu, place
 from .checks import Case, Compared, same_bits, untouched_around
 
-#: Roundings on the way to a moment, and to a parameter of the moments' dtype.
+#: The allowed errors of a moment, and of a parameter with the dtype of the moments.
 MOMENT_ULPS, PARAMETER_ULPS = 4.0, 8.0
-#: A parameter of 16 bits is rounded once, from a value that is itself nearly right.
+#: The allowed error of a 16-bit parameter: its rounding from a value with a much smaller error.
 NARROW_ULPS = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """The numbers of a step, in the operator's order, and what it is given besides."""
+    """The options of a step, in the operator's order, then the other inputs of the case."""
 
     lr: float = 1e-2
     beta1: float = 0.9
@@ -33,7 +33,7 @@ class Options:
     decoupled_weight_decay: bool = True
     amsgrad: bool = False
     maximize: bool = False
-    coef: float | None = 0.3  # None for one to each parameter
+    coef: float | None = 0.3  # None: one coefficient for each parameter
     step: float = 3.0
     verdict: int = Verdict.CLIP
     grads: str = "as the parameters"  # or "float32"
@@ -69,7 +69,7 @@ def adamw_(device: torch.device, grid: Grid) -> Iterator[Case]:
 
 
 def _cases(name, specs, options, device, run=None) -> Iterator[Case]:
-    """One call for float64 parameters and one for the rest: a call has one dtype of moments."""
+    """One call for float64 parameters and one for the others: a call has one dtype of moments."""
     for wide in (False, True):
         some = [spec for spec in specs if (spec.dtype == torch.float64) == wide]
         if some or not (specs or wide):
@@ -81,7 +81,7 @@ def _cases(name, specs, options, device, run=None) -> Iterator[Case]:
 
 
 class State:
-    """The operator's tensors on a device, in the middle of a training, and the same in float64."""
+    """The operator's tensors on a device in the middle of a training, and a copy in float64."""
 
     def __init__(self, specs: list[Spec], wide: bool, options: Options, device: torch.device):
         generator = torch.Generator().manual_seed(len(specs) + 1)
@@ -91,7 +91,7 @@ class State:
         grad_dtype = dtype if options.grads == "float32" else None
         grads = [draw(s._replace(dtype=grad_dtype or s.dtype), generator) for s in specs]
         moments = [[draw(s._replace(dtype=dtype), generator) for s in calm] for _ in range(3)]
-        # Away from 0, where the quotient of the moments is all rounding.
+        # Second moments near 0 would make the quotient of the moments inexact.
         moments[1:] = [[v.square() + 0.01 for v in some] for some in moments[1:]]
         if not options.amsgrad:
             moments[2] = []
@@ -102,7 +102,7 @@ class State:
 
         self.right = _float64_arguments(params, grads, moments, steps, coef)
         self.params = [place(p, s.layout, device) for p, s in zip(params, specs, strict=True)]
-        # Every other gradient lies otherwise in memory than its parameter.
+        # Every second gradient has another memory layout than its parameter.
         self.grads = [
             place(g, s.layout if i % 2 else "contiguous", device)
             for i, (g, s) in enumerate(zip(grads, specs, strict=True))
@@ -169,7 +169,7 @@ def _views(pack, params) -> list[Tensor]:
 
 
 def _ulps(state: State, o: Options, limits: torch.finfo) -> dict[str, list[Tensor]]:
-    """Of each result one ulp of the terms that it is a sum of, which may cancel."""
+    """One ulp of the terms of each result, because the terms of a sum may cancel."""
     params, grads, m, v, v_max, steps, coef, _ = state.right
     result = {"exp_avg": [], "exp_avg_sq": [], "max_exp_avg_sq": [], "move": []}
     moments = zip(_views(m, params), _views(v, params), strict=True)
@@ -191,7 +191,7 @@ def _ulps(state: State, o: Options, limits: torch.finfo) -> dict[str, list[Tenso
 
 
 def _parameter_ulp(dtype, expected, move, narrow) -> Tensor:
-    """One ulp of the moments' arithmetic, and of the rounding to the parameter's own dtype."""
+    """The rounding error of the computation, plus one ulp of the parameter's dtype if `narrow`."""
     limits = torch.finfo(dtype)
     own = limits.eps * expected.abs().clamp(min=limits.smallest_normal)
     return own + PARAMETER_ULPS * move if narrow else move
@@ -201,7 +201,7 @@ def _skip(specs, wide, options, device) -> Iterator[Compared]:
     state = State(specs, wide, options, device)
     params, grads, *others = state.arguments[:6]
     for tensor in [*params, *others]:
-        if tensor.dim() == 1 and tensor.numel() > 3:  # may be there already, and must stay
+        if tensor.dim() == 1 and tensor.numel() > 3:  # a skip must keep earlier NaNs and Infs too
             tensor[:3] = torch.tensor([math.nan, math.inf, -math.inf]).to(tensor)
     everything = [*params, *grads, *others]
     before = [t.clone() for t in everything]
@@ -211,7 +211,7 @@ def _skip(specs, wide, options, device) -> Iterator[Compared]:
 
 
 def _gaps(state: State) -> Iterator[Compared]:
-    """What lies between the moments of one parameter and of the next."""
+    """The gaps between the moments of two parameters, which a step must not write."""
     params = state.arguments[0]
     offsets = ops.packed_offsets(p.numel() for p in params)
     for pack in state.arguments[2:5]:

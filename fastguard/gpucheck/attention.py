@@ -16,7 +16,7 @@ from fastguard.ops.attention import dropout_keep_ref
 from .cases import Grid
 from .checks import Case, Compared, same_bits
 
-#: Errors, in the units of `_units`.
+#: The allowed error, in the units of `_units`.
 ALLOWED = 8.0
 
 
@@ -74,7 +74,7 @@ def _attention(dtype, shape, options, device):
     yield from same_bits("a second time", again, found)
     wide = [x.detach().cpu().double().requires_grad_() for x in inputs]
     on_cpu = {name: None if mask is None else mask.cpu() for name, mask in masks.items()}
-    # The clamp's gradient stops where the output of this dtype is at the bound.
+    # The gradient of the clamp is 0 where the output, in this dtype, is at the bound.
     bound = math.inf if options.clamp is None else options.clamp
     passed = grad.cpu() if options.clamp is None else grad.cpu() * (found[0].cpu().abs() < bound)
     right = list(results(wide, passed.double(), on_cpu, options._replace(clamp=None)))
@@ -87,7 +87,7 @@ def _attention(dtype, shape, options, device):
 
 
 def drawn(dtype, shape, options, device):
-    """query, key and value, NaN where padded; the gradient of the output; masks by name."""
+    """query, key and value with NaN in padded places; the gradient of the output; named masks."""
     generator = torch.Generator().manual_seed(sum(shape))
 
     def tensor(heads, rows, width):
@@ -116,7 +116,7 @@ def drawn(dtype, shape, options, device):
 
 
 def results(inputs, grad, masks, options) -> tuple[Tensor, ...]:
-    """The output and the gradients of the inputs, dropout after the same seed on every device."""
+    """The output and the gradients of the inputs, with one dropout seed for all devices."""
     query, key, _ = inputs
     shape = (*query.shape[:3], key.size(2))
     padding, attn_mask = masks["key_padding_mask"], masks["attn_mask"]
@@ -132,11 +132,14 @@ def results(inputs, grad, masks, options) -> tuple[Tensor, ...]:
 
 
 def _units(dtype, inputs, grad, right, options) -> Iterator[Tensor]:
-    """What one unit of rounding is for each result: as of its largest element, and of a product of
-    typical elements, for results may cancel."""
+    """One unit of rounding for each result.
+
+    It is one ulp of the result's largest element plus a product of typical elements, because the
+    terms of a result may cancel.
+    """
     sizes = [x.detach().cpu().double().nan_to_num().square().mean().sqrt() for x in (*inputs, grad)]
     query, key, value, back = sizes
-    logits = 4 * query * key  # the largest are some times a typical one
+    logits = 4 * query * key  # the largest logit is a few times a typical one
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     eps = torch.finfo(dtype).eps + torch.finfo(wide).eps * logits
     rescale = dropout_keep_ref(torch.zeros(2).long(), (1, 1, 1, 1), options.dropout_p)[1]

@@ -1,4 +1,4 @@
-"""The grid: tensors of every dtype, size, layout and magnitude, the same on every machine."""
+"""The grid of cases: tensors of all dtypes, sizes, layouts, magnitudes, equal on all machines."""
 
 import dataclasses
 import math
@@ -10,9 +10,10 @@ from torch import Tensor
 
 from fastguard.ops import DTYPES
 
-#: Lies around every tensor: what reads beside it gets a wrong sum, what writes there is found out.
+#: Fills the memory around every tensor. A read outside the tensor gives a wrong sum, and
+#: `untouched_around` finds a write.
 SENTINEL = 77.0
-_MARGIN = 64  # elements; whole 128 bytes of any dtype, so that only an "offset" is misaligned
+_MARGIN = 64  # elements; a multiple of 128 bytes for all dtypes: only "offset" is misaligned
 
 LAYOUTS = {
     "offset": [(1,), (64,), (65,), (8193,), (40_000,)],
@@ -25,14 +26,14 @@ LAYOUTS = {
 
 @dataclasses.dataclass(frozen=True)
 class Grid:
-    """How much is tried."""
+    """The extent of the checks."""
 
     sizes: tuple[int, ...] = (0, 1, 63, 64, 65, 8191, 8192, 8193, 40_000, 1 << 20)
-    #: Tensors in the long lists.
+    #: The number of tensors in the long lists.
     many: int = 300
-    #: Lists with everything drawn at random.
+    #: The number of lists with random properties.
     rounds: int = 8
-    #: How often the same input must give the same bits.
+    #: How many times the same input must give the same bits.
     repeats: int = 20
 
 
@@ -45,9 +46,9 @@ class Spec(NamedTuple):
     shape: tuple[int, ...]
     dtype: torch.dtype
     layout: str = "contiguous"
-    #: One of :func:`magnitude`.
+    #: A word that :func:`magnitude` knows.
     magnitude: str = "1"
-    #: How many elements, at random places, are NaN, Inf or -Inf.
+    #: The number of elements, at random places, that are NaN, Inf or -Inf.
     bad: int = 0
 
     def __str__(self) -> str:
@@ -58,13 +59,13 @@ class Spec(NamedTuple):
 
 
 class Placed(NamedTuple):
-    """A tensor, and the larger one that it is a part of."""
+    """A tensor, and the larger tensor that it is a view of."""
 
     tensor: Tensor
     whole: Tensor
 
     def around(self) -> Tensor:
-        """The whole with the tensor's part blanked out: SENTINEL everywhere."""
+        """`whole` with the elements of `tensor` replaced by SENTINEL."""
         copy, view = self.whole.clone(), self.tensor
         copy.as_strided(view.shape, view.stride(), view.storage_offset()).fill_(SENTINEL)
         return copy
@@ -73,7 +74,7 @@ class Placed(NamedTuple):
 def lists(
     grid: Grid, extremes: bool = True, expanded: bool = True
 ) -> Iterator[tuple[str, list[Spec]]]:
-    """Named lists of tensors; without ``extremes`` all elements are ordinary numbers."""
+    """Named lists of tensors. Without ``extremes`` all elements are ordinary numbers."""
     for dtype in DTYPES:
         for size in grid.sizes:
             yield _alone(Spec((size,), dtype))
@@ -108,7 +109,7 @@ def _mixed(count: int, grid: Grid, seed: int, extremes: bool, expanded: bool) ->
     specs = []
     for _ in range(count):
         layout = one_of(["contiguous", "contiguous", *layouts])
-        # Three in four are small, as a network's are.
+        # Three of four tensors are small, as in a network.
         sizes = grid.sizes if one_of(range(4)) == 0 else [s for s in grid.sizes if s < 1000]
         shape = one_of(LAYOUTS[layout]) if layout in LAYOUTS else (one_of(sizes),)
         magnitude = one_of(["1"] * 5 + ["largest", "smallest", "denormal"]) if extremes else "1"
@@ -119,7 +120,7 @@ def _mixed(count: int, grid: Grid, seed: int, extremes: bool, expanded: bool) ->
 
 def magnitude(word: str, dtype: torch.dtype) -> float:
     limits = torch.finfo(dtype)
-    # float64 itself may overflow in its squares, by contract: it stays within 1e150.
+    # By contract the squares of float64 values may overflow, so these stay within 1e150.
     largest = min(limits.max, 1e150)
     smallest = max(limits.smallest_normal, 1e-150)
     return {
@@ -131,7 +132,7 @@ def magnitude(word: str, dtype: torch.dtype) -> float:
 
 
 def draw(spec: Spec, generator: torch.Generator) -> Tensor:
-    """Values on the CPU, the same for the same generator."""
+    """Values on the CPU. Equal generators give equal values."""
     values = torch.randn(spec.shape, generator=generator, dtype=torch.float64)
     limit = min(torch.finfo(spec.dtype).max, 1e150)
     values = (values * magnitude(spec.magnitude, spec.dtype)).clamp(-limit, limit).to(spec.dtype)
@@ -142,7 +143,7 @@ def draw(spec: Spec, generator: torch.Generator) -> Tensor:
 
 
 def place(values: Tensor, layout: str, device: torch.device) -> Placed:
-    """The values on the device, laid out as gradients may be, amid SENTINEL."""
+    """The values on the device, in a layout that gradients may have, with SENTINEL around them."""
     strides = _strides(values.shape, layout)
     offset = _MARGIN + (layout == "offset")
     span = sum(stride * (size - 1) for stride, size in zip(strides, values.shape, strict=True)) + 1
@@ -176,7 +177,7 @@ def placed(specs: list[Spec], seed: int, device: torch.device) -> list[Placed]:
 
 
 def on_cpu(tensors: list[Tensor]) -> list[Tensor]:
-    """Copies of the values; whole ones also where they lie amid others."""
+    """Contiguous copies of the tensors on the CPU."""
     return [
         tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for tensor in tensors
     ]

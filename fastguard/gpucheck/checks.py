@@ -1,4 +1,4 @@
-"""Runs the cases of a check and says in one line what came out."""
+"""Runs the cases of a check and reports the result in one line."""
 
 import contextlib
 import math
@@ -21,14 +21,14 @@ _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class Compared(NamedTuple):
-    """A result beside what it must be."""
+    """A result and its expected value."""
 
     what: str
     found: Tensor
     expected: Tensor
-    #: How many ulps they may be apart.
+    #: The allowed difference in ulps.
     allowed: float = 0.0
-    #: Of one ulp, where that is not one of the expected value: where terms may cancel.
+    #: The size of one ulp, larger where terms may cancel; None for that of the expected value.
     ulp: Tensor | None = None
 
 
@@ -44,11 +44,11 @@ class Check(NamedTuple):
 
 
 class DeviceLost(Exception):
-    """CUDA answers every call with the same error from now on: nothing further can run."""
+    """The CUDA context is broken: every further call fails, so nothing more can run."""
 
 
 def bits(tensor: Tensor) -> Tensor:
-    """As integers, which tell one NaN from another and -0 from 0."""
+    """The tensor's bits as integers, which distinguish two NaNs, and -0 from 0."""
     return tensor.detach().contiguous().view(_INTEGERS[tensor.element_size()])
 
 
@@ -65,7 +65,7 @@ def untouched_around(parts: list[Placed]) -> Iterator[Compared]:
 
 
 def errors(compared: Compared) -> Tensor:
-    """Of each element, in ulps; 0 where both are NaN, inf where one is or integers differ."""
+    """The error of each element in ulps: 0 if both are NaN, inf if one is or if integers differ."""
     found, expected = compared.found.detach().cpu(), compared.expected.detach().cpu()
     if not found.is_floating_point():
         return torch.where(found == expected, 0.0, math.inf)
@@ -81,7 +81,7 @@ def errors(compared: Compared) -> Tensor:
 
 
 def largest_error(compared: Compared) -> tuple[float, str | None]:
-    """The largest error in ulps, and what is wrong with it, if anything is."""
+    """The largest error in ulps, and a message if it is not allowed, else None."""
     found, expected = compared.found, compared.expected
     if found.shape != expected.shape:
         return math.inf, f"{compared.what}: shape {[*found.shape]}, expected {[*expected.shape]}"
@@ -100,10 +100,10 @@ def largest_error(compared: Compared) -> tuple[float, str | None]:
 
 
 def run_check(check: Check, device: torch.device, grid: Grid, report: Report) -> None:
-    """All cases of a check, and its line; the first that fails is told in full.
+    """Run all cases of a check and report them in one line, with details of the first failure.
 
     Raises:
-        DeviceLost: after a case that broke the CUDA context; its line is in the report.
+        DeviceLost: a case broke the CUDA context. The report has its line.
     """
     if check.needs_cuda and device.type != "cuda":
         report.line(f"{check.name:32} passed over: needs a CUDA device")
@@ -153,7 +153,7 @@ def _told(error: Exception) -> str:
 
 
 def lost_device(device: torch.device) -> str | None:
-    """What CUDA says where an earlier error, as an illegal memory access, has ended its context."""
+    """CUDA's error if an earlier error (such as an illegal memory access) broke the context."""
     try:
         torch.ones(1, device=device).sum().item()
     except torch.OutOfMemoryError:
@@ -164,7 +164,7 @@ def lost_device(device: torch.device) -> str | None:
 
 
 class _Ran(TorchDispatchMode):
-    """Which of fastguard's operators ran; plain torch does where there is no kernel."""
+    """Records which operators of fastguard ran. Plain torch runs where there is no kernel."""
 
     def __init__(self):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Whole steps: bad batches leave no trace, nothing waits for the device, clipping is torch's."""
+"""Whole steps: bad batches change nothing, no step makes a sync, clipping equals torch's."""
 
 import contextlib
 import functools
@@ -27,7 +27,7 @@ OPTIMIZERS = {
 
 
 def _net(dtype: torch.dtype, device: torch.device) -> nn.Module:
-    """Drawn on the CPU, so that it is the same on every device."""
+    """A network with weights drawn on the CPU, so they are equal on all devices."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         net = nn.Sequential(nn.Linear(40, 300), nn.BatchNorm1d(300), nn.Tanh(), nn.Linear(300, 7))
@@ -93,9 +93,10 @@ def no_wait(device: torch.device, grid: Grid) -> Iterator[Case]:
 
 
 def _no_wait(name, threshold, device) -> Iterator[Compared]:
-    """In a mode in which torch raises where it would wait; the first steps may, they set up.
+    """Steps in a mode in which torch raises at a host-device sync, except the first two.
 
-    The bad step is the last: a later one that learns of it reads from the device what was bad.
+    The first steps may sync for their setup. The bad step is the last one: a later step would
+    report it and read the bad gradients from the device.
     """
     net = _net(torch.float32, device)
     optimizer = OPTIMIZERS[name](net.parameters())
@@ -141,7 +142,7 @@ def _parameters(dtype, grid, device) -> list[nn.Parameter]:
 
 
 def _clipping(dtype, max_norm, grid, device) -> Iterator[Compared]:
-    """torch's on copies in float64: in the 16-bit dtypes its own norm is off by up to 0.5 %."""
+    """Compared with torch's in float64: in 16-bit dtypes torch's norm is wrong by up to 0.5 %."""
     ours, theirs = (_parameters(dtype, grid, device) for _ in range(2))
     theirs = [nn.Parameter(p.double()) for p in theirs]
     for wide, p in zip(theirs, ours, strict=True):
@@ -149,7 +150,7 @@ def _clipping(dtype, max_norm, grid, device) -> Iterator[Compared]:
     norm = fastguard.clip_grad_norm_(ours, max_norm)
     right = nn.utils.clip_grad_norm_(theirs, max_norm)
     yield Compared("norm", norm, right, 2.0 if norm.dtype == torch.float32 else 500.0)
-    allowed = 500.0 if dtype == torch.float64 else 1.0  # ulps; the norm's order of summing
+    allowed = 500.0 if dtype == torch.float64 else 1.0  # ulps; the norms sum in another order
     for i, (p, q) in enumerate(zip(ours, theirs, strict=True)):
         yield Compared(f"gradient {i}", p.grad, q.grad, allowed)
 

@@ -1,4 +1,4 @@
-"""The machine and the checkout: what is there, a build where something is missing, the tests."""
+"""The machine and the checkout: a description, a build if a library is missing, the tests."""
 
 import importlib.util
 import math
@@ -15,12 +15,12 @@ from fastguard.ops import _library
 
 from .report import Report, tail
 
-#: Where setup.py and tests/ are, if the package was not installed without them.
+#: The folder of setup.py and tests/, unless the package was installed without them.
 CHECKOUT = Path(__file__).resolve().parent.parent.parent
 
 
 def no_gpu() -> str | None:
-    """Why there is nothing to check, or None where there is a GPU."""
+    """The reason why there is nothing to check; None on a machine with a GPU."""
     if torch.cuda.is_available():
         return None
     why = "torch finds no CUDA device; `nvidia-smi` must list one, and its driver must be as new "
@@ -38,7 +38,7 @@ def name(device: torch.device) -> str:
 
 
 def free_memory(device: torch.device) -> float:
-    """Bytes on the GPU; of a CPU nobody asks."""
+    """Free memory of the GPU in bytes; infinite for the CPU, whose memory is not checked."""
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else math.inf
 
 
@@ -53,13 +53,13 @@ def environment(report: Report, device: torch.device) -> None:
             report.fail(
                 f"{name} library",
                 f"FAILED  the {name} library is not in use: {problem}\n        {suggestion(name)}\n"
-                "        What follows is of the pure-torch references in its place.",
+                "        The following checks run the pure-torch references in its place.",
             )
 
 
 def describe(device: torch.device) -> dict[str, str]:
     commit = "installed without its sources"
-    if (CHECKOUT / "setup.py").is_file():  # else git might find a repository around this one
+    if (CHECKOUT / "setup.py").is_file():  # otherwise git might find an unrelated repository
         commit = _output("git", "-C", CHECKOUT, "describe", "--always", "--dirty")
     facts = {"fastguard commit": commit}
     if device.type == "cuda":
@@ -112,7 +112,7 @@ def find_nvcc() -> str | None:
 
 
 def build(log: Path) -> None:
-    """In place; what the compilers say goes to ``log``. setup.py itself does not fail."""
+    """Build in place; the output of the compilers goes to ``log``. setup.py does not fail."""
     command = [sys.executable, "setup.py", "build_ext", "--inplace"]
     print(
         f"the CUDA library is not in use ({_library.cuda_problem}), but nvcc is here: "
@@ -128,14 +128,14 @@ def say_built(report: Report, log: Path) -> None:
         report.line("The CUDA library was missing; this command built it.\n")
     else:
         said = tail(log.read_text(encoding="utf-8", errors="replace"), 40)
-        report.line(f"Building the CUDA library was tried; the end of what was said:\n{said}\n")
+        report.line(f"The build of the CUDA library failed. The end of its output:\n{said}\n")
 
 
 # --- tests --------------------------------------------------------------------------------------
 
 
 def tests(report: Report) -> None:
-    """``pytest -m cuda`` on the checkout's tests."""
+    """Run ``pytest -m cuda`` on the tests of the checkout."""
     if not (CHECKOUT / "tests" / "conftest.py").is_file():
         report.line(
             "passed over: this installation has no tests/ beside it; they are in a checkout"

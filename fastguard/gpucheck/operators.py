@@ -1,4 +1,4 @@
-"""Every operator against its reference on the CPU: one function for each, listed at the end."""
+"""Every operator against its reference on the CPU. Each has one function, listed at the end."""
 
 import functools
 import math
@@ -17,12 +17,12 @@ from .cases import Grid, Spec, lists, on_cpu, placed
 from .checks import Case, Check, Compared, same_bits, untouched_around
 
 EPS = torch.finfo(torch.float64).eps
-#: Statistics after a training's worth of sums in float64, in another order than the reference's.
+#: Allowed error of statistics after many sums in float64 in another order than the reference's.
 STATISTICS_ULPS = 1e-12 / EPS
 
 
 def sum_ulps(device: torch.device) -> float:
-    """The CUDA kernel sums 32 elements in float32, all others sum in float64."""
+    """Allowed error of a sum: the CUDA kernel sums 32 elements in float32, others in float64."""
     return (1e-6 if device.type == "cuda" else 1e-13) / EPS
 
 
@@ -126,7 +126,7 @@ def _fresh(window, n, device):
 
 
 def _drawn_step(n, generator):
-    """Norms that are mostly ordinary, a factor, and a loss."""
+    """Norms, an unscale factor and a loss, ordinary in most cases."""
 
     def one_of(*choices):
         return choices[int(torch.randint(len(choices), (), generator=generator))]
@@ -140,7 +140,7 @@ def _drawn_step(n, generator):
 
 # --- grad_norm_decide_ ----------------------------------------------------------------------------
 
-LIMITS = (1.5, 8.0)  # no norm of the cases is so near to one that 1e-6 would decide
+LIMITS = (1.5, 8.0)  # all norms of the cases differ from these by more than 1e-6
 
 
 def grad_norm_decide_(device: torch.device, grid: Grid) -> Iterator[Case]:
@@ -243,13 +243,13 @@ def _dtype_of_sum(spec):
 
 
 def _accumulate_(specs, device):
-    """Good, bad, good: the second is left out."""
+    """A good, a bad and a good micro-batch: the second one must be left out."""
     sums = placed([spec._replace(bad=0, dtype=_dtype_of_sum(spec)) for spec in specs], 9, device)
     window, right_window = float64([0.0] * 3, device), float64([0.0] * 3)
     tensors = [part.tensor for part in sums]
     right = on_cpu(tensors)
     for seed, verdict in enumerate((Verdict.CLIP, Verdict.SKIP_NONFINITE, Verdict.APPLY)):
-        # Gradients need not lie in memory as the sums do.
+        # Gradients may have another memory layout than the sums.
         laid = [s._replace(layout="contiguous") if seed else s for s in specs]
         grads = [part.tensor for part in placed(laid, seed, device)]
         told = torch.tensor(int(verdict))
@@ -296,7 +296,7 @@ def _scaled(tensors, coef):
         yield Compared(f"tensor {i}", tensor, expected)
 
 
-#: An operator's check is a function like those above and a line here.
+#: To add an operator, write a function like those above and add a line here.
 OPERATORS = [
     Check("grad_norm", grad_norm),
     Check("decide", decide),

@@ -1,4 +1,4 @@
-"""What holds of the operators together: the same bits again, in graphs and on streams."""
+"""Properties of the operators together: equal bits in repetitions, in graphs and on streams."""
 
 import functools
 import math
@@ -18,7 +18,7 @@ _OPTIONS = (1e-2, 0.9, 0.98, 0.1, 1e-8, True, False, False)
 
 
 class Chain:
-    """The operators of guarded steps on tensors that stay in their places, as a graph needs it."""
+    """The operators of guarded steps on tensors at fixed addresses, which a CUDA graph needs."""
 
     def __init__(
         self, sizes: list[int], device: torch.device, threshold: Threshold | None = None, seed=0
@@ -42,14 +42,14 @@ class Chain:
         self._before = [t.clone() for t in self.tensors()]
 
     def step(self) -> None:
-        """As a guard's."""
+        """The operators of one guarded step."""
         rule = (None, None, self.statistics, 7, self._threshold, 1.0, math.inf)
         measured, decided = ops.grad_norm_decide_(self.grads, *rule)
         ops.adamw_(self.params, self.grads, *self.state, *decided[:2], *_OPTIONS)
         self.outputs = [*measured, *decided]
 
     def others(self) -> None:
-        """The operators that a plain step does not need."""
+        """The operators that a plain step does not call."""
         verdict, coef = self.outputs[4], self.outputs[3]
         ops.accumulate_(self.sums, self.grads, verdict, self.window, 1.0)
         ops.scale_(self.grads, coef)
@@ -67,7 +67,7 @@ class Chain:
             self.grads[-1][0] = math.nan
 
     def tensors(self) -> list[Tensor]:
-        """All that an operator may write, or has returned."""
+        """All tensors that the operators write or returned."""
         lists = self.params + self.grads + self.sums + self.saved + self.state
         return [*lists, *self.statistics, self.window, *self.outputs]
 
@@ -107,7 +107,7 @@ def graph(device: torch.device, grid: Grid) -> Iterator[Case]:
 
 
 def _graph(threshold, grid, device) -> Iterator[Compared]:
-    """The second replay is of a batch with a NaN: the graph must decide anew each time."""
+    """The second replay has a NaN: the graph must make a new decision in each replay."""
     eager, captured = (Chain(_sizes(grid), device, threshold) for _ in range(2))
     side = torch.cuda.Stream(device)
     side.wait_stream(torch.cuda.current_stream(device))
@@ -131,7 +131,7 @@ def streams(device: torch.device, grid: Grid) -> Iterator[Case]:
 
 
 def _streams(grid, device) -> Iterator[Compared]:
-    """What two calls share, as scratch memory, would mix them up."""
+    """Two chains at once: shared memory, such as scratch memory, would mix their results up."""
     chains = [Chain(_sizes(grid), device, seed=seed) for seed in (1, 2)]
     for chain in chains:
         for _ in range(20):

@@ -1,4 +1,4 @@
-"""What is printed is also in a file, line by line: a crash loses nothing that was said."""
+"""A report that is printed and written to a file line by line: a crash loses no line."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from fastguard import _table as table
 
 
 class Report:
-    """Lines for a person and for an issue, and what failed among them."""
+    """The lines of the report, and the names of the failed checks."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -16,7 +16,7 @@ class Report:
         self._file = path.open("w", encoding="utf-8")
 
     def line(self, text: str = "") -> None:
-        tqdm.write(text)  # print, but that it does not tear a progress bar
+        tqdm.write(text)  # like print, but it keeps a progress bar intact
         self._file.write(text + "\n")
         self._file.flush()
 
@@ -24,7 +24,7 @@ class Report:
         self.line(f"\n== {title} ==")
 
     def fail(self, what: str, text: str = "") -> None:
-        """``what`` is for the list at the end, ``text`` is printed here."""
+        """Print ``text``, and add ``what`` to the list of failures at the end."""
         self.failed.append(what)
         self.line(text or f"FAILED  {what}")
 
@@ -37,5 +37,5 @@ class Report:
 
 
 def tail(text: str, lines: int) -> str:
-    """The last lines, set in."""
+    """The last lines, indented."""
     return "\n".join(f"    {line}" for line in text.rstrip().splitlines()[-lines:])

@@ -1,4 +1,4 @@
-"""Times against torch's, beside the bandwidth of a plain copy on the same device."""
+"""Times compared with torch's, and with the bandwidth of a plain copy on the same device."""
 
 import statistics
 import time
@@ -16,7 +16,7 @@ from fastguard._timing import in_turns, synchronize
 from . import machine
 from .report import Report
 
-MAX_NORM = 1e30  # nothing exceeds it
+MAX_NORM = 1e30  # above all norms
 
 
 class Workload(NamedTuple):
@@ -34,7 +34,7 @@ class Workload(NamedTuple):
 
     @property
     def needed(self) -> int:
-        """Bytes: parameters, gradients, three optimizers' moments, temporaries of the default."""
+        """Bytes of parameters, gradients, three optimizers' moments and AdamW's temporaries."""
         return self.count * (2 * self.item + 3 * 8 + 2 * 4)
 
 
@@ -48,18 +48,19 @@ WORKLOADS = [
 
 
 class Seconds(NamedTuple):
-    """Medians, of one call."""
+    """Median times of one call."""
 
     gpu: float
     host: float
 
 
 class Clock:
-    """What a call costs the GPU, and until when it keeps the host.
+    """Measures the time of a call on the GPU, and the time until it returns on the host.
 
-    The second of its two calls is queued while the GPU sleeps, so that what the events lie apart is
-    the GPU's work and not its waiting for Python. (Calls of more than about 1000 launches fill the
-    queue before: theirs is both.) On the CPU the two times are one.
+    The clock makes two calls. It queues the second one while the GPU sleeps. The time between its
+    two events is then the GPU's work, without waiting for Python. A call of more than about 1000
+    launches fills the queue while the GPU sleeps, and its time includes some waiting. On the CPU
+    both times are equal.
     """
 
     def __init__(self, device: torch.device):
@@ -74,7 +75,7 @@ class Clock:
             return Seconds(host, host)
         synchronize(self._device)
         events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
-        torch.cuda._sleep(int((2 * host + 1e-3) * 2e9))  # cycles, at most of about 2 GHz
+        torch.cuda._sleep(int((2 * host + 1e-3) * 2e9))  # in cycles; clocks reach about 2 GHz
         events[0].record()
         function()
         events[1].record()
@@ -91,7 +92,7 @@ def medians(functions, repeats, device) -> dict[str, Seconds]:
 
 
 def copy_bandwidth(size: int, repeats: int, device: torch.device) -> float:
-    """Bytes per second of ``copy_``, read and written."""
+    """The bandwidth of ``copy_`` in bytes per second, reads plus writes."""
     a = torch.zeros(size, dtype=torch.uint8, device=device)
     b = torch.ones(size, dtype=torch.uint8, device=device)
     return 2 * size / medians({"copy": lambda: b.copy_(a)}, repeats, device)["copy"].gpu
@@ -99,12 +100,12 @@ def copy_bandwidth(size: int, repeats: int, device: torch.device) -> float:
 
 class Row(NamedTuple):
     call: Callable[[], object]
-    #: Read and written for each parameter, counted from what the calls do.
+    #: Bytes that the call reads and writes per parameter, counted from its operations.
     bytes: float
 
 
 def norm_rows(workload: Workload, parameters: list[nn.Parameter]) -> dict[str, Row]:
-    """A norm reads the gradients. Nothing needs clipping here: torch writes them all the same."""
+    """Calls that compute norms. No gradient needs clipping here, but torch writes them anyway."""
     grads, item = [p.grad for p in parameters], workload.item
     clip, torch_clip = fastguard.clip_grad_norm_, nn.utils.clip_grad_norm_
     return {
@@ -118,9 +119,9 @@ def norm_rows(workload: Workload, parameters: list[nn.Parameter]) -> dict[str, R
 
 
 def step_rows(workload: Workload, parameters: list[nn.Parameter]) -> dict[str, Row]:
-    """All rows step the same parameters by the same gradients, each with moments of its own.
+    """Steps of the same parameters by the same gradients, each with its own moments.
 
-    fastguard's moments are float32, torch's of the parameters' dtype.
+    fastguard's moments are float32. torch's have the dtype of the parameters.
     """
     item = workload.item
     guard, ours = fastguard.GradGuard(parameters, MAX_NORM), fastguard.AdamW(parameters)
@@ -143,7 +144,7 @@ def step_rows(workload: Workload, parameters: list[nn.Parameter]) -> dict[str, R
 def times(
     title: str, count: int, rows: dict[str, Row], repeats: int, device: torch.device, copy: float
 ) -> str:
-    """A table; the first row is the one that the others are compared with."""
+    """A table whose rows are compared with the first one."""
     seconds = medians({name: row.call for name, row in rows.items()}, repeats, device)
     first = next(iter(seconds.values()))
     lines = []
