@@ -1,4 +1,4 @@
-"""Tensors of every kind as the operators take them: dense, real, local, of one device.
+"""Conversion of tensors to the kind that the operators take: dense, real, local, on one device.
 
 torch.distributed.tensor is imported only where there is a DTensor.
 """
@@ -15,7 +15,7 @@ def is_dtensor(tensor_or_type: object) -> bool:
 
 
 def local_parts(tensors: list[Tensor]) -> list[Tensor]:
-    """What this rank holds of each: of a DTensor its shard."""
+    """This rank's part of each tensor: the shard of a DTensor, or the tensor itself."""
     if not any(map(is_dtensor, set(map(type, tensors)))):
         return tensors
     return [local_part(t) if is_dtensor(t) else t for t in tensors]
@@ -24,11 +24,11 @@ def local_parts(tensors: list[Tensor]) -> list[Tensor]:
 def local_part(dtensor: Tensor) -> Tensor:
     """This rank's shard of a DTensor."""
     local = dtensor.to_local()
-    return local.wait() if hasattr(local, "wait") else local  # a collective may be under way
+    return local.wait() if hasattr(local, "wait") else local  # a collective may be in progress
 
 
 def by_device(tensors: list[Tensor]) -> list[list[Tensor]]:
-    """The tensors of each device, in the order in which the devices come."""
+    """The tensors of each device. The devices are in the order of their first tensors."""
     if len({t.device for t in tensors}) == 1:
         return [tensors]
     groups: dict[torch.device, list[Tensor]] = {}
@@ -38,9 +38,10 @@ def by_device(tensors: list[Tensor]) -> list[list[Tensor]]:
 
 
 def readable(grads: list[Tensor]) -> list[Tensor]:
-    """What the 2-norm of each gradient is of: strided and real.
+    """The elements of each gradient as a strided real tensor with the same 2-norm.
 
-    Of a sparse gradient the values, duplicates added up; of a complex one both parts.
+    These are the values of a sparse gradient, with duplicates added up, and the real and imaginary
+    parts of a complex one.
     """
     if {g.layout for g in grads} == {torch.strided} and {g.dtype for g in grads} <= set(ops.DTYPES):
         return grads
@@ -69,12 +70,12 @@ def scale_(grads: list[Tensor], clip_coef: Tensor) -> None:
     plain = readable(grads) is grads and not any(map(is_dtensor, set(map(type, grads))))
     for group in by_device(grads if plain else [_memory(g) for g in grads]):
         ops.scale_(group, clip_coef.to(group[0].device))
-    if not plain:  # a DTensor's version does not count what is written to its shard
+    if not plain:  # the version of a DTensor does not count writes to its shard
         ops.count_writes([g for g in grads if is_dtensor(g)])
 
 
 def _memory(grad: Tensor) -> Tensor:
-    """What there is to write of a gradient on this rank, strided and real."""
+    """The memory of a gradient on this rank, as a strided real tensor."""
     grad = local_part(grad) if is_dtensor(grad) else grad
     if grad.layout == torch.sparse_coo:
         return as_real(grad._values())  # coalesce() would copy; summands scale like their sum

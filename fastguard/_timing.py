@@ -15,9 +15,10 @@ def in_turns(
     clock: Callable[[Callable[[], object]], Reading],
     before: Mapping[str, Callable[[], object]] | None = None,
 ) -> dict[str, list[Reading]]:
-    """What ``clock`` reads of each function; they take turns, so that a busy spell hits all alike.
+    """The readings of ``clock`` for each function. The functions run in turns.
 
-    ``before`` holds what is to be called, but not timed, before each function of the same name.
+    A busy period of the machine then affects all of them. ``before`` holds functions that are
+    called, but not timed, before each function of the same name.
     """
     readings: dict[str, list[Reading]] = {name: [] for name in functions}
     for repeat in tqdm(range(-2, repeats), desc="repeats", leave=False, disable=None):

@@ -154,11 +154,12 @@ def _listed(parameters: Tensor | Iterable[Tensor]) -> list[Tensor]:
 
 
 class _Gradients(NamedTuple):
-    """What is looked at once: a property of 1000 tensors costs half of what their norm does."""
+    """Gradients and their properties, read once: to read one of 1000 tensors takes half as long
+    as their norm."""
 
     tensors: list[Tensor]
     dtypes: set[torch.dtype]
-    #: Whether the kernels take all of them as they are, in one call.
+    #: Whether one call of a kernel takes all of them without conversion.
     plain: bool
 
 
@@ -168,8 +169,11 @@ def _gradients(parameters: list[Tensor]) -> _Gradients:
 
 
 def _looked_over(tensors: list[Tensor], given: Iterable[Tensor | None]) -> _Gradients:
-    """``given``: the same tensors, by the positions that the caller knows them by."""
-    # By gradient, not by parameter: two parameters may share one.
+    """The gradients with their properties; each one once, because two parameters may share one.
+
+    Args:
+        given: the same tensors by the caller's indices, for an error message.
+    """
     if len(set(map(id, tensors))) < len(tensors):
         tensors = list({id(t): t for t in tensors}.values())
     dtypes = {t.dtype for t in tensors}
@@ -199,7 +203,7 @@ def _as_scalar(total_norm: Tensor | float) -> Tensor:
         raise ValueError(
             f"total_norm must be one number, got a tensor of shape {tuple(total_norm.shape)}"
         )
-    if total_norm.device.type == "cpu" and total_norm < 0:  # torch flips signs
+    if total_norm.device.type == "cpu" and total_norm < 0:  # torch would flip signs
         raise ValueError(f"total_norm must not be negative, got {total_norm.item()}")
     return total_norm.reshape(())
 
@@ -208,7 +212,7 @@ def _as_scalar(total_norm: Tensor | float) -> Tensor:
 
 
 def _total_norm(grads: _Gradients, norm_type: float, error_if_nonfinite: bool) -> Tensor:
-    """float64, shape (), on the device of the first tensor, and the same on every rank."""
+    """The norm, float64, shape (), on the device of the first tensor, equal on every rank."""
     if grads.plain and norm_type == 2.0:
         total_norm = ops.grad_norm(grads.tensors).total_norm
     else:
@@ -225,7 +229,7 @@ def _total_norm(grads: _Gradients, norm_type: float, error_if_nonfinite: bool) -
 
 def _any_norm(tensors: list[Tensor], norm_type: float) -> Tensor:
     device = tensors[0].device
-    if norm_type < 0:  # what has no elements has no smallest one
+    if norm_type < 0:  # an empty tensor has no smallest element
         tensors = [t for t in tensors if (t._nnz() if t.is_sparse else t.numel())]
     kinds = {kind for kind in set(map(type, tensors)) if is_dtensor(kind)}
     norms = _dtensor_norms([t for t in tensors if type(t) in kinds], norm_type)
@@ -239,10 +243,10 @@ def _any_norm(tensors: list[Tensor], norm_type: float) -> Tensor:
 
 
 def _norms(tensors: list[Tensor], norm_type: float) -> list[Tensor]:
-    """float64 vectors, one for each device, whose norms' norm is that of all tensors.
+    """One float64 vector of norms for each device. Their norm is that of all tensors.
 
-    One number per tensor, or for the whole device where the order allows: order 0 counts, as in
-    torch, the tensors that have a non-zero element.
+    A vector has one number per tensor; with order 2 it has one number for the device. Order 0
+    counts the tensors with a non-zero element, as in torch.
     """
     if not tensors:
         return []
@@ -263,9 +267,10 @@ def _norms(tensors: list[Tensor], norm_type: float) -> list[Tensor]:
 
 
 def _vector_norm(values: Tensor, norm_type: float) -> Tensor:
-    """In float64, where up to order 6 no power of a float32 over- or underflows.
+    """The norm of a vector in float64, without overflow or underflow.
 
-    Beyond, relative to the element that dominates.
+    Up to order 6 the powers of float32 values fit into float64. For higher orders the values are
+    first divided by the dominating one.
     """
     values = values.to(torch.float64)
     if not 6 < abs(norm_type) < math.inf:
@@ -276,7 +281,7 @@ def _vector_norm(values: Tensor, norm_type: float) -> Tensor:
 
 
 def _magnitudes(tensor: Tensor) -> Tensor:
-    """What other norms are of: an element that is complex counts by its absolute value."""
+    """The elements for norms of other orders than 2. A complex element has its absolute value."""
     values = values_of(tensor)
     return values.to(torch.complex128).abs() if values.is_complex() else values
 
@@ -285,15 +290,16 @@ def _magnitudes(tensor: Tensor) -> Tensor:
 
 
 def _dtensor_norms(dtensors: list[Tensor], norm_type: float) -> list[Tensor]:
-    """As :func:`_norms`, over all ranks; one reduction for each mesh and set of sharded dimensions.
+    """:func:`_norms` over all ranks, with one reduction per mesh and set of sharded dimensions.
 
-    Which collectives, and in which order, depends on meshes and placements alone, never on a value,
-    a local shape or a verdict: all ranks take part or wait for ever.
+    The collectives and their order depend on meshes and placements alone. They must not depend on a
+    value, a local shape or a verdict: a rank that does not take part makes the others wait for
+    ever.
     """
     groups: dict[tuple, list[Tensor]] = {}
     for dtensor in dtensors:
         if dtensor.device_mesh.get_coordinate() is None:
-            continue  # a mesh without this rank, which holds no part and cannot ask for one
+            continue  # this rank is not in the mesh and cannot take part in its collectives
         dtensor = _summed_up(dtensor)
         sharded = tuple(not placement.is_replicate() for placement in dtensor.placements)
         groups.setdefault((dtensor.device_mesh, sharded), []).append(local_part(dtensor))
@@ -305,7 +311,7 @@ def _dtensor_norms(dtensors: list[Tensor], norm_type: float) -> list[Tensor]:
 
 
 def _over_ranks(norms: Tensor, mesh, sharded: tuple[bool, ...], norm_type: float) -> Tensor:
-    """Norms of the whole from those of the local shards; a replicated dimension counts once."""
+    """The norms of whole tensors from those of local shards. Replicas count once."""
     from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
     if not any(sharded):
@@ -314,8 +320,8 @@ def _over_ranks(norms: Tensor, mesh, sharded: tuple[bool, ...], norm_type: float
         placements = [Partial("sum") if s else Replicate() for s in sharded]
         squares = DTensor.from_local(norms.square().sum(), mesh, placements)
         return squares.full_tensor().sqrt().reshape(1)
-    # Any other order: the ranks' norms side by side. A sum of powers may overflow, and a maximum
-    # over ranks need not keep a NaN.
+    # Other orders gather the norms of all ranks. A sum of powers may overflow, and a maximum over
+    # ranks may lose a NaN.
     if norm_type != 0:
         norms = _vector_norm(norms, norm_type).reshape(1)
     placements = [Shard(0) if s else Replicate() for s in sharded]
@@ -324,7 +330,7 @@ def _over_ranks(norms: Tensor, mesh, sharded: tuple[bool, ...], norm_type: float
 
 
 def _summed_up(dtensor: Tensor) -> Tensor:
-    """Without Partial placements: the norm of a sum is not the sum of norms."""
+    """The DTensor without Partial placements: the norm of a sum is not the sum of norms."""
     from torch.distributed.tensor import Replicate
 
     if not any(placement.is_partial() for placement in dtensor.placements):
@@ -338,7 +344,7 @@ def _rounded(total_norm: Tensor, grads: _Gradients) -> Tensor:
 
 
 def _returned(total_norm: Tensor, grads: _Gradients) -> Tensor:
-    """A replicated DTensor for DTensors of one mesh; where torch raises, the plain tensor."""
+    """The norm as a replicated DTensor if all gradients are DTensors of one mesh."""
     if grads.plain or not all(map(is_dtensor, set(map(type, grads.tensors)))):
         return total_norm
     from torch.distributed.tensor import DTensor, Replicate
@@ -355,7 +361,7 @@ def _clip_(grads: _Gradients, max_norm: float, total_norm: Tensor, nonfinite: st
         clip_coef = (max_norm / (total_norm + 1e-6)).clamp(max=1.0)
     else:
         clip_coef = ops.decide(total_norm, max_norm, skip_norm=math.inf).clip_coef
-    if clip_coef.device.type != "cpu" or clip_coef != 1:  # on the CPU a look costs nothing
+    if clip_coef.device.type != "cpu" or clip_coef != 1:  # on the CPU the comparison is no sync
         if grads.plain:
             ops.scale_(grads.tensors, clip_coef.to(grads.tensors[0].device))
         else:

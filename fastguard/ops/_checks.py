@@ -1,4 +1,4 @@
-"""Checks of arguments that several references make; their errors are those of csrc/checks.h."""
+"""Checks of arguments for several references. They raise the errors of csrc/checks.h."""
 
 from collections.abc import Iterable, Sequence
 
@@ -11,7 +11,7 @@ from .types import DTYPES
 def check_dtypes(op: str, tensors: Sequence[Tensor]) -> None:
     """Raise RuntimeError unless all are strided tensors of a dtype in :data:`DTYPES`."""
     for i, tensor in enumerate(tensors):
-        # Where there is a kernel, the dispatcher refuses these two.
+        # The dispatcher refuses both before it calls a kernel.
         if tensor.layout != torch.strided or hasattr(tensor, "full_tensor"):
             raise RuntimeError(
                 f"{op}: tensor {i} is a {type(tensor).__name__} of layout {tensor.layout}; it must "
@@ -55,9 +55,9 @@ def check_tensor(op: str, name: str, tensor: Tensor, dtype: torch.dtype, *shape)
 
 
 def check_same_device(op: str, tensors: Iterable[Tensor | None]) -> None:
-    """Raise RuntimeError if the tensors are on several devices; None is passed over.
+    """Raise RuntimeError if the tensors are on several devices. None is ignored.
 
-    Fake kernels check this too: torch calls a fake kernel where meta tensors and others are mixed.
+    Fake kernels check this too: torch calls a fake kernel if meta tensors and others are mixed.
     """
     devices = {tensor.device for tensor in tensors if tensor is not None}
     if len(devices) > 1:

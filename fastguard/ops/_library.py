@@ -1,4 +1,4 @@
-"""Loads the shared libraries that setup.py built, and says which tensors have a kernel there."""
+"""Loads the shared libraries that setup.py built, and tells which tensors have a kernel."""
 
 import functools
 import sys
@@ -13,7 +13,7 @@ _SUFFIX = ".dll" if sys.platform == "win32" else ".so"
 
 
 def _load(name: str) -> str | None:
-    """Load one library; return None if that worked, else why not."""
+    """Load one library; returns None, or the reason why it cannot be loaded."""
     path = Path(__file__).parent.parent / (name + _SUFFIX)
     if not path.is_file():
         return f"{path} was not built (`pip install -v -e .` shows why)"
@@ -24,7 +24,7 @@ def _load(name: str) -> str | None:
     return None
 
 
-#: Why a library is not in use, or None where it is.
+#: The reason why a library is not in use; None if it is in use.
 cpu_problem = _load("_cpu")
 cuda_problem = (
     "this torch has no CUDA"
@@ -42,12 +42,12 @@ if cpu_problem is not None:
 
 
 def cpu_info() -> dict[str, str]:
-    """What the CPU library was built with and which instruction set it chose; {} if not built."""
+    """The build of the CPU library and its chosen instruction set; {} if it was not built."""
     return {} if cpu_problem else _parse(torch.ops.fastguard.cpu_info.default())
 
 
 def cuda_info() -> dict[str, str]:
-    """What the CUDA library was built with; {} if it is not in use."""
+    """The build of the CUDA library; {} if it is not in use."""
     return {} if cuda_problem else _parse(torch.ops.fastguard.cuda_info.default())
 
 
@@ -56,7 +56,7 @@ def _parse(info: str) -> dict[str, str]:
 
 
 def has_kernel(tensor: Tensor) -> bool:
-    """Whether a native kernel serves this tensor; where none does, the reference serves."""
+    """Whether a native kernel serves this tensor. If none does, the reference serves it."""
     if tensor.device.type == "cuda":
         return cuda_problem is None and runs_on(tensor.device)
     return tensor.device.type == "cpu" and cpu_problem is None
@@ -66,7 +66,7 @@ def has_kernel(tensor: Tensor) -> bool:
 def runs_on(device: torch.device) -> bool:
     """Whether the CUDA library holds code for this GPU: cubins of its generation, or PTX."""
     if not torch.cuda.is_available():
-        return True  # a fake tensor's
+        return True  # the device of a fake tensor
     archs = cuda_info()["archs"].split()
     built = [int(arch) for arch in archs if arch.isdigit()]
     major, minor = torch.cuda.get_device_capability(device)
@@ -86,7 +86,7 @@ def count_writes(tensors: Sequence[Tensor]) -> None:
         torch.autograd.graph.increment_version([t for t in tensors if not t.is_inference()])
 
 
-# Registrations live as long as this object.
+# The registrations end with this object.
 _registrations = None if cpu_problem else torch.library.Library("fastguard", "IMPL")
 
 

@@ -26,8 +26,8 @@ def outlier_above(statistics: Statistics, skip_norm: float) -> Tensor:
 
     It is the larger of ``skip_norm`` and 4 times a median, and inf while fewer than 16 norms were
     seen. The median is that of the last norms seen and one more norm that is above them all. The
-    rule names the median of the last norms and the norm in question. Both decide alike: a norm
-    below the larger of the two norms in the middle is no outlier by either.
+    rule takes the median of the last norms and the norm in question. Both give equal decisions: a
+    norm below the larger of the two middle norms is no outlier by either.
 
     Args:
         statistics: on any device; only read.
@@ -39,7 +39,7 @@ def outlier_above(statistics: Statistics, skip_norm: float) -> Tensor:
 
 
 def find_new_level(known: Statistics, norm: Tensor, z: float, warm: Tensor) -> Tensor:
-    """Restart ZClip's moments where this norm and the median are both spikes.
+    """Restart ZClip's moments if this norm and the median are both spikes.
 
     Returns the deviation.
     """
@@ -55,13 +55,13 @@ def find_new_level(known: Statistics, norm: Tensor, z: float, warm: Tensor) -> T
 
 
 def adagc_restarts(known: Statistics, step: int) -> Tensor:
-    """Where AdaGC has clipped to less than half for so long that its average is out of date."""
+    """For each tensor whether AdaGC clipped it below half for so long that its average restarts."""
     long = (known.clipped_since >= 0) & (step - known.clipped_since >= ADAGC_RESTART_AFTER)
     return long & (known.usual_norms < math.inf) & (known.usual_norms > known.ema_norms)
 
 
 def see_each(known: Statistics, norms: Tensor, step: int, sees: Tensor) -> None:
-    """Take the norm of each tensor into its usual norm."""
+    """Update the usual norm of each tensor by its present norm."""
     usual, most = known.usual_norms, RISEN_FACTOR * known.usual_norms
     since = torch.where(known.risen_since >= 0, known.risen_since, float(step))
     since = torch.where(norms > most, since, -1.0)
@@ -73,47 +73,54 @@ def see_each(known: Statistics, norms: Tensor, step: int, sees: Tensor) -> None:
 
 
 def _whole(count: Tensor) -> Tensor:
-    """A count of norms, >= 0 and whole whatever it was."""
+    """A count of norms as a whole number >= 0, also from an invalid count."""
     return torch.where(count >= 1, count.clamp(max=2.0**53), 0.0).floor()
 
 
 def remember(norms: Tensor, count: Tensor, norm: Tensor, wanted: Tensor) -> None:
-    """Put the norm in the place of the oldest."""
+    """Replace the oldest norm of the window by ``norm`` if it is ``wanted``."""
     oldest = torch.arange(len(norms), device=norms.device) == _whole(count) % len(norms)
     norms.copy_(torch.where(wanted & oldest, norm, norms))
 
 
 def quantile(norms: Tensor, count: Tensor, q: float) -> Tensor:
-    """As numpy.percentile, of the norms that ``count`` have left in the window.
+    """The quantile ``q`` of the norms in the window, as numpy.percentile computes it.
 
-    Where it has none, the result is anything.
+    The result is undefined if the window is empty.
+
+    Args:
+        count: the number of norms that were ever put into the window.
     """
     return _at(norms, count, lambda held: q * (held - 1).clamp(min=0))
 
 
 def _median_with_a_larger(norms: Tensor, count: Tensor) -> Tensor:
-    """The median of the norms in the window and of one more that is above them all.
+    """The median of the norms in the window and of one more norm that is above them all.
 
-    Where it has none, the result is anything.
+    The result is undefined if the window is empty.
     """
     return _at(norms, count, lambda held: 0.5 * held)
 
 
 def _at(norms: Tensor, count: Tensor, place_among: Callable[[Tensor], Tensor]) -> Tensor:
-    """Linear between neighbours, at a place in the ascending order of what the window holds."""
+    """The norm at a fractional index into the sorted window, interpolated linearly.
+
+    Args:
+        place_among: gives the index for the number of norms in the window.
+    """
     held = torch.arange(len(norms), device=norms.device) < _whole(count)
-    ascending = norms.where(held, math.nan).sort()[0]  # NaN comes last
+    ascending = norms.where(held, math.nan).sort()[0]  # sort puts NaNs at the end
     last = (held.sum() - 1).clamp(min=0)
     place = place_among(held.sum().double())
     below = place.long()
     above = torch.minimum(below + 1, last)
-    # Not by indexing: an index of shape () is read by the host.
+    # gather, because the host would read an index of shape ().
     low, high = ascending.gather(0, torch.stack([below, above])).unbind()
     return low + (high - low) * (place - below)
 
 
 def zclip_moments(known: Statistics, clipped: Tensor, norm: Tensor, options: Options) -> Tensor:
-    """Mean and variance with one more norm."""
+    """ZClip's mean and variance after one more norm, shape (2,)."""
     alpha = options.b
     count, mean, variance = known.accepted + 1, known.mean, known.variance
     delta = norm - mean

@@ -30,13 +30,14 @@ def accumulate_(
         sums, grads: as many tensors, equal in shape in pairs; gradients of the dtypes of
             :func:`grad_norm`, sums of float64 for float64 gradients, of float32 for all others.
         verdict: int64, shape ().
-        window: float64, shape (3,): micro-batches seen, the good ones, the weight of the good ones.
+        window: float64, shape (3,): the number of micro-batches, the number of good ones, and the
+            weight of the good ones.
         weight: the weight of this micro-batch, e.g. its number of samples.
 
     Raises:
         RuntimeError: the lists do not match, or a sum is expanded or has another dtype.
 
-    Sums that share memory are not looked for: GradGuard makes them itself, one for each parameter.
+    The operator does not look for sums that share memory: GradGuard allocates one per parameter.
     """
     if _library.has_kernel(window):
         torch.ops.fastguard.accumulate_.default(sums, grads, verdict, window, weight)

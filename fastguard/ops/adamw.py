@@ -124,7 +124,7 @@ def adamw_(
 
 @torch.no_grad()
 def check_adamw(*arguments, **named) -> None:
-    """Raise what :func:`adamw_` would of the same arguments; nothing is written."""
+    """Raise the errors that :func:`adamw_` would raise for these arguments; writes nothing."""
     given = AdamwArguments(*arguments, **named)
     params = given.params
     if params and params[0].device.type == "cpu" and _library.has_kernel(params[0]):  # no launch
@@ -160,7 +160,7 @@ def _step_one(
     v = packed_view(given.exp_avg_sq, p, offset)
     new_step = step + 1
     t = new_step.double()
-    # A number divided by a tensor would be its reciprocal times the number, rounded twice.
+    # torch computes number / tensor as number * (1 / tensor), which rounds twice.
     step_size = (torch.full_like(t, given.lr) / (1 - given.beta1**t)).to(m.dtype)
     root_factor = (1 - given.beta2**t).sqrt().reciprocal().to(m.dtype)
     old = p.to(m.dtype)

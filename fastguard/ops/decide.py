@@ -158,7 +158,7 @@ def guard_decide_ref_(*arguments) -> GuardDecision:
 
 
 def _checked(given: GuardDecideArguments) -> GuardDecideArguments:
-    """``given`` with its options by name; RuntimeError if a tensor or number does not fit."""
+    """``given`` with its options as names; RuntimeError if a tensor or number does not fit."""
     op, known = "guard_decide_", given.statistics
     check_tensor(op, "total_norm", given.total_norm, torch.float64)
     check_tensor(op, "norms", given.norms, torch.float64, None)
@@ -200,20 +200,20 @@ def _check_guard_decide(op: str, given: GuardDecideArguments) -> None:
 
 @dataclasses.dataclass
 class _Judgement:
-    """What one decision rests on and comes to. Twin: Judgement in csrc/decide.h."""
+    """The intermediate values and the result of one decision. Twin: Judgement in csrc/decide.h."""
 
-    factor: Tensor  # undoes the scale of what was measured
+    factor: Tensor  # divides the measured norms by their scale
     norm: Tensor
     each: Tensor  # the norm of each tensor, (N,)
     warm: Tensor
     adaptive: Tensor
     limit: Tensor
     outlier_above: Tensor
-    finite: Tensor  # norm and loss
+    finite: Tensor  # whether norm and loss are finite
     verdict: Tensor
-    coef: Tensor  # the smallest one
+    coef: Tensor  # the smallest coefficient
     coefs: Tensor  # () or, with AdaGC, (N,)
-    applied: Tensor  # the largest norm that a step would be taken with
+    applied: Tensor  # the largest norm after clipping
 
     @property
     def skips(self) -> Tensor:
@@ -221,7 +221,7 @@ class _Judgement:
 
 
 def _judge(given: GuardDecideArguments, known: Statistics) -> _Judgement:
-    """Verdict and coefficient by the global norm. ZClip's moments in ``known`` may restart."""
+    """Verdict and coefficient by the global norm. This may restart ZClip's moments in ``known``."""
     factor = torch.ones_like(given.total_norm) if given.unscale is None else given.unscale
     norm = given.total_norm * factor
     warm = known.accepted >= given.options.warmup
@@ -255,7 +255,7 @@ def _judge(given: GuardDecideArguments, known: Statistics) -> _Judgement:
 def _adaptive_limit(
     given: GuardDecideArguments, known: Statistics, norm: Tensor, warm: Tensor
 ) -> Tensor:
-    """What the threshold lets through unclipped, before ``max_norm`` caps it."""
+    """The learnt limit, before ``max_norm`` caps it; inf before the warm-up ends."""
     adaptive, a = torch.full_like(norm, math.inf), given.options.a
     if given.threshold == Kind.ZCLIP:
         deviation = find_new_level(known, norm, a, warm)
@@ -265,7 +265,7 @@ def _adaptive_limit(
     elif given.threshold == Kind.RUNNING_MEDIAN:
         adaptive = a * quantile(given.accepted_norms, known.accepted, 0.5)
     elif given.threshold == Kind.AUTOCLIP:
-        # NaN becomes 0, too: max keeps its first argument.
+        # NaN becomes 0 too, because max returns its first argument.
         q = min(max(0.0, a / 100), 1.0)
         adaptive = quantile(given.accepted_norms, known.accepted, q)
     return torch.where(warm & (known.accepted >= 1), adaptive, math.inf)
@@ -275,12 +275,12 @@ class _Average(NamedTuple):
     """AdaGC's moving average of each tensor's norm."""
 
     value: Tensor
-    known: Tensor  # whether there is one
-    restarts: Tensor  # whether it restarts at the usual norm
+    known: Tensor  # whether the average exists
+    restarts: Tensor  # whether the average restarts at the usual norm
 
 
 def _clip_each(given: GuardDecideArguments, known: Statistics, judged: _Judgement) -> _Average:
-    """AdaGC's coefficient for each tensor."""
+    """Set AdaGC's coefficient for each tensor; returns the averages before this step."""
     restarts = adagc_restarts(known, given.step)
     average = _Average(
         torch.where(restarts, known.usual_norms, known.ema_norms),
@@ -300,7 +300,7 @@ def _clip_each(given: GuardDecideArguments, known: Statistics, judged: _Judgemen
 
 
 def _reject_too_large(judged: _Judgement) -> None:
-    """Skip a step whose norm, clipping included, is above LARGEST_APPLIED."""
+    """Skip a step whose norm after clipping is above LARGEST_APPLIED."""
     too_large = ~judged.skips & (judged.applied > LARGEST_APPLIED)
     judged.verdict = torch.where(too_large, int(Verdict.SKIP_OUTLIER), judged.verdict)
     judged.coef = torch.where(judged.skips, 1.0, judged.coef)
@@ -309,7 +309,7 @@ def _reject_too_large(judged: _Judgement) -> None:
 def _learn_each(
     given: GuardDecideArguments, known: Statistics, judged: _Judgement, average: _Average
 ) -> None:
-    """Take the norm of each tensor, as clipped, into AdaGC's average."""
+    """Update AdaGC's averages by the clipped norm of each tensor."""
     beta, each, coefs = given.options.b, judged.each, judged.coefs
     clipped = coefs * each
     smallest = torch.where(clipped < known.ema_norms, clipped, known.ema_norms)
@@ -324,7 +324,7 @@ def _learn_each(
 
 
 def _learn(given: GuardDecideArguments, known: Statistics, judged: _Judgement) -> None:
-    """Take the global norm, and the usual norm of each tensor, into the statistics."""
+    """Update the statistics by the global norm, and the usual norm of each tensor."""
     norm, told = judged.norm, given.statistics
     sees = judged.finite & (norm > 0)
     accepts = sees & ~judged.skips

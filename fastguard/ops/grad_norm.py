@@ -1,4 +1,4 @@
-"""``grad_norm``: the norm of all gradients, of each, and where a NaN or Inf lies, in one read."""
+"""``grad_norm``: the norm of all gradients and of each, and the NaNs and Infs, in one read."""
 
 from collections.abc import Sequence
 
@@ -38,7 +38,7 @@ def grad_norm_ref(grads: Sequence[Tensor], device: torch.device | None = None) -
 
     Args:
         grads: as for :func:`grad_norm`.
-        device: where the results are made if there are no tensors.
+        device: the device of the results if there are no tensors.
     """
     check_dtypes("grad_norm", grads)
     check_same_device("grad_norm", grads)

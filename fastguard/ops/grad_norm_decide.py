@@ -36,7 +36,7 @@ class GradNormDecideArguments(NamedTuple):
     growth: Sequence[float]
 
     def about(self, total_norm: Tensor, norms: Tensor) -> GuardDecideArguments:
-        """The arguments of ``guard_decide_`` about gradients of these norms."""
+        """The arguments of ``guard_decide_`` for gradients with these norms."""
         of_scaler = ("scale", "growth_tracker", "growth")
         shared = {k: v for k, v in self._asdict().items() if k not in of_scaler}
         return GuardDecideArguments(total_norm, norms, **shared)
@@ -100,7 +100,7 @@ def grad_norm_decide_ref_(grads: Sequence[Tensor], *arguments) -> tuple[Tensor, 
 
 def _grow(scaling: Scaling, total_norm: Tensor) -> None:
     """``GradScaler.update`` in place. Twin: grow in csrc/decide.h."""
-    # One number each, whatever their shapes are.
+    # Both hold one number, in any shape.
     scale, tracker = scaling.scale.reshape(()), scaling.growth_tracker.reshape(())
     interval = scaling.growth_interval
     interval = math.floor(min(interval, 2.0**53)) if interval >= 1 else 0

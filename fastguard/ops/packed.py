@@ -1,4 +1,4 @@
-"""How the optimizer's state lies in memory: the moments of all parameters of a call in one tensor.
+"""The layout of the optimizer's state: one tensor holds the moments of all parameters of a call.
 
 Twin: csrc/packed.h.
 """
@@ -46,17 +46,18 @@ def packed_view(pack: Tensor, param: Tensor, offset: int) -> Tensor:
 
 
 def sharing_memory(tensors: Sequence[Tensor]) -> tuple[int, int] | None:
-    """The places of two tensors of one device that share memory; None if none are found.
+    """The indices of two tensors of one device that share memory; None if none are found.
 
-    A tensor that begins inside of a dense one is found, and one that begins where another does. Of
-    two with gaps the elements of one may lie between those of the other: that is no fault, and not
-    looked into. Takes O(N log N), for where a list is built: too long for each step.
+    The function finds a tensor that begins inside a dense tensor or where another tensor begins. It
+    does not compare tensors with gaps further: the elements of one may lie between those of the
+    other, which is no fault. It takes O(N log N) time. Call it when a list is built, not in each
+    step.
     """
     starts = []
     for place, tensor in enumerate(tensors):
         if type(tensor) in (Tensor, torch.nn.Parameter) and tensor.numel() > 0:
             dense = tensor.is_contiguous() or tensor.stride() == packed_strides(tensor)
-            start = tensor.data_ptr()  # 0 where the storage was let go of, as by FSDP
+            start = tensor.data_ptr()  # 0 if the storage was freed, for example by FSDP
             starts += [(start, start + dense * tensor.nbytes, place)] if start else []
     (begun, ended), last = (-1, -1), -1
     for start, end, place in sorted(starts):

@@ -7,7 +7,7 @@ from torch import Tensor
 def dropout_keep_ref(
     seed: Tensor, shape: tuple[int, int, int, int], dropout_p: float
 ) -> tuple[Tensor, float]:
-    """Which weights dropout keeps, and the factor for those: csrc/philox.h in plain torch.
+    """The attention weights that dropout keeps, and their factor: csrc/philox.h in plain torch.
 
     Args:
         seed: int64 (2,).
@@ -36,7 +36,7 @@ def _philox(counter: list[Tensor], key: list[Tensor]) -> list[Tensor]:
     """Philox4x32 of 7 rounds on 32-bit numbers held in int64."""
 
     def multiply(x: Tensor, by: int) -> tuple[Tensor, Tensor]:
-        product = x * by  # wraps around, which leaves its 64 bits as they are
+        product = x * by  # may wrap around; the lower 64 bits are right
         return product >> 32 & 0xFFFFFFFF, product & 0xFFFFFFFF
 
     for _ in range(7):

@@ -65,7 +65,7 @@ def settle_ref_(
 ) -> Tensor:
     """:func:`settle_` in plain torch."""
     _check_settle(buffers, saved, verdict, owners)
-    if owners.device.type != "cpu":  # the host cannot look at the numbers
+    if owners.device.type != "cpu":  # the host cannot read the numbers without a sync
         known = (owners >= 0) & (owners < len(owners))
         owners = torch.where(known, owners, torch.arange(len(owners), device=owners.device))
     skip = verdict >= int(Verdict.SKIP_NONFINITE)
@@ -94,7 +94,7 @@ def _check_settle(buffers, saved, verdict, owners) -> None:
     for i, (buffer, copy) in enumerate(zip(buffers, saved, strict=True)):
         if buffer.shape != copy.shape or buffer.dtype != copy.dtype:
             raise RuntimeError(f"settle_: buffer {i} and its saved copy differ in shape or dtype")
-    # Those of a device are read by nobody here, and a fake tensor has none.
+    # Owners on a GPU are not read here (a sync), and a fake tensor has no values.
     known = owners.device.type == "cpu" and type(owners) is Tensor
     for owner in owners.tolist() if known else ():
         if not 0 <= owner < n:
@@ -108,7 +108,7 @@ def _check_settle(buffers, saved, verdict, owners) -> None:
 
 
 def _lost(buffer: Tensor, saved: Tensor) -> Tensor:
-    """Whether an element was finite in the copy and is not in the buffer; False of integers."""
+    """Whether an element is finite in the copy and not in the buffer; False for integers."""
     if buffer.dtype not in FLOATING_DTYPES:
         return torch.zeros((), dtype=torch.bool, device=buffer.device)
     if buffer.is_complex():

@@ -28,24 +28,24 @@ from .packed_state import (
 
 
 class _Given(NamedTuple):
-    """What the buckets were filled from."""
+    """The groups, parameters and state from which the buckets were filled."""
 
     groups: list[dict]
-    params: list[tuple[dict, list[Tensor]]]  # of each group
+    params: list[tuple[dict, list[Tensor]]]  # for each group
     states: list[dict]
     without_grad: list[Tensor]
 
 
 class _Fused:
-    """What Adam and AdamW share: the step, the dtypes of the state, and its loading."""
+    """The common part of Adam and AdamW: the step, the dtypes of the state, and its loading."""
 
-    # GradScaler hands over grad_scale and found_inf in place of unscaling. On the class, for
-    # pickling loses what torch sets on the instance.
+    # With this flag GradScaler passes grad_scale and found_inf and does not unscale. It is set on
+    # the class, because pickling loses the flag that torch sets on the instance.
     _step_supports_amp_scaling = True
 
-    #: grad_coef and verdict of :func:`fastguard.ops.adamw_` for the next step, which a guard sets.
-    #: It is the whole decision: GradScaler's tensors are not looked at beside it. ``step`` sets it
-    #: to None when it has carried it out, by which the guard sees that it was.
+    #: grad_coef and verdict of :func:`fastguard.ops.adamw_` for the next step, set by a guard. It
+    #: is the whole decision, and GradScaler's tensors are ignored. ``step`` sets it to None after
+    #: it has carried it out, which tells the guard so.
     decision: ops.Decision | None = None
 
     #: The row of grad_coef for each gradient, by ``id(grad)``, where grad_coef has shape (N,).
@@ -97,7 +97,8 @@ class _Fused:
         grads = self._collect()
         if _capturing(self._buckets):
             _check_capture(self.param_groups)
-        # What fails here fails before the first bucket is stepped, which looks at itself.
+        # All buckets are checked before the first one is stepped. The first one needs no check in
+        # advance: its step checks its arguments before it writes.
         decisions = self._decide(grads)
         options = [bucket.options() for bucket in self._buckets]
         for bucket, *arguments in [*zip(self._buckets, grads, decisions, options, strict=True)][1:]:
@@ -108,14 +109,14 @@ class _Fused:
         return loss
 
     def _collect(self) -> list[list[Tensor]]:
-        """The gradients of each bucket, after the buckets were brought up to date."""
+        """Bring the buckets up to date; returns the gradients of each bucket."""
         if self._buckets is None or not self._unchanged():
             self._fill_buckets()
         grads = [bucket.grads() for bucket in self._buckets]
         if any(any(map(is_, listed, repeat(None))) for listed in grads):
             self._fill_buckets()
             grads = [bucket.grads() for bucket in self._buckets]
-        # A single bucket's op looks itself before it writes, see Bucket.step.
+        # The operator checks a single bucket before it writes, see Bucket.step.
         if len(grads) > 1:
             for listed in grads:
                 check_dense(listed)
@@ -135,7 +136,7 @@ class _Fused:
     def _fill_buckets(self) -> None:
         """Sort the parameters with gradients by group, device and dtype, and pack their state.
 
-        The values stay, bit for bit; what lies in the right place already is not moved.
+        The values stay bitwise equal. State that is already in its place is not moved.
         """
         before, self._buckets = self._buckets or [], None
         written = {id(view) for b in before for views in b.views.values() for view in views}
@@ -161,11 +162,11 @@ class _Fused:
         self._buckets = buckets
 
     def _sorted_params(self) -> tuple[dict[tuple, list[Tensor]], list[Tensor]]:
-        """The parameters with gradients by number of group, device and dtype; those without."""
+        """The parameters with gradients by number of group, device and dtype; the other ones."""
         params_of: dict[tuple, list[Tensor]] = {}
         without_grad: list[Tensor] = []
         for number, group in enumerate(self.param_groups):
-            # Once each: torch only warns about a parameter that is in a group twice.
+            # Each parameter once: torch only warns about one that is in a group twice.
             for p in {id(p): p for p in group["params"]}.values():
                 if p.grad is None:
                     without_grad.append(p)
@@ -196,7 +197,7 @@ class _Fused:
         if (scale := getattr(self, "grad_scale", None)) is not None:
             coef = coef / _to(torch.as_tensor(scale), device).reshape(())
         if (found_inf := getattr(self, "found_inf", None)) is not None:
-            # Any count and NaN: torch's fused step takes 1.0 alone for a skip.
+            # Any non-zero value and NaN is a skip. torch's fused step skips only for exactly 1.0.
             found = (_to(torch.as_tensor(found_inf), device) != 0).any()
             verdict = found.to(torch.int64) * int(ops.Verdict.SKIP_NONFINITE)
         return coef, verdict
@@ -213,7 +214,7 @@ class _Fused:
         if rows == list(range(rows[0], rows[0] + len(rows))):
             return slice(rows[0], rows[0] + len(rows))
         index = torch.tensor(rows, device="cpu")
-        # From memory that is not pinned the host would wait for the copy.
+        # A copy from memory that is not pinned would be a host-device sync.
         return _to(index.pin_memory() if coef.is_cuda else index, coef.device)
 
     def load_state_dict(self, state_dict: dict) -> None:
@@ -235,17 +236,17 @@ class _Fused:
             self._loading = None
 
     def __getstate__(self) -> dict:
-        """For pickle, which would write the whole pack once for each view of it."""
+        """For pickle: clones of the views. Pickle would write the whole pack once per view."""
         state = defaultdict(dict)
         for p, entries in self.state.items():
-            if isinstance(entries, dict):  # a hook may keep anything else here
+            if isinstance(entries, dict):  # a hook may keep another object here
                 entries = {k: v.clone() if shares_memory(v) else v for k, v in entries.items()}
             state[p] = entries
         return super().__getstate__() | {"state": state}
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
-        self._buckets = None  # lets go of the old state
+        self._buckets = None  # frees the old state
         for group in self.param_groups:
             group["differentiable"] = False
         for p, original in self._before_torch_cast_it():
@@ -257,7 +258,7 @@ class _Fused:
                 own["step"] = step.reshape(()).clone()
 
     def _before_torch_cast_it(self) -> Iterable[tuple[Tensor, dict]]:
-        """Each parameter with its state in the dict that is being loaded."""
+        """Each parameter with its state in the loaded dict, before torch casts its dtype."""
         if self._loading is not None:
             groups = zip(self._loading["param_groups"], self.param_groups, strict=True)
             for there, here in groups:
@@ -267,7 +268,7 @@ class _Fused:
 
 
 def _check_fused(group: dict, number: int, p: Tensor) -> None:
-    if group["fused"] and p.is_meta:  # as torch's
+    if group["fused"] and p.is_meta:  # torch refuses this too
         raise RuntimeError(
             "`fused=True` requires all the params to be floating point Tensors of a device that "
             f"has memory, but one of group {number} is on meta; call model.to_empty(device=...) "
@@ -277,12 +278,12 @@ def _check_fused(group: dict, number: int, p: Tensor) -> None:
 
 def _capturing(buckets: list[Bucket]) -> bool:
     on_cuda = any(bucket.device.type == "cuda" for bucket in buckets)
-    # Without a driver the question itself is an error; tests with fake tensors have none.
+    # is_current_stream_capturing raises without a driver, as in tests with fake tensors.
     return on_cuda and torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
 def _check_capture(groups: list[dict]) -> None:
-    """RuntimeError where a CUDA graph would replay something else than this step."""
+    """RuntimeError if a replay of a CUDA graph would not follow the options of this step."""
     for number, group in enumerate(groups):
         if not group["capturable"]:
             raise RuntimeError(

@@ -1,4 +1,4 @@
-"""Refuses options and optimizer state that would turn the weights into NaN without a word."""
+"""Refuses options and optimizer state that would silently turn the weights into NaN."""
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
@@ -9,7 +9,7 @@ from torch import Tensor
 from fastguard._tensors import is_dtensor
 
 _OPTIONS = ("lr", "betas", "eps", "weight_decay", "momentum")
-#: Of an option of Adam, in absolute value: a step computes in float32.
+#: The largest absolute value of an option of Adam: a step computes in float32.
 LARGEST_OPTION = torch.finfo(torch.float32).max
 _NEVER_NEGATIVE = ("exp_avg_sq", "max_exp_avg_sq", "step")
 
@@ -17,8 +17,8 @@ _NEVER_NEGATIVE = ("exp_avg_sq", "max_exp_avg_sq", "step")
 def check_options(param_groups: Iterable[dict]) -> None:
     """Refuse an option that is NaN, infinite, or too large for float32, in which a step computes.
 
-    Looks at lr, betas, eps, weight_decay and momentum. A tensor that is not on the CPU is not
-    looked at, since the host would have to wait for the device.
+    It checks lr, betas, eps, weight_decay and momentum. It does not check a tensor on a GPU, which
+    would need a host-device sync.
 
     Raises:
         ValueError: names the group, the option and its value.
@@ -28,7 +28,7 @@ def check_options(param_groups: Iterable[dict]) -> None:
 
 
 def check_group(number: int, group: Mapping[str, object]) -> None:
-    """As :func:`check_options`, for the group of this number."""
+    """:func:`check_options` for the group with this number."""
     for option in _OPTIONS:
         value = group.get(option, 0.0)
         for each in value if isinstance(value, (tuple, list)) else (value,):
@@ -48,13 +48,13 @@ def _on_host(value: object) -> bool:
 
 
 def state_problem(name: str, entry: object) -> str | None:
-    """What no optimizer can have written into this entry of Adam's state; None if all is well.
+    """A message about a value that Adam cannot have written into its state; None without one.
 
-    Waits for the device of ``entry``.
+    This is a host-device sync if ``entry`` is on a GPU.
 
     Args:
         name: ``step``, ``exp_avg``, ``exp_avg_sq`` or ``max_exp_avg_sq``.
-        entry: a tensor of any shape, of a DTensor this rank's shard is read; or a number.
+        entry: a number, or a tensor of any shape. Of a DTensor only this rank's shard is read.
     """
     if isinstance(entry, (int, float)):
         entry = torch.tensor(entry, dtype=torch.float64)
@@ -75,12 +75,12 @@ def nonfinite_state(
 ) -> list[tuple[str, str]]:
     """The entries of an optimizer's state that hold a NaN or Inf.
 
-    For an error message: reads all of the state, and waits for the device.
+    This reads all of the state and is a host-device sync. It serves error messages.
 
     Args:
-        optimizer: any; of a DTensor in its state this rank's shard is read.
-        names: of parameters, by ``id(parameter)``. Where a parameter is missing there, its name is
-            the one that the optimizer was given, or "parameter I of group G".
+        optimizer: any optimizer. Of a DTensor in its state only this rank's shard is read.
+        names: names of parameters by ``id(parameter)``. A parameter without an entry has the name
+            that the optimizer was given, or "parameter I of group G".
 
     Returns:
         (name of the parameter, name of the entry) for each, in the optimizer's order.
@@ -97,7 +97,7 @@ def nonfinite_state(
 
 
 def poisoned(optimizers: Iterable[torch.optim.Optimizer], names: Mapping[int, str]) -> list[str]:
-    """The parameters and the entries of state that hold a NaN or Inf, as texts for a message."""
+    """The parameters and the entries of state that hold a NaN or Inf, as text for a message."""
     found = []
     for optimizer in optimizers:
         held = (p for group in optimizer.param_groups for p in group["params"])
@@ -113,8 +113,8 @@ def poisoned(optimizers: Iterable[torch.optim.Optimizer], names: Mapping[int, st
 def check_state(optimizer: torch.optim.Optimizer, names: Mapping[int, str]) -> None:
     """Refuse state that holds a NaN or Inf: the next step would write it to the weights.
 
-    Reads all of the state, and waits for the device; for the first step with an optimizer and the
-    first after a ``load_state_dict``.
+    This reads all of the state and is a host-device sync. The guard calls it in the first step with
+    an optimizer and in the first one after a ``load_state_dict``.
 
     Raises:
         ValueError: names the parameters and the entries.
@@ -133,7 +133,7 @@ def _nonfinite(state: object) -> Iterator[str]:
     for name, entry in state.items() if isinstance(state, dict) else ():
         if isinstance(entry, Tensor):
             entry = entry.to_local() if is_dtensor(entry) else entry
-            quantized = type(entry) is not Tensor  # torchao's, which has no isfinite
+            quantized = type(entry) is not Tensor  # torchao's tensors have no isfinite
             if not (quantized or entry.is_meta or _all_finite(entry)):
                 yield name
         elif isinstance(entry, float) and not math.isfinite(entry):

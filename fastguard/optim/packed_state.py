@@ -25,16 +25,16 @@ _SPARSE = (
 
 
 class _NoComparison(TorchFunctionMode):
-    """Raises TypeError where tensors would be compared by their values."""
+    """Raises TypeError instead of comparing tensors by their values."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         raise TypeError(f"{function} of tensors that should be the same object")
 
 
 class Bucket:
-    """The parameters of one group that have a gradient, of one device and one dtype of moments.
+    """The parameters of one group with a gradient, on one device, with one dtype of moments.
 
-    Builds the packed state from whatever state there is, and puts views of it in its place.
+    The constructor packs the present state, and replaces its entries by views of the packed state.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class Bucket:
         self._copies = list(map(dict, states))
 
     def _check_apart(self, parts: list[Tensor]) -> None:
-        """Raise RuntimeError if two parameters share memory: two threads would write it at once."""
+        """Raise RuntimeError if two parameters share memory: two threads might write it at once."""
         if (shared := ops.sharing_memory(parts)) is not None:
             places = {id(p): place for place, p in enumerate(self.group["params"])}
             first, second = sorted(places[id(self.params[i])] for i in shared)
@@ -78,14 +78,14 @@ class Bucket:
             )
 
     def _check_states(self, written: set[int]) -> None:
-        """Raise RuntimeError if state that is there already does not fit its parameter."""
+        """Raise RuntimeError if the present state does not fit its parameter."""
         for p, state in zip(self.params, self.states, strict=True):
             if problem := _problem(p, state, self._moments, written):
                 index = next(i for i, q in enumerate(self.group["params"]) if q is p)
                 raise RuntimeError(f"parameter {index} of group {self.number}: {problem}")
 
     def _empty_packs(self, dtype: torch.dtype) -> tuple[dict[str, Tensor], dict[str, list[Tensor]]]:
-        """Zeros for the packed state, and the views of it that each parameter is to have."""
+        """The packed state, all zero, and for each entry the parameters' views of it."""
         real = _real(self._parts) if self.complex else self._parts
         offsets = ops.packed_offsets(p.numel() for p in real)
         packs = {
@@ -101,7 +101,7 @@ class Bucket:
                 for view, p in zip(
                     map(ops.packed_view, repeat(packs[name]), real, offsets),
                     self.params,
-                    strict=False,  # the last of the offsets is the end
+                    strict=False,  # the last offset is the end of the pack
                 )
             ]
             for name in self._moments
@@ -110,7 +110,7 @@ class Bucket:
         return packs, views
 
     def _move_states_in(self) -> None:
-        """Copy the state that is there into the views, and put the views in its place."""
+        """Copy the present state into the views, and replace its entries by the views."""
         for name in ("step", *self._moments):
             for view, state in zip(self.views[name], self.states, strict=True):
                 if name in state:
@@ -121,7 +121,7 @@ class Bucket:
                 state[name] = view
 
     def unchanged(self) -> bool:
-        """Whether the state's entries are the views, and parameters lie in memory as they did."""
+        """Whether the state's entries are still the views, and the parameters' layouts the same."""
         return (
             bool(self.group["amsgrad"]) == self.amsgrad
             and self._holds_the_views()
@@ -129,27 +129,27 @@ class Bucket:
         )
 
     def _holds_the_views(self) -> bool:
-        # Dicts are equal where their values are the same objects, found at a third of the price of
-        # three passes; where they are not, tensors would be compared, and that is an answer too.
+        # Dicts with the same objects as values are equal. This comparison takes a third of the time
+        # of the three passes below. If an object differs, it would compare tensors and raises.
         try:
             with _NoComparison():
                 if self.states == self._copies:
                     return True
         except (TypeError, ValueError, RuntimeError):
-            pass  # of an entry that cannot be compared; what counts is compared below
+            pass  # an entry cannot be compared; the passes below compare the views
         same = all(
             all(map(is_, map(dict.get, self.states, repeat(name)), views))
             for name, views in self.views.items()
         )
-        if same:  # what changed is an entry of somebody else's
+        if same:  # another entry of the state changed
             self._copies = list(map(dict, self.states))
         return same
 
     def _in_place(self) -> bool:
-        if self.sharded:  # to_local makes new ones each time, and FSDP may have moved them
+        if self.sharded:  # to_local returns new tensors, and FSDP may have moved the shards
             before, self._parts = self._parts, local_parts(self.params)
             return list(map(_layout, before)) == list(map(_layout, self._parts))
-        # Contiguous and of one number of elements says enough, at half the price of the strides.
+        # Contiguity and the number of elements suffice, in half the time of the strides.
         return (
             all(map(Tensor.is_contiguous, self._contiguous))
             and list(map(Tensor.numel, self._contiguous)) == self._numels
@@ -176,17 +176,17 @@ class Bucket:
                 params, grads = _real(params), _real(grads)
             step = ops.check_adamw if only_check else ops.adamw_
             step(params, grads, *state, *decision, *options)
-            if self.sharded:  # a DTensor's version does not count what is written to its shard
+            if self.sharded:  # the version of a DTensor does not count writes to its shard
                 ops.count_writes(self.params)
         except RuntimeError:
             check_dense(grads)
             raise
 
     def options(self) -> ops.AdamwOptions:
-        """The group's options as :func:`fastguard.ops.adamw_` takes them.
+        """The group's options for :func:`fastguard.ops.adamw_`.
 
         Raises:
-            ValueError: one is NaN, infinite or too large for float32.
+            ValueError: an option is NaN, infinite or too large for float32.
         """
         group = self.group
         beta1, beta2 = map(float, group["betas"])
@@ -209,7 +209,11 @@ class Bucket:
 def _problem(
     p: Tensor, state: dict[str, Tensor], names: tuple[str, ...], written: set[int]
 ) -> str | None:
-    """What is wrong with state that was there already; ``written``, by id, what a step wrote."""
+    """A message about present state that does not fit ``p``; None if it fits.
+
+    Args:
+        written: ids of the tensors that an earlier step wrote. Their values are not checked.
+    """
     for name in ("step", *names):
         shape, dtype = p.shape, moment_dtype(p)
         if name == "step":
@@ -220,7 +224,7 @@ def _problem(
             if isinstance(entry, Tensor):
                 if entry.shape == shape and entry.dtype == dtype:
                     if name == "step" or _placed(entry) == _placed(p):
-                        # Elsewhere the host would have to wait for the device.
+                        # A check of state on a GPU would be a host-device sync.
                         look = entry.device.type == "cpu" and id(entry) not in written
                         if look and (problem := state_problem(name, entry)):
                             return f"{problem}; delete it from the state to start from zero"
@@ -243,10 +247,10 @@ def _placed(tensor: Tensor) -> tuple | None:
 
 
 def _laid_out_as(p: Tensor, part: Tensor) -> Tensor:
-    """``part`` itself or, where ``p`` is a DTensor, one whose shard here is in the same memory."""
+    """``part`` itself; if ``p`` is a DTensor, a DTensor with ``part`` as its shard on this rank."""
     if not is_dtensor(p):
         return part
-    # DTensor.from_local would move what is offloaded to the mesh's device.
+    # DTensor.from_local would move an offloaded shard to the device of the mesh.
     whole = torch.empty_like(p, dtype=part.dtype)
     whole.to_local().set_(part)
     return whole
@@ -257,7 +261,7 @@ def _layout(p: Tensor) -> tuple[torch.Size, tuple[int, ...]]:
 
 
 def shares_memory(value: object) -> bool:
-    """Whether a tensor, or of a DTensor its shard, is part of a larger one."""
+    """Whether a tensor, or the shard of a DTensor, is a part of a larger storage."""
     if is_dtensor(value):
         return shares_memory(value.to_local())
     return (
@@ -268,7 +272,7 @@ def shares_memory(value: object) -> bool:
 
 
 def leave_pack(state: dict[str, Tensor]) -> None:
-    """Lest the state of one idle parameter keep the whole of an old pack in memory."""
+    """Clone the state of an idle parameter: a view would keep the whole old pack in memory."""
     for name in ("step", *MOMENTS):
         if shares_memory(state.get(name)):
             state[name] = state[name].clone()
