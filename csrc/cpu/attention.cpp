@@ -69,7 +69,7 @@ AttentionMask mask_of(const std::optional<Tensor>& mask) {
 }
 
 // Padding as bytes: a bool tensor that was made as a view of bytes may hold any.
-std::vector<Panel> panels_of(int64_t keys, const uint8_t* padded, int64_t step) {
+std::vector<Panel> panels_of(int64_t keys, const uint8_t* padded, int64_t step, int64_t unit) {
   std::vector<Panel> panels;
   for (int64_t first = 0; first < keys; first += panel_keys) {
     Panel panel{first, 0, 0};
@@ -79,7 +79,7 @@ std::vector<Panel> panels_of(int64_t keys, const uint8_t* padded, int64_t step) 
         panel.columns = j + 1;
       }
     }
-    panel.columns = (panel.columns + 31) / 32 * 32;
+    panel.columns = (panel.columns + unit - 1) / unit * unit;
     if (panel.keep != 0) {
       panels.push_back(panel);
     }
@@ -93,7 +93,8 @@ struct Inputs {
       const Tensor& q,
       const Tensor& k,
       const Tensor& v,
-      const std::optional<Tensor>& key_padding_mask)
+      const std::optional<Tensor>& key_padding_mask,
+      int64_t key_unit)
       : query(with_rows(q)), key(with_rows(k)), value(with_rows(v)) {
     for (int64_t b = 0; b < key.size(0); ++b) {
       const uint8_t* padded = nullptr;
@@ -103,7 +104,7 @@ struct Inputs {
             b * key_padding_mask->stride(0);
         step = key_padding_mask->stride(1);
       }
-      panels.push_back(panels_of(key.size(2), padded, step));
+      panels.push_back(panels_of(key.size(2), padded, step, key_unit));
     }
     for (const std::vector<Panel>& each : panels) {
       lists.push_back({each.data(), static_cast<int64_t>(each.size())});
@@ -201,7 +202,8 @@ std::tuple<Tensor, Tensor, Tensor> attention_cpu(
   const AttentionOptions options{is_causal, dropout_p, scale, softcap, clamp};
   const AttentionSizes sizes =
       check_attention("attention", query, key, value, key_padding_mask, attn_mask, seed, options);
-  const Inputs inputs(query, key, value, key_padding_mask);
+  const AttentionKernel& kernel = kernel_for(query.scalar_type());
+  const Inputs inputs(query, key, value, key_padding_mask, kernel.key_unit);
   AttentionProblem p = problem_of(sizes, inputs, attn_mask, seed, options);
   const Tensor output =
       empty_heads(query, sizes.batch, sizes.heads, sizes.queries, sizes.value_dim);
@@ -214,7 +216,6 @@ std::tuple<Tensor, Tensor, Tensor> attention_cpu(
   p.logsumexp = logsumexp.mutable_data_ptr();
   p.stats = return_stats ? stats.mutable_data_ptr() : nullptr;
 
-  const AttentionKernel& kernel = kernel_for(query.scalar_type());
   const Scratch scratch(kernel.forward_scratch(p));
   const int64_t step = rows_of_task(sizes), parts = (sizes.queries + step - 1) / step;
   for_each_task(sizes.batch * sizes.heads * parts, 1, is_much(sizes), [&](int64_t thread) {
@@ -259,7 +260,8 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward_cpu(
   const AttentionSizes sizes = check_attention(
       "attention_backward", query, key, value, key_padding_mask, attn_mask, seed, options);
   check_attention_saved(sizes, query, grad_output, output, logsumexp);
-  const Inputs inputs(query, key, value, key_padding_mask);
+  const AttentionKernel& kernel = kernel_for(query.scalar_type());
+  const Inputs inputs(query, key, value, key_padding_mask, kernel.key_unit);
   const Tensor grad_rows = with_rows(grad_output), output_rows = with_rows(output);
   AttentionProblem p = problem_of(sizes, inputs, attn_mask, seed, options);
   p.output = heads_of(output_rows);
@@ -280,7 +282,6 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward_cpu(
   const Tensor partial = torch::stable::new_empty(query, of_partial, sums_of(query));
   p.partial_grad_query = p.chunks > 1 ? partial.mutable_data_ptr() : nullptr;
 
-  const AttentionKernel& kernel = kernel_for(query.scalar_type());
   const Scratch scratch(kernel.backward_scratch(p));
   for_each_task(sizes.batch * sizes.kv_heads * p.chunks, 1, is_much(sizes), [&](int64_t thread) {
     return [&, memory = scratch.of(thread)](int64_t i) {

@@ -67,8 +67,10 @@ class AttentionBackward {
     const Panel* const first = std::lower_bound(all.first, all.first + all.count, begin, before);
     list_ = {first, std::lower_bound(first, all.first + all.count, end, before) - first};
     pack_keys(task);
-    std::fill(grad_key_, grad_key_ + list_.count * panel_keys * width_, T{0});
-    std::fill(grad_value_, grad_value_ + list_.count * panel_keys * value_width_, T{0});
+    for (int64_t i = 0; i < list_.count; ++i) {
+      clear(grad_key_ + i * panel_keys * width_, width_, list_.first[i].columns);
+      clear(grad_value_ + i * panel_keys * value_width_, value_width_, list_.first[i].columns);
+    }
     const int64_t group = p_.heads / p_.kv_heads;
     for (int64_t h = task.kv_head * group; h < (task.kv_head + 1) * group; ++h) {
       for (int64_t row = 0; row < p_.queries; row += row_block) {
@@ -85,6 +87,13 @@ class AttentionBackward {
     return rounded_up((p.keys + p.chunks - 1) / p.chunks, panel_keys);
   }
 
+  // Zeros in the sums of a panel, which lie transposed.
+  static void clear(T* sums, int64_t width, int64_t columns) {
+    for (int64_t j = 0; j < width; ++j) {
+      std::fill(sums + j * panel_keys, sums + j * panel_keys + columns, T{0});
+    }
+  }
+
   void pack_keys(const BackwardTask& task) {
     for (int64_t i = 0; i < list_.count; ++i) {
       const Panel& panel = list_.first[i];
@@ -93,18 +102,18 @@ class AttentionBackward {
       const Rows<Type, In> keys{key, p_.key.row, p_.head_dim, panel.keep};
       const Rows<Type, In> values{value, p_.value.row, p_.value_dim, panel.keep};
       Word* const below_each_other = key_below_ + i * below * width_;
-      pack_below(keys, below_each_other, width_);
+      pack_below(keys, panel.columns, below_each_other, width_);
       Word* rows = below_each_other;  // the same where a word is an element
       if constexpr (In::pairs == 2) {
         rows = packing_;
-        pack_rows(keys, rows, depth_);
+        pack_rows(keys, panel.columns, rows, depth_);
       }
-      transpose(rows, depth_, panel_keys, depth_, key_ + i * panel_keys * depth_, panel_keys);
-      pack_rows(values, packing_, value_depth_);
+      transpose(rows, depth_, panel.columns, depth_, key_ + i * panel_keys * depth_, panel_keys);
+      pack_rows(values, panel.columns, packing_, value_depth_);
       transpose(
           packing_,
           value_depth_,
-          panel_keys,
+          panel.columns,
           value_depth_,
           value_ + i * panel_keys * value_depth_,
           panel_keys);
@@ -112,14 +121,20 @@ class AttentionBackward {
   }
 
   // Along the columns, and turned: `a` of a product along the rows.
-  void pack_both(const Rows<Type, In>& rows, int64_t depth, int64_t width, Word* to, Word* turned) {
-    pack_rows(rows, to, depth);
+  void pack_both(
+      const Rows<Type, In>& rows,
+      int64_t count,
+      int64_t depth,
+      int64_t width,
+      Word* to,
+      Word* turned) {
+    pack_rows(rows, count, to, depth);
     const Word* below_each_other = to;  // the same where a word is an element
     if constexpr (In::pairs == 2) {
-      pack_below(rows, packing_, width);
+      pack_below(rows, count, packing_, width);
       below_each_other = packing_;
     }
-    transpose(below_each_other, width, below, width, turned, below);
+    transpose(below_each_other, width, count / In::pairs, width, turned, below);
   }
 
   // The gradient of the output as it passes the clamp, and what the softmax subtracts from it. It
@@ -170,19 +185,22 @@ class AttentionBackward {
 
   void rows_of(const BackwardTask& task, const Place& first, int64_t rows) {
     const uint64_t alive = pass_clamp(first, rows);
+    const int64_t count = rounded_up(rows, unit * In::pairs);
     pack_both(
         {row_at<Type>(p_.query, first.b, first.h, first.row), p_.query.row, p_.head_dim, alive},
+        count,
         depth_,
         width_,
         query_,
         query_turned_);
     pack_both(
         {passed_, value_width_, p_.value_dim, alive},
+        count,
         value_depth_,
         value_width_,
         grad_output_,
         grad_output_turned_);
-    std::fill(grad_query_, grad_query_ + row_block * width_, T{0});
+    std::fill(grad_query_, grad_query_ + count * width_, T{0});
     for (int64_t i = 0; i < list_.count; ++i) {
       if (seen(p_, list_.first[i], first.row + rows - 1)) {
         tile(first, rows, i);
@@ -350,7 +368,7 @@ class AttentionBackward {
       const Heads& to,
       int64_t n,
       T factor) {
-    transpose(grad, panel_keys, width, panel_keys, turned_, width);
+    transpose(grad, panel_keys, width, panel.columns, turned_, width);
     for (int64_t j = 0; j < panel.columns; ++j) {
       if (panel.keep >> j & 1) {
         write_row<Type>(to, task.b, task.kv_head, panel.first + j, turned_ + j * width, n, factor);

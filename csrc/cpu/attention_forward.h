@@ -62,9 +62,9 @@ class AttentionForward {
       const auto* value = row_at<Type>(p_.value, b, kv_head, panel.first);
       const Rows<Type, In> keys{key, p_.key.row, p_.head_dim, panel.keep};
       const Rows<Type, In> values{value, p_.value.row, p_.value_dim, panel.keep};
-      pack_rows(keys, query_, depth_);
-      transpose(query_, depth_, panel_keys, depth_, key_of(i), panel_keys);
-      pack_below(values, value_of(i), width_);
+      pack_rows(keys, panel.columns, query_, depth_);
+      transpose(query_, depth_, panel.columns, depth_, key_of(i), panel_keys);
+      pack_below(values, panel.columns, value_of(i), width_);
     }
   }
 
@@ -77,11 +77,11 @@ class AttentionForward {
         p_.query.row,
         p_.head_dim,
         first_bits(rows)};
-    pack_rows(queries, query_, depth_);
+    pack_rows(queries, rounded_up(rows, unit), query_, depth_);
     std::fill(most_, most_ + rows, -std::numeric_limits<T>::infinity());
     std::fill(sum_, sum_ + rows, T{0});
     std::fill(moment_, moment_ + rows, T{0});
-    std::fill(output_, output_ + row_block * width_, T{0});
+    std::fill(output_, output_ + rounded_up(rows, unit) * width_, T{0});
     const PanelList& list = p_.panels[first.b];
     int64_t end = 0;
     while (end < list.count && seen(p_, list.first[end], first.row + rows - 1)) {

@@ -7,6 +7,7 @@ namespace fastguard {
 
 // What a thread needs beside its results, in bytes; the kernels align it themselves.
 struct AttentionKernel {
+  int64_t key_unit;  // The number of a panel's columns is a multiple of it.
   int64_t (*forward_scratch)(const AttentionProblem&);
   int64_t (*backward_scratch)(const AttentionProblem&);
   // Rows begin to end, of multiples of `row_block`, of one head.

@@ -14,6 +14,7 @@ namespace {
 template <class Type, class In>
 constexpr AttentionKernel attention_kernel_of() {
   return {
+      unit * In::pairs,
       [](const AttentionProblem& p) { return AttentionForward<Type, In>(p, nullptr).scratch(); },
       [](const AttentionProblem& p) { return AttentionBackward<Type, In>(p, nullptr).scratch(); },
       [](const AttentionProblem& p, const ForwardTask& task, void* scratch) {

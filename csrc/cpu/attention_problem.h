@@ -24,7 +24,7 @@ struct AttentionMask {
 // 64 keys of one utterance, of which at least one is not padded.
 struct Panel {
   int64_t first;
-  int64_t columns;  // up to the last that is not padded, rounded up to 32
+  int64_t columns;  // up to the last that is not padded, rounded up to the kernel's key_unit
   uint64_t keep;  // a bit for each key
 };
 

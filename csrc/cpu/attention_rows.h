@@ -78,10 +78,11 @@ struct Rows {
   }
 };
 
-// As `a` of a product along the columns: 64 x width.
+// The first `count` rows as `a` of a product along the columns: count x width.
 template <class Type, class In>
-inline void pack_rows(const Rows<Type, In>& rows, typename In::Word* to, int64_t width) {
-  for (int64_t i = 0; i < 64; ++i) {
+inline void pack_rows(
+    const Rows<Type, In>& rows, int64_t count, typename In::Word* to, int64_t width) {
+  for (int64_t i = 0; i < count; ++i) {
     if constexpr (In::pairs == 2) {
       pair_in_row(rows.at(i), rows.columns, to + i * width, width);
     } else {
@@ -90,15 +91,16 @@ inline void pack_rows(const Rows<Type, In>& rows, typename In::Word* to, int64_t
   }
 }
 
-// As `b` of a product along the rows: (64 / pairs) x width.
+// The first `count` rows as `b` of a product along the rows: (count / pairs) x width.
 template <class Type, class In>
-inline void pack_below(const Rows<Type, In>& rows, typename In::Word* to, int64_t width) {
+inline void pack_below(
+    const Rows<Type, In>& rows, int64_t count, typename In::Word* to, int64_t width) {
   if constexpr (In::pairs == 2) {
-    for (int64_t i = 0; i < 64; i += 2) {
+    for (int64_t i = 0; i < count; i += 2) {
       pair_rows(rows.at(i), rows.at(i + 1), rows.columns, to + i / 2 * width, width);
     }
   } else {
-    pack_rows(rows, to, width);
+    pack_rows(rows, count, to, width);
   }
 }
 
