@@ -27,6 +27,24 @@ def local_part(dtensor: Tensor) -> Tensor:
     return local.wait() if hasattr(local, "wait") else local  # a collective may be in progress
 
 
+def from_first_rank(tensor: Tensor, like: Tensor) -> Tensor:
+    """The first rank's `tensor` on all ranks of the mesh of `like`; itself beside no DTensor."""
+    if not is_dtensor(like):
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    return local_part(distribute_tensor(tensor, like.device_mesh))
+
+
+def replicated_beside(tensor: Tensor, like: Tensor) -> Tensor:
+    """A tensor that all ranks have, as a DTensor if `like` is one: torch does not mix the two."""
+    if not is_dtensor(like):
+        return tensor
+    from torch.distributed.tensor import DTensor
+
+    return DTensor.from_local(tensor, like.device_mesh, run_check=False)
+
+
 def by_device(tensors: list[Tensor]) -> list[list[Tensor]]:
     """The tensors of each device. The devices are in the order of their first tensors."""
     if len({t.device for t in tensors}) == 1:

@@ -135,7 +135,7 @@ def _operands(
         check_mask("key_padding_mask", key_padding_mask)
         check_key_padding_mask(key_padding_mask, shape[0], shape[3])
         _check_device("key_padding_mask", key_padding_mask, query)
-    attn_mask, is_causal = plain_mask(attn_mask, is_causal, *shape[2:], query.device)
+    attn_mask, is_causal = plain_mask(attn_mask, is_causal, *shape[2:], query)
     if attn_mask is not None:
         _check_device("attn_mask", attn_mask, query)
         attn_mask = _expanded(attn_mask, shape, query.dtype)
@@ -199,9 +199,11 @@ def check_mask(name: str, mask: Tensor) -> None:
 
 
 def plain_mask(
-    mask: Tensor | None, is_causal: bool, rows: int, keys: int, device: torch.device
+    mask: Tensor | None, is_causal: bool, rows: int, keys: int, like: Tensor
 ) -> tuple[Tensor | None, bool]:
     """`attn_mask` and `is_causal` for a mask that may be one of torch's attention biases.
+
+    A mask that is made is on the device of `like`, and a DTensor if that is one.
 
     Raises TypeError or ValueError for what is neither None, a `CausalBias` nor a dense tensor.
     """
@@ -219,7 +221,7 @@ def plain_mask(
         )
     if mask.variant is CausalVariant.UPPER_LEFT or rows == keys:
         return None, True
-    return torch.ones(rows, keys, dtype=torch.bool, device=device).tril_(keys - rows), False
+    return like.new_ones(rows, keys, dtype=torch.bool).tril(keys - rows), False
 
 
 def check_key_padding_mask(mask: Tensor, batch: int, keys: int) -> None:

@@ -17,6 +17,9 @@ from .functional import (
 )
 from .scripted import ScriptedAttention
 
+#: Where torch.ao.quantization has the layers that take quantized tensors alone.
+_STATICALLY_QUANTIZED = "torch.ao.nn.quantized.modules.linear"
+
 
 class ClampedMultiheadAttention(nn.MultiheadAttention):
     """`nn.MultiheadAttention` whose heads are clamped before the output projection.
@@ -154,7 +157,8 @@ class ClampedMultiheadAttention(nn.MultiheadAttention):
             RuntimeError: as torch, for attn_mask of a shape that does not fit; for dtypes that
                 differ from the parameters'.
             TypeError, ValueError: masks that are no dense tensors, float8 and the like; see
-                `clamped_attention`.
+                `clamped_attention`. Quantized inputs.
+            NotImplementedError: opacus asks for per-sample gradients.
         """
         if self.never_ran and not torch.compiler.is_exporting():
             self.never_ran = False
@@ -164,11 +168,12 @@ class ClampedMultiheadAttention(nn.MultiheadAttention):
         if query.is_nested or key.is_nested or value.is_nested:
             masks = (key_padding_mask, attn_mask, is_causal)
             return self._of_nested(query, key, value, *masks, need_weights), None
+        self._refuse_frameworks(query)
         self._check_inputs(query, key, value)
         batched = query.dim() == 3
         q, k, v = (self._split_heads(x) for x in self._project(query, key, value))
         sizes = (q.size(0), q.size(2), k.size(2))
-        options = self._masks(key_padding_mask, attn_mask, is_causal, sizes, batched)
+        options = self._masks(key_padding_mask, attn_mask, is_causal, sizes, batched, q)
         options["dropout_p"] = self.dropout if self.training else 0.0
         options.update(softcap=self.softcap, clamp=self.clamp)
         k, v = self._append(k, self.bias_k), self._append(v, self.bias_v)
@@ -210,6 +215,21 @@ class ClampedMultiheadAttention(nn.MultiheadAttention):
         rows = [each[:length] for each, length in zip(output, lengths, strict=True)]
         return torch.nested.as_nested_tensor(rows, layout=query.layout)
 
+    def _refuse_frameworks(self, query: Tensor) -> None:
+        """Raise for what other packages would do wrong with this module, or cannot do."""
+        if query.is_quantized or type(self.out_proj).__module__ == _STATICALLY_QUANTIZED:
+            raise TypeError(
+                f"ClampedMultiheadAttention is not quantized, got {query.dtype} and an out_proj of "
+                f"{type(self.out_proj).__module__}: set its qconfig to None before prepare(), and "
+                "put a DeQuantStub before it and a QuantStub after it"
+            )
+        if "ft_compute_sample_grad" in self.__dict__:  # of opacus' GradSampleModule
+            raise NotImplementedError(
+                "opacus has no per-sample gradients of ClampedMultiheadAttention: freeze its "
+                "parameters before GradSampleModule, or use opacus.layers.DPMultiheadAttention, "
+                "which has no clamp"
+            )
+
     def _check_inputs(self, *inputs: Tensor) -> None:
         query, key, value = shapes = [tuple(x.shape) for x in inputs]
         batch_dim = 0 if self.batch_first else 1
@@ -246,7 +266,8 @@ class ClampedMultiheadAttention(nn.MultiheadAttention):
 
     def _split_heads(self, x: Tensor) -> Tensor:
         """(N, T, C), (T, N, C) or (T, C) -> (N, H, T, D), a view."""
-        x = x.unflatten(-1, (self.num_heads, self.head_dim))
+        # Not unflatten: the old ONNX exporter gives what follows it the lengths of its example.
+        x = x.reshape(*map(x.size, range(x.dim() - 1)), self.num_heads, self.head_dim)
         if x.dim() == 3:
             return x.transpose(0, 1).unsqueeze(0)
         return x.transpose(1, 2) if self.batch_first else x.permute(1, 2, 0, 3)
@@ -277,25 +298,25 @@ class ClampedMultiheadAttention(nn.MultiheadAttention):
         is_causal: bool,
         sizes: tuple[int, int, int],
         batched: bool,
+        like: Tensor,
     ) -> dict:
         """`clamped_attention`'s arguments for `forward`'s, which leave the appended keys seen.
 
         Args:
             sizes: N, T, S.
+            like: on the device of the masks; a DTensor among DTensors.
         """
         batch, rows, keys = sizes
         appended = (self.bias_k is not None) + self.add_zero_attn
         # Where it says so, is_causal stands for a mask that says the same.
         if not is_causal or isinstance(attn_mask, CausalBias):
-            device = self.out_proj.weight.device
-            plain, is_causal = plain_mask(attn_mask, is_causal, rows, keys, device)
+            plain, is_causal = plain_mask(attn_mask, is_causal, rows, keys, like)
             # torch's attention biases say which keys take part, masks here which do not.
             attn_mask = plain if plain is None or plain is attn_mask else ~plain
         if is_causal:
             attn_mask = None
             if appended:  # the kernel would hide these as keys of the future
-                device = self.out_proj.weight.device
-                attn_mask = torch.ones(rows, keys, dtype=torch.bool, device=device).triu_(1)
+                attn_mask = like.new_ones(rows, keys, dtype=torch.bool).triu(1)
         if attn_mask is not None:
             shapes = {"(T, S)": (rows, keys), "(N * H, T, S)": (batch * self.num_heads, rows, keys)}
             attn_mask = _extended("attn_mask", attn_mask, shapes, appended, RuntimeError)

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
@@ -45,8 +46,10 @@ def replace_attention_(
 
     The modules stay the same objects with the same parameters, so that optimizers, hooks and
     references to them go on working; only their class changes. What is known to compute something
-    else is left alone: subclasses, modules whose parameters are parametrized or DTensors, those
-    whose `forward` was wrapped, and those whose owner reads their weights and never calls them.
+    else is left alone: subclasses (quantized ones among them), modules whose parameters are
+    parametrized or DTensors, those whose `forward` was wrapped, those whose owner reads their
+    weights and never calls them, scripted ones, and classes that say by their name that they are
+    multi-head attention and are not torch's. A `ClampedMultiheadAttention` keeps its own bounds.
     Each `nn.TransformerEncoder` stops making nested tensors, as if ``enable_nested_tensor=False``.
 
     Args:
@@ -61,18 +64,14 @@ def replace_attention_(
 
     Warns:
         UserWarning: attention was left alone that `skip` and `only` did not leave out; nothing
-            clamps it.
+            clamps it, or other bounds do. Or the model has no `nn.MultiheadAttention` at all.
 
     Raises:
         ValueError: an option is out of its range, or a name of `only` or `skip` fits no attention
             of the model; nothing is replaced then.
     """
-    found = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.MultiheadAttention)
-        and not isinstance(module, ClampedMultiheadAttention)
-    }
+    bounds = (clamp, softcap)
+    found = {name: m for name, m in model.named_modules() if _is_wanted(m, bounds)}
     wanted = set(found) if only is None else _fitting(found, "only", only)
     wanted -= _fitting(found, "skip", skip)
     readers = _readers(model)
@@ -96,7 +95,13 @@ def replace_attention_(
                 module.use_nested_tensor = False
     if unclamped := {name: why for name, why in left_alone.items() if name in wanted}:
         listed = "; ".join(f"{_shown(name)}: {why}" for name, why in unclamped.items())
-        warnings.warn(f"attention that stays without a clamp: {listed}", stacklevel=2)
+        warnings.warn(f"attention that stays without this clamp: {listed}", stacklevel=2)
+    if not found and not any(isinstance(m, ClampedMultiheadAttention) for m in model.modules()):
+        warnings.warn(
+            f"no nn.MultiheadAttention in {type(model).__name__}, nothing was replaced: call "
+            "clamped_attention where the model computes attention",
+            stacklevel=2,
+        )
     return Replacement(replaced, left_alone)
 
 
@@ -127,19 +132,43 @@ def _fitting(found: dict[str, nn.Module], option: str, patterns: str | Iterable[
     return fitting
 
 
+def _is_wanted(module: nn.Module, bounds: tuple[float | None, float | None]) -> bool:
+    """Whether it is attention that has not these bounds."""
+    if isinstance(module, ClampedMultiheadAttention):
+        return (module.clamp, module.softcap) != bounds
+    if isinstance(module, nn.MultiheadAttention):
+        return True
+    called = "multiheadattention" in _class_name(module).replace("_", "").lower()
+    # PEFT's of that name has torch's within.
+    return called and not any(isinstance(m, nn.MultiheadAttention) for m in module.modules())
+
+
+def _class_name(module: nn.Module) -> str:
+    """Of a scripted or traced module the one it was made of."""
+    return getattr(module, "original_name", type(module).__name__)
+
+
 def _obstacle(module: nn.Module, readers: dict[nn.Module, str]) -> str | None:
     """Why replacing this module would change nothing, or something else."""
+    if isinstance(module, ClampedMultiheadAttention):
+        return (
+            f"it has its own bounds, clamp={module.clamp} and softcap={module.softcap}: set these "
+            "attributes to change them"
+        )
+    if isinstance(module, torch.jit.ScriptModule):
+        return f"it is a scripted {_class_name(module)}: replace it before you script or trace it"
     if parametrize.is_parametrized(module):
         return "its parameters are parametrized: replace it before you parametrize it"
+    if any(is_dtensor(p) for p in module.parameters()):
+        return "its parameters are DTensors: replace it before you shard the model"
     if type(module) is not nn.MultiheadAttention:
-        return f"it is a {type(module).__name__}, and what that computes is not known here"
+        name = f"{type(module).__module__}.{type(module).__qualname__}"
+        return f"it is a {name}, and what that computes is not known here"
     if getattr(module.forward, "__func__", None) is not nn.MultiheadAttention.forward:
         return (
             "its forward was wrapped, as accelerate's hooks do, and the wrapper calls what it "
             "wrapped: replace it before you wrap it"
         )
-    if any(is_dtensor(p) for p in module.parameters()):
-        return "its parameters are DTensors: replace it before you shard the model"
     if (owner := readers.get(module)) is not None:
         return f"a {owner} holds it, and reads its weights itself instead of calling it"
     return None

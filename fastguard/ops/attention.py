@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 
-from fastguard._tensors import is_dtensor
+from fastguard._tensors import from_first_rank, is_dtensor, replicated_beside
 
 from . import _library
 from ._checks import check_same_device, check_tensor
@@ -267,8 +267,9 @@ def _attention_and_weights(
         stats = torch.stack([largest, torch.special.entr(weights.detach()).sum(-1)])
 
     if dropout_p > 0:
+        seed = from_first_rank(seed, weights)
         kept, rescale = dropout_keep_ref(seed, logits.shape, dropout_p)
-        weights = torch.where(kept, weights * rescale, 0.0)
+        weights = torch.where(replicated_beside(kept, weights), weights * rescale, 0.0)
     output = (weights @ value).masked_fill(dead.unsqueeze(-1), 0.0).to(dtype)
     output = _bounded(output, clamp)
     return Attention(output, logsumexp, stats), weights.to(dtype)

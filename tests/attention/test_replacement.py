@@ -37,16 +37,19 @@ def test_replace_attention_shares_parameters_and_leaves_subclasses():
 
     before = outputs()
     # Two layers of the encoder with one, one of the decoder with two, and the shared one.
-    with pytest.warns(UserWarning, match=r"without a clamp: lists.2: it is a Custom, and what"):
+    with pytest.warns(
+        UserWarning, match=r"without this clamp: lists.2: it is a .*\.Custom, and what"
+    ):
         done = replace_attention_(model, clamp=None)
-    assert len(done.replaced) == 5 and list(done.left_alone) == ["lists.2"]
+    assert len(done.replaced) == 5 and list(done.left_alone) == ["lists.2", "ours"]
     torch.testing.assert_close(outputs(), before)
     assert type(shared) is ClampedMultiheadAttention and type(model["lists"][2]) is Custom
     assert model["ours"].clamp == 2.0
     assert list(model.state_dict()) == keys
     assert all(parameters[name] is now for name, now in model.named_parameters())
-    again = replace_attention_(model, skip="lists.2")
-    assert again.replaced == () and again.left_alone == {"lists.2": "only= or skip= says so"}
+    again = replace_attention_(model, clamp=None, skip=["lists.2", "ours"])
+    assert again.replaced == ()
+    assert again.left_alone == dict.fromkeys(["lists.2", "ours"], "only= or skip= says so")
 
 
 def test_replaced_attention_clamps_and_trains():
@@ -110,14 +113,14 @@ def model_of_all_kinds():
 
 def test_what_is_left_alone_is_named_with_the_reason():
     model = model_of_all_kinds()
-    with pytest.warns(UserWarning, match="attention that stays without a clamp") as caught:
+    with pytest.warns(UserWarning, match="attention that stays without this clamp") as caught:
         done = replace_attention_(model)
     assert done.replaced == ("plain", "hides.attention")
     reasons = {
         "wrapped": "its forward was wrapped",
         "parametrized": "its parameters are parametrized",
         "reader.attention": "a Reader holds it, and reads its weights itself",
-        "sub": "it is a Custom",
+        "sub": f"it is a {__name__}.Custom, and what that computes is not known",
     }
     assert done.left_alone.keys() == reasons.keys()
     for name, why in reasons.items():
@@ -129,10 +132,75 @@ def test_what_is_left_alone_is_named_with_the_reason():
 
 
 def test_torchaudios_wavlm_is_named():
-    wavlm_attention = pytest.importorskip("torchaudio.models.wav2vec2.wavlm_attention")
-    model = wavlm_attention.WavLMSelfAttention(8, 2)
-    with pytest.warns(UserWarning, match="attention: a WavLMSelfAttention holds it, and reads"):
-        assert replace_attention_(model).replaced == ()
+    models = pytest.importorskip("torchaudio.models")
+    widths = dict.fromkeys(("encoder_embed_dim", "encoder_ff_interm_features"), 8)
+    rates = (
+        "projection_dropout",
+        "attention_dropout",
+        "ff_interm_dropout",
+        "dropout",
+        "layer_drop",
+    )
+    model = models.wavlm_model(
+        **widths,
+        **{f"encoder_{rate}": 0.0 for rate in rates},
+        extractor_mode="group_norm",
+        extractor_conv_layer_config=[(8, 10, 5)],
+        extractor_conv_bias=False,
+        encoder_pos_conv_kernel=3,
+        encoder_pos_conv_groups=1,
+        encoder_num_layers=2,
+        encoder_num_heads=2,
+        encoder_num_buckets=4,
+        encoder_max_distance=8,
+        encoder_layer_norm_first=False,
+        aux_num_out=None,
+    )
+    with pytest.warns(UserWarning, match="a WavLMSelfAttention holds it, and reads its weights"):
+        done = replace_attention_(model)
+    assert done.replaced == () and len(done.left_alone) == 2
+
+
+class MultiHeadAttention(nn.Module):
+    """One of those that people write for themselves."""
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning")
+def test_other_classes_of_attention_are_named():
+    x = torch.ones(5, 2, 8)
+    model = nn.ModuleDict(
+        {
+            "own": MultiHeadAttention(),
+            "scripted": torch.jit.script(nn.MultiheadAttention(8, 2)),
+            "traced": torch.jit.trace(nn.MultiheadAttention(8, 2), (x, x, x)),
+            "torchs": nn.MultiheadAttention(8, 2),
+        }
+    )
+    with pytest.warns(UserWarning, match="own: .*; scripted: .*; traced: "):
+        done = replace_attention_(model)
+    assert done.replaced == ("torchs",)
+    assert done.left_alone["own"].startswith(f"it is a {__name__}.MultiHeadAttention")
+    for name in ("scripted", "traced"):
+        assert done.left_alone[name].startswith("it is a scripted MultiheadAttention: replace it")
+    with pytest.warns(UserWarning, match="the model itself: it is a scripted MultiheadAttention"):
+        replace_attention_(model["scripted"])
+
+
+def test_a_model_without_attention_is_said_to_have_none(recwarn):
+    with pytest.warns(UserWarning, match=r"no nn\.MultiheadAttention in Sequential, nothing was"):
+        assert replace_attention_(nn.Sequential(nn.Linear(8, 8))).replaced == ()
+    recwarn.clear()
+    replace_attention_(nn.Sequential(ClampedMultiheadAttention(8, 2, clamp=3.0)), clamp=3.0)
+    assert not recwarn
+
+
+def test_other_bounds_than_asked_for_are_named():
+    model = nn.Sequential(nn.MultiheadAttention(8, 2), nn.MultiheadAttention(8, 2))
+    replace_attention_(model, clamp=3.0, only="0")
+    with pytest.warns(UserWarning, match="0: it has its own bounds, clamp=3.0 and softcap=None"):
+        done = replace_attention_(model, clamp=3.0, softcap=2.0)
+    assert done.replaced == ("1",) and list(done.left_alone) == ["0"]
+    assert (model[0].clamp, model[0].softcap) == (3.0, None)
 
 
 def test_what_never_ran_is_named():
@@ -161,7 +229,7 @@ def test_only_and_skip_choose(recwarn):
     assert replaced(only=["encoder.encoder.*", "*.decoder.*"], skip="*.multihead_attn") == own
     assert sorted(replaced(skip="*layers.1.*")) == sorted(n for n in own + cross if ".1." not in n)
     assert replaced(only="*", skip="*") == []
-    assert not [w for w in recwarn if "without a clamp" in str(w.message)]
+    assert not [w for w in recwarn if "without this clamp" in str(w.message)]
 
 
 @pytest.mark.parametrize("option", ["only", "skip"])
