@@ -221,16 +221,21 @@ inline void check_attention_saved(
       "attention_backward: logsumexp must be (B, H, T)");
 }
 
-// (B, H, rows, columns) whose memory is that of (B, rows, H, columns): what comes out of the heads
-// is put side by side, and what goes into them is cut apart, without a copy.
+// (B, H, rows, columns) whose memory is that of (B, rows, H, columns): the heads of an output lie
+// side by side, and the heads of an input are cut apart, without a copy.
 inline torch::stable::Tensor empty_heads(
     const torch::stable::Tensor& like,
     int64_t batch,
     int64_t heads,
     int64_t rows,
     int64_t columns) {
-  return torch::stable::transpose(
-      torch::stable::new_empty(like, {batch, rows, heads, columns}), 1, 2);
+  int32_t dtype;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
+  return empty_strided(
+      like,
+      {batch, heads, rows, columns},
+      {rows * heads * columns, columns, heads * columns, 1},
+      dtype);
 }
 
 }  // namespace fastguard

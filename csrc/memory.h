@@ -7,6 +7,7 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <cstdint>
+#include <initializer_list>
 #include <string>
 
 namespace fastguard {
@@ -48,6 +49,28 @@ void check_memory(AtenTensorHandle tensor, const char* op, Name name) {
 // Of a list, by its number there.
 inline void check_memory(AtenTensorHandle tensor, const char* op, const char* name, size_t index) {
   check_memory(tensor, op, [&] { return std::string(name) + " " + std::to_string(index); });
+}
+
+// A new tensor on the device of `like`, by the shim itself: torch::stable::new_empty takes about 1
+// us for its way through the dispatcher. `dtype` is the shim's number.
+inline torch::stable::Tensor empty_strided(
+    const torch::stable::Tensor& like,
+    std::initializer_list<int64_t> sizes,
+    std::initializer_list<int64_t> strides,
+    int32_t dtype) {
+  int32_t type, index;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &type));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &index));
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      static_cast<int64_t>(sizes.size()),
+      sizes.begin(),
+      strides.begin(),
+      dtype,
+      type,
+      index,
+      &handle));
+  return torch::stable::Tensor(handle);
 }
 
 // Operators write through torch's copy_ where a tensor has gaps; of a leaf that requires a gradient

@@ -57,7 +57,7 @@ USED = {
         "_torchdynamo_orig_callable",
     },
     "integrations/accelerate.py": {"_is_overflow"},
-    "ops/attention.py": {"_C", "_functorch"},
+    "ops/attention.py": {"_AutoDispatchBelowAutograd", "_C", "_functorch"},
 }
 #: Names that are documented (of named tuples), or that are ours and set under a text.
 NOT_PRIVATE = {"_asdict", "_fields", "_replace", "_plain_class", "_fastguard_link", "_log_to"}
@@ -122,6 +122,7 @@ SGD = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=1.0)
 SPARSE = torch.ones(2).to_sparse()
 #: Private name -> whether this torch has it.
 IN_TORCH = {
+    "_AutoDispatchBelowAutograd": lambda: callable(torch._C._AutoDispatchBelowAutograd),
     "_C": lambda: hasattr(torch, "_C"),
     "_disable_dynamo": lambda: callable(torch._disable_dynamo),
     "_foreach_norm": lambda: callable(torch._foreach_norm),

@@ -144,17 +144,22 @@ AttentionProblem problem_of(
   return p;
 }
 
-ScalarType sums_of(const Tensor& query) {
-  return query.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+// The shim's number of the dtype that sums of the query's products have.
+int32_t sums_of(const Tensor& query) {
+  const bool wide = query.scalar_type() == ScalarType::Double;
+  return wide ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32();
 }
 
 // Memory for each thread, which starts as no task's.
 class Scratch {
  public:
-  explicit Scratch(int64_t bytes)
+  Scratch(const Tensor& like, int64_t bytes, bool parallel)
       : bytes_((bytes + 127) / 64 * 64),
-        memory_(
-            torch::stable::empty({bytes_ * torch::stable::get_num_threads()}, ScalarType::Byte)) {}
+        memory_(empty_strided(
+            like,
+            {bytes_ * (parallel ? torch::stable::get_num_threads() : 1)},
+            {1},
+            aoti_torch_dtype_uint8())) {}
 
   char* of(int64_t thread) const {
     auto* const first = static_cast<char*>(memory_.mutable_data_ptr()) + thread * bytes_;
@@ -207,18 +212,19 @@ std::tuple<Tensor, Tensor, Tensor> attention_cpu(
   AttentionProblem p = problem_of(sizes, inputs, attn_mask, seed, options);
   const Tensor output =
       empty_heads(query, sizes.batch, sizes.heads, sizes.queries, sizes.value_dim);
-  const std::vector<int64_t> rows{sizes.batch, sizes.heads, sizes.queries};
-  const Tensor logsumexp = torch::stable::new_empty(query, rows, sums_of(query));
-  const std::vector<int64_t> of_stats{2, sizes.batch, sizes.heads, sizes.queries};
-  const Tensor stats = torch::stable::new_empty(
-      query, return_stats ? of_stats : std::vector<int64_t>{0}, sums_of(query));
+  const int64_t b = sizes.batch, h = sizes.heads, t = sizes.queries;
+  const Tensor logsumexp = empty_strided(query, {b, h, t}, {h * t, t, 1}, sums_of(query));
+  const Tensor stats = return_stats
+      ? empty_strided(query, {2, b, h, t}, {b * h * t, h * t, t, 1}, sums_of(query))
+      : empty_strided(query, {0}, {1}, sums_of(query));
   p.output = heads_of(output);
   p.logsumexp = logsumexp.mutable_data_ptr();
   p.stats = return_stats ? stats.mutable_data_ptr() : nullptr;
 
-  const Scratch scratch(kernel.forward_scratch(p));
+  const bool parallel = is_much(sizes);
+  const Scratch scratch(query, kernel.forward_scratch(p), parallel);
   const int64_t step = rows_of_task(sizes), parts = (sizes.queries + step - 1) / step;
-  for_each_task(sizes.batch * sizes.heads * parts, 1, is_much(sizes), [&](int64_t thread) {
+  for_each_task(sizes.batch * sizes.heads * parts, 1, parallel, [&](int64_t thread) {
     return [&, memory = scratch.of(thread)](int64_t i) {
       const int64_t head = i / parts, begin = i % parts * step;
       const int64_t b = head / sizes.heads, h = head % sizes.heads;
@@ -277,20 +283,25 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward_cpu(
   p.grad_key = heads_of(grad_key);
   p.grad_value = heads_of(grad_value);
   p.chunks = chunks_of(sizes);
-  const std::vector<int64_t> of_partial{
-      p.chunks > 1 ? p.chunks : 0, sizes.batch, sizes.heads, sizes.queries, sizes.head_dim};
-  const Tensor partial = torch::stable::new_empty(query, of_partial, sums_of(query));
+  const int64_t d = sizes.head_dim, of_head = sizes.queries * d;
+  const int64_t of_utterance = sizes.heads * of_head, of_chunk = sizes.batch * of_utterance;
+  const Tensor partial = empty_strided(
+      query,
+      {p.chunks > 1 ? p.chunks : 0, sizes.batch, sizes.heads, sizes.queries, d},
+      {of_chunk, of_utterance, of_head, d, 1},
+      sums_of(query));
   p.partial_grad_query = p.chunks > 1 ? partial.mutable_data_ptr() : nullptr;
 
-  const Scratch scratch(kernel.backward_scratch(p));
-  for_each_task(sizes.batch * sizes.kv_heads * p.chunks, 1, is_much(sizes), [&](int64_t thread) {
+  const bool parallel = is_much(sizes);
+  const Scratch scratch(query, kernel.backward_scratch(p), parallel);
+  for_each_task(sizes.batch * sizes.kv_heads * p.chunks, 1, parallel, [&](int64_t thread) {
     return [&, memory = scratch.of(thread)](int64_t i) {
       const int64_t head = i / p.chunks;
       kernel.backward(p, {head / sizes.kv_heads, head % sizes.kv_heads, i % p.chunks}, memory);
     };
   });
   if (p.chunks > 1) {
-    for_each_task(sizes.batch * sizes.heads, 1, is_much(sizes), [&](int64_t) {
+    for_each_task(sizes.batch * sizes.heads, 1, parallel, [&](int64_t) {
       return [&](int64_t head) { kernel.add_partials(p, head / sizes.heads, head % sizes.heads); };
     });
   }

@@ -233,26 +233,36 @@ def check_key_padding_mask(mask: Tensor, batch: int, keys: int) -> None:
 
 
 def _check_inputs(query: Tensor, key: Tensor, value: Tensor) -> None:
-    shapes = [tuple(x.shape) for x in (query, key, value)]
-    got = "got query {}, key {} and value {}".format(*shapes)
+    shapes = query.shape, key.shape, value.shape
     if not all(len(shape) == 4 for shape in shapes):
-        raise ValueError(f"query, key and value must have 4 dimensions (B, H, T, D); {got}")
+        _refuse("query, key and value must have 4 dimensions (B, H, T, D); ", *shapes)
     (batch, heads, _, width), (batch_k, heads_k, keys, width_k), shape_v = shapes
     if shape_v[:3] != (batch_k, heads_k, keys) or batch != batch_k or width != width_k:
-        raise ValueError(
-            f"query (B, H, T, D), key (B, G, S, D) and value (B, G, S, Dv) do not fit: {got}"
+        _refuse(
+            "query (B, H, T, D), key (B, G, S, D) and value (B, G, S, Dv) do not fit: ", *shapes
         )
     if 0 in (heads, heads_k, width, shape_v[3]) or heads % heads_k:
-        raise ValueError(
-            f"H must be a multiple of G, and H, G, D and Dv at least 1 (query (B, H, T, D), key "
-            f"(B, G, S, D), value (B, G, S, Dv)); {got}"
+        _refuse(
+            "H must be a multiple of G, and H, G, D and Dv at least 1 (query (B, H, T, D), key "
+            "(B, G, S, D), value (B, G, S, Dv)); ",
+            *shapes,
         )
-    dtypes, devices = zip(*((x.dtype, x.device) for x in (query, key, value)), strict=True)
-    if len({*dtypes}) > 1 or dtypes[0] not in DTYPES or len({*devices}) > 1:
+    dtype, device = query.dtype, query.device
+    if (
+        dtype not in DTYPES
+        or not dtype == key.dtype == value.dtype
+        or not device == key.device == value.device
+    ):
         raise ValueError(
             "query, key and value must be on one device and of one dtype of float32, float64, "
-            f"bfloat16, float16; got {list(dtypes)} on {[str(device) for device in devices]}"
+            f"bfloat16, float16; got {[x.dtype for x in (query, key, value)]} on "
+            f"{[str(x.device) for x in (query, key, value)]}"
         )
+
+
+def _refuse(why: str, *shapes: torch.Size) -> None:
+    got = "got query {}, key {} and value {}".format(*map(tuple, shapes))
+    raise ValueError(f"{why}{got}")
 
 
 def _check_device(name: str, mask: Tensor, query: Tensor) -> None:

@@ -57,9 +57,9 @@ def _parse(info: str) -> dict[str, str]:
 
 def has_kernel(tensor: Tensor) -> bool:
     """Whether a native kernel serves this tensor. If none does, the reference serves it."""
-    if tensor.device.type == "cuda":
-        return cuda_problem is None and runs_on(tensor.device)
-    return tensor.device.type == "cpu" and cpu_problem is None
+    if tensor.is_cpu:
+        return cpu_problem is None
+    return tensor.is_cuda and cuda_problem is None and runs_on(tensor.device)
 
 
 @functools.cache

@@ -166,8 +166,12 @@ def _is_transformed(*tensors: Tensor) -> bool:
     """Whether forward derivatives are wanted, or those of torch.func's grad, vjp and jvp."""
     if torch.compiler.is_compiling():
         return False
-    tracked = torch._C._functorch.is_gradtrackingtensor
-    return any(tracked(x) or unpack_dual(x).tangent is not None for x in tensors)
+    functorch = torch._C._functorch
+    if functorch.peek_interpreter_stack() is not None and any(
+        map(functorch.is_gradtrackingtensor, tensors)
+    ):
+        return True
+    return any(unpack_dual(x).tangent is not None for x in tensors)
 
 
 def _are_dtensors(*tensors: Tensor) -> bool:
@@ -180,16 +184,24 @@ def _are_dtensors(*tensors: Tensor) -> bool:
 def _differentiable(*args) -> tuple[Tensor, Tensor, Tensor]:
     """The operator. Its registered autograd costs some 20 us a pass more than an autograd.Function,
     a tenth of short attention; compilers and torch.func need the former."""
-    bare = torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None
-    if not bare and torch.is_grad_enabled() and any(x.requires_grad for x in args[:3]):
+    operator = torch.ops.fastguard.attention.default
+    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
+        return operator(*args)
+    if torch.is_grad_enabled() and any(x.requires_grad for x in args[:3]):
         return _Differentiable.apply(*args)
-    return torch.ops.fastguard.attention.default(*args)
+    return _without_autograd(operator, *args)
+
+
+def _without_autograd(operator, *args):
+    """The operator's kernel. The registered autograd is Python and costs 3 us to pass through."""
+    with torch._C._AutoDispatchBelowAutograd():
+        return operator(*args)
 
 
 class _Differentiable(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *args):
-        results = torch.ops.fastguard.attention.default(*args)
+        results = _without_autograd(torch.ops.fastguard.attention.default, *args)
         _save_for_backward(ctx, args, results)
         ctx.mark_non_differentiable(*results[1:])
         ctx.set_materialize_grads(False)
@@ -373,9 +385,12 @@ def _save_for_backward(ctx, inputs, output):
 
 
 def _backward(ctx, grad_output, *_):
-    grads = torch.ops.fastguard.attention_backward.default(
-        grad_output, *ctx.saved_tensors, *ctx.options
-    )
+    operator = torch.ops.fastguard.attention_backward.default
+    args = (grad_output, *ctx.saved_tensors, *ctx.options)
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():  # of second derivatives, refused
+        grads = operator(*args)
+    else:
+        grads = _without_autograd(operator, *args)
     return (*grads, *[None] * 9)
 
 
