@@ -52,7 +52,8 @@ class ClampedMultiheadAttention(nn.MultiheadAttention):
             weights has none, nor one inside `torch.vmap`.
 
     Raises:
-        ValueError: `embed_dim` is not a multiple of `num_heads`, or an option is out of its range.
+        AssertionError: as torch, for an `embed_dim` that is not a multiple of `num_heads`.
+        ValueError: a size below 1, or an option out of its range.
     """
 
     #: Of the last forward, None if it recorded none.
@@ -81,7 +82,8 @@ class ClampedMultiheadAttention(nn.MultiheadAttention):
         record_stats: bool = False,
     ):
         if embed_dim < 1 or num_heads < 1 or embed_dim % num_heads:
-            raise ValueError(
+            error = ValueError if min(embed_dim, num_heads) < 1 else AssertionError  # as torch's
+            raise error(
                 f"num_heads must divide embed_dim, got embed_dim={embed_dim}, "
                 f"num_heads={num_heads}: change one of the two"
             )
@@ -155,7 +157,7 @@ class ClampedMultiheadAttention(nn.MultiheadAttention):
                 not fit, nested tensors that are not one for all three, and masks that are neither
                 bool nor floating point.
             RuntimeError: as torch, for attn_mask of a shape that does not fit; for dtypes that
-                differ from the parameters'.
+                differ from the weights'. (`in_proj_bias` may be of another dtype.)
             TypeError, ValueError: masks that are no dense tensors, float8 and the like; see
                 `clamped_attention`. Quantized inputs.
             NotImplementedError: opacus asks for per-sample gradients.
@@ -198,10 +200,12 @@ class ClampedMultiheadAttention(nn.MultiheadAttention):
 
     def _of_nested(self, query, key, value, key_padding_mask, attn_mask, is_causal, need_weights):
         masked = key_padding_mask is not None or attn_mask is not None
-        if query is not key or key is not value or masked or need_weights:
+        empty = query.dim() != 3  # one of no sequences does not say how wide they would be
+        if query is not key or key is not value or masked or need_weights or empty:
             raise AssertionError(
                 "ClampedMultiheadAttention takes a nested tensor that is query, key and value in "
-                "one, without masks, and with need_weights=False: pad, and pass key_padding_mask"
+                "one, of at least one sequence, without masks, and with need_weights=False: pad, "
+                "and pass key_padding_mask"
             )
         lengths = [len(each) for each in query.unbind()]
         # Not the longest, which may be 0.
@@ -251,6 +255,9 @@ class ClampedMultiheadAttention(nn.MultiheadAttention):
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
         """Query, key and value of all heads, in as few GEMMs as may be; shaped as the inputs."""
         width, weight, bias = self.embed_dim, self.in_proj_weight, self.in_proj_bias
+        dtype = (self.q_proj_weight if weight is None else weight).dtype
+        if bias is not None and bias.dtype != dtype:  # torch takes one in some layouts
+            bias = bias.to(dtype)
         if weight is not None and key is value:
             if query is key:
                 return F.linear(query, weight, bias).chunk(3, dim=-1)

@@ -79,13 +79,13 @@ class ScriptedAttention(nn.MultiheadAttention):
         return output, weights.mean(-3) if average_attn_weights else weights
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        bias = self.in_proj_bias
-        biases = [None, None, None] if bias is None else bias.chunk(3)
         weight = self.in_proj_weight
         if weight is not None:
             of_query, of_key, of_value = weight.chunk(3)
         else:
             of_query, of_key, of_value = self.q_proj_weight, self.k_proj_weight, self.v_proj_weight
+        bias = self.in_proj_bias
+        biases = [None, None, None] if bias is None else bias.to(of_query.dtype).chunk(3)
         return (
             F.linear(query, of_query, biases[0]),
             F.linear(key, of_key, biases[1]),

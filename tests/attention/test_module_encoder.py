@@ -67,3 +67,12 @@ def test_a_nested_tensor_is_padded_and_nested_again(batch_first, lengths):
             ours(nested, nested, nested)
         with pytest.raises(AssertionError, match=r"a nested tensor that is query, key and value"):
             ours(nested, nested.clone(), nested, need_weights=False)
+
+
+def test_a_nested_tensor_of_no_sequences_is_refused():
+    ours = ClampedMultiheadAttention(24, 4, batch_first=True).eval()
+    nested = torch.nested.nested_tensor([])
+    with torch.no_grad(), pytest.raises(AssertionError, match="of at least one sequence"):
+        ours(nested, nested, nested, need_weights=False)
+    with torch.no_grad(), pytest.raises(AssertionError, match="does not support NestedTensor"):
+        nn.MultiheadAttention(24, 4, batch_first=True).eval()(nested, nested, nested)

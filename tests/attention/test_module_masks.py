@@ -109,12 +109,20 @@ def test_an_added_mask_may_be_learnt(need_weights):
         ({"clamp": NAN}, "got nan: pass None"),
         ({"softcap": -1.0}, "got -1.0: pass None"),
         ({"dropout": 1.5}, r"\[0, 1\), got 1.5"),
-        *(({"num_heads": n}, f"embed_dim=8, num_heads={n}") for n in (-2, 0, 3, 16)),
     ],
 )
 def test_impossible_options_are_named(options, message):
     with pytest.raises(ValueError, match=message):
         ClampedMultiheadAttention(**{"embed_dim": 8, "num_heads": 2} | options)
+
+
+@pytest.mark.parametrize("sizes", [(8, -2), (8, 0), (0, 2), (-8, 2), (8, 3), (8, 16)])
+def test_impossible_sizes_are_named_in_an_error_of_torchs_type(sizes):
+    with pytest.raises((ValueError, AssertionError)) as torchs:
+        nn.MultiheadAttention(*sizes)
+    with pytest.raises(torchs.type, match="embed_dim={}, num_heads={}".format(*sizes)) as caught:
+        ClampedMultiheadAttention(*sizes)
+    assert caught.type is torchs.type
 
 
 @pytest.mark.parametrize(

@@ -119,3 +119,21 @@ def test_what_is_traced_runs_without_fastguard():
     torch.testing.assert_close(traced(x), block(x))
     exported = torch.export.export(block, (x,)).module()
     torch.testing.assert_close(exported(x), block(x))
+
+
+def test_a_script_module_of_the_old_kind_takes_what_was_scripted():
+    """One that derives from torch.jit.ScriptModule compiles what it holds without asking it."""
+
+    class Old(torch.jit.ScriptModule):
+        def __init__(self, attention):
+            super().__init__()
+            self.attention = attention
+
+        @torch.jit.script_method
+        def forward(self, x):
+            return self.attention(x, x, x)[0]
+
+    attention = ClampedMultiheadAttention(8, 2, batch_first=True, clamp=0.01).eval()
+    x = torch.randn(2, 5, 8)
+    got = Old(torch.jit.script(attention))(x)
+    torch.testing.assert_close(got, attention(x, x, x)[0])
