@@ -9,12 +9,12 @@ from torch.nn.attention.bias import CausalBias
 
 from .functional import (
     AttentionStats,
-    check_mask,
     check_options,
     clamped_attention,
     clamped_attention_and_weights,
     plain_mask,
 )
+from .masks import extended, seen
 from .scripted import ScriptedAttention
 
 #: Where torch.ao.quantization has the layers that take quantized tensors alone.
@@ -149,15 +149,16 @@ class ClampedMultiheadAttention(nn.MultiheadAttention):
             (N, T, S), with ``average_attn_weights=False`` (N, H, T, S), unbatched without N. S
             counts the keys appended.
 
-        Nested tensors, as `nn.TransformerEncoder` makes them for its fast path, are padded, and
-        their output is nested again.
+        A nested tensor, as `nn.TransformerEncoder` makes it for its fast path, is padded. Its
+        output is nested again; its weights are padded with zeros, as torch's.
 
         Raises:
             AssertionError: as torch, for query, key, value or key_padding_mask of shapes that do
                 not fit, nested tensors that are not one for all three, and masks that are neither
                 bool nor floating point.
-            RuntimeError: as torch, for attn_mask of a shape that does not fit; for dtypes that
-                differ from the weights'. (`in_proj_bias` may be of another dtype.)
+            RuntimeError: as torch, for attn_mask of sizes that do not fit (of dimensions that do
+                not, it is an AssertionError); for dtypes that differ from the weights'.
+                (`in_proj_bias` may be of another dtype.)
             TypeError, ValueError: masks that are no dense tensors, float8 and the like; see
                 `clamped_attention`. Quantized inputs.
             NotImplementedError: opacus asks for per-sample gradients.
@@ -168,8 +169,15 @@ class ClampedMultiheadAttention(nn.MultiheadAttention):
             inputs = (query, key, value, key_padding_mask, need_weights, attn_mask)
             return self._called(*inputs, average_attn_weights, is_causal)
         if query.is_nested or key.is_nested or value.is_nested:
-            masks = (key_padding_mask, attn_mask, is_causal)
-            return self._of_nested(query, key, value, *masks, need_weights), None
+            masked = key_padding_mask is not None or attn_mask is not None
+            # One of no sequences does not say how wide they would be.
+            if query is not key or key is not value or masked or query.dim() != 3:
+                raise AssertionError(
+                    "ClampedMultiheadAttention takes a nested tensor that is query, key and value "
+                    "in one, of at least one sequence and without masks: pad, and pass "
+                    "key_padding_mask"
+                )
+            return self._of_nested(query, need_weights, average_attn_weights, is_causal)
         self._refuse_frameworks(query)
         self._check_inputs(query, key, value)
         batched = query.dim() == 3
@@ -198,26 +206,25 @@ class ClampedMultiheadAttention(nn.MultiheadAttention):
         tracer = next(x for x in args if isinstance(x, fx.Proxy)).tracer
         return tracer.create_proxy("call_module", tracer.path_of_module(self), args, {})
 
-    def _of_nested(self, query, key, value, key_padding_mask, attn_mask, is_causal, need_weights):
-        masked = key_padding_mask is not None or attn_mask is not None
-        empty = query.dim() != 3  # one of no sequences does not say how wide they would be
-        if query is not key or key is not value or masked or need_weights or empty:
-            raise AssertionError(
-                "ClampedMultiheadAttention takes a nested tensor that is query, key and value in "
-                "one, of at least one sequence, without masks, and with need_weights=False: pad, "
-                "and pass key_padding_mask"
-            )
-        lengths = [len(each) for each in query.unbind()]
+    def _of_nested(
+        self, x: Tensor, need_weights: bool, average_attn_weights: bool, is_causal: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """`forward` of a nested tensor. The weights are padded with zeros, as torch's."""
+        lengths = [len(each) for each in x.unbind()]
         # Not the longest, which may be 0.
-        padded = query.to_padded_tensor(0.0, (len(lengths), max([1, *lengths]), self.embed_dim))
+        padded = x.to_padded_tensor(0.0, (len(lengths), max([1, *lengths]), self.embed_dim))
         hidden = torch.arange(padded.size(1)) >= torch.tensor(lengths)[:, None]
+        hidden = hidden.to(padded.device)
         by_rows = padded if self.batch_first else padded.transpose(0, 1)
-        output, _ = ClampedMultiheadAttention.forward(
-            self, *[by_rows] * 3, hidden.to(padded.device), need_weights=False, is_causal=is_causal
+        output, weights = ClampedMultiheadAttention.forward(
+            self, *[by_rows] * 3, hidden, need_weights, None, average_attn_weights, is_causal
         )
         output = output if self.batch_first else output.transpose(0, 1)
         rows = [each[:length] for each, length in zip(output, lengths, strict=True)]
-        return torch.nested.as_nested_tensor(rows, layout=query.layout)
+        if weights is not None:
+            of_padding = hidden[:, :, None] if average_attn_weights else hidden[:, None, :, None]
+            weights = weights.masked_fill(of_padding, 0.0)
+        return torch.nested.as_nested_tensor(rows, layout=x.layout), weights
 
     def _refuse_frameworks(self, query: Tensor) -> None:
         """Raise for what other packages would do wrong with this module, or cannot do."""
@@ -326,15 +333,18 @@ class ClampedMultiheadAttention(nn.MultiheadAttention):
                 attn_mask = like.new_ones(rows, keys, dtype=torch.bool).triu(1)
         if attn_mask is not None:
             shapes = {"(T, S)": (rows, keys), "(N * H, T, S)": (batch * self.num_heads, rows, keys)}
-            attn_mask = _extended("attn_mask", attn_mask, shapes, appended, RuntimeError)
+            # torch's types of error.
+            wrong_dim = attn_mask.dim() != 2 and (attn_mask.dim() != 3 or not batched)
+            error = AssertionError if wrong_dim else RuntimeError
+            attn_mask = extended("attn_mask", attn_mask, shapes, appended, error)
             if attn_mask.dim() == 3:
                 attn_mask = attn_mask.unflatten(0, (batch, self.num_heads))
         if key_padding_mask is not None:
             shapes = {"(N, S)": (batch, keys)} if batched else {"(S,)": (keys,)}
-            key_padding_mask = _extended(
+            key_padding_mask = extended(
                 "key_padding_mask", key_padding_mask, shapes, appended, AssertionError
             ).view(batch, keys + appended)
-        key_padding_mask, attn_mask = _seen(key_padding_mask, attn_mask)
+        key_padding_mask, attn_mask = seen(key_padding_mask, attn_mask)
         return {
             "key_padding_mask": key_padding_mask,
             "attn_mask": attn_mask,
@@ -354,45 +364,3 @@ def _nothing(_module: nn.Module, _args: tuple) -> None:
 
 def _is_batched(x: Tensor) -> bool:
     return not torch.compiler.is_compiling() and torch._C._functorch.is_batchedtensor(x)
-
-
-def _extended(
-    name: str,
-    mask: Tensor,
-    shapes: dict[str, tuple[int, ...]],
-    appended: int,
-    error: type[Exception],
-) -> Tensor:
-    """`mask`, checked, with `appended` keys that it leaves seen; a copy only if there are any."""
-    check_mask(name, mask)
-    if mask.dtype != torch.bool and not mask.is_floating_point():
-        raise AssertionError(
-            f"{name} must be bool (True: hidden) or floating point (added), got {mask.dtype}"
-        )
-    if tuple(mask.shape) not in shapes.values():
-        wanted = " or ".join(f"{axes} = {shape}" for axes, shape in shapes.items())
-        raise error(f"{name} must be of shape {wanted}, got {tuple(mask.shape)}")
-    return F.pad(mask, (0, appended)) if appended else mask
-
-
-def _seen(
-    key_padding_mask: Tensor | None, attn_mask: Tensor | None
-) -> tuple[Tensor | None, Tensor | None]:
-    """torch's masks, (N, S) and broadcastable to (N, H, T, S), as `clamped_attention` takes them.
-
-    That is a bool `key_padding_mask`, and an `attn_mask` that is True where a key takes part.
-    """
-    if key_padding_mask is None or key_padding_mask.dtype == torch.bool:
-        if attn_mask is not None and attn_mask.dtype == torch.bool:
-            attn_mask = ~attn_mask
-        return key_padding_mask, attn_mask
-    bias = key_padding_mask[:, None, None, :]
-    if attn_mask is None:
-        attn_mask = bias
-    elif attn_mask.dtype == torch.bool:
-        attn_mask = bias.masked_fill(attn_mask, -torch.inf)
-    else:
-        attn_mask = bias + attn_mask
-    # nn.TransformerEncoderLayer turns bool masks into these. What they hide is padding all the
-    # same, of which NaN must reach nothing.
-    return key_padding_mask == -torch.inf, attn_mask

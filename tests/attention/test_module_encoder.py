@@ -9,7 +9,7 @@ from torch import nn
 from fastguard.attention.module import ClampedMultiheadAttention
 from fastguard.attention.replacement import replace_attention_
 
-from .cases import TORCHS_WARNINGS, draw, encoder_layers, length_mask
+from .cases import TORCHS_WARNINGS, draw, encoder_layers, length_mask, twins
 
 pytestmark = TORCHS_WARNINGS
 
@@ -64,9 +64,23 @@ def test_a_nested_tensor_is_padded_and_nested_again(batch_first, lengths):
         for got, row in zip(output.unbind(), rows, strict=True):
             torch.testing.assert_close(got, ours(row, row, row, need_weights=False)[0])
         with pytest.raises(AssertionError, match=r"a nested tensor that is query, key and value"):
-            ours(nested, nested, nested)
-        with pytest.raises(AssertionError, match=r"a nested tensor that is query, key and value"):
             ours(nested, nested.clone(), nested, need_weights=False)
+        with pytest.raises(AssertionError, match=r"without masks"):
+            ours(nested, nested, nested, attn_mask=torch.zeros(5, 5))
+
+
+@pytest.mark.parametrize("average", [True, False])
+@pytest.mark.parametrize("lengths", [[3, 2], [5], [4, 4, 1]])
+def test_the_weights_of_a_nested_tensor_are_padded_as_torchs(average, lengths):
+    theirs, ours = twins(24, 4, batch_first=True, dtype=torch.float32)
+    nested = torch.nested.nested_tensor([draw(n, 24, seed=n).float() for n in lengths])
+    with torch.no_grad():
+        call = {"average_attn_weights": average}
+        got, weights = ours.eval()(nested, nested, nested, **call)
+        expected, torchs = theirs.eval()(nested, nested, nested, **call)
+    torch.testing.assert_close(weights, torchs)
+    for one, other in zip(got.unbind(), expected.unbind(), strict=True):
+        torch.testing.assert_close(one, other)
 
 
 def test_a_nested_tensor_of_no_sequences_is_refused():

@@ -157,6 +157,8 @@ BOOL = torch.bool
     [
         (("attn_mask", (7, 4), BOOL), RuntimeError, r"\(7, 5\) or .* \(4, 7, 5\), got \(7, 4\)"),
         (("attn_mask", (2, 7, 5), BOOL), RuntimeError, r"got \(2, 7, 5\)"),
+        (("attn_mask", (5,), BOOL), AssertionError, r"got \(5,\)"),
+        (("attn_mask", (1, 4, 7, 5), BOOL), AssertionError, r"got \(1, 4, 7, 5\)"),
         (("attn_mask", (7, 5), torch.int64), AssertionError, "attn_mask must be bool.*int64"),
         (("key_padding_mask", (2, 7), BOOL), AssertionError, r"\(N, S\) = \(2, 5\), got \(2, 7\)"),
         (("key_padding_mask", (5,), BOOL), AssertionError, r"got \(5,\)"),
@@ -177,6 +179,16 @@ def test_unbatched_masks_that_do_not_fit_are_named():
     x = torch.zeros(7, 8)
     with pytest.raises(AssertionError, match=r"\(S,\) = \(7,\), got \(1, 7\)"):
         ClampedMultiheadAttention(8, 2)(x, x, x, torch.zeros(1, 7, dtype=BOOL))
+
+
+@pytest.mark.parametrize("shape", [(7,), (7, 6), (3, 7, 7), (1, 2, 7, 7)])
+def test_unbatched_masks_of_other_shapes_raise_torchs_type_of_error(shape):
+    x, mask = torch.zeros(7, 8), torch.zeros(shape, dtype=BOOL)
+    with pytest.raises((AssertionError, RuntimeError)) as torchs:
+        nn.MultiheadAttention(8, 2)(x, x, x, attn_mask=mask)
+    with pytest.raises(torchs.type, match=r"attn_mask must be of shape .* got ") as caught:
+        ClampedMultiheadAttention(8, 2)(x, x, x, attn_mask=mask)
+    assert caught.type is torchs.type
 
 
 @pytest.mark.parametrize("heads", [1, 2, 4])
