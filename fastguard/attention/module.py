@@ -163,7 +163,10 @@ class ClampedMultiheadAttention(nn.MultiheadAttention):
                 `clamped_attention`. Quantized inputs.
             NotImplementedError: opacus asks for per-sample gradients.
         """
-        if self.never_ran and not torch.compiler.is_exporting():
+        exporting = torch.compiler.is_exporting()
+        # Compiled code is guarded by what it reads, and compiled again when that changes.
+        compiled = torch.compiler.is_compiling() and not exporting
+        if compiled or (self.never_ran and not exporting):
             self.never_ran = False
         if any(isinstance(x, fx.Proxy) for x in (query, key, value)):
             inputs = (query, key, value, key_padding_mask, need_weights, attn_mask)
@@ -187,7 +190,7 @@ class ClampedMultiheadAttention(nn.MultiheadAttention):
         options["dropout_p"] = self.dropout if self.training else 0.0
         options.update(softcap=self.softcap, clamp=self.clamp)
         k, v = self._append(k, self.bias_k), self._append(v, self.bias_v)
-        if self.stats is not None:
+        if compiled or self.stats is not None:
             self.stats = None  # of another batch
         if not need_weights:
             # What torch.vmap has made of the inputs means nothing outside of it.
