@@ -31,6 +31,12 @@ from fastguard.speech.training.precision import AUTOCAST, autocast
 
 from . import recognition_options
 
+logger = logging.getLogger(__name__)
+
+_UNSPLIT = (
+    "%d rows of %s name no split: %s has only those whose texts training would put there; "
+    "--split all evaluates all rows"
+)
 _WORST = 10
 _NAMED = 3  # rows that could not be used, for each reason
 # Shortest and longest recording in seconds; the longest bounds the memory.
@@ -110,6 +116,8 @@ def _evaluate(args: argparse.Namespace) -> None:
     with contextlib.ExitStack() as results:  # the files get their names when all are written
         changed = results.enter_context(listing(folder, "changed_labels.jsonl"))
         corpus = load_split(data, args.split, recognizer, changed)
+        if data != recognizer.config.data and args.split != "all" and corpus.unsplit:
+            logger.warning(_UNSPLIT, corpus.unsplit, terminal.one_line(data), args.split)
         found = _recognised(args, recognizer, decode, corpus)
         left_out = results.enter_context(listing(folder, "left_out.jsonl"))
         corpus.write_left_out(left_out)
@@ -164,16 +172,23 @@ def load_split(
         CorpusError: the split is empty.
     """
     config = recognizer.config
-    return load_corpus(
+    wanted = SPLITS if split == "all" else (split,)
+    corpus = load_corpus(
         data,
         min_duration=_SHORTEST,
         max_duration=_LONGEST,
         seed=config.seed,
-        needed=SPLITS if split == "all" else (split,),
+        needed=SPLITS,
         rules=config.text,
         silent=True,
         changed=changed,
     )
+    if corpus.unsplit and not any(map(corpus.split, wanted)):
+        raise CorpusError(
+            f"no usable row in the split {split}: {corpus.unsplit} rows of {data} name no split, "
+            f"and their texts gave them others; --split all evaluates all rows\n{corpus.summary()}"
+        )
+    return corpus.with_something_in(wanted)
 
 
 def _forward(recognizer: Recognizer, device: torch.device, precision: str, batch: Batch):

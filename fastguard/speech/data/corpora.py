@@ -70,6 +70,7 @@ class Corpus:
         rejected: those that are left out, with reasons.
         decoded: whether every recording was decoded; otherwise durations are unchecked.
         changes: what normalising changed, by the steps of fastguard.speech.data.text.normalized.
+        unsplit: rows that named no split; they got one by their texts.
     """
 
     spec: str
@@ -77,6 +78,7 @@ class Corpus:
     rejected: list[Rejected]
     decoded: bool = True
     changes: dict[str, Change] = field(default_factory=dict)
+    unsplit: int = 0
 
     def split(self, name: str) -> Utterances:
         """The utterances of "train", "dev" or "test"; raises ValueError for another name."""
@@ -204,7 +206,7 @@ def load_corpus(
         else:
             kept.append(index)
     kept_rows = rows.with_durations(durations).select(kept)
-    corpus = Corpus(spec, kept_rows, rejected, decoded, sorting.changes)
+    corpus = Corpus(spec, kept_rows, rejected, decoded, sorting.changes, sorting.unsplit)
     if max_output_length is None:
         return corpus.with_something_in(needed)
     return corpus.drop_infeasible(str, max_output_length, needed)
@@ -298,6 +300,7 @@ class _Sorting:
         self.changed = changed
         self.changes: dict[str, Change] = {}
         self.rejected: list[Rejected] = []
+        self.unsplit = 0
 
     def sort_out(self, found: Iterable[Row | Rejected]) -> Iterator[Utterance]:
         ids = set()
@@ -312,6 +315,7 @@ class _Sorting:
             else:
                 ids.add(row.id)
                 self._note(row, text, kinds)
+                self.unsplit += row.split is None
                 duration = math.nan if row.duration is None else row.duration
                 yield Utterance(row.id, row.audio, text, row.split, duration)
 

@@ -27,7 +27,7 @@ class OptimConfig:
     schedule: Literal["constant", "cosine", "noam"] = "constant"
     """After the warm-up: a constant rate, half a cosine down to 0, or 1 / sqrt(step)."""
     warmup: int = 0
-    """Steps over which the learning rate rises from 0."""
+    """Steps over which the learning rate rises from 0; at most a fifth of the run."""
     betas: tuple[float, float] = (0.9, 0.999)
     """Decay rates of exp_avg and exp_avg_sq."""
     eps: float = 1e-8
@@ -177,7 +177,8 @@ class Config:
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
     """Precision of autocast; fp32 turns it off, fp16 scales the loss."""
     ema: float = 0.0
-    """Decay per step of averaged weights, which are evaluated and kept as best; 0: none."""
+    """Decay per step of averaged weights, which are evaluated and kept as best; 0: none. It rises
+    from 0.18 as (1 + n) / (10 + n) in step n."""
     max_duration: float = 20.0
     """Longest recording, in seconds; longer ones are left out."""
     num_workers: int = 0

@@ -26,6 +26,7 @@ from .parallel import Parallel
 logger = logging.getLogger(__name__)
 
 EVALUATION_BATCH = 8  # utterances
+_FEW = 20  # dev utterances below which a WER says little
 
 
 class Data:
@@ -116,7 +117,15 @@ class Data:
 
     def evaluation_split(self) -> str:
         """The split whose error rates are measured: "dev", or "train" with a warning."""
-        if self.corpus.split("dev"):
+        if dev := self.corpus.split("dev"):
+            if len(dev) < _FEW:
+                logger.warning(
+                    "best.pt is chosen by the WER of %d dev utterances with %d words, and fewer "
+                    "than %d utterances say little: give more rows the split dev",
+                    len(dev),
+                    sum(len(text.split()) for text in dev.texts()),
+                    _FEW,
+                )
             return "dev"
         logger.warning(
             "%s has no dev split: the error rates are those of the training split", self.config.data

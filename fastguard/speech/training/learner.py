@@ -19,6 +19,7 @@ from .distillation import consistency_loss, distillation_loss
 from .loss import ctc_loss
 from .parallel import Parallel
 from .precision import autocast
+from .schedules import average_decay
 from .stepper import PlainClip
 
 logger = logging.getLogger(__name__)
@@ -62,7 +63,11 @@ class Learner:
         return model
 
     def _average(self) -> AveragedModel:
-        return AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(self.config.ema))
+        def update(averages: list[Tensor], weights: list[Tensor], updates: Tensor) -> None:
+            decay = average_decay(self.config.ema, int(updates))
+            get_ema_multi_avg_fn(decay)(averages, weights, updates)
+
+        return AveragedModel(self.model, multi_avg_fn=update)
 
     @property
     def evaluated(self) -> nn.Module:

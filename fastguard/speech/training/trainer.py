@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import math
 import random
 import time
 
@@ -29,7 +30,7 @@ from .parallel import Parallel
 from .progress import Progress
 from .run_folder import RunError, RunFolder
 from .run_state import RunState
-from .schedules import learning_rate, set_learning_rate
+from .schedules import capped_warmup, learning_rate, set_learning_rate
 from .stepper import build_optimizer, build_stepper
 from .teacher import load_teacher
 
@@ -71,6 +72,7 @@ class Trainer:
         fp16 = config.precision == "fp16"
         self.scaler = torch.amp.GradScaler(parallel.device.type) if fp16 else None
         self.sampler, self.loader = self.data.train_loader(parallel)
+        self._warmup = self._steps_of_warmup()
         self.progress = Progress()
         self.agreement = Agreement(parallel)
         self.journal = Journal()
@@ -266,6 +268,25 @@ class Trainer:
             raise explosion
         return loss
 
+    def _steps_of_warmup(self) -> int:
+        """The settings' warm-up, or less of it in a short run, which is logged.
+
+        It is called before a state is restored: the number of batches depends on the epoch.
+        """
+        config = self.config
+        steps = config.epochs * math.ceil(len(self.sampler) / config.grad_accumulation)
+        if config.max_steps is not None:
+            steps = min(steps, config.max_steps)
+        warmup = capped_warmup(config.optim.warmup, steps)
+        if warmup < config.optim.warmup:
+            logger.info(
+                "Warm-up of %d steps, not optim.warmup=%d: at most a fifth of the run's %d steps",
+                warmup,
+                config.optim.warmup,
+                steps,
+            )
+        return warmup
+
     def _set_learning_rate(self) -> None:
         optim, progress = self.config.optim, self.progress
         part = (progress.epoch - 1 + progress.batches / len(self.sampler)) / self.config.epochs
@@ -273,7 +294,7 @@ class Trainer:
             part = max(part, progress.step / self.config.max_steps)
         set_learning_rate(
             self.optimizer,
-            learning_rate(optim.schedule, optim.lr, optim.warmup, progress.step, part),
+            learning_rate(optim.schedule, optim.lr, self._warmup, progress.step, part),
         )
 
     # --- states -----------------------------------------------------------------------------------

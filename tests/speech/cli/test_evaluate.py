@@ -122,6 +122,28 @@ def test_what_is_evaluated_is_all_that_can_be(trained_run, tmp_path, capsys):
     assert changed["written"] == "Words! (noise)"
 
 
+def test_a_manifest_without_splits(trained_run, tmp_path, capsys, caplog):
+    """Of three rows none is dev; of eight one is, and it is said that the others are not."""
+    tones(tmp_path, 8)
+    words = ["ab", "ba", "abba", "bab", "aab", "bba", "abab", "baba"]
+    rows = [{"audio_filepath": f"tone{i}.wav", "text": word} for i, word in enumerate(words)]
+    few = write_manifest(tmp_path / "few.jsonl", rows[:3])
+    options = [str(trained_run), "--output", str(tmp_path / "out")]
+    assert main([*options, "--data", few]) == 1
+    error = capsys.readouterr().err
+    assert f"no usable row in the split dev: 3 rows of {few} name no split" in error
+    assert "--split all evaluates all rows" in error
+    assert main([*options, "--data", few, "--split", "all"]) == 0
+    assert len(rows_of(tmp_path / "out")) == 3
+    assert not caplog.records
+    many = write_manifest(tmp_path / "many.jsonl", rows)
+    assert main([*options, "--data", many]) == 0
+    assert len(rows_of(tmp_path / "out")) == 1
+    (record,) = caplog.records
+    assert record.getMessage().startswith(f"8 rows of {many} name no split: dev has only those")
+    assert record.getMessage().endswith("--split all evaluates all rows")
+
+
 @pytest.mark.parametrize(
     "options, status, message",
     [

@@ -33,6 +33,7 @@ def test_the_two_columns(model):
     assert table(stable) == STABLE
     assert stable.guard.enabled
     assert stable.guard.skip_norm == 10.0
+    assert (before.epochs, stable.epochs) == (10, 50)
     assert stable.network.attention_clamp == 10.0
     assert before.batch_size == stable.batch_size == {"teacher": 2, "baseline": 4}[model]
 

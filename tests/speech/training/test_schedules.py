@@ -5,7 +5,12 @@ import math
 import pytest
 import torch
 
-from fastguard.speech.training.schedules import learning_rate, set_learning_rate
+from fastguard.speech.training.schedules import (
+    average_decay,
+    capped_warmup,
+    learning_rate,
+    set_learning_rate,
+)
 
 
 @pytest.mark.parametrize("schedule", ["constant", "cosine", "noam"])
@@ -57,3 +62,19 @@ def test_every_group_is_set():
     optimizer = torch.optim.SGD([{"params": [w]} for w in weights], lr=math.pi)
     set_learning_rate(optimizer, 0.25)
     assert [group["lr"] for group in optimizer.param_groups] == [0.25, 0.25]
+
+
+@pytest.mark.parametrize(
+    "warmup, steps, expected",
+    [(500, 4620, 500), (500, 2500, 500), (500, 2499, 499), (500, 20, 4), (500, 1, 1), (0, 20, 0)],
+)
+def test_a_warm_up_is_at_most_a_fifth_of_the_run(warmup, steps, expected):
+    assert capped_warmup(warmup, steps) == expected
+
+
+def test_the_decay_of_an_average_rises_to_its_setting():
+    decays = [average_decay(0.999, n) for n in range(20_000)]
+    assert decays[1] == pytest.approx(2 / 11)
+    assert decays == sorted(decays)
+    assert decays[8980] < 0.999 == decays[8999] == decays[-1]
+    assert average_decay(0.1, 1) == 0.1

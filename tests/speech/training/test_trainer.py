@@ -1,6 +1,7 @@
 """The trainer's wiring: each setting reaches its part, each part is used in the right mode."""
 
 import json
+import shutil
 import signal
 from fractions import Fraction
 
@@ -191,6 +192,55 @@ def test_cosine_comes_down_with_the_epochs_and_with_the_steps(make):
     by_steps = make(*options, "--epochs", "1000", "--max-steps", "100")
     assert rate(by_steps, 1, 0, 50) == pytest.approx(0.5)
     assert rate(by_steps, 1, 0, 99) < 1e-3
+
+
+def test_a_warm_up_longer_than_a_fifth_of_the_run_is_cut_and_said(make, caplog):
+    caplog.set_level("INFO", "fastguard")
+    options = ("--optim.warmup", "500", "--optim.lr", "1", "--epochs", "10", "--batch-size", "1")
+    for more, steps in (
+        ((), 40),
+        (("--max-steps", "15"), 15),
+        (("--grad-accumulation", "3"), 20),
+    ):
+        caplog.clear()
+        made = make(*options, *more)
+        warmup = steps // 5
+        made.progress.step = warmup - 2
+        made._set_learning_rate()
+        assert made.optimizer.param_groups[0]["lr"] == pytest.approx((warmup - 1) / warmup)
+        text = f"Warm-up of {warmup} steps, not optim.warmup=500: at most a fifth of the run's"
+        assert f"{text} {steps} steps" in caplog.text
+    caplog.clear()
+    made = make(*options, "--optim.warmup", "8")
+    made.progress.step = 3
+    made._set_learning_rate()
+    assert made.optimizer.param_groups[0]["lr"] == 0.5
+    assert "Warm-up" not in caplog.text
+
+
+def test_averaged_weights_soon_forget_the_initial_ones(make):
+    made = make("--ema", "0.999", "--stable", "--optim.lr", "0.1", "--optim.warmup", "0")
+    weight = made.learner.model.head.weight
+    micro_batches = [next(iter(made.loader))]
+    for number, decay in enumerate((0.0, 2 / 11, 3 / 12)):
+        before = made.learner.ema.module.head.weight.clone()
+        made._train_step(micro_batches, 0.0)
+        expected = decay * before + (1 - decay) * weight
+        torch.testing.assert_close(made.learner.ema.module.head.weight, expected)
+        assert made.learner.ema.n_averaged == number + 1
+
+
+def test_a_dev_split_that_says_little_is_told(make, tmp_path, caplog):
+    make()
+    text = "best.pt is chosen by the WER of 2 dev utterances with 2 words, and fewer than 20"
+    assert text in caplog.text
+    caplog.clear()
+    rows = [{"audio_filepath": "tone0.wav", "text": "ab", "split": "train"}]
+    for i in range(20):
+        shutil.copy(tmp_path / "tone1.wav", tmp_path / f"dev{i}.wav")
+        rows.append({"audio_filepath": f"dev{i}.wav", "text": "ba", "split": "dev"})
+    make(data=write_manifest(tmp_path / "many.jsonl", rows))
+    assert "best.pt is chosen" not in caplog.text
 
 
 def test_accumulated_batches_take_the_step_of_one_large_batch(make):
