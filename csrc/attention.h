@@ -31,6 +31,12 @@ struct AttentionOptions {
   double clamp;  // inf: none
 };
 
+// The shim's number of the dtype that sums of the query's products have.
+inline int32_t sums_of(const torch::stable::Tensor& query) {
+  const bool wide = query.scalar_type() == torch::headeronly::ScalarType::Double;
+  return wide ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32();
+}
+
 inline AttentionSizes check_attention_shapes(
     const char* op,
     const torch::stable::Tensor& query,
@@ -194,7 +200,7 @@ inline AttentionSizes check_attention(
   return sizes;
 }
 
-// Of what the forward pass gave back.
+// Of what the forward pass gave back; `output` may be what it was before it was rounded.
 inline void check_attention_saved(
     const AttentionSizes& sizes,
     const torch::stable::Tensor& query,
@@ -205,13 +211,14 @@ inline void check_attention_saved(
   const ScalarType wide =
       query.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
   const auto fits = [&](const torch::stable::Tensor& tensor) {
-    return tensor.scalar_type() == query.scalar_type() && tensor.dim() == 4 &&
-        tensor.size(0) == sizes.batch && tensor.size(1) == sizes.heads &&
+    return tensor.dim() == 4 && tensor.size(0) == sizes.batch && tensor.size(1) == sizes.heads &&
         tensor.size(2) == sizes.queries && tensor.size(3) == sizes.value_dim;
   };
   STD_TORCH_CHECK(
-      fits(grad_output) && fits(output),
-      "attention_backward: grad_output and output must be (B, H, T, Dv) of query's dtype");
+      fits(grad_output) && grad_output.scalar_type() == query.scalar_type() && fits(output) &&
+          (output.scalar_type() == query.scalar_type() || output.scalar_type() == wide),
+      "attention_backward: grad_output and output must be (B, H, T, Dv) of query's dtype; output "
+      "may be of logsumexp's");
   check_memory(grad_output.get(), "attention_backward", [] { return "grad_output"; });
   check_memory(output.get(), "attention_backward", [] { return "output"; });
   check_tensor(logsumexp, "attention_backward", "logsumexp", wide, 3);
@@ -222,15 +229,19 @@ inline void check_attention_saved(
 }
 
 // (B, H, rows, columns) whose memory is that of (B, rows, H, columns): the heads of an output lie
-// side by side, and the heads of an input are cut apart, without a copy.
+// side by side, and the heads of an input are cut apart, without a copy. It is no view: autograd
+// refuses that a view is changed in place which an operator gave back. `wide`: of sums_of.
 inline torch::stable::Tensor empty_heads(
     const torch::stable::Tensor& like,
     int64_t batch,
     int64_t heads,
     int64_t rows,
-    int64_t columns) {
-  int32_t dtype;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
+    int64_t columns,
+    bool wide = false) {
+  int32_t dtype = sums_of(like);
+  if (!wide) {
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
+  }
   return empty_strided(
       like,
       {batch, heads, rows, columns},

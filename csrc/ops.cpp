@@ -64,12 +64,16 @@ STABLE_TORCH_LIBRARY(fastguard, m) {
   // of any strides, bool, True: takes part, or float32 (float64 for a float64 query), added; seed
   // i64 (2,) where dropout_p > 0; softcap 0: none; clamp inf: none
   // -> output (B, H, T, Dv), logsumexp f32 (B, H, T) (f64 for f64; inf where a row has no key),
-  // stats of its dtype (2, B, H, T): largest logit, entropy in nats; (0,) unless return_stats
+  // stats of its dtype (2, B, H, T): largest logit, entropy in nats; (0,) unless return_stats;
+  // unrounded of its dtype (B, H, T, Dv): the output before it is rounded to 16 bits, in memory of
+  // its own; (0,) unless return_unrounded
   m.def(
       "attention(Tensor query, Tensor key, Tensor value, Tensor? key_padding_mask, "
       "Tensor? attn_mask, Tensor? seed, bool is_causal, float dropout_p, float scale, "
-      "float softcap, float clamp, bool return_stats) -> (Tensor, Tensor, Tensor)");
+      "float softcap, float clamp, bool return_stats, bool return_unrounded) -> "
+      "(Tensor, Tensor, Tensor, Tensor)");
 
+  // output: that, or unrounded, which is nearer where rows see few keys
   // -> gradients of query, key and value
   m.def(
       "attention_backward(Tensor grad_output, Tensor query, Tensor key, Tensor value, "

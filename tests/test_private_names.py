@@ -21,7 +21,13 @@ PACKAGE = Path(fastguard.__file__).parent
 #: Modules of the library -> private names of others that they use.
 USED = {
     "_tensors.py": {"_values"},
-    "attention/module.py": {"_C", "_forward_pre_hooks", "_functorch"},
+    "attention/module.py": {
+        "_C",
+        "_forward_hooks",
+        "_forward_pre_hooks",
+        "_functorch",
+        "_has_any_global_hook",
+    },
     "attention/scripted.py": {"_forward_pre_hooks"},
     "clip.py": {"_foreach_norm", "_nnz"},
     "diagnose/probes.py": {"_version"},
@@ -57,7 +63,8 @@ USED = {
         "_torchdynamo_orig_callable",
     },
     "integrations/accelerate.py": {"_is_overflow"},
-    "ops/attention.py": {"_AutoDispatchBelowAutograd", "_C", "_functorch"},
+    "ops/attention.py": {"_C", "_functorch"},
+    "ops/attention_autograd.py": {"_AutoDispatchBelowAutograd", "_C", "_functorch"},
 }
 #: Names that are documented (of named tuples), or that are ours and set under a text.
 NOT_PRIVATE = {"_asdict", "_fields", "_replace", "_plain_class", "_fastguard_link", "_log_to"}
@@ -127,6 +134,7 @@ IN_TORCH = {
     "_disable_dynamo": lambda: callable(torch._disable_dynamo),
     "_foreach_norm": lambda: callable(torch._foreach_norm),
     "_foreach_zero_": lambda: callable(torch._foreach_zero_),
+    "_forward_hooks": lambda: nn.Linear(1, 1)._forward_hooks is not None,
     "_forward_pre_hooks": lambda: nn.Linear(1, 1)._forward_pre_hooks is not None,
     "_fsdp_flattened": lambda: "_fsdp_flattened" in _source("torch.distributed.fsdp._flat_param"),
     "_fsdp_wrapped_module": lambda: (
@@ -145,6 +153,7 @@ IN_TORCH = {
         torch_optimizer._global_optimizer_post_hooks is not None
     ),
     "_global_optimizer_pre_hooks": lambda: torch_optimizer._global_optimizer_pre_hooks is not None,
+    "_has_any_global_hook": lambda: not nn.modules.module._has_any_global_hook(),
     "_in_backward_optimizers": lambda: (
         "_in_backward_optimizers" in _source("torch.distributed.optim.apply_optimizer_in_backward")
     ),

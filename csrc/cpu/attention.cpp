@@ -144,12 +144,6 @@ AttentionProblem problem_of(
   return p;
 }
 
-// The shim's number of the dtype that sums of the query's products have.
-int32_t sums_of(const Tensor& query) {
-  const bool wide = query.scalar_type() == ScalarType::Double;
-  return wide ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32();
-}
-
 // Memory for each thread, which starts as no task's.
 class Scratch {
  public:
@@ -191,7 +185,7 @@ int64_t rows_of_task(const AttentionSizes& sizes) {
   return (blocks + parts - 1) / parts * row_block;
 }
 
-std::tuple<Tensor, Tensor, Tensor> attention_cpu(
+std::tuple<Tensor, Tensor, Tensor, Tensor> attention_cpu(
     const Tensor& query,
     const Tensor& key,
     const Tensor& value,
@@ -203,7 +197,8 @@ std::tuple<Tensor, Tensor, Tensor> attention_cpu(
     double scale,
     double softcap,
     double clamp,
-    bool return_stats) {
+    bool return_stats,
+    bool return_unrounded) {
   const AttentionOptions options{is_causal, dropout_p, scale, softcap, clamp};
   const AttentionSizes sizes =
       check_attention("attention", query, key, value, key_padding_mask, attn_mask, seed, options);
@@ -217,7 +212,10 @@ std::tuple<Tensor, Tensor, Tensor> attention_cpu(
   const Tensor stats = return_stats
       ? empty_strided(query, {2, b, h, t}, {b * h * t, h * t, t, 1}, sums_of(query))
       : empty_strided(query, {0}, {1}, sums_of(query));
+  const Tensor unrounded = return_unrounded ? empty_heads(query, b, h, t, sizes.value_dim, true)
+                                            : empty_strided(query, {0}, {1}, sums_of(query));
   p.output = heads_of(output);
+  p.unrounded = return_unrounded ? heads_of(unrounded) : Heads{};
   p.logsumexp = logsumexp.mutable_data_ptr();
   p.stats = return_stats ? stats.mutable_data_ptr() : nullptr;
 
@@ -231,7 +229,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_cpu(
       kernel.forward(p, {b, h, begin, std::min(begin + step, sizes.queries)}, memory);
     };
   });
-  return {output, logsumexp, stats};
+  return {output, logsumexp, stats, unrounded};
 }
 
 // The fewer heads there are the more parts the keys are cut into, so that many threads find work;
@@ -270,7 +268,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward_cpu(
   const Inputs inputs(query, key, value, key_padding_mask, kernel.key_unit);
   const Tensor grad_rows = with_rows(grad_output), output_rows = with_rows(output);
   AttentionProblem p = problem_of(sizes, inputs, attn_mask, seed, options);
-  p.output = heads_of(output_rows);
+  (output.scalar_type() == query.scalar_type() ? p.output : p.unrounded) = heads_of(output_rows);
   p.logsumexp = const_cast<void*>(logsumexp.const_data_ptr());
   p.grad_output = heads_of(grad_rows);
   const Tensor grad_query =

@@ -139,11 +139,12 @@ class AttentionBackward {
 
   // The gradient of the output as it passes the clamp, and what the softmax subtracts from it. It
   // does not pass where a row has no key; returns a bit for each that has one.
-  uint64_t pass_clamp(const Place& first, int64_t rows) {
+  template <class Saved>
+  uint64_t pass_clamp(const Heads& outputs, const Place& first, int64_t rows) {
     uint64_t alive = 0;
     for (int64_t r = 0; r < rows; ++r) {
       const auto* grad = row_at<Type>(p_.grad_output, first.b, first.h, first.row + r);
-      const auto* output = row_at<Type>(p_.output, first.b, first.h, first.row + r);
+      const auto* output = row_at<Saved>(outputs, first.b, first.h, first.row + r);
       auto* const passed = passed_ + r * value_width_;
       const T logsumexp =
           static_cast<const T*>(p_.logsumexp)[row_of(p_, first.b, first.h, first.row + r)];
@@ -157,34 +158,45 @@ class AttentionBackward {
       V sum = V::all(0);
       int64_t j = 0;
       for (; j + V::lanes <= p_.value_dim; j += V::lanes) {
-        sum = pass_clamp(grad + j, output + j, passed + j, sum);
+        sum = pass_clamp<Saved>(grad + j, output + j, passed + j, sum);
       }
       if (j < p_.value_dim) {
-        typename Type::storage last_grad[V::lanes] = {}, last_output[V::lanes] = {};
+        typename Type::storage last_grad[V::lanes] = {};
+        typename Saved::storage last_output[V::lanes] = {};
         std::copy(grad + j, grad + p_.value_dim, last_grad);
         std::copy(output + j, output + p_.value_dim, last_output);
-        sum = pass_clamp(last_grad, last_output, passed + j, sum);
+        sum = pass_clamp<Saved>(last_grad, last_output, passed + j, sum);
       }
       delta_[r] = reduce_add(sum);
     }
     return alive;
   }
 
+  // As torch compares an element with a number: in the element's type.
+  template <class Saved>
   V pass_clamp(
       const typename Type::storage* grad,
-      const typename Type::storage* output,
+      const typename Saved::storage* output,
       typename Type::storage* passed,
       V sum) const {
     const V bound = V::all(bound_of<Type, T>(p_.clamp));
-    const V value = load_as<T, Type>(output), back = load_as<T, Type>(grad);
+    const V value = load_as<T, Saved>(output), back = load_as<T, Type>(grad);
+    V rounded = value;
+    if constexpr (!std::is_same_v<Saved, Type>) {
+      typename Type::storage narrow[V::lanes];
+      store_as<Type>(value, narrow);
+      rounded = load_as<T, Type>(narrow);
+    }
     const bool bounded = p_.clamp != std::numeric_limits<double>::infinity();
-    const Bits passes = bounded ? less(abs(value), bound) : ~Bits{0};
+    const Bits passes = bounded ? less(abs(rounded), bound) : ~Bits{0};
     store_as<Type>(select(passes, back, V::all(0)), passed);
     return select(passes, fma(value, back, sum), sum);
   }
 
   void rows_of(const BackwardTask& task, const Place& first, int64_t rows) {
-    const uint64_t alive = pass_clamp(first, rows);
+    const uint64_t alive = p_.unrounded.data != nullptr
+        ? pass_clamp<Wide<T>>(p_.unrounded, first, rows)
+        : pass_clamp<Type>(p_.output, first, rows);
     const int64_t count = rounded_up(rows, unit * In::pairs);
     pack_both(
         {row_at<Type>(p_.query, first.b, first.h, first.row), p_.query.row, p_.head_dim, alive},

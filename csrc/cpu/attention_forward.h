@@ -195,14 +195,17 @@ class AttentionForward {
     T* const output = output_ + r * width_;
     const bool dead = most_[r] == -inf && sum_[r] == T{0};  // no key at all; a NaN is not
     if (dead) {
-      zero_row<Type>(p_.output, at.b, at.h, at.row, p_.value_dim);
+      std::fill(output, output + width_, T{0});
     } else {
       const V factor = V::all((p_.seed == nullptr ? T{1} : rescale_of<T>(dropout_)) / sum_[r]);
       const V bound = V::all(static_cast<T>(p_.clamp)), below = V::all(static_cast<T>(-p_.clamp));
       for (int64_t j = 0; j < width_; j += V::lanes) {
         min(bound, max(below, V::load(output + j) * factor)).store(output + j);
       }
-      write_row<Type>(p_.output, at.b, at.h, at.row, output, p_.value_dim, T{1});
+    }
+    write_row<Type>(p_.output, at.b, at.h, at.row, output, p_.value_dim, T{1});
+    if (p_.unrounded.data != nullptr) {
+      write_row<Wide<T>>(p_.unrounded, at.b, at.h, at.row, output, p_.value_dim, T{1});
     }
     const int64_t row = row_of(p_, at.b, at.h, at.row);
     const T log_sum = std::log(sum_[r]);

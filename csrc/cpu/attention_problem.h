@@ -37,6 +37,7 @@ struct PanelList {
 struct AttentionProblem {
   int64_t batch, heads, kv_heads, queries, keys, head_dim, value_dim;
   Heads query, key, value, output;
+  Heads unrounded;  // the output as wide as sums are, or null; in the backward pass, for `output`
   void* logsumexp;  // (B, H, T), as wide as sums are
   void* stats;  // (2, B, H, T), or null
   AttentionMask mask;

@@ -34,6 +34,10 @@ inline const typename Type::storage* row_at(const Heads& x, int64_t b, int64_t h
       row * x.row;
 }
 
+// Elements as wide as sums of T are.
+template <class T>
+using Wide = std::conditional_t<std::is_same_v<T, double>, Float64, Float32>;
+
 template <class Type, class T>
 inline void write_row(
     const Heads& x, int64_t b, int64_t h, int64_t row, const T* from, int64_t n, T factor) {

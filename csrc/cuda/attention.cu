@@ -33,26 +33,30 @@ bool has_whole_rows(const Tensor& x) {
   return whole;
 }
 
-// The tensor, or a copy with columns of zeros up to the next multiple of 16 bytes.
-Tensor with_whole_rows(const Tensor& x) {
-  if (has_whole_rows(x)) {
+// The tensor, or a copy with columns of zeros up to the next multiple of `unit`.
+Tensor with_whole_rows(const Tensor& x, int64_t unit) {
+  if (has_whole_rows(x) && x.size(3) % unit == 0) {
     return x;
   }
-  Tensor wide = torch::stable::new_zeros(
-      x, {x.size(0), x.size(1), x.size(2), round_up(x.size(3), unit_of(x))});
+  Tensor wide =
+      torch::stable::new_zeros(x, {x.size(0), x.size(1), x.size(2), round_up(x.size(3), unit)});
   Tensor columns = torch::stable::narrow(wide, 3, 0, x.size(3));
   torch::stable::copy_(columns, x);
   return wide;
 }
 
+// The tensor, or a copy with columns of zeros up to the next multiple of 16 bytes.
+Tensor with_whole_rows(const Tensor& x) { return with_whole_rows(x, unit_of(x)); }
+
 // What a kernel writes with whole rows.
-Tensor empty_whole_rows(const Tensor& like, int64_t heads, int64_t rows, int64_t columns) {
-  return empty_heads(like, like.size(0), heads, rows, round_up(columns, unit_of(like)));
+Tensor empty_whole_rows(
+    const Tensor& like, int64_t heads, int64_t rows, int64_t columns, bool wide = false) {
+  return empty_heads(like, like.size(0), heads, rows, round_up(columns, unit_of(like)), wide);
 }
 
-// Of that, the columns that there are.
+// Of that, the columns that there are; nothing of what has no rows.
 Tensor columns_of(Tensor wide, int64_t columns) {
-  if (wide.size(3) == columns) {
+  if (wide.dim() < 4 || wide.size(3) == columns) {
     return wide;
   }
   Tensor result = empty_heads(wide, wide.size(0), wide.size(1), wide.size(2), columns);
@@ -166,7 +170,7 @@ void launch_blocks(
 
 // --- operators ----------------------------------------------------------------------------------
 
-std::tuple<Tensor, Tensor, Tensor> attention_cuda(
+std::tuple<Tensor, Tensor, Tensor, Tensor> attention_cuda(
     const Tensor& query,
     const Tensor& key,
     const Tensor& value,
@@ -178,7 +182,8 @@ std::tuple<Tensor, Tensor, Tensor> attention_cuda(
     double scale,
     double softcap,
     double clamp,
-    bool return_stats) {
+    bool return_stats,
+    bool return_unrounded) {
   const AttentionOptions options{is_causal, dropout_p, scale, softcap, clamp};
   const AttentionSizes sizes =
       check_attention("attention", query, key, value, key_padding_mask, attn_mask, seed, options);
@@ -194,6 +199,9 @@ std::tuple<Tensor, Tensor, Tensor> attention_cuda(
   const Tensor stats = on.empty(
       return_stats ? std::vector<int64_t>{2, rows[0], rows[1], rows[2]} : std::vector<int64_t>{0},
       ScalarType::Float);
+  const Tensor unrounded = return_unrounded
+      ? empty_whole_rows(query, sizes.heads, sizes.queries, sizes.value_dim, true)
+      : on.empty({0}, ScalarType::Float);
   with_type(query, [&](auto type) {
     using T = decltype(type);
     const Forward<T> forward{
@@ -202,6 +210,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_cuda(
         read<T>(k),
         read<T>(v),
         written<T>(output),
+        return_unrounded ? written<float>(unrounded) : Heads<float>{},
         logsumexp.mutable_data_ptr<float>(),
         return_stats ? stats.mutable_data_ptr<float>() : nullptr,
         logsumexp.numel()};
@@ -215,7 +224,11 @@ std::tuple<Tensor, Tensor, Tensor> attention_cuda(
           forward);
     });
   });
-  return {columns_of(output, sizes.value_dim), logsumexp, stats};
+  return {
+      columns_of(output, sizes.value_dim),
+      logsumexp,
+      stats,
+      columns_of(unrounded, sizes.value_dim)};
 }
 
 std::tuple<Tensor, Tensor, Tensor> attention_backward_cuda(
@@ -244,7 +257,9 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward_cuda(
   check_on(on, output, "attention_backward", "output");
   check_on(on, logsumexp, "attention_backward", "logsumexp");
   const Tensor q = with_whole_rows(query), k = with_whole_rows(key), v = with_whole_rows(value);
-  const Tensor o = with_whole_rows(output), d = with_whole_rows(grad_output);
+  // Read as many columns at a time as those of the gradient, whatever it was saved as.
+  const bool is_rounded = output.scalar_type() == query.scalar_type();
+  const Tensor o = with_whole_rows(output, unit_of(query)), d = with_whole_rows(grad_output);
   const Attention attention = attention_of(sizes, options, q, v, masks);
 
   const int64_t terms_rows = round_up(sizes.queries, padded_rows);
@@ -262,7 +277,8 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward_cuda(
         read<T>(q),
         read<T>(k),
         read<T>(v),
-        read<T>(o),
+        is_rounded ? read<T>(o) : Heads<const T>{},
+        is_rounded ? Heads<const float>{} : read<float>(o),
         read<T>(d),
         logsumexp.const_data_ptr<float>(),
         written<T>(passed),
@@ -270,7 +286,8 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward_cuda(
         written<T>(grad_query),
         written<T>(grad_key),
         written<T>(grad_value)};
-    launch_blocks(on, attention_delta_kernel<T>, backward.delta_blocks(), 0, backward);
+    const auto delta = is_rounded ? attention_delta_kernel<T, T> : attention_delta_kernel<T, float>;
+    launch_blocks(on, delta, backward.delta_blocks(), 0, backward);
     with_width<T>(std::max(attention.head_dim, attention.value_dim), [&](auto width) {
       constexpr int D = decltype(width)::value;
       using Tiles = BackwardTiles<T, D>;

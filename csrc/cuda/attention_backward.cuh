@@ -26,12 +26,22 @@ struct Backward {
   Attention attention;
   int batch;
   int terms_rows;  // of a head: its queries, rounded up to padded_rows
-  Heads<const T> query, key, value, output, grad_output;
+  Heads<const T> query, key, value, output;
+  Heads<const float> unrounded;  // for `output`, or null
+  Heads<const T> grad_output;
   const float* logsumexp;  // (B, H, T)
   Heads<T> passed;  // grad_output where it passes the clamp, (B, H, T, Dv)
   RowTerms* terms;  // (B, H, terms_rows)
   Heads<T> grad_query, grad_key, grad_value;
 
+  template <class O>
+  __device__ Heads<const O> saved() const {
+    if constexpr (std::is_same_v<O, T>) {
+      return output;
+    } else {
+      return unrounded;
+    }
+  }
   __device__ const RowTerms* terms_of(int b, int head) const {
     return terms + (int64_t{b} * attention.heads + head) * terms_rows;
   }
@@ -52,25 +62,33 @@ __device__ float element_of(uint32_t word, int i) {
   }
 }
 
-// What of a word's gradients passes; what they and the output sum up to is added to `delta`.
+// Element i of consecutive ones.
+template <class T, int n>
+__device__ float element_of(const Bytes16 (&x)[n], int i) {
+  constexpr int in_word = 4 / sizeof(T);
+  return element_of<T>(x[i / (4 * in_word)].at[i / in_word % 4], i % in_word);
+}
+
+// What of a word's gradients passes; what they and the output, x, sum up to is added to `delta`.
 template <class T>
-__device__ uint32_t pass_word(uint32_t output, uint32_t grad, float bound, float& delta) {
+__device__ uint32_t
+pass_word(const float (&x)[4 / sizeof(T)], uint32_t grad, float bound, float& delta) {
   constexpr int bits = 8 * sizeof(T);
   uint32_t passed = 0;
 #pragma unroll
   for (int i = 0; i < 32 / bits; ++i) {
-    const float x = element_of<T>(output, i);
-    const bool passes = bound == INFINITY || fabsf(x) < bound;
-    delta = passes ? fmaf(x, element_of<T>(grad, i), delta) : delta;
+    // As torch compares an element with a number: in the element's type.
+    const bool passes = bound == INFINITY || fabsf(to_float(from_float<T>(x[i]))) < bound;
+    delta = passes ? fmaf(x[i], element_of<T>(grad, i), delta) : delta;
     passed |= passes ? grad & (~uint32_t{0} >> (32 - bits) << (bits * i)) : 0;
   }
   return passed;
 }
 
-// One row of all for each 8 lanes.
-template <class T>
+// One row of all for each 8 lanes. O: type of the output that was saved.
+template <class T, class O>
 __global__ void __launch_bounds__(attention_threads) attention_delta_kernel(Backward<T> b) {
-  constexpr int n = elements_of_16_bytes<T>;
+  constexpr int n = elements_of_16_bytes<T>, in_word = 4 / sizeof(T), parts = sizeof(O) / sizeof(T);
   const Attention& a = b.attention;
   const int64_t place = (int64_t{blockIdx.x} * attention_threads + threadIdx.x) / delta_lanes;
   const int row = place % b.terms_rows, head = place / b.terms_rows % a.heads;
@@ -79,20 +97,28 @@ __global__ void __launch_bounds__(attention_threads) attention_delta_kernel(Back
   if (within(row, a.queries)) {
     const int64_t of_all = (int64_t{batch} * a.heads + head) * a.queries + row;
     terms.logsumexp = load(b.logsumexp + of_all) * log2_e;
-    // Nothing comes back to a row without a key. Else as torch compares an element with a number:
-    // in the element's type.
+    // Nothing comes back to a row without a key.
     const bool dead = terms.logsumexp == INFINITY;
     const float bound = dead ? 0.0f : to_float(from_float<T>(a.clamp));
-    const auto* output = b.output.template row_of<const Bytes16>(batch, head, row);
+    const auto* output = b.template saved<O>().template row_of<const Bytes16>(batch, head, row);
     const auto* grad = b.grad_output.template row_of<const Bytes16>(batch, head, row);
     auto* passed = b.passed.template row_of<Bytes16>(batch, head, row);
 #pragma unroll 1
     for (int i = threadIdx.x % delta_lanes; within(i * n, a.value_dim); i += delta_lanes) {
-      const Bytes16 o = load(output + i);
+      Bytes16 o[parts];
+#pragma unroll
+      for (int part = 0; part < parts; ++part) {
+        o[part] = load(output + i * parts + part);
+      }
       Bytes16 d = load(grad + i);
 #pragma unroll
       for (int word = 0; word < 4; ++word) {
-        d.at[word] = pass_word<T>(o.at[word], d.at[word], bound, terms.delta);
+        float x[in_word];
+#pragma unroll
+        for (int j = 0; j < in_word; ++j) {
+          x[j] = element_of<O>(o, word * in_word + j);
+        }
+        d.at[word] = pass_word<T>(x, d.at[word], bound, terms.delta);
       }
       store(passed + i, d);
     }

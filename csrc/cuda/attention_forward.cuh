@@ -32,6 +32,7 @@ struct Forward {
   Attention attention;
   Heads<const T> query, key, value;
   Heads<T> output;
+  Heads<float> unrounded;  // or null
   float* logsumexp;  // (B, H, T)
   float* stats;  // (2, B, H, T) or null
   int64_t rows;  // B H T
@@ -149,6 +150,25 @@ __device__ void finish(
   }
 }
 
+// What becomes the output, before it is rounded: four lanes write 32 bytes that lie side by side.
+template <class T, int strips, int columns>
+__device__ void store_unrounded(
+    const Forward<T>& f, const float (&o)[strips][columns][4], const Place& at) {
+  const int lane = threadIdx.x % 32;
+  float* const to = f.unrounded.of(at.batch, at.head);
+#pragma unroll
+  for (int i = 0; i < strips * columns * 2; ++i) {
+    const int m = i / (2 * columns), column = i / 2 % columns, half = i % 2;
+    const int64_t query = at.query + m * strip_rows + half * 8 + lane / 4;
+    const int first = column * 8 + lane % 4 * 2;
+    if (within(query, f.attention.queries) && within(first, f.attention.value_dim)) {
+      store(
+          reinterpret_cast<Vector<float, 2>*>(to + query * f.unrounded.row + first),
+          Vector<float, 2>{o[m][column][2 * half], o[m][column][2 * half + 1]});
+    }
+  }
+}
+
 template <class T, int D>
 __global__ void __launch_bounds__(attention_threads, D <= 64 ? 3 : 2)
     attention_kernel(Forward<T> f) {
@@ -208,7 +228,11 @@ __global__ void __launch_bounds__(attention_threads, D <= 64 ? 3 : 2)
     multiply_columns(o, s, value);
     tile = next;
   }
-  finish(f, softmax, o, {batch, head, top + row, 0});
+  const Place at{batch, head, top + row, 0};
+  finish(f, softmax, o, at);
+  if (f.unrounded.first != nullptr) {
+    store_unrounded(f, o, at);
+  }
   store_rows(
       o,
       query,

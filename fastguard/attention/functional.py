@@ -76,17 +76,18 @@ def clamped_attention(
         so that a guard downstream sees it.
 
     The gradient passes where ``abs(output) < clamp`` and is zero elsewhere (as torch's from 2.14
-    on; earlier releases pass it at exact equality). There are no second derivatives.
+    on; earlier releases pass it at exact equality). There are no second derivatives. The output may
+    be changed in place: where a gradient is wanted, a copy of it is kept for the backward pass.
 
     Raises:
         TypeError: a mask is no tensor.
         ValueError: shapes, dtypes, devices or options do not fit; the message names them.
     """
-    operands = _operands(
+    given = operands(
         query, key, value, key_padding_mask, attn_mask, is_causal, dropout_p, scale, softcap, clamp
     )
-    output, _, rows = attention_ops.attention(*operands, return_stats)
-    return (output, _per_head(output, rows, clamp)) if return_stats else output
+    output, stats = attended(given, return_stats, in_place=True)
+    return output if stats is None else (output, stats)
 
 
 def clamped_attention_and_weights(
@@ -114,17 +115,30 @@ def clamped_attention_and_weights(
     Raises:
         TypeError, ValueError: as `clamped_attention`.
     """
-    operands = _operands(
+    given = operands(
         query, key, value, key_padding_mask, attn_mask, is_causal, dropout_p, scale, softcap, clamp
     )
-    attended, weights = attention_ops.attention_and_weights_ref(*operands, False)
-    return attended.output, weights
+    found, weights = attention_ops.attention_and_weights_ref(*given, False)
+    return found.output, weights
 
 
-def _operands(
+def attended(
+    given: tuple, return_stats: bool, in_place: bool
+) -> tuple[Tensor, AttentionStats | None]:
+    """:func:`clamped_attention` of :func:`operands`, and its statistics if they are wanted.
+
+    Args:
+        in_place: whether anybody may change the output in place; see
+            :func:`fastguard.ops.attention.attention`.
+    """
+    output, _, rows, _ = attention_ops.attention(*given, return_stats, in_place)
+    return output, _per_head(output, rows, given[-1]) if return_stats else None
+
+
+def operands(
     query, key, value, key_padding_mask, attn_mask, is_causal, dropout_p, scale, softcap, clamp
 ) -> tuple:
-    """What the operator takes for these, checked; all but its last argument."""
+    """What the operator takes for these, checked; up to the bound, which is inf for None."""
     query, key, value = _autocast(query, key, value)
     _check_inputs(query, key, value)
     check_options(dropout_p, softcap, clamp)
@@ -159,15 +173,14 @@ def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 @torch.no_grad()
-def _per_head(output: Tensor, rows: Tensor, clamp: float | None) -> AttentionStats:
+def _per_head(output: Tensor, rows: Tensor, bound: float) -> AttentionStats:
     largest, entropy = rows.transpose(1, 2).flatten(2)  # (H, B * T)
     alive = largest != -math.inf
-    bound = math.inf if clamp is None else clamp
     held = (output.abs() >= bound).transpose(0, 1).flatten(1)
     return AttentionStats(
         F.pad(largest, (0, 1), value=-math.inf).amax(1),  # of an empty batch too
         entropy.where(alive, 0.0).sum(1) / alive.sum(1),
-        held.float().mean(1) if clamp is not None else torch.zeros_like(largest[:, 0]),
+        held.float().mean(1) if bound < math.inf else torch.zeros_like(largest[:, 0]),
     )
 
 

@@ -6,12 +6,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.attention.bias import CausalBias
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch.nn.modules.module import _has_any_global_hook
 
 from .functional import (
     AttentionStats,
+    attended,
     check_options,
-    clamped_attention,
     clamped_attention_and_weights,
+    operands,
     plain_mask,
 )
 from .masks import extended, seen
@@ -195,9 +198,10 @@ class ClampedMultiheadAttention(nn.MultiheadAttention):
         if not need_weights:
             # What torch.vmap has made of the inputs means nothing outside of it.
             record = self.record_stats and not any(map(_is_batched, (q, k, v)))
-            output = clamped_attention(q, k, v, return_stats=record, **options)
+            given = operands(q, k, v, scale=None, **options)
+            output, stats = attended(given, record, in_place=not _is_plain(self.out_proj))
             if record:
-                output, self.stats = output
+                self.stats = stats
             return self._join_heads(output, batched), None
         output, weights = clamped_attention_and_weights(q, k, v, **options)
         if average_attn_weights:
@@ -363,6 +367,13 @@ class ClampedMultiheadAttention(nn.MultiheadAttention):
 
 def _nothing(_module: nn.Module, _args: tuple) -> None:
     """The hook of `keep_fast_path_off`."""
+
+
+def _is_plain(linear: nn.Module) -> bool:
+    """Whether a call of it shows its input to nobody."""
+    hooks = linear._forward_pre_hooks or linear._forward_hooks or _has_any_global_hook()
+    own = type(linear) in (nn.Linear, NonDynamicallyQuantizableLinear)
+    return own and "forward" not in vars(linear) and not hooks
 
 
 def _is_batched(x: Tensor) -> bool:

@@ -1,6 +1,6 @@
-"""The operators behind :mod:`fastguard.attention`: wrapper, fake kernels, autograd, references.
+"""The operators behind :mod:`fastguard.attention`: which function serves a call, and references.
 
-What :mod:`fastguard.ops` is for the guard; no other file touches ``torch.ops.fastguard``.
+What :mod:`fastguard.ops` is for the guard. Fake kernels and autograd: :mod:`.attention_autograd`.
 """
 
 import functools
@@ -15,6 +15,7 @@ from fastguard._tensors import from_first_rank, is_dtensor, replicated_beside
 
 from . import _library
 from ._checks import check_same_device, check_tensor
+from .attention_autograd import differentiable
 from .philox import dropout_keep_ref
 from .types import DTYPES
 
@@ -36,6 +37,7 @@ class Attention(NamedTuple):
     output: Tensor  #: (B, H, T, Dv), dtype of the query
     logsumexp: Tensor  #: of each row's logits, (B, H, T), float32 or float64; inf without a key
     stats: Tensor  #: (2, B, H, T): largest logit and entropy of each row; (0,) unless asked for
+    unrounded: Tensor  #: the output, of logsumexp's dtype, in memory of its own; (0,) likewise
 
 
 def attention(
@@ -51,6 +53,7 @@ def attention(
     softcap: float,
     clamp: float,
     return_stats: bool,
+    in_place: bool = False,
 ) -> Attention:
     """``clamp(dropout(softmax(softcap(scale * q @ k^T) + attn_mask)) @ v)``, differentiable.
 
@@ -69,6 +72,8 @@ def attention(
         is_causal: row i sees keys 0 to i only.
         softcap: c > 0 replaces the logits by ``c * tanh(logits / c)``; 0 does not.
         clamp: bound on the output; inf for none. Gradients pass where ``abs(output) < clamp``.
+        in_place: whether the caller may change the output in place. Where a gradient is wanted,
+            the backward pass then has a copy of its own.
 
     Raises:
         RuntimeError: anything else.
@@ -84,10 +89,16 @@ def attention(
     if plain or _is_transformed(query, key, value) or _are_dtensors(query, key, value):
         return attention_ref(*args)
     if max(query.size(3), value.size(3)) > MOST_HEAD_DIM:
-        return beyond_kernels(*args)(*args)
-    if query.device.type == "cpu":
-        return Attention(*_differentiable(*args))
-    return Attention(*route(_capability(query.device), *args)(*args))
+        serve = beyond_kernels(*args)
+    elif query.device.type == "cpu":
+        serve = differentiable
+    else:
+        serve = route(_capability(query.device), *args)
+    saves = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
+    # With dropout a row may see so few keys that the softmax's gradient is a difference of nearly
+    # equal numbers, one of which is computed from the output: rounding that makes noise.
+    narrow = dropout_p > 0 and query.dtype.itemsize == 2
+    return Attention(*serve(*args, saves and (in_place or narrow)))
 
 
 @functools.cache
@@ -132,7 +143,7 @@ def route(
         return other
     long = query.size(2) * key.size(2) >= LONG and query.dtype != torch.float32
     torchs = other is attention_sdpa and long and capability[0] in (9, 10)
-    return attention_sdpa if torchs else _differentiable
+    return attention_sdpa if torchs else differentiable
 
 
 def beyond_kernels(
@@ -146,14 +157,32 @@ def beyond_kernels(
 
 
 def attention_sdpa(
-    query, key, value, _padding, _mask, _seed, is_causal, _dropout_p, scale, _softcap, clamp, _stats
+    query,
+    key,
+    value,
+    _padding,
+    _mask,
+    _seed,
+    is_causal,
+    _dropout_p,
+    scale,
+    _softcap,
+    clamp,
+    _stats,
+    return_unrounded,
 ) -> Attention:
-    """:func:`attention` by torch's, for what :func:`route` sends here; without a logsumexp."""
+    """:func:`attention` by torch's, for what :func:`route` sends here; the output alone.
+
+    `return_unrounded` makes sure that torch did not save that output.
+    """
     grouped = query.size(1) != key.size(1)
     output = F.scaled_dot_product_attention(
         query, key, value, is_causal=is_causal, scale=scale, enable_gqa=grouped
     )
-    return Attention(_bounded(output, clamp), output.new_empty(0), output.new_empty(0))
+    bounded = _bounded(output, clamp)
+    if return_unrounded and bounded is output:
+        bounded = output.clone()
+    return Attention(bounded, *[output.new_empty(0)] * 3)
 
 
 def _bounded(output: Tensor, clamp: float) -> Tensor:
@@ -167,10 +196,12 @@ def _is_transformed(*tensors: Tensor) -> bool:
     if torch.compiler.is_compiling():
         return False
     functorch = torch._C._functorch
-    if functorch.peek_interpreter_stack() is not None and any(
-        map(functorch.is_gradtrackingtensor, tensors)
-    ):
-        return True
+    if functorch.peek_interpreter_stack() is not None:
+        for x in tensors:
+            while functorch.is_batchedtensor(x):  # vmap inside of grad
+                x = functorch.get_unwrapped(x)
+            if functorch.is_gradtrackingtensor(x) or unpack_dual(x).tangent is not None:
+                return True
     return any(unpack_dual(x).tangent is not None for x in tensors)
 
 
@@ -181,39 +212,8 @@ def _are_dtensors(*tensors: Tensor) -> bool:
     return any(map(is_dtensor, tensors))
 
 
-def _differentiable(*args) -> tuple[Tensor, Tensor, Tensor]:
-    """The operator. Its registered autograd costs some 20 us a pass more than an autograd.Function,
-    a tenth of short attention; compilers and torch.func need the former."""
-    operator = torch.ops.fastguard.attention.default
-    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
-        return operator(*args)
-    if torch.is_grad_enabled() and any(x.requires_grad for x in args[:3]):
-        return _Differentiable.apply(*args)
-    return _without_autograd(operator, *args)
-
-
-def _without_autograd(operator, *args):
-    """The operator's kernel. The registered autograd is Python and costs 3 us to pass through."""
-    with torch._C._AutoDispatchBelowAutograd():
-        return operator(*args)
-
-
-class _Differentiable(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, *args):
-        results = _without_autograd(torch.ops.fastguard.attention.default, *args)
-        _save_for_backward(ctx, args, results)
-        ctx.mark_non_differentiable(*results[1:])
-        ctx.set_materialize_grads(False)
-        return results
-
-    @staticmethod
-    def backward(ctx, grad_output, *_):
-        return (None,) * 12 if grad_output is None else _backward(ctx, grad_output)
-
-
 def attention_ref(*args) -> Attention:
-    """:func:`attention` in plain torch, with tensors of T x S; its gradients are autograd's."""
+    """The operator in plain torch, with tensors of T x S; its gradients are autograd's."""
     return attention_and_weights_ref(*args)[0]
 
 
@@ -221,7 +221,7 @@ def attention_and_weights_ref(*args) -> tuple[Attention, Tensor]:
     """:func:`attention_ref`, and the weights that its values were multiplied by.
 
     Args:
-        args: those of :func:`attention`.
+        args: those of :func:`attention`, but for the last the operator's `return_unrounded`.
 
     Returns:
         :class:`Attention` and (B, H, T, S) in the dtype of the query, after dropout; zero where a
@@ -249,6 +249,7 @@ def _attention_and_weights(
     softcap: float,
     clamp: float,
     return_stats: bool,
+    return_unrounded: bool = False,
 ) -> tuple[Attention, Tensor]:
     _check(query, key, value, key_padding_mask, attn_mask, seed, dropout_p, scale, softcap, clamp)
     dtype = query.dtype
@@ -282,9 +283,12 @@ def _attention_and_weights(
         seed = from_first_rank(seed, weights)
         kept, rescale = dropout_keep_ref(seed, logits.shape, dropout_p)
         weights = torch.where(replicated_beside(kept, weights), weights * rescale, 0.0)
-    output = (weights @ value).masked_fill(dead.unsqueeze(-1), 0.0).to(dtype)
-    output = _bounded(output, clamp)
-    return Attention(output, logsumexp, stats), weights.to(dtype)
+    output = (weights @ value).masked_fill(dead.unsqueeze(-1), 0.0)
+    unrounded = logsumexp.new_empty(0)
+    if return_unrounded:
+        unrounded = _bounded(output.detach().clone(), clamp)
+    output = _bounded(output.to(dtype), clamp)
+    return Attention(output, logsumexp, stats, unrounded), weights.to(dtype)
 
 
 def _check(query, key, value, padding, attn_mask, seed, dropout_p, scale, softcap, clamp) -> None:
@@ -343,68 +347,9 @@ def _hidden(logits, key_padding_mask, attn_mask, is_causal):
     return hidden
 
 
-def attention_backward_ref(grad_output, query, key, value, output, logsumexp, *options):
+def attention_backward_ref(grad_output, query, key, value, _output, _logsumexp, *options):
     """The backward operator's gradients of query, key and value, by autograd of the reference."""
     with torch.enable_grad():
         inputs = [x.detach().requires_grad_() for x in (query, key, value)]
         again = attention_ref(*inputs, *options, False).output
     return torch.autograd.grad(again, inputs, grad_output)
-
-
-# --- autograd and fake kernels --------------------------------------------------------------------
-
-
-def _empty_heads(like: Tensor, heads: int, rows: int, columns: int) -> Tensor:
-    """(B, H, rows, columns) whose memory is that of (B, rows, H, columns)."""
-    return like.new_empty(like.size(0), rows, heads, columns).transpose(1, 2)
-
-
-def _fake_attention(query, key, value, *options):
-    check_same_device("attention", (query, key, value, *options[:3]))
-    batch, heads, rows, _ = query.shape
-    wide = torch.float64 if query.dtype == torch.float64 else torch.float32
-    stats = (2, batch, heads, rows) if options[-1] else (0,)
-    return (
-        _empty_heads(query, heads, rows, value.size(3)),
-        query.new_empty((batch, heads, rows), dtype=wide),
-        query.new_empty(stats, dtype=wide),
-    )
-
-
-def _fake_attention_backward(grad_output, query, key, value, *saved_and_options):
-    tensors = (grad_output, query, key, value, *saved_and_options[:5])
-    check_same_device("attention_backward", tensors)
-    return tuple(_empty_heads(x, *x.shape[1:]) for x in (query, key, value))
-
-
-def _save_for_backward(ctx, inputs, output):
-    query, key, value, key_padding_mask, attn_mask, seed, *options, _ = inputs
-    attended, logsumexp, _ = output
-    ctx.save_for_backward(query, key, value, attended, logsumexp, key_padding_mask, attn_mask, seed)
-    ctx.options = options
-
-
-def _backward(ctx, grad_output, *_):
-    operator = torch.ops.fastguard.attention_backward.default
-    args = (grad_output, *ctx.saved_tensors, *ctx.options)
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():  # of second derivatives, refused
-        grads = operator(*args)
-    else:
-        grads = _without_autograd(operator, *args)
-    return (*grads, *[None] * 9)
-
-
-def _no_second_derivative(ctx, *grads):
-    raise NotImplementedError(
-        "fastguard's attention has first derivatives only: use create_graph=False, or "
-        "torch.nn.functional.scaled_dot_product_attention where second ones are needed"
-    )
-
-
-if _library.cpu_problem is None:
-    torch.library.register_fake("fastguard::attention", _fake_attention)
-    torch.library.register_fake("fastguard::attention_backward", _fake_attention_backward)
-    torch.library.register_autograd(
-        "fastguard::attention", _backward, setup_context=_save_for_backward
-    )
-    torch.library.register_autograd("fastguard::attention_backward", _no_second_derivative)

@@ -190,13 +190,16 @@ class Draw:
         clamp = self.pick([math.inf, 10.0, self.number(0.5)])
         options = [self.chance(0.4), p, self.pick([0.3, 0.1, -1.0, 0.0]), softcap, clamp]
         given = [q, k, v, padding, attn_mask, seed, *options]
-        return given if backward else [*given, self.chance(0.5)]
+        return given if backward else [*given, self.chance(0.5), self.chance(0.5)]
 
     def attention_backward(self):
         q, k, v, *rest = self.attention(backward=True)
         with contextlib.suppress(Exception):  # then what was saved is wrong: a case as well
-            output, logsumexp, _ = attention_ops.attention_ref(q, k, v, *rest, False)
-            saved = [self.flat(x.contiguous().view(-1)).view(x.shape) for x in (output, logsumexp)]
+            asked = self.chance(0.5)
+            found = attention_ops.attention_ref(q, k, v, *rest, False, asked)
+            output = found.unrounded if asked else found.output
+            saved = (output, found.logsumexp)
+            saved = [self.flat(x.contiguous().view(-1)).view(x.shape) for x in saved]
             return [self.tensor(output.shape, q.dtype), q, k, v, *saved, *rest]
         return [q, q, k, v, q, self.vector([0.0]).view(1, 1, 1), *rest]
 

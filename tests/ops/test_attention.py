@@ -129,15 +129,24 @@ def assert_near(got, wanted, name, terms):
     assert error <= 4 * eps * terms[name], (name, error / (eps * terms[name]))
 
 
+SAME = {"rtol": 0, "atol": 0, "equal_nan": True}
+
+
 @needs_kernel
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_kernels_against_the_reference_in_float64(dtype, data):
     problem = query, key, value, grad, options = data.draw(problems(dtype))
-    output, logsumexp, stats = OPS.attention(query, key, value, *options, True)
-    grads = OPS.attention_backward(grad, query, key, value, output, logsumexp, *options)
+    asked = data.draw(st.booleans())
+    output, logsumexp, stats, unrounded = OPS.attention(query, key, value, *options, True, asked)
+    saved = unrounded if asked else output
+    grads = OPS.attention_backward(grad, query, key, value, saved, logsumexp, *options)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
+    assert unrounded.dtype == wide
+    torch.testing.assert_close(
+        unrounded.to(dtype), output if asked else output.new_empty(0), **SAME
+    )
     assert [output.dtype, logsumexp.dtype, stats.dtype] == [dtype, wide, wide]
     for got, x in zip(grads, (query, key, value), strict=True):
         assert got.dtype == dtype and got.shape == x.shape
@@ -160,7 +169,7 @@ def test_dropout_keeps_what_the_reference_keeps(dtype):
     for dropout_p in (0.25, 0.9, 2**-16, 1 - 2**-17):
         options = (None, None, SEED, False, dropout_p, 1.0, 0.0, math.inf)
         args = [x.to(dtype) for x in (query, key, value)]
-        weights = OPS.attention(*args, *options, False)[0]
+        weights = OPS.attention(*args, *options, False, False)[0]
         kept, rescale = attention_ops.dropout_keep_ref(SEED, (2, 3, rows, keys), dropout_p)
         assert torch.equal(weights != 0, kept)
         wanted = torch.tensor(rescale / keys, dtype=dtype)
@@ -251,7 +260,7 @@ def test_stats_follow_a_maximum_that_moves():
     for dtype in (torch.float64, torch.float32):
         inputs = [x.to(dtype) for x in (query, key, key)]
         options = (None, None, None, False, 0.0, 1.0, 0.0, math.inf)
-        found = OPS.attention(*inputs, *options, True)[2]
+        found = OPS.attention(*inputs, *options, True, False)[2]
         wanted = attention_ops.attention_ref(*(x.double() for x in inputs), *options, True).stats
         torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-5)
 
@@ -370,7 +379,7 @@ def test_a_softcap_at_either_end_of_its_range(dtype, softcap):
 
 @needs_kernel
 def test_the_operator_itself_checks_what_it_is_given():
-    options = [None, None, SEED, False, 0.0, 1.0, 0.0, 1.0, False]
+    options = [None, None, SEED, False, 0.0, 1.0, 0.0, 1.0, False, False]
     for position, wrong, message in [
         (0, torch.zeros(2, 3), "key_padding_mask must be bool of shape"),
         (1, torch.zeros(2, 4, 3, 3).int(), "attn_mask must be bool or"),
@@ -387,6 +396,6 @@ def test_the_operator_itself_checks_what_it_is_given():
         with pytest.raises(RuntimeError, match=message):
             OPS.attention(X, X, X, *given_)
     with pytest.raises(RuntimeError, match="dropout needs a seed"):
-        OPS.attention(X, X, X, None, None, None, False, 0.1, 1.0, 0.0, 1.0, False)
+        OPS.attention(X, X, X, None, None, None, False, 0.1, 1.0, 0.0, 1.0, False, False)
     with pytest.raises(RuntimeError, match="do not fit"):
         OPS.attention(X, X[:, :3], X, *options)

@@ -65,16 +65,18 @@ def test_a_mask_that_wants_a_gradient_gets_it():
 
 
 @needs_kernel
-@pytest.mark.parametrize("return_stats", [False, True])
+@pytest.mark.parametrize("asked", [(False, False), (True, False), (False, True)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("batch", [0, 2])
-def test_opcheck(batch, return_stats):
-    query = torch.randn(batch, 5, 4, 8).transpose(1, 2).requires_grad_()
-    key, value = (torch.randn(batch, 2, 6, 8, requires_grad=True) for _ in range(2))
+def test_opcheck(batch, dtype, asked):
+    query = torch.randn(batch, 5, 4, 8).to(dtype).transpose(1, 2).requires_grad_()
+    key, value = (torch.randn(batch, 2, 6, 8).to(dtype).requires_grad_() for _ in range(2))
     padding = torch.zeros(batch, 6, dtype=torch.bool)
     options = (padding, None, SEED, True, 0.1, 0.3, 2.0, 1.0)
-    torch.library.opcheck(OPS.attention.default, (query, key, value, *options, return_stats))
-    output, logsumexp, _ = OPS.attention(query, key, value, *options, return_stats)
-    saved = (output.detach(), query.detach(), key.detach(), value.detach(), output.detach())
+    torch.library.opcheck(OPS.attention.default, (query, key, value, *options, *asked))
+    output, logsumexp, _, unrounded = OPS.attention(query, key, value, *options, *asked)
+    output, inputs = output.detach(), [x.detach() for x in (query, key, value)]
+    saved = (output, *inputs, unrounded if asked[1] else output)
     torch.library.opcheck(
         OPS.attention_backward.default,
         (*saved, logsumexp, *options),
@@ -150,5 +152,7 @@ def test_forward_derivatives_and_torch_func():
         torch.testing.assert_close(torch.autograd.forward_ad.unpack_dual(dual).tangent, got)
     wanted = torch.autograd.grad(attend(x.requires_grad_()).sum(), x)[0]
     torch.testing.assert_close(torch.func.grad(lambda x: attend(x).sum())(x.detach()), wanted)
+    of_each = torch.func.grad(lambda x: torch.vmap(attend)(x).sum())(x.detach().unsqueeze(0))
+    torch.testing.assert_close(of_each, wanted.unsqueeze(0))
     each = torch.vmap(attend)(torch.stack([x, 2 * x]))
     torch.testing.assert_close(each, torch.stack([attend(x), attend(2 * x)]))

@@ -18,9 +18,9 @@ def digest_of(threads, dtype, heads):
     tensors = [torch.randn(2, heads, 300, 40).to(dtype) for _ in range(4)]
     padding = torch.arange(300) >= torch.tensor([[300], [170]])
     options = (padding, None, SEED, False, 0.1, 0.2, 0.0, 0.1)
-    output, logsumexp, _ = OPS.attention(*tensors[:3], *options, False)
-    grads = OPS.attention_backward(tensors[3], *tensors[:3], output, logsumexp, *options)
-    return output, logsumexp, *grads
+    output, logsumexp, _, unrounded = OPS.attention(*tensors[:3], *options, False, True)
+    grads = OPS.attention_backward(tensors[3], *tensors[:3], unrounded, logsumexp, *options)
+    return output, logsumexp, unrounded, *grads
 
 
 @needs_kernel

@@ -47,12 +47,13 @@ def attention():
     """Two or three blocks on an SM, as far as there is shared memory: one waits, others work."""
     types = {"BFloat16": "bfloat16", "Float16": "float16", "float": "float32"}
     for name, elements in types.items():
-        moves = frozenset([(elements, "2 x 128", "1 x 128")])
-        yield (
-            f"attention_delta_kernel<{name}>",
-            Promise(8, moves=moves, in_flight=2, threads=ATTENTION_THREADS),
-        )
         bits = BITS[elements]
+        for saved, loads in {name: 2, "float": 1 + 32 // bits}.items():
+            moves = frozenset([(elements, f"{loads} x 128", "1 x 128")])
+            yield (
+                f"attention_delta_kernel<{name},{saved}>",
+                Promise(8, moves=moves, in_flight=loads, threads=ATTENTION_THREADS),
+            )
         needs = (*(TENSOR_CORES if bits == 16 else ORDINARY), *COPIES, "STG.E.128")
         for width in (32, 64, 96, 128) if bits == 16 else (64, 128):
             # What csrc/cuda/attention_forward.cuh and attention_backward.cuh have as Tiles::bytes.

@@ -32,6 +32,7 @@ def inputs(
     softcap=0.0,
     clamp=INF,
     return_stats=True,
+    return_unrounded=False,
     layout="heads inside",
     seed=0,
 ):
@@ -73,7 +74,8 @@ def inputs(
         "of the first tiles": (torch.arange(keys) < 64).expand(batch, -1),
     }
     given = (paddings[padding], masks[mask], torch.tensor([7 << 40 | seed, -5]))
-    return (*tensors, *given, is_causal, dropout_p, 0.3, softcap, clamp, return_stats)
+    asked = (return_stats, return_unrounded)
+    return (*tensors, *given, is_causal, dropout_p, 0.3, softcap, clamp, *asked)
 
 
 def gradient(arguments, seed=1):
@@ -86,7 +88,8 @@ def gradient(arguments, seed=1):
 def both(device, arguments):
     """Output and gradients."""
     found = device.attention(*arguments)
+    saved = found.unrounded if arguments[-1] else found.output
     grads = device.attention_backward(
-        gradient(arguments), *arguments[:3], found.output, found.logsumexp, *arguments[3:-1]
+        gradient(arguments), *arguments[:3], saved, found.logsumexp, *arguments[3:-2]
     )
     return found, grads

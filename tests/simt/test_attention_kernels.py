@@ -52,6 +52,7 @@ def problems():
             "softcap": st.sampled_from([0.0, 1.5]),
             "clamp": st.sampled_from([INF, 0.3]),
             "return_stats": st.booleans(),
+            "return_unrounded": st.booleans(),
             "layout": st.sampled_from(["heads inside", "heads outside", "misaligned"]),
             "seed": st.integers(0, 1000),
         }
@@ -101,14 +102,20 @@ def assert_forward(arguments, found):
     precision = PRECISION[arguments[0].dtype][0]
     assert_within(found.output, wanted.output, precision * terms)
     assert_within(found.logsumexp, wanted.logsumexp, 4e-6 * (1 + wanted.logsumexp.abs()))
-    if arguments[-1]:
+    *_, return_stats, return_unrounded = arguments
+    if return_unrounded:
+        assert found.unrounded.dtype == F32
+        torch.testing.assert_close(
+            found.unrounded.to(found.output.dtype), found.output, rtol=0, atol=0, equal_nan=True
+        )
+    if return_stats:
         assert_within(found.stats[0], wanted.stats[0], 4e-6 * (1 + wanted.stats[0].abs()))
         assert_within(found.stats[1], wanted.stats[1], 2e-5)
 
 
 def assert_backward(arguments, grad_output, output, found):
     """What passes the clamp is taken from the output that the kernel gave."""
-    given = exact(arguments)[:-1]
+    given = exact(arguments)[:-2]
     query, key, value, *_ = given
     scale, clamp, heads = given[8], given[10], query.size(1)
     bound = torch.tensor(clamp).to(output.dtype)
@@ -176,7 +183,7 @@ def test_a_row_without_a_key_is_zero_and_gives_no_gradient(dtype):
         grad[:, :, :64] = of_dead_rows
         results.append(
             AttentionDevice().attention_backward(
-                grad, *arguments[:3], found.output, found.logsumexp, *arguments[3:-1]
+                grad, *arguments[:3], found.output, found.logsumexp, *arguments[3:-2]
             )
         )
     assert same(bits(results[0]), bits(results[1]))
@@ -205,7 +212,7 @@ def test_a_padded_key_has_zero_gradients_though_nan_comes_back():
     grad = gradient(arguments)
     grad[0, 0, 3] = NAN
     _, *grads = AttentionDevice().attention_backward(
-        grad, *arguments[:3], found.output, found.logsumexp, *arguments[3:-1]
+        grad, *arguments[:3], found.output, found.logsumexp, *arguments[3:-2]
     )
     hidden = arguments[3][:, None, :, None]
     for x in grads:
@@ -256,6 +263,6 @@ def test_the_gradient_stops_at_the_bound(dtype):
     found.output[0, 0, 1, 2] = NAN
     _, _, grad_value = AttentionDevice().attention_backward(
         torch.ones_like(found.output),
-        *(*arguments[:3], found.output, found.logsumexp, *arguments[3:-1]),
+        *(*arguments[:3], found.output, found.logsumexp, *arguments[3:-2]),
     )
     assert grad_value[0, 0, 0, :5].tolist() == [0, 0, 2, 3, 0]

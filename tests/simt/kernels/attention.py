@@ -31,13 +31,17 @@ class AttentionDevice:
         self.report = run(self.options, described | numbers(*given) | more)
 
     def attention_backward(self, grad_output, query, key, value, output, logsumexp, *options):
-        inputs = dict(query=query, key=key, value=value, output=output, grad_output=grad_output)
+        inputs = dict(query=query, key=key, value=value, grad_output=grad_output)
         inputs = {name: ready(x) for name, x in inputs.items()}
+        # As many columns at a time as of the gradient, whatever it was saved as.
+        saved = ready(output, 16 // query.element_size())
+        rounded = output.dtype == query.dtype
+        inputs["output"], inputs["unrounded"] = (saved, None) if rounded else (None, saved)
         batch, heads, queries, _ = query.shape
         terms_rows = -(-queries // 64) * 64
         scratch = {
             "logsumexp": logsumexp,
-            "passed": torch.full_like(inputs["output"].contiguous(), torch.nan),
+            "passed": torch.full_like(inputs["grad_output"].contiguous(), torch.nan),
             "terms": torch.full((batch, heads, terms_rows, 2), torch.nan),
         }
         grads = {
@@ -53,22 +57,27 @@ class AttentionDevice:
         )
 
     def attention(self, query, key, value, *options):
-        return_stats = options[-1]
+        *options, return_stats, return_unrounded = options
         inputs = [ready(x) for x in (query, key, value)]
         batch, heads, queries, _ = query.shape
         output = empty_heads(query, heads, queries, value.size(3))
         logsumexp = torch.full((batch, heads, queries), torch.nan)
         stats = torch.full((2, batch, heads, queries), torch.nan) if return_stats else None
         tensors = dict(zip(("query", "key", "value"), inputs, strict=True), output=output)
-        tensors |= {"logsumexp": logsumexp, "stats": stats, **of_masks(*options[:5])}
-        self.run("attention", (*inputs, *options[:-1]), tensors)
-        output = output[..., : value.size(3)]
-        return Attention(output, logsumexp, stats if return_stats else torch.zeros(0))
+        unrounded = None
+        if return_unrounded:
+            unrounded = torch.full_like(output, torch.nan, dtype=torch.float32)
+        results = {"logsumexp": logsumexp, "stats": stats, "unrounded": unrounded}
+        self.run("attention", (*inputs, *options), tensors | results | of_masks(*options[:5]))
+        output, unrounded = (
+            torch.zeros(0) if x is None else x[..., : value.size(3)] for x in (output, unrounded)
+        )
+        return Attention(output, logsumexp, stats if return_stats else torch.zeros(0), unrounded)
 
 
-def ready(x):
-    """With rows that begin and end at multiples of 16 bytes, if need be as a copy."""
-    unit = 16 // x.element_size()
+def ready(x, unit=None):
+    """With rows of a multiple of `unit` columns, or of 16 bytes, if need be as a copy."""
+    unit = unit or 16 // x.element_size()
     steps = [s for s, n in zip(x.stride()[:-1], x.shape, strict=False) if n > 1]
     whole = not any(n % unit for n in (x.size(-1), *steps)) and x.data_ptr() % 16 == 0
     if x.stride(-1) == 1 and whole:

@@ -87,6 +87,7 @@ simt::Report attention(const Options& options, const py::dict& given) {
       arguments.heads<const T>("key"),
       arguments.heads<const T>("value"),
       arguments.heads<T>("output"),
+      arguments.heads<float>("unrounded"),
       arguments.pointer<float>("logsumexp"),
       arguments.pointer<float>("stats"),
       arguments.number<int64_t>("rows")};
@@ -117,6 +118,7 @@ simt::Report attention_backward(const Options& options, const py::dict& given) {
       arguments.heads<const T>("key"),
       arguments.heads<const T>("value"),
       arguments.heads<const T>("output"),
+      arguments.heads<const float>("unrounded"),
       arguments.heads<const T>("grad_output"),
       arguments.pointer<const float>("logsumexp"),
       arguments.heads<T>("passed"),
@@ -128,7 +130,9 @@ simt::Report attention_backward(const Options& options, const py::dict& given) {
   const auto launch = [&](const char* name, int64_t blocks, int shared, auto* kernel) {
     machine.launch(name, blocks, attention_threads, shared, false, kernel, backward);
   };
-  launch("attention_delta_kernel", backward.delta_blocks(), 0, attention_delta_kernel<T>);
+  const bool is_rounded = backward.output.first != nullptr;
+  const auto delta = is_rounded ? attention_delta_kernel<T, T> : attention_delta_kernel<T, float>;
+  launch("attention_delta_kernel", backward.delta_blocks(), 0, delta);
   with_width<T>(std::max(a.head_dim, a.value_dim), [&](auto width) {
     using Tiles = BackwardTiles<T, width>;
     launch(

@@ -8,10 +8,6 @@ from tests.simt.launchers.tensors import F64, with_gaps
 
 from . import gpu
 
-ATTENTION = ["attention_kernel", "attention_delta_kernel"]
-
-ATTENTION += ["attention_grad_query_kernel", "attention_grad_key_kernel"]
-
 
 def attended(query, key, value, padding=None, mask=None, causal=False, dropout_p=0.0):
     # In 16 bits some output would be the bound in one of two and a last place below in the other.
@@ -31,13 +27,16 @@ def heads(*shape, dtype, layout="side by side", seed=0):
     return drawn.transpose(1, 2).requires_grad_()
 
 
-def assert_attention(query, key, value, **options):
+def assert_attention(query, key, value, in_place=False, **options):
     options = attended(query, key, value, **options)
-    found = attention_ops.attention(query, key, value, *options)
+    found = attention_ops.attention(query, key, value, *options, in_place)
     wanted = attention_ops.attention_ref(query, key, value, *options)
     rel = {torch.bfloat16: 2e-2, torch.float16: 3e-3, torch.float32: 1e-5}[query.dtype]
-    for f, w in zip(found, wanted, strict=True):
+    for f, w in zip(found[:3], wanted[:3], strict=True):
         torch.testing.assert_close(f, w.to(f.dtype), rtol=rel, atol=rel)
+    if in_place:
+        for output in (found.output, wanted.output):
+            output += 1
     # The sum's gradient is one number, expanded.
     results = [
         torch.autograd.grad(output.sum(), (query, key, value)) for output in (found[0], wanted[0])
@@ -56,12 +55,18 @@ def test_attention_on_every_layout(dtype, width, layout):
     key = heads(2, 2, 70, width, dtype=dtype, layout=layout, seed=1)
     value = heads(2, 2, 70, 24, dtype=dtype, seed=2)
     padding = torch.arange(70).expand(2, 70).t().contiguous().t() > 40
-    assert_attention(query, key, value, padding=padding, causal=width == 16, dropout_p=0.2)
+    options = {"causal": width == 16, "dropout_p": 0.0 if layout == "with gaps" else 0.2}
+    assert_attention(query, key, value, layout == "misaligned", padding=padding, **options)
     own = {torch.bfloat16: "BFloat16", torch.float16: "Float16", torch.float32: "float"}[dtype]
     least = 64 if dtype == torch.float32 else 32
     size = f"{own},{128 if width == 128 else least}"
-    ran = [name.replace(f"<{size}>", "").replace(f"<{own}>", "") for name in gpu().kernels()]
-    assert ran == ATTENTION
+    saved = own if layout == "with gaps" else "float"
+    assert gpu().kernels() == [
+        f"attention_kernel<{size}>",
+        f"attention_delta_kernel<{own},{saved}>",
+        f"attention_grad_query_kernel<{size}>",
+        f"attention_grad_key_kernel<{size}>",
+    ]
 
 
 def test_attention_with_masks_of_other_strides():
@@ -92,11 +97,12 @@ def test_a_captured_attention_reads_its_seed_at_each_replay():
     gpu().forget_graph()
 
 
-def test_attention_is_described_as_it_is():
+@pytest.mark.parametrize("asked", [False, True])
+def test_attention_is_described_as_it_is(asked):
     tensors = [heads(1, 2, 20, 24, dtype=torch.bfloat16, seed=seed) for seed in range(3)]
     torch.library.opcheck(
         torch.ops.fastguard.attention.default,
-        (*tensors, *attended(*tensors)),
+        (*tensors, *attended(*tensors), asked),
         test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
     )
 
