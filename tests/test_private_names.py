@@ -147,7 +147,12 @@ IN_TORCH = {
     ),
     "_functorch": lambda: all(
         callable(getattr(torch._C._functorch, name))
-        for name in ("is_gradtrackingtensor", "peek_interpreter_stack", "is_batchedtensor")
+        for name in (
+            "get_unwrapped",
+            "is_batchedtensor",
+            "is_gradtrackingtensor",
+            "peek_interpreter_stack",
+        )
     ),
     "_global_optimizer_post_hooks": lambda: (
         torch_optimizer._global_optimizer_post_hooks is not None

@@ -7,7 +7,6 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.attention.bias import CausalBias
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
-from torch.nn.modules.module import _has_any_global_hook
 
 from .functional import (
     AttentionStats,
@@ -371,7 +370,11 @@ def _nothing(_module: nn.Module, _args: tuple) -> None:
 
 def _is_plain(linear: nn.Module) -> bool:
     """Whether a call of it shows its input to nobody."""
-    hooks = linear._forward_pre_hooks or linear._forward_hooks or _has_any_global_hook()
+    hooks = (
+        linear._forward_pre_hooks
+        or linear._forward_hooks
+        or nn.modules.module._has_any_global_hook()
+    )
     own = type(linear) in (nn.Linear, NonDynamicallyQuantizableLinear)
     return own and "forward" not in vars(linear) and not hooks
 

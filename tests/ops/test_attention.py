@@ -91,7 +91,7 @@ def expected(problem, output):
     passed = grad.double() if clamp == math.inf else grad.double().where(output.abs() < clamp, 0.0)
     grads = torch.autograd.grad(free.output, inputs, passed)
     bound = torch.tensor(clamp, dtype=output.dtype).item()
-    return (free.output.detach().clamp(-bound, bound), *free[1:], *grads)
+    return (free.output.detach().clamp(-bound, bound), *free[1:3], *grads)
 
 
 def sizes_of_terms(problem):
