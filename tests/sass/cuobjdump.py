@@ -116,12 +116,14 @@ def readable(mangled):
     """`adamw_kernel<true>`, `attention_kernel<BFloat16,64>`."""
     length, rest = re.match(r"_ZN9fastguard(\d+)(.*)", mangled).groups()
     name, parameters = rest[: int(length)], rest[int(length) :]
-    arguments = re.match(r"I((?:Lb[01]E|Li\d+E|NS_\d+\w+?E|f)+)E", parameters)
+    arguments = re.match(r"I((?:Lb[01]E|Li\d+E|NS_\d+\w+?E|S1_|f)+)E", parameters)
     if arguments is None:
         return name
-    each = re.findall(r"Lb([01])E|Li(\d+)E|NS_\d+(\w+?)E|(f)", arguments[1])
-    texts = [
-        number or own or ("float" if float_ else ("false", "true")[int(flag)])
-        for flag, number, own, float_ in each
-    ]
+    texts = []
+    for flag, number, own, again, float_ in re.findall(
+        r"Lb([01])E|Li(\d+)E|NS_\d+(\w+?)E|(S1_)|(f)", arguments[1]
+    ):
+        if again:  # the first type of ours
+            own = texts[0]
+        texts.append(number or own or ("float" if float_ else ("false", "true")[int(flag)]))
     return f"{name}<{','.join(texts)}>"
