@@ -1,5 +1,5 @@
-// What adamw_ is given, on every device: the arguments, what must be true of them, and copies that
-// stand in where a kernel could not read straight through.
+// The arguments of adamw_ on every device, their checks, and copies of tensors that a kernel cannot
+// read as one range of memory.
 #pragma once
 
 #include "adamw_options.h"
@@ -26,7 +26,7 @@ enum Role { exp_avg, exp_avg_sq, max_exp_avg_sq, roles };
 inline constexpr const char* names[] = {"exp_avg", "exp_avg_sq", "max_exp_avg_sq"};
 
 struct Arguments {
-  // The op's arguments, as TORCH_BOX would take them but for the lists.
+  // The op's arguments, as TORCH_BOX would take them except for the lists.
   explicit Arguments(StableIValue* stack)
       : params(stack[0]),
         grads(stack[1]),
@@ -85,7 +85,7 @@ inline bool same_shape(const TensorView& a, const TensorView& b) {
   return true;
 }
 
-// Whether the two, of one shape, have their elements in the same order and with the same gaps.
+// Whether two tensors of one shape have the same order of elements and the same gaps.
 inline bool same_layout(const TensorView& tensor, const Tensor& like) {
   const int64_t* strides = tensor.strides();
   for (int64_t dim = 0; dim < tensor.dim(); ++dim) {
@@ -96,7 +96,8 @@ inline bool same_layout(const TensorView& tensor, const Tensor& like) {
   return true;
 }
 
-// By rising stride, each dimension must step over all that the smaller ones reach.
+// Whether two elements may share memory. In the order of the strides, each dimension must step over
+// the memory that the dimensions before it cover.
 inline bool may_overlap(const TensorView& tensor) {
   std::vector<std::pair<int64_t, int64_t>> dims;  // stride, size
   const int64_t* strides = tensor.strides();
@@ -210,14 +211,15 @@ inline void check_tensors(const TensorView& p, const TensorView& g, size_t index
   check_memory(g.handle(), "adamw_", "gradient", index);
 }
 
-// Where a parameter and its gradient lie, each as one stretch of memory in one order: the
-// parameter's own, or row-major where it has gaps, as its moments lie.
+// The memory of a parameter and of its gradient, each as one range without gaps and in the same
+// order. It is the parameter's own order, or row-major order if the parameter has gaps. The moments
+// have this order too.
 struct Places {
   char* param;
   const char* grad;
 };
 
-// Copies that stand in for a parameter with gaps, or a gradient that lies otherwise.
+// Copies of parameters with gaps, and of gradients with another memory layout than their parameter.
 class StandIns {
  public:
   Places place(const TensorView& p, const TensorView& g) {
@@ -239,7 +241,7 @@ class StandIns {
     return {param, static_cast<const char*>(copy.const_data_ptr())};
   }
 
-  // What was written into a stand-in is written into the parameter that it stands in for.
+  // Writes the copies back into their parameters.
   void copy_back() {
     for (auto& [tensor, copy] : written_) {
       torch::stable::copy_(tensor, copy);
@@ -260,7 +262,7 @@ inline bool is_wide(const Arguments& given) {
   return given.params.size() > 0 && given.params[0].scalar_type() == ScalarType::Double;
 }
 
-// Returns the parameters' packed_offsets.
+// Checks the arguments; returns the parameters' packed_offsets.
 inline std::vector<int64_t> check(const Arguments& given) {
   const size_t n = given.params.size();
   const bool wide = is_wide(given);
@@ -276,7 +278,7 @@ inline std::vector<int64_t> check(const Arguments& given) {
     check_tensors(given.params[i], given.grads[i], i, wide);
   }
   const ScalarType moment = wide ? ScalarType::Double : ScalarType::Float;
-  // Here each size is that of memory that there is: their sum is in range.
+  // The checks above made sure that the memory of each parameter exists, so the sum is in range.
   const std::vector<int64_t> offsets = packed_offsets(given.params);
   for (int role = exp_avg; role < roles; ++role) {
     const bool unused = role == max_exp_avg_sq && !given.amsgrad;

@@ -1,4 +1,4 @@
-// What the kernels know of adamw_, without torch.
+// The options of adamw_ for the kernels, without torch.
 #pragma once
 
 namespace fastguard {

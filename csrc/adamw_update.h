@@ -1,6 +1,7 @@
 // The arithmetic of adamw_, one source for CPU and CUDA. Reference: adamw_ref_ in
-// fastguard/ops/adamw.py. Nothing is contracted but what is written as fma, and the CPU's kernels
-// are compiled once per instruction set: so the functions are static, each file has its own.
+// fastguard/ops/adamw.py. Only operations that are written as fma are contracted. The functions are
+// static, because the CPU's kernels are compiled once per instruction set: each file needs its own
+// copy.
 #pragma once
 
 #include "adamw_options.h"
@@ -10,7 +11,7 @@
 
 namespace fastguard {
 
-// What step t does to the moments before they are used.
+// The bias correction of step t.
 struct BiasCorrection {
   double step_size;  // lr / (1 - beta1^t)
   double root_factor;  // 1 / sqrt(1 - beta2^t)
@@ -21,7 +22,7 @@ FASTGUARD_HOST_DEVICE static inline BiasCorrection bias_correction_of(
   return {options.lr / (1.0 - beta1_to_t), 1.0 / std::sqrt(1.0 - beta2_to_t)};
 }
 
-// What is the same for all elements of a tensor, in the moments' precision.
+// The numbers that are the same for all elements of a tensor, in the moments' precision.
 template <class Real>
 struct AdamwRule {
   double grad_coef;  // negative to maximize
@@ -48,9 +49,8 @@ FASTGUARD_HOST_DEVICE static inline AdamwRule<Real> adamw_rule_of(
       !options.decoupled_weight_decay && options.weight_decay != 0.0};
 }
 
-// The new value of a parameter p with the gradient g, already scaled. Updates the moments m and v
-// and, with amsgrad, the largest v. `coupled` is that of the rule, a constant where a loop needs
-// it.
+// The new value of the parameter p for the scaled gradient. Updates the moments m and v and, with
+// amsgrad, the largest v. `coupled` equals that of the rule; a loop may pass it as a constant.
 template <bool amsgrad, class Real>
 FASTGUARD_HOST_DEVICE static inline Real adamw_update(
     const AdamwRule<Real>& rule,
@@ -66,12 +66,12 @@ FASTGUARD_HOST_DEVICE static inline Real adamw_update(
   Real under_root = v;
   if constexpr (amsgrad) {
     under_root = v > largest ? v : largest;
-    under_root = v != v ? v : under_root;  // a NaN must stay seen
+    under_root = v != v ? v : under_root;  // a NaN must stay
     largest = under_root;
   }
   const Real move = rule.step_size * (m / (std::sqrt(under_root) * rule.root_factor + rule.eps));
-  // One rounding for both: 1 - lr * weight_decay, rounded to float, is off by a quarter of the
-  // decay at lr = 1e-5, and subtracted alone the decay would be lost in the last bit.
+  // Decay and move are subtracted together. Rounded to float, 1 - lr * weight_decay has an error of
+  // a quarter of the decay at lr = 1e-5. Subtracted alone, the decay is below the last bit.
   return p - (coupled ? move : rule.weight_decay * p + move);
 }
 

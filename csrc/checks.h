@@ -100,7 +100,7 @@ inline void check_measured(
       norms.numel() <= INT32_MAX, op, ": norms of ", norms.numel(), " gradients are too many");
 }
 
-// `tensors`: how many there are in the list of gradients.
+// `tensors`: the number of gradients.
 inline void check_guard_decide(
     const char* op,
     int64_t tensors,
@@ -220,8 +220,8 @@ inline void check_accumulate(
   }
 }
 
-// How many floating-point numbers an element of a buffer has: 2 where it is complex, 0 where it is
-// an integer or of a format that no kernel reads.
+// The number of floating-point numbers per element of a buffer: 2 for complex dtypes, 0 for
+// integers and for formats that no kernel reads.
 inline int64_t numbers_in(torch::headeronly::ScalarType dtype) {
   using torch::headeronly::ScalarType;
   switch (dtype) {
@@ -254,8 +254,8 @@ inline torch::headeronly::ScalarType real_of(torch::headeronly::ScalarType dtype
   }
 }
 
-// owners: for each buffer the number of its owner, of which there are no more than buffers. What
-// the numbers are is known on their device alone: see check_owner.
+// owners: for each buffer the number of its owner, from 0 to the number of buffers - 1. Only their
+// device can check the numbers themselves: see check_owner.
 inline void check_settle(
     const std::vector<torch::stable::Tensor>& buffers,
     const std::vector<torch::stable::Tensor>& saved,

@@ -1,6 +1,5 @@
 // The guard's decision, one source for CPU and CUDA. References: decide_ref and guard_decide_ref_
-// in fastguard/ops/decide.py; what the thresholds mean and where they come from:
-// fastguard/thresholds.py.
+// in fastguard/ops/decide.py. fastguard/thresholds.py documents the thresholds and their sources.
 #pragma once
 
 #include "host_device.h"
@@ -18,7 +17,7 @@ FASTGUARD_HOST_DEVICE inline bool skips(int64_t verdict) {
 }
 
 struct Decision {
-  // 1 on a skip, so that whoever scales by it without looking at the verdict changes nothing.
+  // 1 on a skip: a caller who scales by it without reading the verdict changes nothing.
   double clip_coef;
   Verdict verdict;
 };
@@ -39,8 +38,8 @@ FASTGUARD_HOST_DEVICE inline Decision decide(double total_norm, double max_norm,
   return {clip_coef, clip_coef < 1.0 ? Verdict::clip : Verdict::apply};
 }
 
-// The norm by which clip_ decides: what a caller who gets it as a float32 could decide by himself,
-// unless it is beyond float32.
+// The norm that clip_ decides by. With float32_norm it is rounded to float32, unless that is Inf: a
+// caller who gets the norm in float32 then comes to the same decision.
 FASTGUARD_HOST_DEVICE inline double as_returned(double total_norm, bool float32_norm) {
   const float rounded = static_cast<float>(total_norm);
   return float32_norm && std::isfinite(rounded) ? rounded : total_norm;
@@ -54,8 +53,9 @@ enum class Threshold : int64_t {
   adagc = 4
 };
 
-// No step is taken along a gradient above this norm, clipping included: with max_norm=inf its
-// squares would make an Inf of fp32 second moments, and the parameter would never move again.
+// A step whose norm after clipping is above this is skipped. Such a norm is possible with
+// max_norm=inf. Its squares would turn fp32 second moments into Inf, and the parameter would never
+// move again.
 constexpr double largest_applied = 1e18;
 
 struct Policy {
@@ -73,37 +73,37 @@ inline Policy policy_of(
       static_cast<Threshold>(threshold), max_norm, skip_norm, options[0], options[1], options[2]};
 }
 
-// What is remembered of the norms beside the last of them: one tensor of four numbers, in this
-// order. A NaN, an Inf and a zero never get in.
+// The statistics beside the windows of the last norms: one tensor of four numbers, in this order.
+// They never take in a NaN, an Inf or a zero.
 struct Statistics {
-  double seen;  // norms, of skipped steps too
-  double accepted;  // of the steps that were taken
-  double mean;  // of the accepted norms, ZClip's
+  double seen;  // the number of norms, skipped steps included
+  double accepted;  // the number of norms of steps that were taken
+  double mean;  // ZClip's mean of the accepted norms
   double variance;
 };
 
-// A count of norms as an integer. The tensor that it comes from may hold anything.
+// A count of norms as an integer >= 0. The given count may be any number.
 FASTGUARD_HOST_DEVICE inline int64_t whole(double count) {
   constexpr double most = 9007199254740992.0;  // 2^53
   return count >= 1.0 ? static_cast<int64_t>(count < most ? count : most) : 0;
 }
 
-// How many of `count` norms a window still holds.
+// The number of norms in a window after `count` norms.
 FASTGUARD_HOST_DEVICE inline int64_t held(double count, int64_t window) {
   return whole(count) < window ? whole(count) : window;
 }
 
-// Where in a window the next norm goes: it takes the place of the oldest.
+// The index in a window for the next norm, which replaces the oldest one.
 FASTGUARD_HOST_DEVICE inline int64_t next_place(double count, int64_t window) {
   return whole(count) % window;
 }
 
-// Ascending order, with NaN as the largest: an order for whatever a window may hold.
+// Ascending order with NaN as the largest, which is a strict order for all contents of a window.
 FASTGUARD_HOST_DEVICE inline bool less(double a, double b) {
   return a < b || (std::isnan(b) && !std::isnan(a));
 }
 
-// Where something lies among `size` > 0 norms in ascending order: linear between neighbours.
+// A place among `size` > 0 norms in ascending order, for linear interpolation between neighbours.
 struct Rank {
   int64_t below;
   int64_t above;
@@ -114,11 +114,11 @@ struct Rank {
         above(below + 1 < size ? below + 1 : below),
         fraction(place - static_cast<double>(below)) {}
 
-  // As numpy.percentile.
+  // The place of a quantile, as numpy.percentile has it.
   FASTGUARD_HOST_DEVICE static Rank of_quantile(double q, int64_t size) {
     return {q * static_cast<double>(size - 1), size};
   }
-  // Of the median of these norms and one more that is above them all.
+  // The place of the median of these norms and one more norm that is above them all.
   FASTGUARD_HOST_DEVICE static Rank of_median_with_a_larger(int64_t size) {
     return {0.5 * static_cast<double>(size), size};
   }
@@ -127,10 +127,10 @@ struct Rank {
   }
 };
 
-// Of the norms in the two windows; 0 where there is none, or where no decision rests on it.
+// Quantiles of the norms in the two windows; 0 without norms, or if the decision does not need it.
 struct Quantiles {
-  double seen_median;  // of these and one that is larger
-  double accepted;  // the one that the threshold asks for
+  double seen_median;  // the median of the seen norms and one more that is larger
+  double accepted;  // the quantile of the accepted norms that the threshold needs
 };
 
 FASTGUARD_HOST_DEVICE inline bool needs_seen(const Policy& policy) {
@@ -141,7 +141,7 @@ FASTGUARD_HOST_DEVICE inline bool needs_accepted(const Policy& policy) {
   return policy.threshold == Threshold::running_median || policy.threshold == Threshold::autoclip;
 }
 
-// Of the accepted norms, in [0, 1] whatever the options are.
+// The quantile of the accepted norms that the threshold needs, in [0, 1] for all options.
 FASTGUARD_HOST_DEVICE inline double accepted_quantile(const Policy& policy) {
   const double q = policy.threshold == Threshold::autoclip ? policy.a / 100.0 : 0.5;
   return q > 0.0 ? (q < 1.0 ? q : 1.0) : 0.0;
@@ -150,11 +150,11 @@ FASTGUARD_HOST_DEVICE inline double accepted_quantile(const Policy& policy) {
 constexpr double outlier_after = 16.0;  // norms; a median of fewer says little
 constexpr double outlier_factor = 4.0;
 
-// A finite norm above it is an outlier: above skip_norm and above 4 times the median of the last
-// norms and itself. Skipped norms count for the median, so that a level that persists becomes
-// ordinary; the norm itself counts, so that of two levels that alternate neither is an outlier,
-// whichever came first. Where it is below the larger of the norms in the middle, it is no outlier
-// whatever the others are; so the median may take it for larger than all.
+// A finite norm above this is an outlier: it is above skip_norm and above 4 times the median of the
+// last norms and itself. Skipped norms count for the median, so a level that persists becomes
+// ordinary. The norm itself counts too, so of two alternating levels neither is an outlier,
+// whichever came first. A norm below the larger of the two middle norms is no outlier in any case.
+// The median may therefore treat the norm as larger than all others.
 FASTGUARD_HOST_DEVICE inline double outlier_above(
     const Policy& policy, const Statistics& statistics, double seen_median) {
   if (!(statistics.seen >= outlier_after)) {
@@ -168,14 +168,14 @@ FASTGUARD_HOST_DEVICE inline bool is_warm(const Policy& policy, const Statistics
   return statistics.accepted >= policy.warmup && statistics.accepted >= 1.0;
 }
 
-// ZClip takes in clipped norms, so after norms have risen for good it would clip for ever. Where
-// this norm and the median of the last ones are both spikes, they are the new level: the median
-// becomes the mean, and the distance that this moves it becomes the deviation. Not in the paper.
-// Returns the deviation.
+// ZClip learns from clipped norms. After norms have risen for good, it would therefore clip for
+// ever. If this norm and the median of the last norms are both spikes, they are the new level: the
+// median becomes the mean, and the distance between old and new mean becomes the deviation. This is
+// not in the paper. Returns the deviation.
 FASTGUARD_HOST_DEVICE inline double find_new_level(
     const Policy& policy, Statistics& statistics, double seen_median, double norm) {
   if (policy.threshold != Threshold::zclip || !is_warm(policy, statistics)) {
-    return 0.0;  // nobody asks
+    return 0.0;  // not used
   }
   const double deviation = std::sqrt(statistics.variance);
   const double spike = statistics.mean + policy.a * deviation;
@@ -188,7 +188,7 @@ FASTGUARD_HOST_DEVICE inline double find_new_level(
   return moved;
 }
 
-// What the threshold lets through unclipped, before max_norm caps it.
+// The largest norm that the threshold does not clip, before max_norm caps it.
 FASTGUARD_HOST_DEVICE inline double adaptive_limit(
     const Policy& policy,
     const Statistics& statistics,
@@ -201,7 +201,8 @@ FASTGUARD_HOST_DEVICE inline double adaptive_limit(
   switch (policy.threshold) {
     case Threshold::zclip: {
       const double above = total_norm - statistics.mean;
-      // z > a, without dividing by a deviation that may be 0; a^2 sigma / z above the mean.
+      // The condition is z > a, without a division by the deviation, which may be 0. The limit lies
+      // a^2 sigma / z above the mean.
       return above > policy.a * deviation
           ? statistics.mean + policy.a * policy.a * statistics.variance / above
           : INFINITY;
@@ -215,7 +216,7 @@ FASTGUARD_HOST_DEVICE inline double adaptive_limit(
   }
 }
 
-// Takes an accepted norm into the statistics.
+// Updates the statistics by an accepted norm.
 FASTGUARD_HOST_DEVICE inline void absorb(
     const Policy& policy, Statistics& statistics, double norm, double limit) {
   statistics.accepted += 1.0;
@@ -235,22 +236,20 @@ FASTGUARD_HOST_DEVICE inline void absorb(
   statistics.variance = policy.b * statistics.variance + (1.0 - policy.b) * deviation * deviation;
 }
 
-// What is remembered of the norm of one tensor: a column of the operators' (4, N), in this order.
+// The statistics of one tensor's norm: a column of the operators' (4, N), in this order.
 struct TensorStatistics {
-  double ema;  // AdaGC's moving average of the clipped norm; inf where there is none yet
-  double
-      clipped_since;  // the step since which AdaGC has clipped it to less than half; -1: it has not
-  double
-      usual;  // a moving average of the norm, whatever the threshold; inf where there is none yet
-  double risen_since;  // the step since which the norm is above 4 times `usual`; -1: it is not
+  double ema;  // AdaGC's moving average of the clipped norm; inf before the first one
+  double clipped_since;  // the step since which AdaGC clips it to less than half; -1 if it does not
+  double usual;  // a moving average of the norm, for all thresholds; inf before the first one
+  double risen_since;  // the step since which the norm is above 4 times `usual`; -1 if it is not
 };
 
 constexpr double usual_beta = 0.98;
 constexpr double risen_factor = 4.0;
 
-// AdaGC takes in clipped norms, so its average rises by 0.1 % a step at most. A tensor that has
-// been clipped to less than half for so many steps has a new level: the average restarts at the
-// usual norm. Not in the paper.
+// AdaGC learns from clipped norms, so its average rises by at most 0.1 % per step. A tensor that
+// was clipped to less than half for this many steps has a new level: the average restarts at the
+// usual norm. This is not in the paper.
 constexpr double adagc_restart_after = 128.0;
 
 FASTGUARD_HOST_DEVICE inline bool adagc_restarts(const TensorStatistics& known, double step) {
@@ -258,8 +257,8 @@ FASTGUARD_HOST_DEVICE inline bool adagc_restarts(const TensorStatistics& known, 
       known.usual < INFINITY && known.usual > known.ema;
 }
 
-// AdaGC's coefficient for one tensor. What has its first gradient after the warm-up is clipped to
-// max_norm by itself.
+// AdaGC's coefficient for one tensor. A tensor with its first gradient after the warm-up is clipped
+// to max_norm by its own norm.
 FASTGUARD_HOST_DEVICE inline double adagc_coef(
     const Policy& policy,
     bool warm,
@@ -278,8 +277,8 @@ FASTGUARD_HOST_DEVICE inline double adagc_coef(
   return ratio < 1.0 ? ratio : 1.0;
 }
 
-// Takes a tensor's norm, of a step that was taken with this coefficient, into AdaGC's average. A
-// norm of 0 never gets in: nothing of this tensor would be let through ever after.
+// Updates AdaGC's average by the norm of a tensor in a step that was taken with this coefficient. A
+// norm of 0 does not count: an average of 0 would clip the tensor to 0 for ever.
 FASTGUARD_HOST_DEVICE inline void adagc_absorb(
     const Policy& policy,
     bool warm,
@@ -302,11 +301,11 @@ FASTGUARD_HOST_DEVICE inline void adagc_absorb(
   known.clipped_since = coef < 0.5 ? (goes_on ? known.clipped_since : step) : -1.0;
 }
 
-// Takes a tensor's norm into its usual norm. At most 4 times the present value gets in, so one
-// spike raises it by 6 %.
+// Updates a tensor's usual norm. A norm counts as at most 4 times the present value, so one spike
+// raises it by 6 %.
 FASTGUARD_HOST_DEVICE inline void see(double norm, double step, TensorStatistics& known) {
   if (norm == 0.0) {
-    return;  // says nothing of the size of this gradient
+    return;  // does not tell the size of an ordinary gradient
   }
   if (!(known.usual < INFINITY)) {
     known.usual = norm;
@@ -317,36 +316,37 @@ FASTGUARD_HOST_DEVICE inline void see(double norm, double step, TensorStatistics
   known.usual = usual_beta * known.usual + (1.0 - usual_beta) * (norm < most ? norm : most);
 }
 
-// What one decision rests on and comes to. A device fills it in this order: judge; for AdaGC
-// adagc_coef of each tensor and weigh; veto. Then it learns: `remember` for each tensor, the window
-// of seen norms, and if nothing speaks against the step, the window of accepted norms and absorb.
+// The intermediate values and the result of one decision. A device calls, in this order: judge; for
+// AdaGC adagc_coef of each tensor and apply_per_tensor; reject_too_large. Then it updates the
+// statistics: `remember` for each tensor, the window of seen norms and, unless the step is skipped,
+// the window of accepted norms and `absorb`.
 struct Judgement {
-  double factor;  // undoes the scale of what was measured
+  double factor;  // divides the measured norms by their scale
   double norm;
   double adaptive;
   double limit;
   double outlier_above;
   double global_coef;
-  double applied;  // the largest norm that a step would be taken with
+  double applied;  // the largest norm after clipping
   bool warm;
-  // Whether this norm says how large gradients are. That of a step without gradients does not, nor
-  // that of a loss which is NaN or Inf.
-  bool says;
+  // Whether this norm counts as seen. It does not in a step without gradients, or with a NaN or Inf
+  // in the norm or the loss.
+  bool seen;
   Decision decision;
 
   FASTGUARD_HOST_DEVICE bool skipped() const {
     return skips(static_cast<int64_t>(decision.verdict));
   }
-  // By what the gradients are multiplied that `clip_coef` was found for.
+  // The factor for the gradients, from their `clip_coef`.
   FASTGUARD_HOST_DEVICE double grad_coef(double clip_coef) const {
     return skipped() ? 1.0 : clip_coef * factor;
   }
 };
 
-// What the host is told of a decision: the elements of the operators' `record`, in this order.
+// The report of a decision for the host: the elements of the operators' `record`, in this order.
 struct Record {
   double verdict;
-  double clip_coef;  // the smallest one
+  double clip_coef;  // the smallest coefficient
   double total_norm;  // after unscaling
   double limit;
   double loss;  // NaN if none was given
@@ -365,7 +365,7 @@ FASTGUARD_HOST_DEVICE inline Record record_of(const Judgement& judged, double lo
       judged.outlier_above};
 }
 
-// `statistics` are changed where norms have found a new level.
+// The decision by the global norm. It changes `statistics` if the norms have found a new level.
 FASTGUARD_HOST_DEVICE inline Judgement judge(
     const Policy& policy,
     Statistics& statistics,
@@ -382,26 +382,28 @@ FASTGUARD_HOST_DEVICE inline Judgement judge(
   const double capped = judged.adaptive < policy.max_norm ? judged.adaptive : policy.max_norm;
   judged.limit = policy.threshold == Threshold::adagc && judged.warm ? INFINITY : capped;
   judged.outlier_above = outlier_above(policy, statistics, quantiles.seen_median);
-  judged.says = loss_is_finite && std::isfinite(judged.norm) && judged.norm > 0.0;
+  judged.seen = loss_is_finite && std::isfinite(judged.norm) && judged.norm > 0.0;
   judged.decision = decide(loss_is_finite ? judged.norm : NAN, judged.limit, judged.outlier_above);
   judged.global_coef = judged.decision.clip_coef;
   judged.applied = judged.norm * judged.global_coef;
   return judged;
 }
 
-// AdaGC has a coefficient for each tensor: `smallest` of them, `applied` the largest clipped norm.
-FASTGUARD_HOST_DEVICE inline void weigh(Judgement& judged, double smallest, double applied) {
+// The decision by AdaGC's coefficients: `smallest` is the smallest coefficient, `applied` the
+// largest clipped norm.
+FASTGUARD_HOST_DEVICE inline void apply_per_tensor(
+    Judgement& judged, double smallest, double applied) {
   judged.decision = {smallest, smallest < 1.0 ? Verdict::clip : Verdict::apply};
   judged.applied = applied;
 }
 
-FASTGUARD_HOST_DEVICE inline void veto(Judgement& judged) {
+FASTGUARD_HOST_DEVICE inline void reject_too_large(Judgement& judged) {
   if (judged.applied > largest_applied && !judged.skipped()) {
     judged.decision = {1.0, Verdict::skip_outlier};
   }
 }
 
-// All that is learnt of one tensor, whose norm is given and, for AdaGC, its coefficient.
+// Updates the statistics of one tensor by its norm and, for AdaGC, its coefficient.
 FASTGUARD_HOST_DEVICE inline void remember(
     const Policy& policy,
     const Judgement& judged,
@@ -412,12 +414,12 @@ FASTGUARD_HOST_DEVICE inline void remember(
   if (policy.threshold == Threshold::adagc && !judged.skipped()) {
     adagc_absorb(policy, judged.warm, norm, coef, step, known);
   }
-  if (judged.says) {
+  if (judged.seen) {
     see(norm, step, known);
   }
 }
 
-// GradScaler.update: a NaN or Inf shrinks the scale, `interval` steps without one let it grow.
+// GradScaler.update: a NaN or Inf shrinks the scale; `interval` steps without one let it grow.
 struct Growth {
   double growth_factor;
   double backoff_factor;
@@ -435,7 +437,7 @@ FASTGUARD_HOST_DEVICE inline void grow(
     growth_tracker = 0;
     return;
   }
-  // Unsigned: the tracker that is given may be the largest number there is.
+  // Unsigned arithmetic, because the given tracker may be the largest int32.
   growth_tracker = static_cast<int32_t>(static_cast<uint32_t>(growth_tracker) + 1u);
   if (growth_tracker == growth.interval) {
     const float grown = static_cast<float>(scale * growth.growth_factor);

@@ -1,4 +1,4 @@
-// A tensor as one stretch of memory, whatever the order of its elements; for every device.
+// Tensors as one range of memory, in any order of their elements; for every device.
 #pragma once
 
 #include "memory.h"
@@ -14,7 +14,7 @@
 
 namespace fastguard {
 
-// A tensor whose elements fill one stretch of memory, in whatever order.
+// A tensor whose elements fill one range of memory without gaps, in any order.
 struct Dense {
   struct Dim {
     int64_t stride;
@@ -23,7 +23,7 @@ struct Dense {
 
   torch::stable::Tensor tensor;
   std::vector<Dim> permutation;  // from the largest stride down; empty if the order is row-major
-  bool copied;  // because the given tensor has gaps
+  bool copied;  // whether `tensor` is a copy, because the given one has gaps
 };
 
 inline std::vector<int64_t> dims_by_stride(const torch::stable::Tensor& tensor) {
@@ -35,8 +35,8 @@ inline std::vector<int64_t> dims_by_stride(const torch::stable::Tensor& tensor) 
   return dims;
 }
 
-// The dimensions of a transposed or channels-last tensor, whose memory can be read straight
-// through; nothing for a tensor with gaps or overlaps.
+// The dimensions of a tensor without gaps in another order than row-major, such as a transposed or
+// channels-last one; empty for a tensor with gaps or overlaps.
 inline std::vector<Dense::Dim> permutation_of(const torch::stable::Tensor& tensor) {
   std::vector<int64_t> row_major(tensor.dim(), 1);
   for (int64_t dim = tensor.dim() - 2; dim >= 0; --dim) {
@@ -69,8 +69,9 @@ inline Dense densify(const torch::stable::Tensor& tensor) {
   return {torch::stable::contiguous(tensor), {}, true};
 }
 
-// Tensors, each as one stretch of memory; where one has gaps a copy stands in. `written`: whether
-// copy_back will be called. What it would raise is raised here, before anything is written.
+// Tensors, each as one range of memory; a tensor with gaps is replaced by a copy. `written`:
+// whether copy_back will be called. The constructor raises the errors of copy_back, before anything
+// is written.
 class DenseList {
  public:
   DenseList(const std::vector<torch::stable::Tensor>& tensors, bool written) : given_(tensors) {
@@ -85,7 +86,7 @@ class DenseList {
 
   const Dense& operator[](size_t index) const { return dense_[index]; }
 
-  // What was written into a copy is written into the tensor that it stands in for.
+  // Writes the copies back into the given tensors.
   void copy_back() {
     for (size_t i = 0; i < given_.size(); ++i) {
       if (dense_[i].copied) {
@@ -99,7 +100,7 @@ class DenseList {
   std::vector<Dense> dense_;
 };
 
-// The same elements in the same order as those of `like`, whose memory has no gaps.
+// A tensor with the elements of `grad` and the memory layout of `like`, which has no gaps.
 inline torch::stable::Tensor laid_out_as(
     const torch::stable::Tensor& grad, const torch::stable::Tensor& like) {
   if (grad.strides().equals(like.strides())) {

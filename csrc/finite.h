@@ -1,4 +1,4 @@
-// Whether a number that was finite no longer is, told by its bits; for CPU and CUDA.
+// A test by bits whether a number is not finite while its saved copy is; for CPU and CUDA.
 #pragma once
 
 #include "host_device.h"
@@ -7,7 +7,7 @@
 
 namespace fastguard {
 
-// The bits of the exponent, all of which are set in an Inf and in a NaN, and in no other number.
+// The bits of the exponent. Only an Inf or a NaN has all of them set.
 constexpr uint16_t exponent_of_bfloat16 = 0x7f80;
 constexpr uint16_t exponent_of_float16 = 0x7c00;
 constexpr uint32_t exponent_of_float32 = 0x7f800000;

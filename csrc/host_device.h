@@ -1,4 +1,4 @@
-// Marks what the CPU and a GPU compute with the same source.
+// Marks functions that the CPU and a GPU compile from the same source.
 #pragma once
 
 #ifdef __CUDACC__

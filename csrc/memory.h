@@ -1,4 +1,4 @@
-// What must hold of a tensor's memory before a kernel is given its address; for every device.
+// Checks of a tensor's memory before a kernel gets its address; for every device.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -12,8 +12,9 @@
 
 namespace fastguard {
 
-// A tensor reaches beyond its storage after `untyped_storage().resize_`, as sharded training does
-// to free a parameter under the tensors that still name it. name(): how an error calls the tensor.
+// Checks that the storage holds the whole tensor. It may not after `untyped_storage().resize_`,
+// which sharded training calls to free a parameter while tensors still refer to it. name() returns
+// the tensor's name for an error.
 template <class Name>
 void check_memory(AtenTensorHandle tensor, const char* op, Name name) {
   int64_t dim, storage, offset;
@@ -46,13 +47,13 @@ void check_memory(AtenTensorHandle tensor, const char* op, Name name) {
       ": its memory was freed or shrunk");
 }
 
-// Of a list, by its number there.
+// The same for a tensor of a list, which the error names by its index.
 inline void check_memory(AtenTensorHandle tensor, const char* op, const char* name, size_t index) {
   check_memory(tensor, op, [&] { return std::string(name) + " " + std::to_string(index); });
 }
 
-// A new tensor on the device of `like`, by the shim itself: torch::stable::new_empty takes about 1
-// us for its way through the dispatcher. `dtype` is the shim's number.
+// A new tensor on the device of `like`, from the shim, because torch::stable::new_empty takes about
+// 1 us for the dispatcher. `dtype` is the shim's number.
 inline torch::stable::Tensor empty_strided(
     const torch::stable::Tensor& like,
     std::initializer_list<int64_t> sizes,
@@ -73,8 +74,9 @@ inline torch::stable::Tensor empty_strided(
   return torch::stable::Tensor(handle);
 }
 
-// Operators write through torch's copy_ where a tensor has gaps; of a leaf that requires a gradient
-// autograd forbids that, whatever the kernels write into leaves without gaps.
+// Turns autograd off while it lives. Operators write tensors with gaps through torch's copy_, and
+// autograd forbids this for a leaf that requires a gradient. The kernels' own writes to leaves
+// without gaps are not affected.
 class NoGrad {
  public:
   NoGrad() : before_(aoti_torch_grad_mode_is_enabled()) { aoti_torch_grad_mode_set_enabled(false); }
@@ -86,7 +88,7 @@ class NoGrad {
   bool before_;
 };
 
-// Raises what a later copy_ into the tensor would, before anything is written.
+// Raises the error of a later copy_ into the tensor, before anything is written.
 inline void check_copies_into(const torch::stable::Tensor& tensor) {
   torch::stable::Tensor given = tensor.dim() == 0 ? torch::stable::unsqueeze(tensor, 0) : tensor;
   torch::stable::Tensor none = torch::stable::narrow(given, 0, 0, 0);

@@ -1,5 +1,5 @@
-// Every op of fastguard, one list. Kernels register themselves from csrc/cpu and csrc/cuda;
-// fake kernels, references and docstrings are in fastguard/ops/.
+// The list of all ops of fastguard. The kernels of csrc/cpu and csrc/cuda register themselves. Fake
+// kernels, references and docstrings are in fastguard/ops/.
 
 #include <torch/csrc/stable/library.h>
 
@@ -10,7 +10,7 @@ STABLE_TORCH_LIBRARY(fastguard, m) {
   // -> clip_coef f64 (), verdict i64 ()
   m.def("decide(Tensor total_norm, float max_norm, float skip_norm) -> (Tensor, Tensor)");
 
-  // The same with what is remembered of earlier norms, which it updates: statistics f64 (4,) as
+  // The same with the statistics of earlier norms, which it updates: statistics f64 (4,) as
   // struct Statistics, windows of W norms, per_tensor f64 (4, N) as struct TensorStatistics, or (4,
   // 0)
   // -> grad_coef f64 () or (N,), verdict i64 (), record f64 (6,) as struct Record
@@ -35,11 +35,11 @@ STABLE_TORCH_LIBRARY(fastguard, m) {
       "clip_(Tensor(a!)[] grads, float max_norm, float skip_norm, bool float32_norm) -> "
       "(Tensor, Tensor, Tensor, Tensor, Tensor)");
 
-  // Writes nothing where clip_coef is 1; its shape is () or (N,).
+  // Writes nothing if clip_coef is 1; its shape is () or (N,).
   m.def("scale_(Tensor(a!)[] grads, Tensor clip_coef) -> ()");
 
-  // On a skip buffers = saved, else saved = buffers; but where a buffer was finite in saved and is
-  // not any more, buffers = saved for all that have its owner. owners i64 (N,), 0 to N - 1
+  // On a skip buffers = saved, else saved = buffers. But if a buffer is finite in saved and is not
+  // now, buffers = saved for all buffers of its owner. owners i64 (N,), 0 to N - 1
   // -> lost i32 (2 N,): nonzero for each such buffer, and then for each such owner
   m.def(
       "settle_(Tensor(a!)[] buffers, Tensor(b!)[] saved, Tensor verdict, Tensor owners) -> Tensor");
@@ -81,7 +81,8 @@ STABLE_TORCH_LIBRARY(fastguard, m) {
       "Tensor? seed, bool is_causal, float dropout_p, float scale, float softcap, float clamp) -> "
       "(Tensor, Tensor, Tensor)");
 
-  // What was built and chosen, one "key=value" a line; for `python -m fastguard.env`.
+  // The build and the chosen instruction set, one "key=value" per line, for `python -m
+  // fastguard.env`.
   m.def("cpu_info() -> str");
   m.def("cuda_info() -> str");
 }

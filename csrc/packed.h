@@ -1,4 +1,4 @@
-// How the optimizer's state lies in memory: the moments of all parameters of a call in one tensor.
+// The layout of the optimizer's state: one tensor holds the moments of all parameters of a call.
 // Twin: packed_offsets in fastguard/ops/packed.py.
 #pragma once
 
@@ -10,7 +10,7 @@
 
 namespace fastguard {
 
-// Where the moments of each parameter start, and at the end the size of the whole.
+// The start of the moments of each parameter, and at the end the size of the pack.
 inline std::vector<int64_t> packed_offsets(const TensorList& params) {
   std::vector<int64_t> offsets;
   offsets.reserve(params.size() + 1);

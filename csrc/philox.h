@@ -1,13 +1,13 @@
-// Which attention weights dropout keeps: a function of the seed and of the weight's place alone, so
-// that CPU, GPU, forward and backward agree whatever their tiles. Reference: dropout_keep_ref in
-// fastguard/ops/attention.py.
+// The attention weights that dropout keeps. They depend only on the seed and on the index of the
+// weight, so CPU, GPU, forward and backward agree for all sizes of tiles. Reference:
+// dropout_keep_ref in fastguard/ops/philox.py.
 //
-// Philox4x32 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"), of 7 rounds, the
-// fewest that pass their BigCrush. A call gives 8 numbers of 16 bits, laid out for the accumulators
-// of mma.m16n8k16: of a tile of 16 x 16 weights, call 4 g + t, g < 8, t < 4, decides about rows
-// g + 8 r and columns 8 n + 2 t + c, r, n, c < 2, by half c (0: the lower) of word 2 n + r. So one
-// thread of a warp uses all that it draws; and the words of calls 4 g to 4 g + 3 side by side are
-// the numbers of 8 columns in order.
+// The generator is Philox4x32 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3")
+// with 7 rounds, the fewest that pass BigCrush there. A call gives 8 numbers of 16 bits in the
+// layout of the accumulators of mma.m16n8k16. In a tile of 16 x 16 weights, call 4 g + t (g < 8,
+// t < 4) decides about rows g + 8 r and columns 8 n + 2 t + c (r, n, c < 2) by half c (0: the lower
+// one) of word 2 n + r. One thread of a warp therefore uses all numbers that it draws. The words of
+// calls 4 g to 4 g + 3 side by side are the numbers of 8 columns in order.
 #pragma once
 
 #include "host_device.h"
@@ -17,8 +17,8 @@
 
 namespace fastguard {
 
-// Static, for files of several instruction sets include this: of an inline function with linkage
-// one copy would be taken for all.
+// The functions are static, because files of several instruction sets include this: the linker
+// would keep one copy of an inline function with linkage for all.
 
 constexpr int philox_rounds = 7;
 constexpr uint32_t philox_m0 = 0xD2511F53, philox_m1 = 0xCD9E8D57;
@@ -46,7 +46,7 @@ FASTGUARD_HOST_DEVICE static inline Random128 philox(Random128 counter, uint64_t
   return counter;
 }
 
-// What call `call` of the tile at (16 row_tile, 16 column_tile) draws; `head`: b H + h.
+// The numbers of call `call` of the tile at (16 row_tile, 16 column_tile). `head` is b H + h.
 FASTGUARD_HOST_DEVICE static inline Random128 dropout_draw(
     const int64_t seed[2], int64_t head, int64_t row_tile, int64_t column_tile, int call) {
   const Random128 counter{

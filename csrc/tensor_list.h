@@ -1,5 +1,5 @@
-// A list of tensors as the dispatcher hands it to a kernel: bare handles. TORCH_BOX would put a
-// shared_ptr around each, twice per parameter of adamw_.
+// A list of tensors as bare handles, as the dispatcher passes it to a kernel. TORCH_BOX would
+// allocate a shared_ptr for each, twice per parameter of adamw_.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -10,7 +10,7 @@
 
 namespace fastguard {
 
-// What a kernel needs to know about a tensor, borrowed from the list that owns it.
+// The properties of a tensor that a kernel needs, borrowed from the list that owns it.
 class TensorView {
  public:
   explicit TensorView(AtenTensorHandle handle) : handle_(handle) {
@@ -22,7 +22,7 @@ class TensorView {
   AtenTensorHandle handle() const { return handle_; }
   int64_t dim() const { return dim_; }
   int64_t size(int64_t dim) const { return sizes_[dim]; }
-  // A number of the shim's; equal numbers are equal dtypes.
+  // The shim's number of the dtype. Equal numbers mean equal dtypes.
   int32_t dtype() const { return dtype_; }
 
   torch::headeronly::ScalarType scalar_type() const {
@@ -56,7 +56,7 @@ class TensorView {
     return data;
   }
 
-  // Makes a copy-on-write tensor its own; not for several threads at once.
+  // Gives a copy-on-write tensor its own memory. Several threads must not call it at once.
   void* mutable_data() const {
     void* data;
     STABLE_TORCH_ERROR_CODE_CHECK(torch_get_mutable_data_ptr(handle_, &data));
@@ -79,7 +79,7 @@ class TensorView {
 
 class TensorList {
  public:
-  // Steals the list and its tensors.
+  // Takes the list and its tensors over.
   explicit TensorList(StableIValue value) {
     const auto list = torch::stable::detail::to<StableListHandle>(value);
     size_t size = 0;

@@ -21,7 +21,7 @@ void accumulate_cpu(
   check_accumulate(sums, grads, verdict, window);
   const NoGrad no_grad;
   double* const micro_batches =
-      window.mutable_data_ptr<double>();  // seen, good, weight of the good
+      window.mutable_data_ptr<double>();  // number, number of good ones, weight of the good ones
   if (skips(*verdict.const_data_ptr<int64_t>())) {
     micro_batches[0] += 1.0;
     return;

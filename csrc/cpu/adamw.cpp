@@ -1,10 +1,10 @@
 // adamw_: one Adam or AdamW step of all parameters in one parallel region. It reads the guard's
-// verdict and coefficient itself: gradients are never rewritten, and on a skip nothing is.
+// verdict and coefficient itself. It never writes gradients, and on a skip it writes nothing.
 // Reference: adamw_ref_ in fastguard/ops/adamw.py.
 //
-// It is bound by memory: 28 bytes per fp32 parameter, four arrays read and three written. Where the
-// parameters are small it is bound by the dispatcher's conversion of lists, 0.2 us a tensor: so the
-// state comes packed, one tensor for all parameters.
+// It is bound by memory: it reads four arrays and writes three, 28 bytes per fp32 parameter. With
+// small parameters it is bound by the dispatcher's conversion of lists, 0.2 us per tensor. The
+// state is therefore packed, one tensor for all parameters.
 
 #include "adamw.h"
 #include "adamw_kernel.h"
@@ -39,7 +39,8 @@ AdamwFunction* pick_function(
   return pick(p.dtype() == g.dtype() ? kernels.same_dtype : kernels.float32_grad, p.scalar_type());
 }
 
-// The bias correction of step t, kept while t stays the same, as it does for most parameters.
+// The bias correction of step t. It is computed anew only if t changes; most parameters have the
+// same t.
 class BiasCorrections {
  public:
   explicit BiasCorrections(const AdamwOptions& options) : options_(options) {}

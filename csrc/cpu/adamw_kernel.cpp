@@ -1,5 +1,6 @@
-// One source, compiled once per instruction set with FASTGUARD_CAPABILITY as its name. Without
-// contraction and with IEEE's sqrt and division, every instruction set gives the same bits.
+// This source is compiled once per instruction set, which FASTGUARD_CAPABILITY names. Without
+// contraction and with IEEE's sqrt and division, the results of all instruction sets are bitwise
+// equal.
 
 #include "adamw_kernel.h"
 
@@ -13,7 +14,7 @@ namespace {
 
 constexpr int64_t tile = 256;  // elements whose scaled gradients lie on the stack: 1 KiB of float
 
-constexpr int64_t prefetch_tiles = 2;  // the hardware's own prefetch stops at every 4 KiB
+constexpr int64_t prefetch_tiles = 2;  // the hardware's own prefetch stops at 4 KiB boundaries
 
 template <class Element>
 inline void prefetch(const Element* x) {
@@ -30,8 +31,8 @@ inline void prefetch(const Element* x) {
 template <class Type>
 using Math = std::conditional_t<std::is_same_v<Type, Float64>, double, float>;
 
-// Each of n elements times a factor: the product is computed in double, so that neither 1e38 nor a
-// factor of 1e-43 is too much for it.
+// Each of n elements times a factor. The product is computed in double, which holds elements of
+// 1e38 and factors of 1e-43.
 template <class Type>
 inline void read(
     const typename Type::storage* __restrict x,
@@ -82,7 +83,7 @@ inline void update(
     Real* __restrict max_exp_avg_sq,
     int64_t n,
     const AdamwRule<Real>& given) {
-  const AdamwRule<Real> rule = given;  // in registers: no write can change it
+  const AdamwRule<Real> rule = given;  // a copy stays in registers: no write can change it
   for (int64_t i = 0; i < n; ++i) {
     Real m = exp_avg[i], v = exp_avg_sq[i];
     Real largest = amsgrad ? max_exp_avg_sq[i] : Real{0};

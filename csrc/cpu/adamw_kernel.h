@@ -21,8 +21,8 @@ using AdamwFunction = void(
     const AdamwOptions& options);
 
 struct AdamwKernels {
-  PerDtype<AdamwFunction> same_dtype;  // by the dtype that parameter and gradient have
-  PerDtype<AdamwFunction> float32_grad;  // by the parameter's; null for float64
+  PerDtype<AdamwFunction> same_dtype;  // by the dtype of parameter and gradient
+  PerDtype<AdamwFunction> float32_grad;  // by the dtype of the parameter; null for float64
 };
 
 extern const AdamwKernels adamw_kernels_default;

@@ -14,7 +14,8 @@ namespace fastguard {
 namespace {
 
 #ifdef FASTGUARD_HAS_AMX
-// Linux saves the tiles of those only who asked for them (Documentation/arch/x86/xstate.rst).
+// Linux saves the AMX tiles only for processes that asked for it
+// (Documentation/arch/x86/xstate.rst).
 bool may_use_tiles() {
   constexpr long request = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM
   return syscall(SYS_arch_prctl, request, tile_data) == 0;

@@ -1,4 +1,4 @@
-// Which instruction set the kernels run with, chosen once per process; and the kernels for it.
+// The instruction set of the kernels, chosen once per process, and the kernels for it.
 #pragma once
 
 #include <string>
@@ -7,17 +7,17 @@ namespace fastguard {
 
 enum class Capability { basic, avx2, avx512, avx512_bf16, amx };
 
-// The best that was compiled in and that this machine has.
+// The best instruction set that was compiled in and that this machine has.
 // FASTGUARD_CPU_CAPABILITY=default|avx2|avx512|avx512_bf16|amx caps it (the words of torch's
 // ATEN_CPU_CAPABILITY); tests use that to run every variant.
 Capability cpu_capability();
 
 const char* name(Capability capability);
 
-// The names of those that were compiled in, with blanks between them.
+// The names of the compiled instruction sets, with blanks between them.
 std::string compiled_capabilities();
 
-// A table of kernels of each instruction set; null where there is none.
+// A table of kernels for each instruction set; null if there is none.
 template <class Kernels>
 struct Variants {
   const Kernels* basic;
@@ -26,7 +26,7 @@ struct Variants {
   const Kernels* avx512_bf16;
   const Kernels* amx;
 
-  // The best one for this machine, or null.
+  // The best table for this machine, or null.
   const Kernels* best() const {
     const Kernels* const by_capability[] = {basic, avx2, avx512, avx512_bf16, amx};
     int capability = static_cast<int>(cpu_capability());
@@ -39,8 +39,7 @@ struct Variants {
 
 }  // namespace fastguard
 
-// The address of a kernel that is compiled for one instruction set, or null if setup.py did not
-// compile for it.
+// The address of a kernel for one instruction set, or null if setup.py did not compile for it.
 #ifdef FASTGUARD_HAS_AVX2
 #define FASTGUARD_IF_AVX2(kernels) &kernels
 #else

@@ -1,4 +1,4 @@
-// The name of what is compiled once per instruction set: FASTGUARD_CONCAT(name_,
+// Names of symbols that are compiled once per instruction set: FASTGUARD_CONCAT(name_,
 // FASTGUARD_CAPABILITY).
 #pragma once
 

@@ -1,5 +1,5 @@
-// decide: verdict and coefficient; guard_decide_: the same with the statistics that the next
-// decision rests on. The policy itself is in csrc/decide.h, for every device. References:
+// decide: verdict and coefficient. guard_decide_: the same with statistics, which it updates for
+// the next decision. The policy itself is in csrc/decide.h, for every device. References:
 // decide_ref and guard_decide_ref_ in fastguard/ops/decide.py.
 
 #include "decide.h"
@@ -33,7 +33,7 @@ double smallest(const double* values, int64_t n) {
   return n == 0 ? 1.0 : *std::min_element(values, values + n);
 }
 
-// 0 where there are none.
+// The norm at a place in ascending order; 0 without norms.
 double norm_at(const double* norms, int64_t size, const Rank& place) {
   std::vector<double> ascending(norms, norms + size);
   if (size == 0) {
@@ -43,7 +43,7 @@ double norm_at(const double* norms, int64_t size, const Rank& place) {
   return place.between(ascending[place.below], ascending[place.above]);
 }
 
-// The last norms, as in the tensors that hold them.
+// The tensors of the last norms.
 struct Windows {
   double* seen;
   double* accepted;
@@ -58,7 +58,7 @@ Quantiles quantiles_of(const Policy& policy, const Statistics& known, const Wind
       norm_at(windows.accepted, accepted, Rank::of_quantile(accepted_quantile(policy), accepted))};
 }
 
-// A struct of doubles, copied from and to the elements of a tensor.
+// Copies a struct of doubles from the elements of a tensor.
 template <class Numbers>
 Numbers read(const double* from) {
   Numbers numbers;
@@ -72,14 +72,14 @@ void write(double* to, const Numbers& numbers) {
   std::memcpy(to, &numbers, sizeof(numbers));
 }
 
-// `known`: the statistics, where ZClip's moments may have found a new level.
+// `known`: the statistics after find_new_level.
 void learn(
     const Policy& policy,
     const Judgement& judged,
     const Windows& windows,
     Statistics known,
     double* statistics) {
-  if (!judged.says) {
+  if (!judged.seen) {
     return;
   }
   Statistics learnt = read<Statistics>(statistics);
@@ -95,7 +95,7 @@ void learn(
   write(statistics, learnt);
 }
 
-// The columns of the tensor that remembers each tensor's norms; none where it has no columns.
+// The columns of the statistics of each tensor. There may be none.
 struct Columns {
   double* data;
   int64_t n;
@@ -112,8 +112,8 @@ struct Columns {
   }
 };
 
-// AdaGC's coefficient for each tensor. Returns the largest norm that a step would be taken with.
-double weigh_each(
+// Sets AdaGC's coefficient for each tensor; returns the largest clipped norm.
+double clip_each(
     const Policy& policy,
     const Judgement& judged,
     const double* norms,
@@ -130,7 +130,7 @@ double weigh_each(
   return applied;
 }
 
-// All that is learnt of each tensor.
+// Updates the statistics of each tensor.
 void remember_each(
     const Policy& policy,
     const Judgement& judged,
@@ -211,10 +211,10 @@ std::tuple<Tensor, Tensor, Tensor> guard_decide_cpu(
   const double* const each = norms.const_data_ptr<double>();
   const Columns columns = {per_tensor.mutable_data_ptr<double>(), per_tensor.size(1)};
   if (adagc && !judged.skipped()) {
-    const double applied = weigh_each(policy, judged, each, now, columns, grad_coef);
-    weigh(judged, smallest(coefs, norms.numel()), applied);
+    const double applied = clip_each(policy, judged, each, now, columns, grad_coef);
+    apply_per_tensor(judged, smallest(coefs, norms.numel()), applied);
   }
-  veto(judged);
+  reject_too_large(judged);
   remember_each(policy, judged, each, grad_coef, now, columns);
   learn(policy, judged, windows, known, numbers);
   std::for_each(

@@ -11,10 +11,10 @@
 
 namespace fastguard {
 
-// clip_coef, verdict.
+// Returns clip_coef and verdict.
 std::tuple<torch::stable::Tensor, torch::stable::Tensor> tensors_of(const Decision& decision);
 
-// grad_coef, verdict, record.
+// Returns grad_coef, verdict and record.
 std::tuple<torch::stable::Tensor, torch::stable::Tensor, torch::stable::Tensor> guard_decide_cpu(
     const torch::stable::Tensor& total_norm,
     const torch::stable::Tensor& norms,

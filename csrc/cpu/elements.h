@@ -1,7 +1,7 @@
-// How the kernels read and write one element of each dtype: as a double, rounded to nearest even.
+// Conversion of elements of each dtype from and to double, rounded to nearest even.
 //
-// Everything is in an unnamed namespace on purpose: the files that include this are compiled for
-// different instruction sets, and an inline function with a name would be linked once for all.
+// Everything is in an unnamed namespace: the files that include this are compiled for different
+// instruction sets, and the linker would keep one copy of an inline function with linkage for all.
 #pragma once
 
 #include "intrinsics.h"
@@ -43,7 +43,7 @@ struct BFloat16 {
   static storage narrow(double x) {
     const uint32_t bits = bits_of(static_cast<float>(x));
     const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-    // Adding to the bits of a NaN could make it an Inf.
+    // An addition to the bits of a NaN could turn it into an Inf.
     return static_cast<storage>((bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded);
   }
 };
@@ -71,7 +71,8 @@ struct Float16 {
       return static_cast<storage>(sign | 0x7c00);
     }
     if (bits < bits_of(0x1p-14f)) {
-      // The last bit of 0.5f is worth 2^-24, that of a subnormal half too: the addition rounds.
+      // The last bit of 0.5f has the value 2^-24, as the last bit of a subnormal half has. The
+      // addition therefore rounds.
       return static_cast<storage>(sign | (bits_of(float_of(bits) + 0.5f) - bits_of(0.5f)));
     }
     bits += 0xfff + ((bits >> 13) & 1);
@@ -80,7 +81,7 @@ struct Float16 {
 };
 
 #ifdef __F16C__
-// The one conversion that the vectorizer does not find by itself; without it fp16 took 3x the time.
+// The vectorizer does not find this conversion by itself; without it fp16 took 3x the time.
 inline void widen8(const uint16_t* x, float (&values)[8]) {
   const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(x));
   _mm256_storeu_ps(values, _mm256_cvtph_ps(halves));

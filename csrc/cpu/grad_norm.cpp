@@ -1,9 +1,9 @@
-// grad_norm: global L2 norm, norm of every tensor, its NaNs and Infs and where they begin, from one
-// read of the tensors in one parallel region. Reference: grad_norm_ref in
+// grad_norm: global L2 norm, norm of every tensor, the counts of its NaNs and Infs and the index of
+// the first one, from one read of the tensors in one parallel region. Reference: grad_norm_ref in
 // fastguard/ops/grad_norm.py.
 //
-// The tensors are cut into chunks of fixed size and every chunk's sum has its place in an array, so
-// the result does not depend on which thread took which chunk, nor on how many threads there are.
+// The tensors are cut into slices of fixed size, and every slice's sum has its place in an array.
+// The result therefore does not depend on the threads.
 
 #include "grad_norm.h"
 
@@ -61,7 +61,7 @@ Nonfinite find_nonfinite(const Dense& dense, const Bits* x, const Chunk& chunk, 
   return found;
 }
 
-// Only called for a chunk whose sum is not finite, which lies in the cache then.
+// Only called for a slice whose sum is not finite; it is in the cache.
 Nonfinite find_nonfinite(const Dense& dense, const Span& span, const Chunk& chunk) {
   const void* x = data_of(span, chunk);
   switch (span.dtype) {

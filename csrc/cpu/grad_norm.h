@@ -7,7 +7,7 @@
 
 namespace fastguard {
 
-// total_norm, norms, nonfinite.
+// Returns total_norm, norms and nonfinite.
 std::tuple<torch::stable::Tensor, torch::stable::Tensor, torch::stable::Tensor> grad_norm_cpu(
     const std::vector<torch::stable::Tensor>& grads);
 

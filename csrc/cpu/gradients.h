@@ -1,5 +1,5 @@
-// What the ops over a list of gradients share: the list as chunks of fixed size, worked through in
-// one parallel region, and the kernel for a dtype.
+// The common part of the ops over a list of gradients: the list as slices of fixed size, a parallel
+// region over them, and the choice of the kernel for a dtype.
 #pragma once
 
 #include "dense.h"
@@ -21,7 +21,7 @@ using torch::headeronly::ScalarType;
 constexpr int64_t chunk_elements = 16384;  // 64 KiB of fp32: a chunk read twice is read from L2
 constexpr int64_t serial_elements = 32768;  // below this a parallel region costs more than it saves
 
-// One stretch of memory.
+// A tensor without gaps, as one range of memory.
 struct Span {
   char* data;
   int64_t numel;

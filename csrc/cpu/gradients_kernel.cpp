@@ -1,5 +1,5 @@
-// One source, compiled once per instruction set with FASTGUARD_CAPABILITY as its name; the loops
-// are written for the compiler's vectorizer, which makes of them what intrinsics would.
+// This source is compiled once per instruction set, which FASTGUARD_CAPABILITY names. The loops are
+// written for the compiler's vectorizer, whose code is as good as with intrinsics.
 
 #include "gradients_kernel.h"
 
@@ -13,17 +13,18 @@ constexpr int lanes = 8;
 
 // sum_squares
 //
-// Why double: the square of a finite fp32, bf16 or fp16 value is exact in double and 2^63 of the
-// largest still sum to a finite value. So nothing overflows or underflows on the way, and a sum
-// that is not finite says that an element was not: the verdict costs no instruction of its own.
-// For fp64 input the sum can overflow, as torch's does; grad_norm.cpp tells the two apart.
+// Why double: the square of a finite fp32, bf16 or fp16 value is exact in double, and the sum of
+// 2^63 largest squares is finite. So nothing overflows or underflows, and a sum that is not finite
+// shows an element that is not finite: the verdict needs no instruction of its own. For fp64 input
+// the sum can overflow, as torch's can; grad_norm.cpp distinguishes the two cases.
 //
-// Why a fixed number of lanes: every instruction set adds the same numbers in the same order and
-// gives the same bits. The file is compiled without contraction; FMA is used where the product is
-// exact, so that it changes nothing but the time.
+// Why a fixed number of lanes: every instruction set adds the same numbers in the same order, so
+// the results are bitwise equal. The file is compiled without contraction. FMA is used only for
+// exact products, where it changes nothing but the time.
 //
-// Why strips: one core's read of one stream stops short of the memory's bandwidth. Four streams and
-// a prefetch brought the loop from 1.5x of a plain read to 1.0x (bench/norm_kernel.py).
+// Why strips: one core that reads one stream does not reach the memory's bandwidth. Four streams
+// and a prefetch reduced the time of the loop from 1.5x of a plain read to 1.0x
+// (bench/norm_kernel.py).
 
 constexpr int strips = 4;
 constexpr int cache_line = 64;

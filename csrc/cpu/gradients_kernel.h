@@ -16,9 +16,9 @@ struct PerDtype {
 struct GradientKernels {
   // Sum of the squares of n consecutive elements, accumulated in double.
   PerDtype<double(const void*, int64_t n)> sum_squares;
-  // Each of n consecutive elements times a factor, computed in double and rounded once per format.
+  // Multiplies n consecutive elements by a factor, computed in double and rounded once per format.
   PerDtype<void(void*, int64_t n, double factor)> scale;
-  // sum += grad, by the dtype of grad; sum is float64 where that is, else float32.
+  // sum += grad, by the dtype of grad. The sum is float64 for float64 gradients, else float32.
   PerDtype<void(void* sum, const void* grad, int64_t n)> add;
 };
 

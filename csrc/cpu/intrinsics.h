@@ -2,7 +2,7 @@
 
 #ifdef __F16C__
 #pragma GCC diagnostic push
-// What gcc 12 says about its own header, its bug 105593.
+// gcc 12 warns about its own header (gcc bug 105593).
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #include <immintrin.h>

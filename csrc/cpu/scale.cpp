@@ -1,6 +1,6 @@
-// scale_: all gradients times one coefficient, or each times its own, in one parallel region,
-// computed in double: a coefficient of 1e-43 brings fp32 gradients of 1e38 down to 1e-5 without
-// losing a bit. Reference: scale_ref_ in fastguard/ops/scale.py.
+// scale_: all gradients times one coefficient, or each times its own, in one parallel region. The
+// products are computed in double: a coefficient of 1e-43 scales fp32 gradients of 1e38 to 1e-5
+// without the loss of a bit. Reference: scale_ref_ in fastguard/ops/scale.py.
 
 #include "scale.h"
 

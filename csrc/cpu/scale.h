@@ -6,7 +6,7 @@
 
 namespace fastguard {
 
-// Multiplies the gradients in place; clip_coef is checked.
+// Multiplies the gradients in place, after a check of clip_coef.
 void scale_cpu(
     const std::vector<torch::stable::Tensor>& grads, const torch::stable::Tensor& clip_coef);
 

@@ -1,5 +1,5 @@
-// settle_: on a skip the buffers are set back to their saved copies, and so are those of an owner
-// of which one was finite and is not any more; otherwise the copies are brought up to date.
+// settle_: copies the saved values back into all buffers on a skip, and into the buffers of an
+// owner if one of them was finite in its copy and is not finite now. Else it updates the copies.
 // Reference: settle_ref_ in fastguard/ops/settle.py.
 
 #include "checks.h"
@@ -30,7 +30,7 @@ bool any_lost(const void* now, const void* saved, int64_t n, Word exponent) {
   return any;
 }
 
-// Whether an element was finite in the copy and is not in the buffer; false of integers.
+// Whether an element is finite in the copy and not in the buffer; false for integers.
 bool lost_something(const Tensor& buffer, const Tensor& saved) {
   const int64_t numbers = numbers_in(buffer.scalar_type());
   if (numbers == 0) {
@@ -53,8 +53,8 @@ bool lost_something(const Tensor& buffer, const Tensor& saved) {
   }
 }
 
-// A dispatched copy takes longer than it takes to copy what most buffers hold. Of complex numbers
-// the memory may be that of a lazy conj().
+// For most buffers a dispatched copy takes longer than the copy itself. The memory of complex
+// numbers may be that of a lazy conj().
 constexpr int64_t small_bytes = 1 << 16;
 
 int64_t bytes_of(const Tensor& tensor) {

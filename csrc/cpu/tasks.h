@@ -13,8 +13,8 @@
 
 namespace fastguard {
 
-// Denormal numbers count while this lives, whatever torch.set_flush_denormal says: that holds for
-// the calling thread alone, and the result would depend on which thread takes which task.
+// Turns the flushing of denormal numbers off while it lives. torch.set_flush_denormal sets it for
+// the calling thread alone, so the result would depend on which thread takes which task.
 class KeepDenormals {
 #ifdef __SSE2__
  public:
@@ -27,8 +27,8 @@ class KeepDenormals {
 };
 
 // Calls worker(thread)(i) for i from 0 to n - 1, in one parallel region or by the caller alone.
-// Threads take the next `batch` tasks as they get free: a thread that the machine slows down does
-// not hold up the others. Nothing must throw.
+// A free thread takes the next `batch` tasks, so a slow thread does not delay the others. Nothing
+// may throw.
 template <class Worker>
 void for_each_task(int64_t n, int64_t batch, bool parallel, const Worker& worker) {
   std::atomic<int64_t> next{0};

@@ -1,5 +1,5 @@
-// Vectors of float and double for the widest instruction set that the file is compiled for: an
-// implementation for AVX-512, one for AVX2, and arrays for all else (and for double).
+// Vectors of float and double for the widest instruction set that the file is compiled for. Float
+// has implementations for AVX-512 and AVX2; other cases, and double, use arrays.
 //
 // In an unnamed namespace for the same reason as elements.h.
 #pragma once
@@ -16,12 +16,12 @@ namespace {
 // One bit for each lane, the lowest for the first.
 using Bits = uint32_t;
 
-// exp(x) for |x| <= log(2) / 2: the polynomial of degree 5 with p(0) = 1 whose largest relative
-// error is smallest, 9.1e-8.
+// exp(x) for |x| <= log(2) / 2: the polynomial of degree 5 with p(0) = 1 and the smallest largest
+// relative error, 9.1e-8.
 constexpr float exp_polynomial[] = {
     1.0f, 0.9999997072f, 0.4999914951f, 0.1666763621f, 0.0418979299f, 0.0082903136f};
 
-// (tanh(x) - x) / x^3 in x^2, |x| < 0.625: the one of Cephes' tanhf (Moshier).
+// (tanh(x) - x) / x^3 as a polynomial in x^2, |x| < 0.625: that of Cephes' tanhf (Moshier).
 constexpr float tanh_polynomial[] = {
     -3.33332819422e-1f,
     1.33314422036e-1f,
@@ -29,7 +29,7 @@ constexpr float tanh_polynomial[] = {
     2.06390887954e-2f,
     -5.70498872745e-3f};
 
-// max(a, b): b where either is NaN, on every instruction set.
+// max(a, b): b if either is NaN, on every instruction set.
 
 template <class T>
 struct Vec {
@@ -89,7 +89,7 @@ template <class T>
 inline Vec<T> abs(Vec<T> a) {
   return Vec<T>::map([&](int i) { return std::fabs(a.at[i]); });
 }
-// a where the bit is set, else b.
+// a if the bit is set, else b.
 template <class T>
 inline Vec<T> select(Bits bits, Vec<T> a, Vec<T> b) {
   return Vec<T>::map([&](int i) { return bits >> i & 1 ? a.at[i] : b.at[i]; });
@@ -156,7 +156,7 @@ inline float reduce_max(Floats a) { return _mm512_reduce_max_ps(a.v); }
 inline Floats round_nearest(Floats a) {
   return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
 }
-// a 2^n for whole n.
+// a 2^n for integer n.
 inline Floats times_exp2(Floats a, Floats n) { return {_mm512_scalef_ps(a.v, n.v)}; }
 inline Floats with_sign_of(Floats a, Floats sign) {
   return {_mm512_or_ps(a.v, _mm512_and_ps(sign.v, _mm512_set1_ps(-0.0f)))};
@@ -207,7 +207,7 @@ inline Floats round_nearest(Floats a) {
   return {_mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
 }
 inline Floats times_exp2(Floats a, Floats n) {
-  // In two steps, for 2^-159 has no exponent of its own.
+  // Two steps, because the exponent of 2^-159 is out of range.
   const auto power = [](__m256i e) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(e, _mm256_set1_epi32(127)), 23));
   };
@@ -226,8 +226,8 @@ using Floats = Vec<float>;
 
 #ifdef __AVX2__
 
-// 0 from -inf to -104, inf from 89 on, NaN of NaN. x = n log(2) + r; log(2) in two parts, of which
-// the first times n is exact (Cody and Waite).
+// exp(x): 0 from -inf to -104, inf from 89 on, NaN for NaN. x = n log(2) + r. log(2) is split into
+// two parts; the product of n and the first part is exact (Cody and Waite).
 inline Floats exp(Floats x) {
   x = min(Floats::all(110.0f), max(Floats::all(-110.0f), x));
   const Floats n = round_nearest(x * Floats::all(1.44269504f));

@@ -7,7 +7,7 @@
 
 namespace fastguard {
 
-// `width` elements in one instruction; words, for the reason that squares.cuh gives.
+// Reads `width` elements in one instruction, as words: squares.cuh gives the reason.
 template <int width, class Sum, class T>
 __device__ inline void accumulate_elements(Sum* sums, const T* grads, int n) {
   using SumVector = Vector<Sum, width>;
@@ -40,7 +40,7 @@ __device__ inline void accumulate_chunk(const Chunk& chunk) {
   });
 }
 
-// window: (seen, good, weight of the good).
+// window: the number of micro-batches, the number of good ones, the weight of the good ones.
 __global__ __launch_bounds__(threads, blocks_per_sm) void accumulate_kernel(
     Plan plan, const int64_t* verdict, double* window, double weight) {
   const bool good = !skips(load(verdict));

@@ -23,7 +23,7 @@ void check_device(const TensorView& tensor, int device, const char* name, size_t
       " as the first parameter is; call it once for each device");
 }
 
-// Null where it is empty, as max_exp_avg_sq is without amsgrad.
+// The address of the pack; null if it is empty, as max_exp_avg_sq is without amsgrad.
 void* data_of(const Tensor& tensor) {
   return tensor.numel() == 0 ? nullptr : tensor.mutable_data_ptr();
 }

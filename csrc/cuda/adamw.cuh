@@ -1,7 +1,7 @@
 // adamw_: one Adam or AdamW step of all parameters in one launch, which reads verdict and
-// coefficient itself. On a skip it ends at once: no gradient is read and nothing is written.
-// Reference: adamw_ref_ in fastguard/ops/adamw.py; the rounding is that of
-// csrc/cpu/adamw_kernel.cpp, with no contraction but what is written as fma.
+// coefficient itself. On a skip it reads no gradient and writes nothing. Reference: adamw_ref_ in
+// fastguard/ops/adamw.py. The rounding is that of csrc/cpu/adamw_kernel.cpp: only operations that
+// are written as fma are contracted.
 #pragma once
 
 #include "adamw_update.h"
@@ -27,9 +27,9 @@ struct AdamwDecision {
   const int64_t* verdict;
 };
 
-// By squaring: std::pow would be a call, for which the kernel's registers are spilled. What it
-// loses in t steps is below 2^-53 t: nothing to a float. (Float64 parameters step as on the CPU but
-// for that: 1e-14 after 10,000 steps.)
+// The power by squaring. std::pow would be a call, and the kernel would spill its registers. The
+// relative error after t steps is below 2^-53 t, which float32 does not show. (This is the only
+// difference from the CPU for float64 parameters: 1e-14 after 10,000 steps.)
 __device__ inline double power(double base, double exponent) {
   double result = 1.0;
   for (auto n = static_cast<uint32_t>(exponent); n > 0; n /= 2) {
@@ -39,8 +39,8 @@ __device__ inline double power(double base, double exponent) {
   return result;
 }
 
-// lr / (1 - beta1^t) and 1 / sqrt(1 - beta2^t) for one step t after another: by one thread, for the
-// whole block, and only where t is not what it was.
+// lr / (1 - beta1^t) and 1 / sqrt(1 - beta2^t). One thread computes them for the whole block, and
+// only if t changes.
 struct BiasCorrections {
   double t = -1.0;
   BiasCorrection of_t = {};
@@ -63,15 +63,16 @@ struct BiasCorrections {
   }
 };
 
-// A gradient times its factor: the product in float64, so that neither 1e38 nor a factor of 1e-43
-// is too much for it. That is three instructions of the fp64 units, which the 28 bytes of an
-// element hide unless a GPU has next to none of them.
+// A gradient times its factor. The product is computed in float64, which holds gradients of 1e38
+// and factors of 1e-43. This takes three instructions of the fp64 units. The time to move the 28
+// bytes of an element hides them, except on GPUs with very few fp64 units.
 template <class Real, class T>
 __device__ inline Real scaled(T grad, double factor) {
   return static_cast<Real>(widened(grad) * factor);
 }
 
-// `width` elements of each array in one instruction; consecutive threads have consecutive ones.
+// Steps `width` elements, moved in one instruction per array. Consecutive threads have consecutive
+// elements.
 template <bool amsgrad, int width, class P, class G, class Real>
 __device__ inline void step_elements(
     const AdamwRule<Real>& rule, P* p, const G* g, Real* m, Real* v, Real* largest, int n) {
@@ -108,7 +109,7 @@ __device__ inline bool is_aligned(const T* x, int width) {
   return reinterpret_cast<uintptr_t>(x) % (width * sizeof(T)) == 0;
 }
 
-// In vectors where all arrays allow it, else element by element, which is coalesced as well.
+// Steps a chunk in vectors if all arrays are aligned, else element by element. Both are coalesced.
 template <bool amsgrad, class P, class G, class Real>
 __device__ inline void step_chunk(
     const Chunk& chunk, const AdamwRule<Real>& rule, const AdamwState& state) {
@@ -165,7 +166,7 @@ __global__ __launch_bounds__(threads, amsgrad ? 2 : 3) void adamw_kernel(
       step_chunk<amsgrad, P, G>(chunk, adamw_rule_of<Real>(options, bias.of_t, coef), state);
     });
   }
-  // The steps are counted when no thread of any block needs the old ones any more.
+  // The last block updates the steps: no other block needs the old values then.
   __syncthreads();
   if (arrives_last(plan.arrived + plan.tensors, gridDim.x)) {
     for (int tensor = threadIdx.x; within(tensor, plan.tensors); tensor += threads) {

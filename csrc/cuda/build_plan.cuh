@@ -1,5 +1,5 @@
-// Makes a plan on the device of what the host knows of the tensors, which comes as kernel
-// arguments: that needs no pinned memory and no event, and a CUDA graph keeps them.
+// Builds a plan on the device from the host's description of the tensors. The description comes as
+// kernel arguments, which need no pinned memory and no event, and which a CUDA graph keeps.
 #pragma once
 
 #include "cuda/plan.cuh"
@@ -15,7 +15,7 @@ __global__ __launch_bounds__(threads) void upload_kernel(
   }
 }
 
-// One block for each tensor, and one more.
+// One block for each tensor, and one for the counter of all blocks.
 __global__ __launch_bounds__(threads) void expand_plan_kernel(Plan plan) {
   const int tensor = blockIdx.x;
   if (tensor == plan.tensors) {

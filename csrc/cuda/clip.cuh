@@ -1,6 +1,6 @@
-// clip_: norm, decision and clipping in one cooperative launch. The blocks meet between the two
-// halves; each keeps the last chunk that it measured in shared memory and reads the others again
-// from the last to the first, which finds the later ones in L2.
+// clip_: norm, decision and clipping in one cooperative launch, with a barrier of all blocks before
+// the clipping. Each block keeps the last chunk that it measured in shared memory. It reads the
+// others again from the last to the first, so the later ones are still in L2.
 // Reference: clip_ref_ in fastguard/ops/clip.py.
 #pragma once
 
@@ -20,7 +20,7 @@ struct Clipping {
   int64_t* verdict;  // ()
 };
 
-// Whether a chunk's vectors fit into what is kept; of float64 they do not.
+// Whether the vectors of a chunk fit into the shared memory; those of float64 do not.
 __device__ inline bool can_be_kept(const Chunk& chunk) { return chunk.type() != Type::float64; }
 
 __device__ inline void measure_and_keep(
@@ -61,8 +61,8 @@ __global__ __launch_bounds__(threads, blocks_per_sm) void clip_kernel(
   if (factor == 1.0) {
     return;
   }
-  // What is kept has a loop of its own: one that chose between the two would wait for the first
-  // vector before it asks for the next.
+  // The kept chunk has its own loop. A loop that chose between both sources would wait for the
+  // first vector before it loads the next one.
   c -= grid;
   if (c >= 0) {
     const Chunk chunk = load_chunk(plan.chunks + c);

@@ -6,13 +6,13 @@
 
 namespace fastguard {
 
-// One block alone: it may have all the registers that it wants.
+// The launch has one block, so it may use all registers.
 __global__ __launch_bounds__(threads, 1) void guard_decide_kernel(
     Deciding deciding, const double* total_norm, const double* norms, int32_t n) {
   decide_in_block(deciding, load(total_norm), norms, n);
 }
 
-// The decision without a memory, for clipping.
+// The decision without statistics, for clipping.
 __global__ void decide_kernel(
     const double* total_norm,
     double max_norm,

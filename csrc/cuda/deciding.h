@@ -1,4 +1,4 @@
-// The arguments of a decision, and where its results go, as decide.cuh takes them.
+// The arguments and results of a decision, in the form that decide.cuh takes.
 #pragma once
 
 #include "checks.h"
@@ -26,7 +26,7 @@ T* data_or_null(const std::optional<torch::stable::Tensor>& tensor) {
   return tensor.has_value() ? tensor->mutable_data_ptr<T>() : nullptr;
 }
 
-// All else is checked before by check_guard_decide and check_growth.
+// check_guard_decide and check_growth have checked everything else before.
 inline Deciding deciding_of(
     const Stream& on,
     const char* op,

@@ -1,9 +1,9 @@
-// The machine as the kernels see it: the only file with intrinsics that differ between a GPU and
-// tests/simt, the executor that runs the same kernels on the CPU. Of CUDA itself the kernels use
-// __global__, __device__, __launch_bounds__, threadIdx, blockIdx, blockDim, gridDim,
-// __syncthreads, __syncwarp, __shfl_xor_sync, __shfl_sync, __ballot_sync, __threadfence and
-// atomicAdd, atomicMin; of shared memory only what is declared here; and no address of global
-// memory is read or written but through load and store.
+// The kernels' interface to the machine. This is the only file with intrinsics that differ between
+// a GPU and tests/simt, the executor that runs the same kernels on the CPU. Beside it the kernels
+// use only these names of CUDA: __global__, __device__, __launch_bounds__, threadIdx, blockIdx,
+// blockDim, gridDim, __syncthreads, __syncwarp, __shfl_xor_sync, __shfl_sync, __ballot_sync,
+// __threadfence, atomicAdd and atomicMin. They use shared memory only as declared here, and they
+// access global memory only through load and store.
 #pragma once
 
 #ifdef FASTGUARD_SIMT
@@ -21,7 +21,7 @@ namespace fastguard {
 
 // --- global memory ------------------------------------------------------------------------------
 
-// What one instruction moves: n elements, 16 bytes at the most, aligned to their size.
+// n elements that one instruction moves: at most 16 bytes, aligned to their size.
 template <class T, int n>
 struct alignas(sizeof(T) * n) Vector {
   T at[n];
@@ -50,7 +50,7 @@ struct Word<16> {
   using type = uint4;
 };
 
-// By value: a memcpy by way of a reference into memory reads it byte after byte.
+// The argument is a value: a memcpy from a reference into memory would read it byte by byte.
 template <class To, class From>
 __device__ inline To bits_as(From from) {
   static_assert(sizeof(To) == sizeof(From));
@@ -59,8 +59,8 @@ __device__ inline To bits_as(From from) {
   return to;
 }
 
-// An address that comes out of memory, as those in a plan do, could be of any kind for what the
-// compiler knows: it is told that the memory is global, and takes LDG and STG for LD and ST.
+// The compiler does not know the kind of memory of an address that was read from memory, such as
+// those of a plan. The assumption that it is global memory gives LDG and STG in place of LD and ST.
 template <class T>
 __device__ inline T load(const T* address) {
   using W = typename Word<sizeof(T)>::type;
@@ -75,7 +75,7 @@ __device__ inline void store(T* address, T value) {
   *reinterpret_cast<W*>(address) = bits_as<W>(value);
 }
 
-// The same for data that is not wanted in the caches: it makes way first.
+// The same for data that is not needed again: the caches evict it first.
 template <class T>
 __device__ inline T load_once(const T* address) {
   using W = typename Word<sizeof(T)>::type;
@@ -88,8 +88,8 @@ __device__ inline void store_once(T* address, T value) {
   __stcs(reinterpret_cast<W*>(address), bits_as<W>(value));
 }
 
-// Whether element i of n exists. Every bound that keeps a thread off memory that is not its own is
-// written with it, so that tests/simt can take it away and see that this is noticed.
+// Whether element i of n exists. Every bound check of the kernels calls this function, so
+// tests/simt can disable one and test that the executor notices it.
 __device__ inline bool within(int64_t i, int64_t n) { return i < n; }
 
 // --- shared memory ------------------------------------------------------------------------------
@@ -97,17 +97,17 @@ __device__ inline bool within(int64_t i, int64_t n) { return i < n; }
 template <class T>
 using Shared = T*;
 
-// An array of the block's, not initialised.
+// An uninitialised array of the block.
 #define FASTGUARD_SHARED(Type, name, count) __shared__ Type name[count]
 
-// What the launch asked for, aligned to 16 bytes, from byte `offset` on.
+// The dynamic shared memory of the launch, aligned to 16 bytes, from byte `offset` on.
 template <class T>
 __device__ inline Shared<T> dynamic_shared(int offset = 0) {
   extern __shared__ uint4 fastguard_dynamic_shared[];
   return reinterpret_cast<T*>(reinterpret_cast<char*>(fastguard_dynamic_shared) + offset);
 }
 
-// All threads of all blocks of a cooperative launch meet here and see what the others wrote.
+// A barrier for all threads of a cooperative launch. Afterwards they see what the others wrote.
 __device__ inline void grid_sync() { cooperative_groups::this_grid().sync(); }
 
 // --- numbers ------------------------------------------------------------------------------------
@@ -124,7 +124,7 @@ __device__ inline float to_float(float x) { return x; }
 __device__ inline float to_float(BFloat16 x) { return __uint_as_float(unsigned{x.bits} << 16); }
 __device__ inline float to_float(Float16 x) { return __half2float(__ushort_as_half(x.bits)); }
 
-// To nearest, ties to even; an overflow is Inf, a NaN stays one.
+// Rounds to nearest, ties to even. An overflow is Inf, and a NaN stays a NaN.
 template <class T>
 __device__ inline T from_float(float x) {
   if constexpr (sizeof(T) == sizeof(float)) {

@@ -1,4 +1,4 @@
-// How the kernels read and write one element of each dtype; the CPU's twin is csrc/cpu/elements.h.
+// Conversion of elements of each dtype. The CPU's twin is csrc/cpu/elements.h.
 #pragma once
 
 #include "cuda/plan.cuh"
@@ -14,7 +14,7 @@ __device__ inline float widened(T x) {
   return to_float(x);
 }
 
-// To nearest; a double comes to 16 bits by way of a float, as on the CPU.
+// Rounds to nearest. A double is rounded to float before it is rounded to 16 bits, as on the CPU.
 template <class T>
 __device__ inline T narrowed(float x) {
   return from_float<T>(x);

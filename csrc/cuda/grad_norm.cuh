@@ -7,7 +7,7 @@
 
 namespace fastguard {
 
-// `deciding` is passed over where it says that nothing is to be decided.
+// `deciding` may say that there is nothing to decide.
 __global__ __launch_bounds__(threads, blocks_per_sm) void grad_norm_kernel(
     Plan plan, Norms out, Deciding deciding) {
   const auto look_away = [](int, const auto&) {};

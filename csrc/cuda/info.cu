@@ -1,4 +1,4 @@
-// What the CUDA library was built with.
+// The build of the CUDA library.
 #include "cuda/runtime.h"
 
 #include <torch/csrc/stable/library.h>

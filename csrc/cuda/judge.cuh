@@ -1,5 +1,5 @@
-// A block decides; the verdict stays on the device.
-// The policy itself is in csrc/decide.h, for every device.
+// The decision by one block. The verdict stays on the device. The policy itself is in
+// csrc/decide.h, for every device.
 #pragma once
 
 #include "cuda/reduce.cuh"
@@ -34,8 +34,8 @@ __device__ inline double load_or(const double* scalar, double otherwise) {
   return scalar == nullptr ? otherwise : load(scalar);
 }
 
-// The two of the first `size` norms between which a place lies, found by the rank of each, into
-// found[first] and the next.
+// Writes the two neighbours of a place among the first `size` norms in ascending order to
+// found[first] and found[first + 1]. They are found by the rank of each norm.
 template <class Found>
 __device__ inline void find_by_rank(
     const double* norms, int64_t size, const Rank& place, Found& found, int first) {
@@ -55,7 +55,7 @@ __device__ inline void find_by_rank(
   }
 }
 
-// All threads have read what the decision rests on when this returns, and may write it.
+// After this returns, all threads have read the statistics, so they may be written.
 __device__ inline Quantiles quantiles_in_block(const Deciding& given, const Statistics& known) {
   FASTGUARD_SHARED(double, found, 4);
   const int64_t seen = needs_seen(given.policy) ? held(known.seen, given.window) : 0;
@@ -79,8 +79,8 @@ __device__ inline TensorStatistics column(const Deciding& given, int64_t i) {
       load(first + 3 * given.columns)};
 }
 
-// AdaGC's coefficients, one for each of n tensors.
-__device__ inline void weigh_in_block(
+// Finds the smallest of AdaGC's coefficients and the largest clipped norm of n tensors.
+__device__ inline void clip_each_in_block(
     const Deciding& given, Judgement& judged, const double* norms, int n) {
   double smallest = 1.0, applied = 0.0;
   for (int i = threadIdx.x; within(i, n); i += threads) {
@@ -94,10 +94,11 @@ __device__ inline void weigh_in_block(
   const auto most = [](double a, double b) { return a > b ? a : b; };
   smallest = block_reduce(smallest, least);
   applied = block_reduce(applied, most);
-  weigh(judged, smallest, applied);
+  apply_per_tensor(judged, smallest, applied);
 }
 
-// What is learnt of each tensor, and AdaGC's coefficients. Each thread has its own columns.
+// Updates the statistics of each tensor, and writes AdaGC's coefficients. Each thread has its own
+// columns.
 __device__ inline void remember_in_block(
     const Deciding& given, const Judgement& judged, const double* norms) {
   const bool adagc = given.policy.threshold == Threshold::adagc;
@@ -109,7 +110,8 @@ __device__ inline void remember_in_block(
           given.policy, judged.warm, norm, judged.global_coef, given.step, column(given, i));
       store(given.grad_coef + i, judged.grad_coef(coef));
     }
-    TensorStatistics known = column(given, i);  // again: registers are few around a division
+    // A second read saves registers during the division.
+    TensorStatistics known = column(given, i);
     remember(given.policy, judged, norm, coef, given.step, known);
     double* const first = given.per_tensor + i;
     store(first, known.ema);
@@ -120,7 +122,7 @@ __device__ inline void remember_in_block(
 }
 
 __device__ inline void learn(const Deciding& given, const Judgement& judged, Statistics known) {
-  if (!judged.says) {
+  if (!judged.seen) {
     return;
   }
   store(given.seen_norms + next_place(known.seen, given.window), judged.norm);
@@ -143,7 +145,7 @@ __device__ inline void grow_scale(const Deciding& given, double total_norm) {
   store(given.growth_tracker, tracker);
 }
 
-// By one thread.
+// Called by one thread.
 __device__ inline void write_decision(
     const Deciding& given, const Judgement& judged, const Statistics& known, double total_norm) {
   if (given.policy.threshold != Threshold::adagc) {
@@ -163,7 +165,7 @@ __device__ inline void write_decision(
   }
 }
 
-// All threads of one block.
+// Called by all threads of one block.
 __device__ inline void decide_in_block(
     const Deciding& given, double total_norm, const double* norms, int n) {
   const bool adagc = given.policy.threshold == Threshold::adagc;
@@ -181,9 +183,9 @@ __device__ inline void decide_in_block(
       load_or(given.unscale, 1.0),
       std::isfinite(load_or(given.loss, 0.0)));
   if (adagc && !judged.skipped()) {
-    weigh_in_block(given, judged, norms, n);
+    clip_each_in_block(given, judged, norms, n);
   }
-  veto(judged);
+  reject_too_large(judged);
   if (threadIdx.x == 0) {
     write_decision(given, judged, known, total_norm);
   }

@@ -1,4 +1,4 @@
-// How a launcher comes to its stream, its plan and its kernel.
+// The launchers' stream, plans and launches.
 #pragma once
 
 #include "cuda/plan.h"
@@ -20,7 +20,7 @@ inline void check_cuda(cudaError_t error, const char* what) {
   STD_TORCH_CHECK(error == cudaSuccess, "fastguard: ", what, ": ", cudaGetErrorString(error));
 }
 
-// The device of a tensor, current while this lives, and torch's stream there.
+// Makes the device of a tensor the current one while it lives, and holds torch's stream there.
 class Stream {
  public:
   explicit Stream(const torch::stable::Tensor& tensor)
@@ -51,7 +51,7 @@ class Stream {
   DeviceGuard guard_;
 };
 
-// Of what is given beside lists of tensors.
+// Checks the device of an argument beside the lists of tensors.
 inline void check_on(
     const Stream& on,
     const std::optional<torch::stable::Tensor>& tensor,
@@ -76,7 +76,7 @@ struct Grid {
 
 constexpr int shared_without_asking = 48 << 10;
 
-// The one place from which kernels are launched.
+// All kernels are launched by this function.
 template <class... Parameters, class... Arguments>
 void launch(
     const Stream& on, void (*kernel)(Parameters...), const Grid& grid, Arguments&&... arguments) {
@@ -103,7 +103,7 @@ void launch(
       "launching a kernel");
 }
 
-// As many blocks as the device holds at a time, and no more than there is work for.
+// The number of blocks: as many as the device holds at a time, and at most `work`.
 template <class... Parameters>
 int blocks_for(
     const Stream& on, void (*kernel)(Parameters...), int64_t work, int dynamic_shared = 0) {
@@ -126,16 +126,16 @@ int blocks_for(
   return static_cast<int>(std::clamp<int64_t>(work, 1, most));
 }
 
-// A plan in the device's memory, and what keeps it there.
+// A plan in the device's memory, and the tensor that owns the memory.
 struct DevicePlan {
   Plan plan;
   torch::stable::Tensor memory;
 };
 
-// Plans of earlier calls are kept: one whose tensors are still where they were costs a comparison
-// of 32 bytes a tensor. Each belongs to a stream: what is written there first is there for what
-// comes later. A graph that is being captured builds its own in its own memory, for a captured
-// kernel reads its plan as long as the graph lives.
+// Plans are kept for later calls. If the tensors are at the same addresses, a call compares 32
+// bytes per tensor and uses the plan again. A plan belongs to a stream: the order of the stream
+// makes sure that it is written before it is read. A captured graph builds its own plan in its own
+// memory, because its kernels read the plan as long as the graph lives.
 DevicePlan plan_of(const Stream& on, const std::vector<Given>& tensors);
 
 }  // namespace fastguard

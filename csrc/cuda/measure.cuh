@@ -1,8 +1,9 @@
-// Norm of every tensor, its NaNs and Infs and where they begin, and the global norm.
+// The norm of every tensor, the counts of its NaNs and Infs with the index of the first one, and
+// the global norm.
 //
-// Blocks take chunks in turns. A tensor's chunks are summed up by whichever block brings the last
-// of them, in the order of the chunks; the tensors by whichever block is the last of all. So
-// nothing depends on the number of blocks, nor on which came when.
+// Blocks take chunks in turns. The block that finishes the last chunk of a tensor adds up the sums
+// of its chunks, in the order of the chunks. The last block of all adds up the tensors. The results
+// therefore do not depend on the number of blocks or on their order.
 #pragma once
 
 #include "cuda/reduce.cuh"
@@ -47,7 +48,7 @@ __device__ inline Nonfinite block_together(const Nonfinite& mine) {
       block_reduce(mine.nans, add), block_reduce(mine.infs, add), block_reduce(mine.first, least)};
 }
 
-// A second look at a chunk whose sum is not finite; it lies in the cache.
+// A second read of a chunk whose sum is not finite; it is in the cache.
 __device__ inline Nonfinite find_nonfinite(const Plan& plan, const Chunk& chunk) {
   return with_type(chunk.type(), [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
@@ -76,7 +77,7 @@ __device__ inline void write_tensor(
   }
 }
 
-// The block that brings the last of a tensor's chunks sums them up.
+// Adds up the sums of a tensor's chunks, after the last of them is there.
 __device__ inline void sum_tensor(
     const Plan& plan, const Norms& out, int tensor, int first, int n) {
   double sum = 0.0;
@@ -127,7 +128,7 @@ __device__ inline void measure_chunk(
   }
 }
 
-// True in the last block, which has the total norm then.
+// True in the last block, which then has the total norm.
 __device__ inline bool finish(const Plan& plan, const Norms& out, double& total_norm) {
   if (!arrives_last(plan.arrived + plan.tensors, gridDim.x)) {
     return false;

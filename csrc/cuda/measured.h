@@ -1,4 +1,4 @@
-// A launch of grad_norm's kernel, and where its results go.
+// A launch of grad_norm's kernel, and its results.
 #pragma once
 
 #include "cuda/judge.cuh"
@@ -25,7 +25,7 @@ struct Measured {
   torch::stable::Tensor total_norm, norms, nonfinite;
 };
 
-// `deciding`: what the kernel is to decide, or Deciding{}. `op` is named in errors.
+// `deciding`: the decision that the kernel makes, or Deciding{} for none. Errors name `op`.
 Measured measure(
     const Stream& on,
     const std::vector<torch::stable::Tensor>& grads,

@@ -29,8 +29,8 @@ DevicePlan build_plan(const Stream& on, const HostPlan& host) {
   return {plan, memory};
 }
 
-// The oldest go; the newest stays even if it alone is too large. Tensors that lie elsewhere in
-// every step leave a plan behind each time, and every call looks through what is kept.
+// Drops the oldest plans. The newest one stays even if it alone is too large. Tensors at new
+// addresses leave a plan behind in each step, and every call compares all plans that are kept.
 void forget_oldest(std::list<Kept>& kept) {
   int64_t bytes = 0;
   for (const Kept& each : kept) {
@@ -46,7 +46,7 @@ void forget_oldest(std::list<Kept>& kept) {
 
 DevicePlan plan_of(const Stream& on, const std::vector<Given>& tensors) {
   static std::mutex mutex;
-  static auto* const kept = new std::list<Kept>;  // never destroyed: torch's allocator is before
+  static auto* const kept = new std::list<Kept>;  // not destroyed: torch's allocator ends before
   HostPlan host(tensors);
   STD_TORCH_CHECK(host.fits, "fastguard: more than 3.4e10 elements in one call");
   if (on.capturing) {

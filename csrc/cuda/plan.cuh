@@ -1,8 +1,8 @@
-// The plan of a list of tensors: how it is cut into chunks, one record for each, in memory of the
-// device. With it one launch serves any number of tensors of mixed dtypes and sizes, and a block
-// finds out all about its next chunk with one read of 32 bytes.
+// The plan of a list of tensors: one record in the device's memory for each chunk of them. With a
+// plan one launch serves any number of tensors of mixed dtypes and sizes. One read of 32 bytes
+// tells a block everything about its next chunk.
 //
-// The host describes each tensor by an Entry; build_plan.cuh makes the chunks of it.
+// The host describes each tensor by an Entry; build_plan.cuh makes chunks from it.
 #pragma once
 
 #include "adamw_options.h"
@@ -12,27 +12,27 @@ namespace fastguard {
 
 constexpr int threads = 256;  // of every block
 constexpr int chunk_elements = 8192;  // 32 KiB of fp32: eight 16-byte reads of each thread
-// Registers are held to what so many need: 64 KiB on their way to an SM. (clip_ has 3 where an SM
-// has 100 KiB of shared memory.)
+// The kernels' registers are limited so that this many blocks fit on an SM, with 64 KiB of loads in
+// flight. (clip_ has 3 blocks on an SM with 100 KiB of shared memory.)
 constexpr int blocks_per_sm = 4;
 
 enum class Type : int { float32, float64, bfloat16, float16, byte };
 
 struct Entry {
   uint64_t data;
-  uint64_t other;  // of a second list, 0 where there is none
+  uint64_t other;  // the tensor of a second list; 0 without one
   int64_t numel_and_types;  // numel * 64 + other's type * 8 + type
   int32_t first_chunk;
-  int32_t place;  // where its packed state starts, in units of packed_alignment
+  int32_t place;  // the start of its packed state, in units of packed_alignment
 };
 
 struct alignas(16) Chunk {
   uint64_t data;
   uint64_t other;
   int32_t tensor;
-  int32_t place;  // of its packed state
+  int32_t place;  // the start of its packed state, in units of packed_alignment
   int32_t index;  // in its tensor
-  int32_t size_and_types;  // size * 128 + is it the tensor's only one * 64 + types as above
+  int32_t size_and_types;  // size * 128 + whether the tensor has one chunk * 64 + types as above
 
   __host__ __device__ int size() const { return size_and_types >> 7; }
   __host__ __device__ bool only_one() const { return size_and_types & 64; }
@@ -63,16 +63,16 @@ struct Plan {
   double* sums;  // (tensors,)
   double* partials;  // (n_chunks,)
   Nonfinite* nonfinite;  // (n_chunks,), written where a partial is not finite
-  unsigned* arrived;  // (tensors + 1,): blocks that are done with a tensor, and with everything
+  unsigned* arrived;  // (tensors + 1,): chunks of each tensor that are done, and blocks that are
 };
 
-// Every tensor has a chunk, an empty one too: its results are written as the others' are.
+// Every tensor has a chunk, even an empty one, because its results have to be written too.
 __host__ __device__ inline int64_t chunks_of(int64_t numel) {
   return numel == 0 ? 1 : (numel + chunk_elements - 1) / chunk_elements;
 }
 
 __host__ __device__ inline int bytes_of(Type type) {
-  // A digit for each. Of a choice among five nvcc makes a jump by way of a table in memory.
+  // One digit for each type. nvcc would turn a switch of five cases into a jump table in memory.
   return 0x12284 >> 4 * static_cast<int>(type) & 15;
 }
 

@@ -1,5 +1,5 @@
-// The plan's host side, without torch and without CUDA: what is uploaded, and where in one piece of
-// the device's memory everything lies.
+// The host's side of a plan, without torch and without CUDA: the upload, and the layout of the plan
+// in one allocation of the device's memory.
 #pragma once
 
 #include "cuda/plan.cuh"
@@ -50,14 +50,14 @@ class HostPlan {
     dims_at_ = append_all(dims);
   }
 
-  // Fewer than 2^31 chunks and units of packed_alignment: 3.4e10 elements.
+  // Whether there are fewer than 2^31 chunks and units of packed_alignment: 3.4e10 elements.
   bool fits;
-  // What upload_kernel writes to the beginning of the device's memory.
+  // The words that upload_kernel writes to the beginning of the device's memory.
   std::vector<Word16> words;
 
   int32_t n_chunks() const { return n_chunks_; }
 
-  // Of the device's memory, 16-byte aligned.
+  // The size of the device's memory, which has to be aligned to 16 bytes.
   int64_t bytes() const { return arrived_at() + round_up((tensors_ + 1) * sizeof(unsigned)); }
 
   Plan at(void* memory) const {
@@ -75,7 +75,7 @@ class HostPlan {
         reinterpret_cast<unsigned*>(base + arrived_at())};
   }
 
-  // Whether the other's tensors are the same, where they were: then its device memory serves.
+  // Whether both describe the same tensors at the same addresses. Both can then use one plan.
   bool operator==(const HostPlan& other) const {
     return words.size() == other.words.size() && tensors_ == other.tensors_ &&
         std::memcmp(words.data(), other.words.data(), words.size() * sizeof(Word16)) == 0;

@@ -1,5 +1,5 @@
-// What the threads of a block, and the blocks of a launch, say to each other. Every sum is made in
-// an order that depends on the number of threads alone, which is a constant.
+// Communication between the threads of a block, and between the blocks of a launch. The order of
+// every sum depends only on the number of threads, which is a constant.
 #pragma once
 
 #include "cuda/plan.cuh"
@@ -9,7 +9,7 @@ namespace fastguard {
 constexpr int warp_size = 32;
 constexpr unsigned all_lanes = 0xffffffffu;
 
-// Any associative `combine` over all threads of the block; every thread gets the result.
+// An associative `combine` over all threads of the block. Every thread gets the result.
 template <class T, class Combine>
 __device__ inline T block_reduce(T x, const Combine& combine) {
   FASTGUARD_SHARED(T, of_warp, threads / warp_size);
@@ -32,15 +32,16 @@ __device__ inline double block_sum(double x) {
   return block_reduce(x, [](double a, double b) { return a + b; });
 }
 
-// Whether this block is the last of `expected` at the counter, which is 0 again then. What thread 0
-// of each of the others wrote before, and what its block did before a barrier, can be read then.
+// Whether this block is the last of `expected` blocks at the counter. The last block sets the
+// counter to 0. It can read what thread 0 of each other block wrote before its arrival, and what
+// that block wrote before a barrier.
 __device__ inline bool arrives_last(unsigned* counter, unsigned expected) {
   FASTGUARD_SHARED(int, is_last, 1);
   if (threadIdx.x == 0) {
-    __threadfence();  // what was written here comes before the arrival
+    __threadfence();  // writes of this block come before the arrival
     const bool last = atomicAdd(counter, 1u) == expected - 1;
     if (last) {
-      __threadfence();  // what is read here comes after all arrivals
+      __threadfence();  // reads of this block come after all arrivals
       store(counter, 0u);
     }
     is_last[0] = last;

@@ -1,8 +1,8 @@
-// The machine as the launchers see it: the only file of the host's side that differs between a GPU
-// and tests/simt, where the same launchers run on tensors of the CPU. Of CUDA's runtime they use
-// cudaStreamIsCapturing, cudaLaunchKernelEx, cudaOccupancyMaxActiveBlocksPerMultiprocessor,
-// cudaDeviceGetAttribute, cudaFuncSetAttribute and cudaGetErrorString; of torch's CUDA only what is
-// declared here.
+// The launchers' interface to the machine. This is the only file of the host's side that differs
+// between a GPU and tests/simt, which runs the same launchers on tensors of the CPU. Beside it the
+// launchers use only these functions of CUDA: cudaStreamIsCapturing, cudaLaunchKernelEx,
+// cudaOccupancyMaxActiveBlocksPerMultiprocessor, cudaDeviceGetAttribute, cudaFuncSetAttribute and
+// cudaGetErrorString. They use torch's CUDA only as declared here.
 #pragma once
 
 #ifdef FASTGUARD_SIMT
@@ -15,18 +15,18 @@
 
 #include <cuda_runtime.h>
 
-// The dispatch key under which the launchers are found.
+// The dispatch key of the launchers.
 #define FASTGUARD_CUDA_KEY CUDA
 
 namespace fastguard {
 
-// What is kept of plans for later calls. A model has a handful, one for each group of parameters.
+// The limits of the plans that are kept. A model has a few plans, one per group of parameters.
 constexpr int64_t most_plan_bytes = 64 << 20;
 constexpr size_t most_plans = 1024;
 
 using torch::stable::accelerator::DeviceGuard;
 
-// The CUDA device that a tensor is on, -1 if it is elsewhere.
+// The index of a tensor's CUDA device; -1 if it is on another kind of device.
 inline int cuda_device_of(AtenTensorHandle tensor) {
   int32_t type, index;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(tensor, &type));

@@ -5,7 +5,7 @@
 
 namespace fastguard {
 
-// next_coef: 0 where all tensors have the same coefficient, else 1.
+// next_coef: 0 if all tensors have the same coefficient, else 1.
 __global__ __launch_bounds__(threads, blocks_per_sm) void scale_kernel(
     Plan plan, const double* clip_coef, int32_t next_coef) {
   for (int c = blockIdx.x; c < plan.n_chunks; c += gridDim.x) {

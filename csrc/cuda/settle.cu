@@ -11,8 +11,8 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// Which way a copy goes is known on the device alone, so both must be memory that can be copied as
-// it is; fastguard/ops/settle.py passes no others.
+// Only the device knows the direction of a copy, so both tensors must have memory that can be
+// copied as it is. fastguard/ops/settle.py passes no others.
 void check_memory(const Tensor& buffer, const Tensor& saved, size_t i) {
   STD_TORCH_CHECK(
       buffer.strides().equals(saved.strides()) && !densify(buffer).copied,
@@ -21,7 +21,7 @@ void check_memory(const Tensor& buffer, const Tensor& saved, size_t i) {
       " has gaps, or its saved copy lies in another order");
 }
 
-// What is no floating-point number is bytes.
+// Elements that are no floating-point numbers count as bytes.
 Given given_of(Tensor buffer, Tensor saved) {
   const int64_t numbers = numbers_in(buffer.scalar_type());
   const Type type = numbers == 0 ? Type::byte : type_of(real_of(buffer.scalar_type()));

@@ -1,5 +1,5 @@
-// settle_: on a skip the buffers are set back to their saved copies, and so are those of an owner
-// of which one was finite and is not any more; otherwise the copies are brought up to date.
+// settle_: copies the saved values back into all buffers on a skip, and into the buffers of an
+// owner if one of them was finite in its copy and is not finite now. Else it updates the copies.
 // Reference: settle_ref_ in fastguard/ops/settle.py.
 #pragma once
 
@@ -9,7 +9,8 @@
 
 namespace fastguard {
 
-// This thread's share of the n elements; aligned to themselves alone, as buffers may be.
+// Checks this thread's share of the n elements. A buffer is aligned only to the size of its
+// elements.
 template <class Word>
 __device__ inline int any_lost(uint64_t now, uint64_t saved, int n, Word exponent) {
   int any = 0;
@@ -20,7 +21,7 @@ __device__ inline int any_lost(uint64_t now, uint64_t saved, int n, Word exponen
   return any;
 }
 
-// By size, for of a choice among all types nvcc makes a jump table.
+// A choice by size, because nvcc would turn a choice among all types into a jump table.
 __device__ inline int any_lost(const Chunk& chunk) {
   const Type type = chunk.type();
   if (type == Type::byte) {
@@ -37,14 +38,15 @@ __device__ inline int any_lost(const Chunk& chunk) {
   return any_lost(chunk.data, chunk.other, chunk.size(), exponent);
 }
 
-// The number of a buffer's owner. The host cannot check them without waiting: a buffer whose number
-// there is no owner for is its own.
+// The number of a buffer's owner. The host cannot check the numbers without a sync. A buffer whose
+// number is out of range is its own owner.
 __device__ inline int64_t owner_of(const Plan& plan, const int64_t* owners, int buffer) {
   const int64_t owner = load(owners + buffer);
   return 0 <= owner && owner < plan.tensors ? owner : buffer;
 }
 
-// lost: for each buffer, and then for each owner, in how many chunks; 0 on a skip.
+// lost: for each buffer, then for each owner, the number of chunks with a lost element; 0 on a
+// skip.
 __global__ __launch_bounds__(threads) void find_lost_kernel(
     Plan plan, const int64_t* verdict, const int64_t* owners, unsigned* lost) {
   const bool skip = skips(load(verdict));
@@ -65,7 +67,7 @@ __device__ inline void copy_units(uint64_t to, uint64_t from, int n) {
   }
 }
 
-// As bytes, whatever their dtype.
+// Copies the buffers as bytes, for any dtype.
 __global__ __launch_bounds__(threads) void settle_kernel(
     Plan plan, const int64_t* verdict, const int64_t* owners, const unsigned* lost) {
   const bool skip = skips(load(verdict));

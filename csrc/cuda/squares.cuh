@@ -1,11 +1,12 @@
 // The sum of squares of a chunk, from one read in 16-byte pieces.
 //
-// In fp32 arithmetic, for the fp64 units of all but the largest GPUs are too slow to keep up with
-// their memory. The square of a finite fp32 or bf16 may overflow or underflow there, so it is
-// summed three times, as it is, scaled down and scaled up, and the sum that kept its digits counts
-// (the idea of Blue, "A Portable Fortran Program to Find the Euclidean Norm of a Vector", TOMS
-// 1978, without its branches): five instructions an element. A thread sums 32 elements so; all
-// beyond is float64. A sum that is not finite in the end says that an element was not.
+// The arithmetic is fp32: except on the largest GPUs, the fp64 units are slower than the memory.
+// The square of a finite fp32 or bf16 value may overflow or underflow in fp32. The squares are
+// therefore summed three times: unscaled, scaled down and scaled up. The sum that kept its digits
+// counts. This is the method of Blue, "A Portable Fortran Program to Find the Euclidean Norm of a
+// Vector", TOMS 1978, without its branches. It takes five instructions per element. A thread sums
+// 32 elements in this way, and the sums of threads are added in float64. A sum that is not finite
+// shows an element that is not finite.
 #pragma once
 
 #include "cuda/elements.cuh"
@@ -39,13 +40,13 @@ struct Squares {  // fp32 and bf16
     if (!(middle <= 0x1.fffffep127f)) {  // an overflow, or an Inf or NaN, which `large` keeps
       return static_cast<double>(large) * 0x1p160;
     }
-    // Below, every element is under 2^-40 and scaled up its square under 2^120.
+    // Below this limit every element is under 2^-40, and its scaled-up square is under 2^120.
     return middle >= 0x1p-80f ? middle : static_cast<double>(small) * 0x1p-200;
   }
 };
 
 template <>
-struct Squares<Float16> {  // 2^-48 to 2^32: in range as they are
+struct Squares<Float16> {  // squares from 2^-48 to 2^32 need no scale
   float sum = 0.0f;
 
   __device__ void add(Float16 x) {
@@ -65,13 +66,14 @@ struct Squares<double> {
   __device__ double total() const { return sum; }
 };
 
-constexpr int reads_at_a_time = 4;  // of each thread: 16 KiB on their way to a block
+constexpr int reads_at_a_time = 4;  // by each thread: 16 KiB in flight for a block
 
-// n elements as fewer than 16 bytes, whole 16-byte vectors, and fewer than 16 bytes.
+// n elements as a head of less than 16 bytes, whole 16-byte vectors, and a tail of less than 16
+// bytes.
 //
-// The vectors are words until they are computed with. Of 16-bit elements nvcc would choose each
-// half from what was read or zero with an instruction of its own, which waits for the first vector
-// before the last is asked for.
+// The vectors are words until the computation. For vectors of 16-bit elements nvcc would select
+// each half (the loaded value or zero) with an instruction of its own. These wait for the first
+// vector before the last one is loaded.
 template <class T>
 struct Aligned {
   static constexpr int width = 16 / sizeof(T);
@@ -90,8 +92,9 @@ struct Aligned {
   __device__ int tail() const { return head + vectors * width; }  // where it begins
 };
 
-// This thread's share of the sum over a chunk. `see(place, vector)` is shown every vector, and
-// zeros at some places beyond the last, which are below chunk_elements * sizeof(T) / 16.
+// This thread's share of the sum over a chunk. `see(place, vector)` is called for every vector, and
+// with zeros for some places after the last one. All places are below chunk_elements * sizeof(T) /
+// 16.
 template <class T, class See>
 __device__ inline double sum_squares(const T* x, int n, const See& see) {
   const Aligned<T> aligned(x, n);

@@ -1,7 +1,7 @@
-// Tensor cores and what feeds them, of sm_80 and later: copies from global to shared memory that
-// pass by the registers, loads of matrices in the layout of the tensor cores, and their products.
-// Like device.cuh, this is all that the kernels use of it; tests/simt has the same functions for
-// the CPU. Each is one instruction, and but for the copies all lanes of a warp call it together.
+// The tensor cores of sm_80 and later: copies from global to shared memory that bypass the
+// registers, loads of matrices in the layout of the tensor cores, and products. The kernels use
+// only these functions of the tensor cores, and tests/simt has the same functions for the CPU. Each
+// function is one instruction. All lanes of a warp must call it together, except for the copies.
 #pragma once
 
 #include "cuda/device.cuh"
@@ -19,9 +19,9 @@ __device__ inline uint32_t shared_address(Shared<T> pointer) {
 
 // --- asynchronous copies ------------------------------------------------------------------------
 
-// 16 bytes, both addresses aligned to 16. Where not valid they become zeros and `from`, which may
-// then lie anywhere, is not read. Until the calling thread has waited, nobody may touch `to`, nor
-// change `from`; other threads may read `to` after a barrier that follows that wait.
+// Copies 16 bytes; both addresses are aligned to 16. If not `valid`, it writes zeros and does not
+// read `from`, which may be any address. Until the calling thread has waited, no thread may access
+// `to` or change `from`. Other threads may read `to` after a barrier that follows the wait.
 template <class T>
 __device__ inline void copy_async16(Shared<T> to, const T* from, bool valid) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)),
@@ -30,10 +30,10 @@ __device__ inline void copy_async16(Shared<T> to, const T* from, bool valid) {
                : "memory");
 }
 
-// The thread's copies since the last commit become a group, which may be empty.
+// Makes the thread's copies since the last commit a group, which may be empty.
 __device__ inline void commit_async() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
-// Until all but the last n of the thread's groups have arrived.
+// Waits until all of the thread's groups but the last n have arrived.
 template <int n>
 __device__ inline void wait_async() {
   asm volatile("cp.async.wait_group %0;" ::"n"(n) : "memory");
@@ -41,9 +41,9 @@ __device__ inline void wait_async() {
 
 // --- matrices of 8 rows of 16 bytes -------------------------------------------------------------
 
-// Lane 8 i + r brings the address of row r of matrix i, aligned to 16. Of matrix i, register i of
-// lane l gets the l % 4-th word of row l / 4; of 16-bit elements `_trans` gives what that is in the
-// transposed matrix. What lanes beyond those of the last matrix bring does not matter.
+// Lane 8 i + r gives the address of row r of matrix i, aligned to 16. Register i of lane l gets
+// word l % 4 of row l / 4 of matrix i. With `_trans` it gets the same word of the transposed matrix
+// of 16-bit elements. The addresses of lanes after the last matrix are ignored.
 template <class T>
 __device__ inline void ldmatrix_x1(uint32_t (&to)[1], Shared<T> row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%0}, [%1];"
@@ -94,8 +94,8 @@ __device__ inline void ldmatrix_x4_trans(uint32_t (&to)[4], Shared<T> row) {
 
 // --- products -----------------------------------------------------------------------------------
 
-// d += a b in float, in an order that the hardware does not tell. With g = lane / 4, t = lane % 4,
-// two 16-bit elements to a register, the lower one first:
+// d += a b in float; the order of the sum is not documented. With g = lane / 4, t = lane % 4, and
+// two 16-bit elements per register, the lower one first:
 //   a, 16 x 16: {(g, 2t), (g, 2t+1)}, {(g+8, 2t), ..}, {(g, 2t+8), ..}, {(g+8, 2t+8), ..}
 //   b, 16 x 8:  {(2t, g), (2t+1, g)}, {(2t+8, g), (2t+9, g)}
 //   d, 16 x 8:  (g, 2t), (g, 2t+1), (g+8, 2t), (g+8, 2t+1)
@@ -117,7 +117,7 @@ __device__ inline void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const
   }
 }
 
-// The same of floats, whose low 13 bits the hardware does not look at:
+// The same for floats; the hardware ignores their low 13 bits:
 //   a, 16 x 8: (g, t), (g+8, t), (g, t+4), (g+8, t+4)
 //   b, 8 x 8:  (t, g), (t+4, g)
 __device__ inline void mma_m16n8k8_tf32(
@@ -131,7 +131,7 @@ __device__ inline void mma_m16n8k8_tf32(
 
 // --- numbers ------------------------------------------------------------------------------------
 
-// NaN if either is, which fmaxf and fminf would drop.
+// NaN if either is NaN; fmaxf and fminf would drop it.
 __device__ inline float max_nan(float x, float y) {
   float z;
   asm("max.NaN.f32 %0, %1, %2;" : "=f"(z) : "f"(x), "f"(y));
@@ -144,21 +144,21 @@ __device__ inline float min_nan(float x, float y) {
   return z;
 }
 
-// 2^x to about 2 units in the last place; subnormals, of x and of the result, are zeros.
+// 2^x to about 2 units in the last place. A subnormal x or result counts as zero.
 __device__ inline float exp2_approx(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
 
-// 1 / x to 1 unit in the last place; subnormals, of x and of the result, are zeros.
+// 1 / x to 1 unit in the last place. A subnormal x or result counts as zero.
 __device__ inline float reciprocal_approx(float x) {
   float y;
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
 
-// Two 16-bit elements in a register, as the products take them; rounded as by from_float.
+// Two 16-bit elements in a register, for the products, rounded as from_float does.
 template <class T>
 __device__ inline uint32_t pack(float low, float high) {
   static_assert(__is_same(T, BFloat16) || __is_same(T, Float16));

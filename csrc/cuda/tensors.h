@@ -1,4 +1,4 @@
-// Torch's tensors as a plan is given them.
+// Torch's tensors in the form that a plan takes.
 #pragma once
 
 #include "checks.h"
@@ -35,7 +35,7 @@ inline void check_devices(
   }
 }
 
-// Tensors as a plan is given them; `written` says whether a kernel writes them.
+// Tensors in the form that a plan takes. `written`: whether a kernel writes them.
 class PlanTensors : public DenseList {
  public:
   PlanTensors(

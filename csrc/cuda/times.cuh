@@ -5,10 +5,10 @@
 
 namespace fastguard {
 
-// The product in float64, rounded once, as on the CPU: a factor of 1e-43 brings 1e38 down without
-// losing a bit. That is three instructions of the fp64 units for an element. A GPU that has 1/64 as
-// many of them as of the fp32 ones may be held up by that where the elements have 16 bits; it has
-// such gradients to scale only in a step that clips, and with an optimizer other than fastguard's.
+// The product in float64, rounded once, as on the CPU: a factor of 1e-43 scales 1e38 down without
+// the loss of a bit. It takes three instructions of the fp64 units per element. These may limit the
+// speed for 16-bit elements on a GPU with 1/64 as many fp64 units as fp32 units. Such gradients are
+// scaled only in a step that clips, and with an optimizer other than fastguard's.
 template <class T>
 __device__ inline T times(T x, double factor) {
   return narrowed<T>(widened(x) * factor);
@@ -23,7 +23,7 @@ __device__ inline Vector<T, 16 / sizeof(T)> times(Vector<T, 16 / sizeof(T)> x, d
   return x;
 }
 
-// `vector(place, address)` is what was read of a whole vector.
+// `vector(place, address)` returns a whole vector.
 template <class T, class Read>
 __device__ inline void scale_elements(T* x, int n, double factor, const Read& vector) {
   const Aligned<T> aligned(x, n);
@@ -33,7 +33,7 @@ __device__ inline void scale_elements(T* x, int n, double factor, const Read& ve
 #pragma unroll
     for (int i = 0; i < reads_at_a_time; ++i) {
       const int place = base + i * threads + threadIdx.x;
-      read[i] = {};  // else what was read the last time is kept in registers
+      read[i] = {};  // otherwise the values of the last pass occupy registers
       if (within(place, aligned.vectors)) {
         read[i] = vector(place, body + place);
       }
