@@ -2,6 +2,7 @@
 #pragma once
 
 #include "memory.h"
+#include "permutation.h"
 
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -16,13 +17,9 @@ namespace fastguard {
 
 // A tensor whose elements fill one range of memory without gaps, in any order.
 struct Dense {
-  struct Dim {
-    int64_t stride;
-    int64_t row_major_stride;  // what the tensor's stride would be if it were contiguous
-  };
-
   torch::stable::Tensor tensor;
-  std::vector<Dim> permutation;  // from the largest stride down; empty if the order is row-major
+  // From the largest stride down; empty if the order is row-major.
+  std::vector<PermutedDim> permutation;
   bool copied;  // whether `tensor` is a copy, because the given one has gaps
 };
 
@@ -37,13 +34,13 @@ inline std::vector<int64_t> dims_by_stride(const torch::stable::Tensor& tensor) 
 
 // The dimensions of a tensor without gaps in another order than row-major, such as a transposed or
 // channels-last one; empty for a tensor with gaps or overlaps.
-inline std::vector<Dense::Dim> permutation_of(const torch::stable::Tensor& tensor) {
+inline std::vector<PermutedDim> permutation_of(const torch::stable::Tensor& tensor) {
   std::vector<int64_t> row_major(tensor.dim(), 1);
   for (int64_t dim = tensor.dim() - 2; dim >= 0; --dim) {
     row_major[dim] = row_major[dim + 1] * tensor.size(dim + 1);
   }
   const std::vector<int64_t> dims = dims_by_stride(tensor);
-  std::vector<Dense::Dim> permutation;
+  std::vector<PermutedDim> permutation;
   int64_t inner = 1;
   for (auto dim = dims.rbegin(); dim != dims.rend(); ++dim) {
     if (tensor.size(*dim) == 1) {
@@ -62,7 +59,7 @@ inline Dense densify(const torch::stable::Tensor& tensor) {
   if (tensor.is_contiguous()) {
     return {tensor, {}, false};
   }
-  std::vector<Dense::Dim> permutation = permutation_of(tensor);
+  std::vector<PermutedDim> permutation = permutation_of(tensor);
   if (!permutation.empty()) {
     return {tensor, std::move(permutation), false};
   }

@@ -33,17 +33,17 @@ void accumulate_cpu(
     sources.push_back(laid_out_as(grads[i], written[i].tensor));
     from.push_back(span_of(sources.back()));
   }
-  const std::vector<Chunk> chunks = cut(written.spans);
+  const std::vector<Slice> slices = cut(written.spans);
   const GradientKernels& kernels = gradient_kernels();
   // Nothing was written so far, and nothing throws from here on.
   micro_batches[0] += 1.0;
   micro_batches[1] += 1.0;
   micro_batches[2] += weight;
-  for_each_chunk(chunks, [&](int64_t c) {
-    const Chunk& chunk = chunks[c];
-    const Span& grad = from[chunk.span];
+  for_each_slice(slices, [&](int64_t s) {
+    const Slice& slice = slices[s];
+    const Span& grad = from[slice.span];
     pick(kernels.add, grad.dtype)(
-        data_of(written.spans[chunk.span], chunk), data_of(grad, chunk), chunk.size);
+        data_of(written.spans[slice.span], slice), data_of(grad, slice), slice.size);
   });
   written.copy_back();
 }

@@ -20,7 +20,8 @@ namespace {
 
 using namespace adamw;
 
-struct Stretch {
+// The arguments of the kernel for one parameter.
+struct ParamStep {
   Places places;
   int64_t moments;  // where its moments start, in elements
   int8_t param_bytes;  // of one element
@@ -82,40 +83,40 @@ void step(const Arguments& given) {
   const int64_t moment_bytes = is_wide(given) ? sizeof(double) : sizeof(float);
   float* const steps = static_cast<float*>(given.state_steps.mutable_data_ptr());
   StandIns stand_ins;
-  std::vector<Stretch> stretches(n);
+  std::vector<ParamStep> param_steps(n);
   std::vector<Span> spans(n);
   for (size_t i = 0; i < n; ++i) {
     const TensorView& p = params[i];
     const TensorView& g = given.grads[i];
-    Stretch& stretch = stretches[i];
-    stretch.places = stand_ins.place(p, g);
-    stretch.moments = offsets[i];
-    stretch.param_bytes = bytes_of(p);
-    stretch.grad_bytes = bytes_of(g);
-    stretch.function = pick_function(kernels, p, g);
-    stretch.grad_coef = coefs[static_cast<int64_t>(i) * next_coef];
-    stretch.bias = bias_corrections.at(static_cast<double>(steps[i]) + 1.0);
-    spans[i] = {stretch.places.param, p.numel(), p.scalar_type()};
+    ParamStep& param_step = param_steps[i];
+    param_step.places = stand_ins.place(p, g);
+    param_step.moments = offsets[i];
+    param_step.param_bytes = bytes_of(p);
+    param_step.grad_bytes = bytes_of(g);
+    param_step.function = pick_function(kernels, p, g);
+    param_step.grad_coef = coefs[static_cast<int64_t>(i) * next_coef];
+    param_step.bias = bias_corrections.at(static_cast<double>(steps[i]) + 1.0);
+    spans[i] = {param_step.places.param, p.numel(), p.scalar_type()};
   }
-  const std::vector<Chunk> chunks = cut(spans);
+  const std::vector<Slice> slices = cut(spans);
   // Nothing was written so far, and nothing throws from here on.
   for (size_t i = 0; i < n; ++i) {
     steps[i] += 1.0f;
   }
-  for_each_chunk(chunks, [&](int64_t c) {
-    const Chunk& chunk = chunks[c];
-    const Stretch& stretch = stretches[chunk.span];
-    const int64_t first = (stretch.moments + chunk.begin) * moment_bytes;
+  for_each_slice(slices, [&](int64_t s) {
+    const Slice& slice = slices[s];
+    const ParamStep& param_step = param_steps[slice.span];
+    const int64_t first = (param_step.moments + slice.begin) * moment_bytes;
     char* largest = moments[max_exp_avg_sq];
-    stretch.function(
-        stretch.places.param + chunk.begin * stretch.param_bytes,
-        stretch.places.grad + chunk.begin * stretch.grad_bytes,
+    param_step.function(
+        param_step.places.param + slice.begin * param_step.param_bytes,
+        param_step.places.grad + slice.begin * param_step.grad_bytes,
         moments[exp_avg] + first,
         moments[exp_avg_sq] + first,
         largest == nullptr ? nullptr : largest + first,
-        chunk.size,
-        stretch.grad_coef,
-        stretch.bias,
+        slice.size,
+        param_step.grad_coef,
+        param_step.bias,
         options);
   });
   stand_ins.copy_back();

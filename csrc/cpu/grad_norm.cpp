@@ -9,6 +9,7 @@
 
 #include "checks.h"
 #include "gradients.h"
+#include "nonfinite.h"
 
 #include <torch/csrc/stable/library.h>
 
@@ -20,65 +21,42 @@ namespace {
 
 using torch::stable::Tensor;
 
-constexpr int64_t nowhere = -1;
-
-struct Nonfinite {
-  int64_t nans = 0;
-  int64_t infs = 0;
-  int64_t first = nowhere;  // flat index in row-major order
-
-  void add(const Nonfinite& other) {
-    nans += other.nans;
-    infs += other.infs;
-    if (first == nowhere || (other.first != nowhere && other.first < first)) {
-      first = other.first;
-    }
-  }
-};
-
-// Row-major index of the element that lies `offset` elements into a dense tensor.
 int64_t row_major_index(const Dense& dense, int64_t offset) {
-  if (dense.permutation.empty()) {
-    return offset;
-  }
-  int64_t index = 0;
-  for (const Dense::Dim& dim : dense.permutation) {
-    index += offset / dim.stride * dim.row_major_stride;
-    offset %= dim.stride;
-  }
-  return index;
+  const int dims = static_cast<int>(dense.permutation.size());
+  const auto read = [](const int64_t* number) { return *number; };
+  return row_major_index(dense.permutation.data(), 0, dims, offset, read);
 }
 
 template <class Bits>
-Nonfinite find_nonfinite(const Dense& dense, const Bits* x, const Chunk& chunk, Bits exponent) {
+Nonfinite find_nonfinite(const Dense& dense, const Bits* x, const Slice& slice, Bits exponent) {
   Nonfinite found;
-  for (int64_t i = 0; i < chunk.size; ++i) {
+  for (int64_t i = 0; i < slice.size; ++i) {
     if ((x[i] & exponent) == exponent) {
       const bool inf = static_cast<Bits>(x[i] << 1) == static_cast<Bits>(exponent << 1);
-      found.add({!inf, inf, row_major_index(dense, chunk.begin + i)});
+      found = together(found, {!inf, inf, row_major_index(dense, slice.begin + i)});
     }
   }
   return found;
 }
 
 // Only called for a slice whose sum is not finite; it is in the cache.
-Nonfinite find_nonfinite(const Dense& dense, const Span& span, const Chunk& chunk) {
-  const void* x = data_of(span, chunk);
+Nonfinite find_nonfinite(const Dense& dense, const Span& span, const Slice& slice) {
+  const void* x = data_of(span, slice);
   switch (span.dtype) {
     case ScalarType::Double:
-      return find_nonfinite(dense, static_cast<const uint64_t*>(x), chunk, uint64_t{0x7ff} << 52);
+      return find_nonfinite(dense, static_cast<const uint64_t*>(x), slice, uint64_t{0x7ff} << 52);
     case ScalarType::Float:
-      return find_nonfinite(dense, static_cast<const uint32_t*>(x), chunk, uint32_t{0x7f800000});
+      return find_nonfinite(dense, static_cast<const uint32_t*>(x), slice, uint32_t{0x7f800000});
     case ScalarType::BFloat16:
-      return find_nonfinite(dense, static_cast<const uint16_t*>(x), chunk, uint16_t{0x7f80});
+      return find_nonfinite(dense, static_cast<const uint16_t*>(x), slice, uint16_t{0x7f80});
     default:
-      return find_nonfinite(dense, static_cast<const uint16_t*>(x), chunk, uint16_t{0x7c00});
+      return find_nonfinite(dense, static_cast<const uint16_t*>(x), slice, uint16_t{0x7c00});
   }
 }
 
 std::tuple<Tensor, Tensor, Tensor> reduce(
     size_t tensors,
-    const std::vector<Chunk>& chunks,
+    const std::vector<Slice>& slices,
     const std::vector<double>& sums,
     const std::vector<Nonfinite>& nonfinite) {
   const int64_t n = static_cast<int64_t>(tensors);
@@ -88,9 +66,10 @@ std::tuple<Tensor, Tensor, Tensor> reduce(
   double* norm = norms.mutable_data_ptr<double>();
   std::fill_n(norm, n, 0.0);
   std::vector<Nonfinite> per_tensor(tensors);
-  for (size_t c = 0; c < chunks.size(); ++c) {
-    norm[chunks[c].span] += sums[c];
-    per_tensor[chunks[c].span].add(nonfinite[c]);
+  for (size_t s = 0; s < slices.size(); ++s) {
+    norm[slices[s].span] += sums[s];
+    Nonfinite& of_tensor = per_tensor[slices[s].span];
+    of_tensor = together(of_tensor, nonfinite[s]);
   }
   double total = 0.0;
   int64_t* place = places.mutable_data_ptr<int64_t>();
@@ -117,19 +96,19 @@ std::tuple<Tensor, Tensor, Tensor> grad_norm_cpu(const std::vector<Tensor>& grad
     tensors.push_back(densify(grads[i]));
     spans.push_back(span_of(tensors.back().tensor));
   }
-  const std::vector<Chunk> chunks = cut(spans);
-  std::vector<double> sums(chunks.size());
-  std::vector<Nonfinite> nonfinite(chunks.size());
+  const std::vector<Slice> slices = cut(spans);
+  std::vector<double> sums(slices.size());
+  std::vector<Nonfinite> nonfinite(slices.size());
   const GradientKernels& kernels = gradient_kernels();
-  for_each_chunk(chunks, [&](int64_t c) {
-    const Chunk& chunk = chunks[c];
-    const Span& span = spans[chunk.span];
-    sums[c] = pick(kernels.sum_squares, span.dtype)(data_of(span, chunk), chunk.size);
-    if (!std::isfinite(sums[c])) {
-      nonfinite[c] = find_nonfinite(tensors[chunk.span], span, chunk);
+  for_each_slice(slices, [&](int64_t s) {
+    const Slice& slice = slices[s];
+    const Span& span = spans[slice.span];
+    sums[s] = pick(kernels.sum_squares, span.dtype)(data_of(span, slice), slice.size);
+    if (!std::isfinite(sums[s])) {
+      nonfinite[s] = find_nonfinite(tensors[slice.span], span, slice);
     }
   });
-  return reduce(grads.size(), chunks, sums, nonfinite);
+  return reduce(grads.size(), slices, sums, nonfinite);
 }
 
 }  // namespace fastguard

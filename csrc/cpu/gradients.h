@@ -18,7 +18,7 @@ namespace fastguard {
 
 using torch::headeronly::ScalarType;
 
-constexpr int64_t chunk_elements = 16384;  // 64 KiB of fp32: a chunk read twice is read from L2
+constexpr int64_t slice_elements = 16384;  // 64 KiB of fp32: a slice read twice is read from L2
 constexpr int64_t serial_elements = 32768;  // below this a parallel region costs more than it saves
 
 // A tensor without gaps, as one range of memory.
@@ -28,7 +28,7 @@ struct Span {
   ScalarType dtype;
 };
 
-struct Chunk {
+struct Slice {
   size_t span;
   int64_t begin;  // in elements
   int64_t size;
@@ -68,31 +68,31 @@ Function* pick(const PerDtype<Function>& kernels, ScalarType dtype) {
   }
 }
 
-inline char* data_of(const Span& span, const Chunk& chunk) {
+inline char* data_of(const Span& span, const Slice& slice) {
   const int64_t bytes = span.dtype == ScalarType::Double ? 8
       : span.dtype == ScalarType::Float                  ? 4
                                                          : 2;
-  return span.data + chunk.begin * bytes;
+  return span.data + slice.begin * bytes;
 }
 
-inline std::vector<Chunk> cut(const std::vector<Span>& spans) {
-  std::vector<Chunk> chunks;
+inline std::vector<Slice> cut(const std::vector<Span>& spans) {
+  std::vector<Slice> slices;
   for (size_t s = 0; s < spans.size(); ++s) {
-    for (int64_t begin = 0; begin < spans[s].numel; begin += chunk_elements) {
-      chunks.push_back({s, begin, std::min(chunk_elements, spans[s].numel - begin)});
+    for (int64_t begin = 0; begin < spans[s].numel; begin += slice_elements) {
+      slices.push_back({s, begin, std::min(slice_elements, spans[s].numel - begin)});
     }
   }
-  return chunks;
+  return slices;
 }
 
-// Calls work(index of a chunk) for all chunks. `work` must not throw.
+// Calls work(index of a slice) for all slices. `work` must not throw.
 template <class Work>
-void for_each_chunk(const std::vector<Chunk>& chunks, const Work& work) {
-  const int64_t n = static_cast<int64_t>(chunks.size());
+void for_each_slice(const std::vector<Slice>& slices, const Work& work) {
+  const int64_t n = static_cast<int64_t>(slices.size());
   const int64_t threads = torch::stable::get_num_threads();
   int64_t elements = 0;
-  for (const Chunk& chunk : chunks) {
-    elements += chunk.size;
+  for (const Slice& slice : slices) {
+    elements += slice.size;
   }
   const int64_t batch = std::clamp<int64_t>(n / (4 * threads), 1, 8);
   for_each_task(n, batch, elements > serial_elements, [&](int64_t) -> const Work& { return work; });

@@ -28,13 +28,13 @@ void scale_cpu(const std::vector<Tensor>& grads, const Tensor& clip_coef) {
   }
   const NoGrad no_grad;
   Written written(grads);
-  const std::vector<Chunk> chunks = cut(written.spans);
+  const std::vector<Slice> slices = cut(written.spans);
   const GradientKernels& kernels = gradient_kernels();
-  for_each_chunk(chunks, [&](int64_t c) {
-    const Span& span = written.spans[chunks[c].span];
-    const double factor = factors[step * chunks[c].span];
+  for_each_slice(slices, [&](int64_t s) {
+    const Span& span = written.spans[slices[s].span];
+    const double factor = factors[step * slices[s].span];
     if (factor != 1.0) {
-      pick(kernels.scale, span.dtype)(data_of(span, chunks[c]), chunks[c].size, factor);
+      pick(kernels.scale, span.dtype)(data_of(span, slices[s]), slices[s].size, factor);
     }
   });
   written.copy_back();

@@ -21,22 +21,8 @@ struct Norms {
 
 __device__ inline int64_t row_major_index(const Plan& plan, int tensor, int64_t offset) {
   const int begin = load(plan.first_dim + tensor), end = load(plan.first_dim + tensor + 1);
-  if (begin == end) {
-    return offset;
-  }
-  int64_t index = 0;
-  for (int i = begin; i < end; ++i) {
-    const int64_t stride = load(&plan.dims[i].stride);
-    index += offset / stride * load(&plan.dims[i].row_major_stride);
-    offset %= stride;
-  }
-  return index;
-}
-
-__device__ inline Nonfinite together(const Nonfinite& a, const Nonfinite& b) {
-  const bool a_first =
-      static_cast<uint64_t>(a.first) < static_cast<uint64_t>(b.first);  // -1 is last
-  return {a.nans + b.nans, a.infs + b.infs, a_first ? a.first : b.first};
+  const auto of_device = [](const int64_t* number) { return load(number); };
+  return row_major_index(plan.dims, begin, end, offset, of_device);
 }
 
 __device__ inline Nonfinite block_together(const Nonfinite& mine) {
@@ -53,7 +39,7 @@ __device__ inline Nonfinite find_nonfinite(const Plan& plan, const Chunk& chunk)
   return with_type(chunk.type(), [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     const T* x = reinterpret_cast<const T*>(chunk.data);
-    Nonfinite found = {0, 0, -1};
+    Nonfinite found;
     for (int i = threadIdx.x; within(i, chunk.size()); i += threads) {
       const auto value = widened(load(x + i));
       if (!std::isfinite(value)) {
@@ -81,7 +67,7 @@ __device__ inline void write_tensor(
 __device__ inline void sum_tensor(
     const Plan& plan, const Norms& out, int tensor, int first, int n) {
   double sum = 0.0;
-  Nonfinite found = {0, 0, -1};
+  Nonfinite found;
   for (int c = threadIdx.x; within(c, n); c += threads) {
     const double partial = load(plan.partials + first + c);
     sum += partial;
@@ -106,7 +92,7 @@ __device__ inline void measure_chunk(
     return sum_squares(reinterpret_cast<const T*>(chunk.data), chunk.size(), see);
   });
   const double sum = block_sum(share);
-  Nonfinite found = {0, 0, -1};
+  Nonfinite found;
   if (!std::isfinite(sum)) {
     found = find_nonfinite(plan, chunk);
   }

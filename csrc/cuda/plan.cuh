@@ -7,6 +7,8 @@
 
 #include "adamw_options.h"
 #include "cuda/device.cuh"
+#include "nonfinite.h"
+#include "permutation.h"
 
 namespace fastguard {
 
@@ -40,25 +42,12 @@ struct alignas(16) Chunk {
   __host__ __device__ Type other_type() const { return static_cast<Type>(size_and_types >> 3 & 7); }
 };
 
-// A dimension of a tensor whose memory has no gaps but another order than row-major.
-struct alignas(16) PlanDim {
-  int64_t stride;
-  int64_t row_major_stride;  // what the tensor's stride would be if it were contiguous
-};
-
-// What is not finite in a chunk or tensor. `first` is a flat row-major index, -1 if there is none.
-struct Nonfinite {
-  int64_t nans;
-  int64_t infs;
-  int64_t first;
-};
-
 struct Plan {
   int32_t tensors;
   int32_t n_chunks;
   const Entry* entries;  // (tensors,)
   const int32_t* first_dim;  // (tensors + 1,)
-  const PlanDim* dims;
+  const PermutedDim* dims;
   Chunk* chunks;  // (n_chunks,)
   double* sums;  // (tensors,)
   double* partials;  // (n_chunks,)

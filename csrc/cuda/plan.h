@@ -16,7 +16,7 @@ struct Given {
   int64_t numel;
   Type type;
   Type other_type;
-  std::vector<PlanDim> dims;  // empty if the order is row-major
+  std::vector<PermutedDim> dims;  // empty if the order is row-major
 };
 
 class HostPlan {
@@ -24,7 +24,7 @@ class HostPlan {
   explicit HostPlan(const std::vector<Given>& tensors)
       : tensors_(static_cast<int32_t>(tensors.size())) {
     words.reserve((tensors.size() * (sizeof(Entry) + sizeof(int32_t))) / sizeof(Word16) + 2);
-    std::vector<PlanDim> dims;
+    std::vector<PermutedDim> dims;
     std::vector<int32_t> first_dim;
     first_dim.reserve(tensors.size() + 1);
     int64_t place = 0;
@@ -67,7 +67,7 @@ class HostPlan {
         n_chunks_,
         reinterpret_cast<const Entry*>(base),
         reinterpret_cast<const int32_t*>(base + first_dim_at_),
-        reinterpret_cast<const PlanDim*>(base + dims_at_),
+        reinterpret_cast<const PermutedDim*>(base + dims_at_),
         reinterpret_cast<Chunk*>(base + chunks_at()),
         reinterpret_cast<double*>(base + sums_at()),
         reinterpret_cast<double*>(base + partials_at()),

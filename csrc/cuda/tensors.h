@@ -44,13 +44,9 @@ class PlanTensors : public DenseList {
     given.reserve(tensors.size());
     for (size_t i = 0; i < tensors.size(); ++i) {
       const torch::stable::Tensor& values = (*this)[i].tensor;
-      std::vector<PlanDim> dims;
-      for (const Dense::Dim& dim : (*this)[i].permutation) {
-        dims.push_back({dim.stride, dim.row_major_stride});
-      }
       const Type type = type_of(values.scalar_type());
       const void* data = written ? values.mutable_data_ptr() : values.const_data_ptr();
-      given.push_back({data, nullptr, values.numel(), type, type, std::move(dims)});
+      given.push_back({data, nullptr, values.numel(), type, type, (*this)[i].permutation});
     }
   }
 

@@ -65,7 +65,7 @@ class Device {
       const std::string index = std::to_string(list.size());
       allow_elements(data, numel, type, "tensor " + index, writes);
       allow_elements(other, numel, other_type, "other " + index, writes_others);
-      std::vector<PlanDim> permutation;
+      std::vector<PermutedDim> permutation;
       for (const auto& [stride, row_major_stride] : dims) {
         permutation.push_back({stride, row_major_stride});
       }
