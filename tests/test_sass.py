@@ -1,7 +1,7 @@
-"""What the GPU would run: the machine code of the kernels, for each architecture.
+"""The machine code of the kernels, for each architecture.
 
-The gates are in tests/sass/promises.py. Here they are put to the library that setup.py built, and
-to small kernels that break them one by one.
+tests/sass/promises.py has the gates. The tests apply them to the library that setup.py built, and
+to small kernels that break one gate each.
 """
 
 import dataclasses
@@ -14,6 +14,7 @@ import torch
 from fastguard._extras import MissingExtra
 from tests.sass import cuobjdump
 from tests.sass.__main__ import report
+from tests.sass.dynamic_shared import dynamic_shared
 from tests.sass.loop import innermost_loops
 
 from . import sass
@@ -43,9 +44,14 @@ def test_a_kernel_keeps_its_promises(kernels, arch, name):
     assert not found, "\n".join([f"{len(found)}:", *found[:20]])
 
 
+def test_the_headers_tell_the_dynamic_shared_memory_of_every_launch_that_has_some():
+    promised = {name for name, promise in sass.PROMISES.items() if promise.dynamic_shared}
+    assert dynamic_shared().keys() == promised
+
+
 # --- the gates ------------------------------------------------------------------------------------
 
-# Doubles what 256 threads read of float32, two vectors of each at a time, as ptxas would write it.
+# Doubles float32 values: 256 threads read two vectors each at a time, as ptxas would write it.
 SCALE = """
 Fatbin elf code:
 ================
@@ -81,7 +87,7 @@ Resource usage:
  Function _ZN9fastguard12scale_kernelENS_4PlanEPKdi:
   REG:64 STACK:0 SHARED:1064 LOCAL:0 CONSTANT[0]:612 TEXTURE:0 SURFACE:0 SAMPLER:0
 """
-PROMISE = sass.Promise(4, 0, frozenset([("float32", "1 x 128", "1 x 128")]), in_flight=2)
+PROMISE = sass.Promise(4, moves=frozenset([("float32", "1 x 128", "1 x 128")]), in_flight=2)
 
 
 def problems(code=SCALE, usage=USAGE, **promise):

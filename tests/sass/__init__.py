@@ -1,11 +1,11 @@
-"""The machine code in fastguard/_cuda.so: what each kernel takes, and what its loops move.
+"""The machine code in fastguard/_cuda.so: the resources of each kernel, and the moves of its loops.
 
-``python -m tests.sass`` prints it as two tables, docs/results/sass.txt; tests/test_sass.py holds
-it to what is promised in promises.py.
+``python -m tests.sass`` prints tables of them, docs/results/sass.txt. tests/test_sass.py compares
+them with promises.py.
 """
 
 from .cuobjdump import LIBRARY, Kernel, Usage, kernels, parse_code, parse_usage
-from .promises import PROMISES, Promise, problems
+from .promises import PROMISES, Promise, dynamic_shared_of, problems
 
 __all__ = [
     "LIBRARY",
@@ -13,6 +13,7 @@ __all__ = [
     "Kernel",
     "Promise",
     "Usage",
+    "dynamic_shared_of",
     "kernels",
     "parse_code",
     "parse_usage",

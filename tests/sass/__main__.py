@@ -1,4 +1,4 @@
-"""The tables."""
+"""``python -m tests.sass`` prints the tables of docs/results/sass.txt."""
 
 import sys
 from importlib import metadata
@@ -7,7 +7,7 @@ from fastguard import ops
 from fastguard._extras import MissingExtra
 from fastguard._table import aligned
 
-from . import LIBRARY, PROMISES, kernels
+from . import LIBRARY, PROMISES, dynamic_shared_of, kernels
 
 RESOURCES = """\
 What each kernel takes of a thread and of a block; how many blocks are to fit on an SM, and how many
@@ -27,7 +27,7 @@ Attention's kernels: how many of these instructions they are written with, not h
 
 
 def columns(heads, rows):
-    """Numbers to the right, words to the left."""
+    """Lines of columns: numbers to the right, words to the left."""
     words = [i for i, cell in enumerate(rows[-1]) if isinstance(cell, str)]
     return aligned([list(map(str, row)) for row in (heads, *rows)], left=words)
 
@@ -40,15 +40,16 @@ def resources(found):
     rows = []
     for kernel in found:
         promise = PROMISES[kernel.name]
+        dynamic = dynamic_shared_of(kernel, promise)
         kinds = [each.kind for each in kernel.code]
         wide = [each.kind for each in kernel.code if each.width == 128]
         rows.append(
             (
                 *(f"sm_{kernel.arch}", kernel.name, promise.threads),
                 *(kernel.usage.registers, kernel.usage.stack),
-                *(kernel.usage.shared, promise.dynamic_shared, promise.blocks),
+                *(kernel.usage.shared, dynamic, promise.blocks),
                 kernel.blocks_by_registers(promise.threads),
-                kernel.blocks_by_shared(promise.threads, promise.dynamic_shared),
+                kernel.blocks_by_shared(promise.threads, dynamic),
                 kinds.count("LDL") + kinds.count("STL"),
                 *(wide.count("LDG"), wide.count("STG")),
             )
@@ -93,7 +94,7 @@ def _count(kernel, opcode):
 
 
 def report(found):
-    """``found`` as of :func:`kernels`."""
+    """The text of the tables for ``found``, the result of :func:`kernels`."""
     order = list(PROMISES)
     found = sorted(found.values(), key=lambda each: (order.index(each.name), int(each.arch)))
     return "\n".join([RESOURCES, *resources(found), STREAMS, *streams(found), TILES, *tiles(found)])

@@ -1,21 +1,22 @@
-"""What the kernels promise of their machine code, and where they do not keep it."""
+"""The promises of the kernels about their machine code, and the check of them."""
 
 from dataclasses import dataclass
 
+from .dynamic_shared import dynamic_shared
 from .loop import BITS
 
 
 @dataclass(frozen=True)
 class Promise:
-    blocks: int = 1  # fit on an SM, as far as it is a matter of registers
-    dynamic_shared: int = 0  # bytes of a block that the launch asks for
-    moves: frozenset = frozenset()  # of the streaming loops, as Loop.moves
-    in_flight: int = 0  # loads of a thread, except in loops that only copy words
-    copies: bool = False  # has such loops
-    calls: bool = False  # of the slow ways of a division or a root
-    bytes: bool = False  # may be moved one by one
-    threads: int = 256  # of a block: csrc/cuda/plan.cuh
-    needs: tuple = ()  # beginnings of opcodes that must be there
+    blocks: int = 1  # the number of blocks on an SM that the registers allow
+    dynamic_shared: bool = False  # whether the launch asks for dynamic shared memory
+    moves: frozenset = frozenset()  # Loop.moves of the streaming loops
+    in_flight: int = 0  # loads in flight of a thread, except in loops that only copy words
+    copies: bool = False  # whether the kernel has such loops
+    calls: bool = False  # whether loops may call the slow paths of divisions and roots
+    bytes: bool = False  # whether single bytes may be moved
+    threads: int = 256  # the threads of a block: csrc/cuda/plan.cuh
+    needs: tuple = ()  # prefixes of opcodes that must be there
 
 
 def every_type(loads, stores):
@@ -23,7 +24,7 @@ def every_type(loads, stores):
 
 
 def adamw(blocks, moments):
-    """Beside 16-bit parameters the gradients have 16 bits or 32, and the moments 32."""
+    """Gradients of 16-bit parameters have 16 or 32 bits; the moments have 32."""
     moves = set()
     for elements, bits in BITS.items():
         stores = f"{1 + moments} x 128" if bits > 16 else f"1 x 64, {moments} x 128"
@@ -35,8 +36,8 @@ def adamw(blocks, moments):
     return Promise(blocks, moves=frozenset(moves), in_flight=2 + moments, calls=True)
 
 
-# Products of 16 x 8 x 16 from what four matrices of 8 x 8 at a time bring, 16 bytes of each row
-# copied past the registers.
+# Products of 16 x 8 x 16, loads of four matrices of 8 x 8 at a time, and copies of 16 bytes that
+# bypass the registers.
 TENSOR_CORES = ("HMMA.16816.F32", "LDSM.16.M88.4", "LDSM.16.MT88.4")
 ORDINARY = ("FFMA", "LDS.128", "LDS.64")
 COPIES = ("LDGSTS.E.BYPASS.128",)
@@ -44,7 +45,7 @@ ATTENTION_THREADS = 128  # csrc/cuda/attention_tile.cuh
 
 
 def attention():
-    """Two or three blocks on an SM, as far as there is shared memory: one waits, others work."""
+    """Two or three blocks on an SM, if there is enough shared memory: one waits, others work."""
     types = {"BFloat16": "bfloat16", "Float16": "float16", "float": "float32"}
     for name, elements in types.items():
         bits = BITS[elements]
@@ -56,35 +57,29 @@ def attention():
             )
         needs = (*(TENSOR_CORES if bits == 16 else ORDINARY), *COPIES, "STG.E.128")
         for width in (32, 64, 96, 128) if bits == 16 else (64, 128):
-            # What csrc/cuda/attention_forward.cuh and attention_backward.cuh have as Tiles::bytes.
-            row = width * bits // 8
-            rows, keys = (64, 32) if bits > 16 else (128, 32) if width <= 64 else (64, 64)
-            passing = 64 if row <= 128 else 32 if row <= 256 else 16
-            forward = (rows + 2 * keys) * row
-            backward = 2 * 64 * row + 2 * passing * (2 * row + 8)
-            for kernel, shared in (
-                ("attention_kernel", forward),
-                ("attention_grad_query_kernel", backward),
-                ("attention_grad_key_kernel", backward),
+            for kernel in (
+                "attention_kernel",
+                "attention_grad_query_kernel",
+                "attention_grad_key_kernel",
             ):
                 blocks = 3 if kernel == "attention_kernel" and width <= 64 else 2
                 yield (
                     f"{kernel}<{name},{width}>",
-                    Promise(blocks, shared, bytes=True, threads=ATTENTION_THREADS, needs=needs),
+                    Promise(blocks, True, bytes=True, threads=ATTENTION_THREADS, needs=needs),
                 )
 
 
 MEASURING = frozenset(every_type("1 x 128", "-"))
 SCALING = frozenset(every_type("1 x 128", "1 x 128"))
-# The sums of 16-bit gradients have 32.
+# The sums of 16-bit gradients have 32 bits.
 ADDING = frozenset(
     (elements, "2 x 128" if bits > 16 else "1 x 64, 1 x 128", "1 x 128")
     for elements, bits in BITS.items()
 )
-COPYING = {("float32", "1 x 128", "1 x 128")}  # words, whatever they are
+COPYING = {("float32", "1 x 128", "1 x 128")}  # words of any dtype
 PROMISES = {
     "grad_norm_kernel": Promise(4, moves=MEASURING, in_flight=4),
-    "clip_kernel": Promise(4, 32768, moves=MEASURING | SCALING, in_flight=4),
+    "clip_kernel": Promise(4, True, moves=MEASURING | SCALING, in_flight=4),
     "scale_kernel": Promise(4, moves=SCALING, in_flight=4),
     "adamw_kernel<false>": adamw(3, moments=2),
     "adamw_kernel<true>": adamw(2, moments=3),
@@ -99,8 +94,13 @@ PROMISES = {
 }
 
 
+def dynamic_shared_of(kernel, promise):
+    """Bytes of a block that the launch asks for."""
+    return dynamic_shared()[kernel.name] if promise.dynamic_shared else 0
+
+
 def problems(kernel, promise=None):
-    """One sentence for each."""
+    """One sentence for each broken promise."""
     promise = promise or PROMISES[kernel.name]
     return [
         *_of_resources(kernel, promise),
@@ -121,7 +121,7 @@ def _of_resources(kernel, promise):
         )
     if kernel.usage.shared > 48 * 1024:
         yield f"{kernel.usage.shared} bytes of shared memory without asking: 48 KiB is the most"
-    shared = kernel.usage.shared + promise.dynamic_shared
+    shared = kernel.usage.shared + dynamic_shared_of(kernel, promise)
     if shared > 99 * 1024:
         yield f"{shared} bytes of shared memory: no block on sm_86, sm_89 and sm_120 gets so many"
 
@@ -130,7 +130,7 @@ def _of_memory(kernel, promise):
     for each in kernel.code:
         if each.kind in ("LDL", "STL"):
             yield f"spilled: {each}"
-        # cooperative_groups meets at a counter by an address of its own.
+        # The barrier of cooperative_groups has a counter at an address that it loads itself.
         if each.kind in ("LD", "ST") and ".STRONG" not in each.opcode:
             yield f"not known to be global memory: {each}"
         if each.kind in ("LD", "ST", "LDG", "STG") and each.width == 8 and not promise.bytes:
