@@ -1,4 +1,4 @@
-"""Tests marked ``cuda`` run where there is a GPU; a run that several tests share."""
+"""Fixtures for all tests. Tests marked ``cuda`` run only on a machine with a GPU."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session")
 def trained_run(tmp_path_factory):
-    """The folder of a run in which the baseline learnt eight real prompts by heart."""
+    """The folder of a run in which the baseline memorised eight real prompts."""
     from tests.recordings import prompts_by_heart  # the guard's tests do without what it imports
 
     return prompts_by_heart(tmp_path_factory.mktemp("prompts"))

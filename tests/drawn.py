@@ -1,4 +1,4 @@
-"""Hypothesis strategies shared by the tests of the guard's rooms."""
+"""Hypothesis strategies that several tests share."""
 
 import math
 
@@ -12,7 +12,7 @@ NORM_TYPES = [2.0, 1.0, 0.1, 0.5, 3, 3.5, 8, 20.0, 0, -1, -2.5, -9, math.inf, -m
 
 
 def _layout(draw, tensor):
-    """The same values, laid out as gradients may be."""
+    """The same values in a memory layout that gradients may have."""
     layout = draw(st.sampled_from(["contiguous", "transposed", "strided", "offset", "expanded"]))
     if layout == "transposed" and tensor.dim() >= 2:
         return tensor.transpose(0, -1).contiguous().transpose(0, -1)
@@ -20,7 +20,7 @@ def _layout(draw, tensor):
         wide = torch.full((*tensor.shape, 3), math.nan, dtype=tensor.dtype)
         wide[..., 1] = tensor
         return wide[..., 1]
-    if layout == "offset":  # no longer aligned to anything but its element size
+    if layout == "offset":  # aligned only to the size of an element
         return torch.cat([tensor.new_full((1,), math.nan), tensor.flatten()])[1:].view(tensor.shape)
     if layout == "expanded":
         return tensor.unsqueeze(0).expand(2, *tensor.shape)
@@ -41,7 +41,7 @@ def gradients(draw, nonfinite=True, magnitudes=True, min_size=1, max_tensors=6):
             )
         )
         tensor = torch.randn(shape, generator=generator, dtype=torch.float64)
-        # float64 itself may overflow in its squares, by contract: it stays within 1e150.
+        # By contract the squares of float64 values may overflow, so these stay within 1e150.
         largest = min(torch.finfo(dtype).max, 1e150)
         scale = draw(
             st.sampled_from([1.0, 1e-6, largest / 8, torch.finfo(dtype).tiny])

@@ -1,9 +1,9 @@
 """``python -m tests.faults FAULT ...``: fastguard.train with a fault in it.
 
-FAULT is WHAT:WHERE:RANK. WHERE is load (of tone2.wav), step (the third, after its forward pass),
-evaluation or save (of the second state); WHAT happens there is killed, memory or error. Under
-torchrun it happens in the process of that RANK alone. Of loading, where there are workers, it
-happens in one of them.
+FAULT is WHAT:WHERE:RANK. WHERE is load (of tone2.wav), step (the third one, after its forward
+pass), evaluation or save (of the second state). WHAT is killed, memory or error. Under torchrun the
+fault happens only in the process with that RANK. A fault of load happens in a worker, if there are
+workers.
 """
 
 import os
@@ -32,7 +32,7 @@ def happen(what: str) -> None:
 
 
 def put_in(patch, what: str, where: str) -> None:
-    """Have ``patch``, as pytest's setattr does, put a function with the fault in its place."""
+    """Replace a function by one with the fault; ``patch`` works like pytest's setattr."""
     place, name = WHERE[where]
     whole = getattr(place, name)
     calls = []
@@ -43,7 +43,7 @@ def put_in(patch, what: str, where: str) -> None:
             if "tone2.wav" in str(args[0]):
                 happen(what)
         elif where == "step":
-            loss = whole(*args, **options)  # it has changed BatchNorm's statistics
+            loss = whole(*args, **options)  # the forward pass changes BatchNorm's statistics
             if len(calls) == 3:
                 happen(what)
             return loss

@@ -1,4 +1,4 @@
-"""Tensors whose memory ends, or begins, at a page that nobody may touch."""
+"""Tensors whose memory begins or ends at an inaccessible page."""
 
 import ctypes
 import mmap
@@ -16,14 +16,14 @@ _PRIVATE_ANONYMOUS = 0x22
 
 
 class Plain:
-    """Ordinary memory, for the twin of what lies between guard pages."""
+    """Ordinary memory, for copies of the tensors between guard pages."""
 
     def __init__(self):
-        #: All that was placed, one-dimensional, in order.
+        #: All placed tensors, one-dimensional, in order.
         self.placed = []
 
     def place(self, values: torch.Tensor, at_end: bool) -> torch.Tensor:
-        """These values, one-dimensional, in memory of their own."""
+        """A copy of one-dimensional values in separate memory."""
         self.placed.append(self._room(values, at_end))
         return self.placed[-1]
 
@@ -38,7 +38,7 @@ class Plain:
 
 
 class Guarded(Plain):
-    """Memory with an inaccessible page on either side; Linux only. Tensors do not outlive it."""
+    """Memory with an inaccessible page on either side; Linux only. It must outlive its tensors."""
 
     def __init__(self):
         super().__init__()

@@ -1,4 +1,4 @@
-"""What tests of the CPU's kernels share."""
+"""Helpers for tests of the CPU's kernels."""
 
 import os
 import subprocess
@@ -15,7 +15,7 @@ needs_kernel = pytest.mark.skipif(
 
 
 def assert_same_from_every_instruction_set(script):
-    """``script`` prints the instruction set that was chosen and a digest of its results."""
+    """Run ``script``, which prints its instruction set and a digest of its results, on each set."""
     printed = {}
     for capability in ops.cpu_info()["compiled"].split():
         run = subprocess.run(

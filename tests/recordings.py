@@ -1,4 +1,4 @@
-"""Tiny corpora for the trainer's tests: written tones, and a few of the real prompts."""
+"""Tiny corpora for the trainer's tests: generated tones, and a few of the real prompts."""
 
 import json
 from pathlib import Path
@@ -39,13 +39,13 @@ def asterisk_or_skip():
     try:
         return load_corpus("asterisk", max_output_length=lambda seconds: int(25 * seconds))
     except CorpusError as error:
-        import pytest  # python -m tests.soak does without
+        import pytest  # python -m tests.soak does not need it
 
         pytest.skip(f"asterisk packages are absent: {error}")
 
 
 def prompts_by_heart(folder: Path) -> Path:
-    """The folder of a run in which the baseline learns eight real prompts, all of them in train."""
+    """The folder of a run in which the baseline memorises eight real prompts, all in train."""
     corpus = asterisk_or_skip()
     prompts = [
         u for u in corpus.split("train") if 3 <= len(u.text.split()) <= 6 and u.duration < 2.5
@@ -61,7 +61,7 @@ def prompts_by_heart(folder: Path) -> Path:
 
 
 def without_xing(mp3: bytes) -> bytes:
-    """The MP3 less its first frame, in which the number of frames is."""
+    """The MP3 without its first frame, which holds the number of frames."""
     at = next(i for i in (mp3.find(b"Xing"), mp3.find(b"Info")) if i >= 0)
     start = mp3.rfind(b"\xff", 0, at)
     return mp3[start + mp3[start + 1 :].index(b"\xff" + mp3[start + 1 : start + 2]) + 1 :]

@@ -1,13 +1,13 @@
-"""``python -m tests.soak --minutes 60 --seed 1``: a run that is disturbed without end.
+"""``python -m tests.soak --minutes 60 --seed 1``: a run with faults at random times.
 
-The baseline trains on two processes with workers. At random a recording vanishes and comes back,
-the disk of the run's folder fills and is emptied, a worker or a process is killed, or the run is
-asked to stop; whenever it ended it is started again. Afterwards a run that nothing disturbs trains
-as many steps, without the utterances that the disturbed one says it left out of them. Each loss,
-norm and rate must be that run's, bit for bit; a step without a line must be told; after each fault
-the run must have ended soon, with a status, and a cause in a line.
+The baseline trains on two processes with workers. At random times a recording vanishes and comes
+back, the disk of the run's folder fills up and is emptied, a worker or a process is killed, or the
+run is asked to stop. A run that ended is started again. Afterwards a run without faults trains the
+same number of steps, without the utterances that the first run reports as left out. Each loss, norm
+and rate of both runs must be bitwise equal. The first run must report each step without a line.
+After each fault it must end soon, with a status and the cause in one line.
 
-Exit status: 0 all of it held, 1 something did not, 2 wrong usage.
+Exit status: 0 all checks passed, 1 a check failed, 2 wrong usage.
 """
 
 import argparse
@@ -39,7 +39,7 @@ OPTIONS = [
     "--checkpoint.keep_best", "1", "--epochs", "100000",
 ]  # fmt: skip
 SOON = 60  # seconds in which a run must have ended; the machine may be busy
-DISK = 900  # MiB of the run's folder: six states, of which the run keeps two
+DISK = 900  # MiB of the run's folder: space for six states; the run keeps two
 
 
 def corpus(folder: Path, draw: random.Random) -> str:
@@ -58,7 +58,7 @@ def corpus(folder: Path, draw: random.Random) -> str:
 
 @contextlib.contextmanager
 def small_disk(folder: Path, size: int = DISK):
-    """Mount one of `size` MiB, if that is allowed; whether it was."""
+    """Mount a disk of `size` MiB; returns whether that is allowed."""
     folder.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", f"size={size}m", "tmpfs", str(folder)]
     try:
@@ -111,7 +111,7 @@ class Soak:
             return file.read().decode("utf-8", "replace")
 
     def trains(self, process: subprocess.Popen, since: int) -> bool:
-        """Wait for a step; whether there was one before the end."""
+        """Wait for a step; returns whether there was one before the end."""
         while process.poll() is None and "\nBatch " not in self.said(since):
             time.sleep(0.2)
         return process.poll() is None
@@ -127,10 +127,10 @@ class Soak:
             process.wait()
         self.say(f"  ended with {process.returncode} after {time.monotonic() - start:.1f} s")
 
-    # --- what happens to it -----------------------------------------------------------------------
+    # --- the faults -------------------------------------------------------------------------------
 
     def vanish(self, process: subprocess.Popen) -> None:
-        """The recordings of a while; the run goes on."""
+        """Let recordings vanish for a while; the run continues."""
         gone = [self.sounds / f"chord{i}.wav" for i in self.draw.sample(range(24), 4)]
         self.say(f"{', '.join(path.stem for path in gone)} vanish for a while")
         for path in gone:
@@ -140,7 +140,7 @@ class Soak:
             path.with_suffix(".away").rename(path)
 
     def fill(self, process: subprocess.Popen) -> None:
-        """The disk; the run goes on, and tells what it could not write."""
+        """Fill the disk; the run continues and reports what it could not write."""
         self.say("the disk is full for a while")
         ballast = self.run.parent / "ballast"
         with contextlib.suppress(OSError), ballast.open("wb", buffering=0) as file:
@@ -150,7 +150,7 @@ class Soak:
         ballast.unlink()
 
     def kill(self, process: subprocess.Popen) -> None:
-        """A worker or a process: the run ends."""
+        """Kill a worker or a process; the run ends."""
         ranks = children(process.pid)
         workers = [pid for rank in ranks for pid in children(rank)]
         what, pids = self.draw.choice([("worker", workers), ("process", ranks)])
@@ -174,7 +174,7 @@ class Soak:
             print(f"--- what was logged since ---\n{self.said(since)[-6000:]}", file=sys.stderr)
 
     def stop(self, process: subprocess.Popen) -> None:
-        """SIGTERM to all, as of a scheduler: the run ends."""
+        """Send SIGTERM to all processes, as a scheduler does; the run ends."""
         start = time.monotonic()
         self.say("all are asked to stop")
         for pid in (*descendants(process.pid), process.pid):
@@ -257,7 +257,7 @@ def descendants(pid: int) -> list[int]:
 
 
 def replay(left_out: list[list]) -> None:
-    """Have the utterances of these epochs rejected, as in the run that the others are."""
+    """Reject the utterances of these epochs that the disturbed run left out."""
     known = {(epoch, id) for epoch, id in left_out}
     whole = SpeechDataset.__getitem__
 

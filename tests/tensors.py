@@ -1,4 +1,4 @@
-"""Gradients in parameters, and comparisons bit for bit."""
+"""Parameters with gradients, and bitwise comparisons."""
 
 import torch
 from torch import nn
@@ -7,11 +7,11 @@ F64 = torch.float64
 
 
 def parameters_with(grads):
-    """A parameter for each gradient, which it holds a copy of."""
+    """A parameter for each gradient, with a copy of it."""
     parameters = []
     for grad in grads:
         parameter = nn.Parameter(torch.zeros(grad.shape, dtype=grad.dtype))
-        parameter.grad = grad.clone()  # as autograd leaves it: no memory shared between elements
+        parameter.grad = grad.clone()  # no two elements share memory, as in autograd's gradients
         parameters.append(parameter)
     return parameters
 
@@ -23,13 +23,13 @@ def bits(tensors):
 
 
 def assert_same_bits(before, after):
-    """Of two lists that :func:`bits` has made, or of integers."""
+    """Check that two results of :func:`bits`, or two lists of integers, are equal."""
     for a, b in zip(before, after, strict=True):
         assert torch.equal(a, b)
 
 
 def assert_close(these, those, ulps=8):
-    """Equal up to some units in the last place."""
+    """Check that two lists of tensors are equal up to some units in the last place."""
     for this, that in zip(these, those, strict=True):
         eps = torch.finfo(this.dtype).eps
         torch.testing.assert_close(this, that, rtol=ulps * eps, atol=ulps * eps)

@@ -1,6 +1,6 @@
 """The code blocks of README.md and docs/, found by name.
 
-A block's name or fate stands on the line before its fence, as a comment that no page shows::
+The line before a block's fence is a comment, which no page shows. It has one of these forms::
 
     <!-- name: quick-start -->        a test runs it
     <!-- not run: needs a GPU -->     no test does, for this reason
@@ -24,10 +24,10 @@ _MARK = re.compile(r"^<!-- (name|not run|output of): (.+) -->$")
 
 class Block(NamedTuple):
     file: str
-    #: Of its first line of code, from 1.
+    #: The number of its first line of code, from 1.
     line: int
     language: str
-    #: "name", "not run" or "output of"; empty where nothing is said of it.
+    #: "name", "not run" or "output of"; empty without a mark.
     kind: str
     #: The name, or the reason.
     said: str
@@ -39,7 +39,7 @@ class Block(NamedTuple):
 
 
 def documents() -> list[Path]:
-    """Every document for readers; those of docs/results are written by commands."""
+    """All documents for readers, without those of docs/results, which commands write."""
     found = [*ROOT.glob("*.md"), *ROOT.glob("examples/*.md"), *ROOT.glob("docs/**/*.md")]
     return sorted(path for path in found if path.parent.name != "results")
 
@@ -102,7 +102,7 @@ def run_block(name: str, names: dict) -> dict:
 
 
 def printed(name: str) -> str:
-    """What a document says that the block of this name prints."""
+    """The output of the block of this name, as a document shows it."""
     return find(name, "output of").code
 
 

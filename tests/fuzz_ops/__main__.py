@@ -1,4 +1,4 @@
-"""``python -m tests.fuzz_ops``: cases for a time, in processes of their own."""
+"""``python -m tests.fuzz_ops``: runs cases for a given time, in separate processes."""
 
 import argparse
 import collections
@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def run_batch(seed: int, seconds: float) -> None:
-    """Cases until the time is over, a line of JSON for each that begins, fails or ends."""
+    """Run cases until the time is over; print a line of JSON for each begin, failure and end."""
     print(json.dumps({"capability": ops.cpu_info().get("chosen")}), flush=True)
     torch.set_num_threads(1 + seed % 2)
     counts = collections.Counter()
@@ -39,7 +39,7 @@ def run_batch(seed: int, seconds: float) -> None:
 
 
 def start_batch(seed: int, seconds: float, capability: str) -> tuple[dict, list[str]]:
-    """-> how many cases of each operator were accepted and refused; the failures."""
+    """Run a batch in a new process; returns the counts of accepted and refused cases, failures."""
     command = [sys.executable, "-m", "tests.fuzz_ops", "--batch", str(seed), "--seconds"]
     try:
         done = subprocess.run(
@@ -85,7 +85,7 @@ def main() -> int:
 
 
 def fuzz(seconds: float, seed: int) -> tuple[collections.Counter, list[str]]:
-    """Batches of at most 20 seconds, by each instruction set in turn."""
+    """Run batches of at most 20 seconds, with each instruction set in turn."""
     counts, failures = collections.Counter(), []
     capabilities = ops.cpu_info()["compiled"].split()
     end, batch = time.monotonic() + seconds, 0

@@ -16,15 +16,15 @@ INTEGERS = [0, 1, -1, 2, 4, 5, 1000, 2**31, 2**53, 2**62, -(2**63), 2**63 - 1]
 
 
 class Draw:
-    """Draws arguments; the same seed draws the same ones, whatever memory they are placed in."""
+    """Draws arguments. Equal seeds draw equal arguments, in any memory."""
 
     def __init__(self, seed: str, memory: Plain):
         self.rng = random.Random(seed)
         self.generator = torch.Generator().manual_seed(self.rng.getrandbits(32))
         self.memory = memory
-        #: Of the arguments: what keeps them from being compared with the reference.
+        #: Reasons why the arguments cannot be compared with the reference.
         self.odd = set()
-        self.mistyped = False  # torch refuses such a call, and prints what it was given
+        self.mistyped = False  # torch refuses a call with such types, and prints the arguments
 
     def chance(self, p: float) -> bool:
         return self.rng.random() < p
@@ -55,7 +55,7 @@ class Draw:
         return self.memory.place(values, at_end=self.chance(0.7))
 
     def tensor(self, shape, dtype, *, odd=0.0, expand=0.05) -> torch.Tensor:
-        """In one of many layouts."""
+        """A tensor in one of many layouts."""
         n = math.prod(shape)
         layout = self.pick(["plain"] * 3 + ["permuted", "gaps", "shifted"])
         if self.chance(expand) and shape:
@@ -79,7 +79,7 @@ class Draw:
     def vector(self, values, dtype=F64) -> torch.Tensor:
         return self.flat(torch.tensor(values, dtype=dtype))
 
-    # --- arguments of each operator, most of them right ----------------------------------------
+    # --- arguments of each operator, most of them valid ----------------------------------------
 
     def gradients(self, least=0, dtypes=ops.DTYPES):
         n = self.rng.randint(least, 6)
@@ -194,7 +194,7 @@ class Draw:
 
     def attention_backward(self):
         q, k, v, *rest = self.attention(backward=True)
-        with contextlib.suppress(Exception):  # then what was saved is wrong: a case as well
+        with contextlib.suppress(Exception):  # the saved tensors are invalid then, which is a case
             asked = self.chance(0.5)
             found = attention_ops.attention_ref(q, k, v, *rest, False, asked)
             output = found.unrounded if asked else found.output
@@ -203,12 +203,12 @@ class Draw:
             return [self.tensor(output.shape, q.dtype), q, k, v, *saved, *rest]
         return [q, q, k, v, q, self.vector([0.0]).view(1, 1, 1), *rest]
 
-    # --- what can be wrong with them ------------------------------------------------------------
+    # --- invalid arguments ----------------------------------------------------------------------
 
     def malform(self, args: list) -> None:
-        """Make one argument, or one tensor of a list, something else."""
+        """Replace one argument, or one tensor of a list, by an invalid one."""
         if "freed" in self.odd:
-            return  # nothing here may look at it again
+            return  # nothing here may read it again
         place = self.rng.randrange(len(args))
         holder, key = args, place
         if isinstance(args[place], list) and args[place] and self.chance(0.8):
@@ -247,7 +247,7 @@ class Draw:
         return self.pick(tensors_of(args))
 
     def _shift(self, given, args):
-        """Overlaps another, or itself."""
+        """A tensor that overlaps another one, or itself."""
         self.odd.add("alias")
         room = self.pick(self.memory.placed)
         with contextlib.suppress(RuntimeError):
@@ -280,7 +280,7 @@ class Draw:
             return given.clone()
 
     def _lazy(self, given, args):
-        """Negated, conjugated or zero when it is read."""
+        """A lazily negated, conjugated or zero tensor."""
         self.odd.add("lazy")
         if given.is_complex():
             return given.conj()

@@ -1,4 +1,4 @@
-"""One case: an operator on drawn arguments, compared with its reference."""
+"""One case: an operator with random arguments, compared with its reference."""
 
 import torch
 
@@ -8,7 +8,7 @@ from tests.guard_pages import Guarded, Plain
 
 from .arguments import Draw, tensors_of
 
-#: What an operator may raise. The dispatcher has TypeError and ValueError for what is no argument.
+#: The errors that an operator may raise. The dispatcher raises TypeError and ValueError.
 EXPECTED = (RuntimeError, TypeError, ValueError)
 
 
@@ -36,7 +36,7 @@ REFERENCES = {
 
 
 def draw(seed, number, memory):
-    """-> the operator's name, its arguments, and the drawer."""
+    """Returns the operator's name, its arguments, and the Draw."""
     drawer = Draw(f"{seed}:{number}", memory)
     name = drawer.pick(list(REFERENCES))
     args = getattr(drawer, name)()
@@ -44,14 +44,14 @@ def draw(seed, number, memory):
         drawer.malform(args)
         factors = {"attention": args[8:10], "attention_backward": args[11:13]}.get(name, [])
         if not all(isinstance(x, float) and abs(x) < 1e30 for x in factors):
-            drawer.odd.add("overflow")  # elsewhere in the reference than in the kernels
-        if name == "attention_backward":  # what was saved is of other arguments then
+            drawer.odd.add("overflow")  # the reference overflows in other places than the kernels
+        if name == "attention_backward":  # the saved tensors belong to other arguments then
             drawer.odd.add("saved")
     return name, args, drawer
 
 
 def outcome(function, args, expected=EXPECTED):
-    """-> its results as a list of tensors, None; or None, what it raised."""
+    """Returns (the results as a list of tensors, None), or (None, the error)."""
     try:
         found = function(*args)
     except expected as error:
@@ -60,7 +60,7 @@ def outcome(function, args, expected=EXPECTED):
 
 
 def run_case(seed, number) -> tuple[str, str]:
-    """-> the operator and "accepted" or "refused"; raises AssertionError."""
+    """Run a case; returns the operator and "accepted" or "refused". Raises AssertionError."""
     memory, ordinary = Guarded(), Plain()
     args = found = None
     try:
@@ -73,37 +73,37 @@ def run_case(seed, number) -> tuple[str, str]:
             assert memory.bytes() == before, f"{error!r:.300}, but something was written"
         assert error is not None or not any(map(is_freed, tensors_of(args))), "read freed memory"
         if error is None and {x.device.type for x in tensors_of(args)} == {"meta"}:
-            drawer.odd.add("fake")  # such kernels write nothing, and look at no dtypes
+            drawer.odd.add("fake")  # fake kernels write nothing and check no dtypes
         if not drawer.odd:
             _, same, _ = draw(seed, number, ordinary)
             with torch.no_grad():
                 expected, wrong = outcome(REFERENCES[name], same, Exception)
             check_same(name, args, found, error, expected, wrong)
             if found is not None:
-                if name == "settle_":  # what is not zero is the result
+                if name == "settle_":  # the result is whether a number is zero
                     found, expected = [found[0] != 0], [expected[0] != 0]
                 compare([*found, *memory.placed], [*expected, *ordinary.placed], name)
         return name, "accepted" if error is None else "refused"
     finally:
-        del args, found  # before their memory
+        del args, found  # tensors must be freed before their memory
         memory.free()
 
 
 def check_same(name, args, found, error, expected, wrong):
-    """Whether both the operator and its reference accept, or both refuse."""
+    """Check that the operator and its reference both accept or both refuse the arguments."""
     if (error is None) == (wrong is None):
         return
-    # The dispatcher serves no call without a tensor, and takes no int beyond 64 bits.
+    # The dispatcher refuses calls without a tensor, and ints of more than 64 bits.
     if error is not None and (not tensors_of(args) or "Expected a value of type" in str(error)):
         return
-    # The references take sizes beyond the kernels', masks of float32 for float64, several devices.
+    # The references also accept larger sizes, float32 masks for float64, and several devices.
     beyond = ("must be at least 1", "attn_mask must be bool", "several devices", "'SparseCPU'")
     if error is not None and any(words in str(error) for words in beyond):
         return
     raise AssertionError(f"the operator: {error!r:.300}; the reference: {wrong!r:.300}")
 
 
-#: Of what is rounded once or twice.
+#: The allowed errors of results that are rounded once or twice.
 TOLERANCE = {torch.float16: 2**-9, torch.bfloat16: 2**-6}
 TOLERANCE |= dict.fromkeys((torch.float32, torch.complex64), 1e-4)
 

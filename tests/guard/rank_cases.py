@@ -1,4 +1,4 @@
-"""Cases of two ranks: FSDP2's shards and replicas of DDP. Each returns what all ranks agree on."""
+"""Cases of two ranks: FSDP2's shards, replicas of DDP. Each returns values equal on all ranks."""
 
 import math
 import tempfile
@@ -40,7 +40,7 @@ def replicas_count_once():
 
 
 def adagc_has_a_coefficient_for_each_parameter():
-    """Of the whole gradients."""
+    """The coefficients depend on the norms of the whole gradients."""
     options = {"threshold": AdaGC(relative=1.05, warmup=8)}
     return [compare_to_one_process(mesh_of(2), name, **options) for name in ("fastguard", "fused")]
 
@@ -132,7 +132,7 @@ def a_window_leaves_out_what_was_bad_on_one_rank():
 
 
 def a_scaler_backs_off_on_all_ranks():
-    """Also where its own unscale_ goes by the first gradient's placements (pytorch, 2.14)."""
+    """Its unscale_ follows the first gradient's placements (torch 2.14); this must not matter."""
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
     mesh = mesh_of(2)
@@ -168,7 +168,7 @@ def a_scaler_backs_off_on_all_ranks():
 
 
 def gradients_that_are_sums_yet_to_be_made_are_made():
-    """As tensor parallelism leaves them for replicated parameters."""
+    """Tensor parallelism leaves such gradients for replicated parameters."""
     from torch.distributed.tensor import DTensor, Partial, Replicate, distribute_tensor
 
     mesh, rank = mesh_of(2), distributed.get_rank()
@@ -227,7 +227,7 @@ def states_go_through_torchs_checkpoints():
 
 
 def shards_go_back_together():
-    """Exactly, and with them the buffers, whichever rank saw the NaN."""
+    """Shards and buffers are restored exactly, whichever rank saw the NaN."""
     found = []
     for name in ("fastguard", "foreach", "amsgrad"):
         net = shard(Net(nn.BatchNorm1d), mesh_of(2))
@@ -316,7 +316,7 @@ def ddp_replicas_stay_equal():
 
 
 def without_a_group_ddp_replicas_would_part():
-    """So that the case above can fail."""
+    """This shows that the case above can fail."""
     net = nn.parallel.DistributedDataParallel(Net())
     optimizer, guard = fastguard.AdamW(net.parameters(), lr=0.1), GradGuard(net)
     net(mine(batch_of(0))).square().mean().backward()

@@ -39,7 +39,7 @@ def meshes_of_a_part_of_the_ranks_decide_apart():
     )
     assert GradGuard([p])._decider.ranks._group is guard._decider.ranks._group
 
-    # Of two meshes all of whose ranks train together, given their group: one decision.
+    # Two meshes whose ranks all train together make one decision if the guard gets their group.
     guard = GradGuard([p], process_group=distributed.group.WORLD)
     for value, skipped in ((math.nan if pair else 2.0, True), (2.0, False)):
         p.grad = distribute_tensor(torch.full((4, 2), value), mesh, p.placements)
@@ -51,7 +51,7 @@ def meshes_of_a_part_of_the_ranks_decide_apart():
 
 # --- saved by two ranks, loaded by one and by four -----------------------------------------------
 
-#: A folder that the runs of all numbers of ranks share.
+#: A folder for the runs of all numbers of ranks.
 shared = Path()
 
 
@@ -63,7 +63,7 @@ def resumable():
 
 
 def steps_of(net, optimizer, guards, numbers):
-    """Of two guards by turns; the loss of step 5 is NaN on the last rank."""
+    """Steps of two guards in turns. The loss of step 5 is NaN on the last rank."""
     reports = []
     for step in numbers:
         optimizer.zero_grad()
@@ -103,7 +103,7 @@ def guards_and_moments_are_saved():
 
 
 def guards_and_moments_are_loaded():
-    """Into what has taken no step yet, on another number of ranks."""
+    """They are loaded into a guard and an optimizer without steps, on another number of ranks."""
     from torch.distributed import checkpoint
     from torch.distributed.checkpoint import state_dict as helpers
 

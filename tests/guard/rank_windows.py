@@ -12,7 +12,7 @@ from fastguard import GradGuard, Verdict
 
 
 class Given(nn.Module):
-    """A gradient of each element is what it is given; ``sometimes`` has one where ``also`` says."""
+    """All elements of a gradient are the given number. ``sometimes`` has a gradient if ``also``."""
 
     def __init__(self):
         super().__init__()
@@ -26,7 +26,7 @@ class Given(nn.Module):
 
 
 def windows_of_replicas(gradients, weights, synced, make=torch.optim.SGD, scaler=None, views=False):
-    """Two windows of the same micro-batches; the module after them, optimizer and last report."""
+    """Two windows of the same micro-batches; returns module, optimizer and the last report."""
     rank = distributed.get_rank()
     net = nn.parallel.DistributedDataParallel(
         Given(), find_unused_parameters=True, gradient_as_bucket_view=views
@@ -47,14 +47,14 @@ def windows_of_replicas(gradients, weights, synced, make=torch.optim.SGD, scaler
 
 
 def a_window_of_replicas_is_the_mean_over_all_ranks():
-    """1 and 3 on two ranks are not -1 on one and -3 on the other, whatever DDP averaged already."""
+    """Gradients 1 and 3 on two ranks give one step of -2 on both, with and without DDP's mean."""
     found = []
     for synced in ((), (0,), (0, 1)):
         for views in (False, True):
             ones = [[1.0, 1.0]] * 2
             given = [[1.0, 1.0], [3.0, 3.0]]
             net, _, report = windows_of_replicas(given, ones, synced, views=views)
-            # First -2, then -2 + 0.5 * 2; what no rank reaches is not decayed either.
+            # First -2, then -2 + 0.5 * 2. A parameter that no rank reaches is not decayed either.
             assert net.always.tolist() == [-3.0] * 2 and net.never.tolist() == [1.0]
             assert net.sometimes.tolist() == [-1.5 - 1.5 + 0.75] * 3
             assert report.total_norm == pytest.approx(math.sqrt(2 * 2**2 + 3 * 1.5**2))
@@ -63,12 +63,12 @@ def a_window_of_replicas_is_the_mean_over_all_ranks():
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=1)
     report = windows_of_replicas(given, ones, (), scaler=scaler)[-1]
     assert report.total_norm.hex() == found[0]
-    assert scaler.get_scale() == 2.0**12  # no rank heard of an Inf where there was none
+    assert scaler.get_scale() == 2.0**12  # there was no Inf, and no rank was told of one
     return found
 
 
 def a_bad_micro_batch_of_one_rank_is_left_out_there_alone():
-    """With weights: of sums over 1, 2 and 1 items, and over 1, 1 and 2."""
+    """The weights are 1, 2 and 1 on one rank, and 1, 1 and 2 on the other."""
     found = []
     for bad, make in ((math.nan, torch.optim.SGD), (math.inf, fastguard.AdamW)):
         for synced in ((), (2,)):
@@ -86,7 +86,7 @@ def a_bad_micro_batch_of_one_rank_is_left_out_there_alone():
             else:
                 assert net.always.tolist() == [-mean - mean + 0.5 * mean] * 2
             assert len(report.skipped_micro_batches) == (distributed.get_rank() == 0)
-            assert scaler.get_scale() == 2.0**8  # both ranks heard of it, in both windows
+            assert scaler.get_scale() == 2.0**8  # both ranks were told of it, in both windows
             found.append([net.always.tolist(), net.sometimes.tolist(), report.total_norm.hex()])
     return found
 

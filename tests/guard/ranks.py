@@ -1,4 +1,4 @@
-"""What the cases of several ranks are made of: a network, its shards, its batches."""
+"""Helpers for the cases of several ranks: a network, its shards, its batches."""
 
 import math
 from pathlib import Path
@@ -15,11 +15,11 @@ BAD = {17: "outlier", 18: "nan", 20: "loss", 21: "inf"}
 STEPS = 23
 
 
-# --- what cases are made of ---------------------------------------------------------------------
+# --- networks and batches -----------------------------------------------------------------------
 
 
 class Net(nn.Module):
-    """Of 2 ranks one has no part of ``head.weight``; none of the others is even but the norm's."""
+    """A network with uneven shards. With 2 ranks, one has no part of ``head.weight``."""
 
     def __init__(self, norm=nn.LayerNorm, width=8):
         super().__init__()
@@ -55,7 +55,7 @@ def full(tensor):
 
 
 def bits(net, optimizer):
-    """All of what a skip must leave alone, on this rank."""
+    """All values of this rank that a skip must not change."""
     tensors = [*net.parameters(), *net.buffers()]
     for state in optimizer.state.values():
         tensors += [state[name] for name in sorted(state)]
@@ -81,7 +81,7 @@ def mine(batch):
 def backward(net, batch, factor=1.0):
     loss = net(batch).square().mean() * factor
     loss.backward()
-    if hasattr(net.head.weight, "to_local"):  # what FSDP ignores is the user's to add up
+    if hasattr(net.head.weight, "to_local"):  # the user must add up parameters that FSDP ignores
         distributed.all_reduce(net.plain.grad)
         net.plain.grad /= distributed.get_world_size()
     return loss.detach()
@@ -97,14 +97,16 @@ OPTIMIZERS = {
 
 
 def groups(parameters):
-    """torch's step takes no group that has tensors and DTensors."""
+    """Groups of tensors and of DTensors: torch's step takes no group with both."""
     *others, plain = sorted(parameters, key=lambda p: p.shape == (3,))
     return [{"params": others}, {"params": [plain]}]
 
 
 def follow(net, name, *, sharded, **options):
-    """A run through clipped, good and all kinds of bad steps: reports, and whether skips left all
-    alone."""
+    """A run through clipped, good and bad steps of all kinds.
+
+    Returns the reports, and whether the skipped steps changed nothing.
+    """
     optimizer = OPTIMIZERS[name](net.parameters())
     guard = GradGuard(net, max_norm=2.0, skip_norm=1e4, **options)
     last = distributed.get_rank() == distributed.get_world_size() - 1

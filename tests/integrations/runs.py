@@ -1,4 +1,4 @@
-"""The same small training in every trainer, for tests that compare their ends bit for bit."""
+"""The same small training in every trainer, for tests that compare the results bitwise."""
 
 import contextlib
 import json
@@ -32,7 +32,7 @@ WIDTH = 64  # a matrix of 64 x 64 is the smallest that 8-bit optimizers quantise
 MAX_NORM, SKIP_NORM = 1.0, 50.0
 PRECISIONS = ("fp32", "bf16", "fp16")
 
-#: Of a bad batch: its factor of the gradient, and what is written into its input.
+#: For each kind of bad batch: the factor of its gradient, and the value in its input.
 FAULTS = {
     "NaN input": (1.0, math.nan),
     "NaN gradient": (math.nan, None),
@@ -42,7 +42,7 @@ FAULTS = {
 
 
 class ScaleGradient(torch.autograd.Function):
-    """The identity whose gradient is multiplied by ``factor``."""
+    """The identity; backward multiplies the gradient by ``factor``."""
 
     @staticmethod
     def forward(ctx, x, factor):
@@ -55,15 +55,15 @@ class ScaleGradient(torch.autograd.Function):
 
 
 class Net(nn.Module):
-    """Matrices without biases, so that Muon can hold all of them, and BatchNorm's buffers.
+    """Matrices without biases, all of which Muon can hold, and BatchNorm's buffers.
 
-    ``forward`` takes what :func:`batches` gives, and returns the loss as transformers wants it.
+    ``forward`` takes a result of :func:`batches`, and returns the loss in transformers' form.
     """
 
     def __init__(self, autocast: torch.dtype | None = None):
         super().__init__()
         torch.manual_seed(0)
-        self.autocast = autocast  # for trainers that know no autocast of this type on the CPU
+        self.autocast = autocast  # for trainers without autocast of this type on the CPU
         self.net = nn.Sequential(
             nn.Linear(WIDTH, WIDTH, bias=False),
             nn.BatchNorm1d(WIDTH, affine=False),
@@ -79,7 +79,7 @@ class Net(nn.Module):
 
 
 def batches(count: int = 24, bad: dict[int, str] | None = None) -> list[Tensor]:
-    """Inputs of 6 rows; the last column is a factor of the gradient. ``bad``: a fault by place."""
+    """Inputs of 6 rows; the last column is a factor of the gradient. ``bad``: faults by place."""
     made = []
     for i in range(count):
         batch = torch.randn(6, WIDTH + 1, generator=torch.Generator().manual_seed(i))
@@ -95,7 +95,7 @@ def batches(count: int = 24, bad: dict[int, str] | None = None) -> list[Tensor]:
 
 @dataclass
 class Run:
-    """How a training ended."""
+    """The end state of a training."""
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
@@ -103,7 +103,7 @@ class Run:
     learning_rate_steps: int
 
     def everything(self) -> dict[str, object]:
-        """Weights, buffers, the optimizer's state and settings, by name; without the guard's."""
+        """Weights, buffers, the optimizer's state and settings by name, without the guard's."""
         state = self.optimizer.state_dict()
         state["param_groups"][0].pop("fastguard")
         found = {name: value.clone() for name, value in self.model.state_dict().items()}
@@ -113,7 +113,7 @@ class Run:
 
 
 def state_of(guard: GradGuard) -> str:
-    """Its state as text, in which a NaN is equal to a NaN."""
+    """The state as text, in which two NaNs are equal."""
     return json.dumps(guard.state_dict())
 
 
@@ -132,7 +132,7 @@ def _flatten(name: str, value: object, found: dict[str, object]) -> None:
 
 
 def differences(one: dict, other: dict) -> list[str]:
-    """Names of what is not finite or not the same, bit for bit."""
+    """The names of values that are not finite or not bitwise equal."""
     return sorted(
         name
         for name in one.keys() | other.keys()
@@ -174,7 +174,7 @@ def scheduler_of(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.L
 
 
 class HalvingScaler(torch.amp.GradScaler):
-    """A GradScaler that halves its scale after so many steps, as a bad step would have done."""
+    """A GradScaler that halves its scale after given steps, as a bad step does."""
 
     def __init__(self, steps: int):
         super().__init__("cpu", **SCALER)
@@ -200,7 +200,7 @@ def grad_scaler(halve_after: int | None = None) -> torch.amp.GradScaler:
 
 
 def plain_loop(make: Make, precision: str, data: list[Tensor], scaler=None) -> Run:
-    """Torch's own recipe; the one line of fastguard is ``guard.attach``."""
+    """torch's recipe of a loop, with one line of fastguard, ``guard.attach``."""
     model = Net(autocast={"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision])
     optimizer = make(model.parameters())
     guard = GradGuard(model, **settings())
@@ -316,13 +316,13 @@ def accelerator_of(precision: str = "fp32", scaler=None, **options) -> accelerat
 
 
 def forget_accelerate() -> None:
-    """Its settings are those of the process; each run has its own here."""
+    """Reset accelerate's settings, which belong to the process: each run here has its own."""
     accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
     accelerate.state.GradientState._reset_state()
 
 
 class Trainer(transformers.Trainer):
-    """One that takes the batches as they come."""
+    """A Trainer that takes the batches in the given order."""
 
     def get_train_dataloader(self):
         return torch.utils.data.DataLoader(self.train_dataset, collate_fn=lambda items: items[0])

@@ -12,7 +12,7 @@ import tempfile
 import time
 from pathlib import Path
 
-import hypothesis  # noqa: F401  what every child needs, loaded once
+import hypothesis  # noqa: F401  every child needs it; it is loaded once
 import pytest
 import torch
 
@@ -21,7 +21,7 @@ from tests.simt import left_out
 from . import Mutant, cpp, python
 
 ROOT = Path(__file__).resolve().parents[2]
-#: The tests that have to see a mutant of each file; the quickest first.
+#: For each file the tests that have to see its mutants, the quickest first.
 TESTS = {
     "fastguard/guard/grad_guard.py": (
         "guard/grad_guard guard/attached guard/outliers guard/rollback guard/accumulation "
@@ -68,11 +68,11 @@ TESTS = {
     ),
     "csrc/decide.h": "guard/outliers guard/grad_guard ops/guard_decide ops/guard_thresholds",
 }
-_FAILED = 70  # the status of a child that never came to run the tests
+_FAILED = 70  # the status of a child that could not run the tests
 
 
 def files_of_tests(file: str) -> list[str]:
-    """For "guard/report": tests/guard/test_report.py, and what was split off (test_report_*.py)."""
+    """For "guard/report": tests/guard/test_report.py and its parts test_report_*.py."""
     found = []
     for name in TESTS[file].split():
         folder, _, stem = name.rpartition("/")
@@ -112,14 +112,14 @@ def main() -> int:
 
 
 def sample(file: str, source: str, count: int, seed: str) -> list[Mutant]:
-    """Drawn anew for each file, seed and number of its mutants."""
+    """A random sample, which depends on the file, the seed and the number of mutants."""
     every = (cpp if file.endswith(".h") else python).mutants(source)
     drawn = random.Random(f"{file} {seed}").sample(range(len(every)), min(count, len(every)))
     return [every[i]() for i in sorted(drawn)]
 
 
 def run_file(tree: Path, file: str, drawn: list[Mutant]) -> tuple[int, list[Mutant]]:
-    """How many mutants of the file its tests saw, and those that they did not."""
+    """The number of the file's mutants that its tests saw, and the mutants that they missed."""
     place, tests = tree / file, files_of_tests(file)
     original = place.read_text(encoding="utf-8")
     library = cpp.CpuLibrary(tree, file) if file.endswith(".h") else None
@@ -131,7 +131,7 @@ def run_file(tree: Path, file: str, drawn: list[Mutant]) -> tuple[int, list[Muta
     for mutant in drawn:
         place.write_text(mutant.source, encoding="utf-8")
         if library is not None and not library.build():
-            continue  # no mutant: a compiler sees it
+            continue  # it does not compile, so it is no mutant
         status = in_a_child(tree, tests, limit)
         if status == _FAILED:
             raise SystemExit(f"the tests of {file}:{mutant.line} could not be run: {mutant.what}")
@@ -165,7 +165,7 @@ def in_a_child(tree: Path, tests: list[str], limit: float) -> int | str:
 
 
 def _pytest(tree: Path, tests: list[str]) -> int:
-    os.setsid()  # its processes end with it
+    os.setsid()  # to end its processes with it
     os.chdir(tree)
     sys.path[:] = [str(tree), *(p for p in sys.path if Path(p or ".").resolve() != ROOT)]
     for name in [name for name in sys.modules if name.split(".")[0] in ("tests", "fastguard")]:
@@ -178,7 +178,7 @@ def _pytest(tree: Path, tests: list[str]) -> int:
 
 
 def copy_of_the_repository(tree: Path) -> Path:
-    """What git tracks as it lies here, and the built libraries."""
+    """A copy of all tracked files in their present state, and of the built libraries."""
     listed = subprocess.run(
         ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
         cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True,

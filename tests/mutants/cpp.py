@@ -47,7 +47,7 @@ def _mutant(lines: list[str], number: int, changed: str) -> Mutant:
 
 
 class CpuLibrary:
-    """fastguard/_cpu.so of a tree; its commands are those of setup.py."""
+    """fastguard/_cpu.so of a tree, built with the commands of setup.py."""
 
     def __init__(self, tree: Path, header: str):
         self.tree = tree
@@ -69,7 +69,7 @@ class CpuLibrary:
         assert self.compile, f"no source includes {name}"
 
     def build(self) -> bool:
-        """Whether the mutant compiles."""
+        """Build the library; returns whether the mutant compiles."""
         for command in [*self.compile, self.link]:
             if subprocess.run(command, shell=True, cwd=self.tree, capture_output=True).returncode:
                 return False

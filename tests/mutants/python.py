@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 
 from . import Mutant
 
-Change = tuple[ast.AST, Callable[[], None]]  # the node that is shown, and what changes it in place
+Change = tuple[ast.AST, Callable[[], None]]  # the shown node, and a function that changes it
 
 _OPERATORS = {
     **{ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt},
@@ -20,7 +20,7 @@ _COPIES = {"clone", "copy", "deepcopy", "detach"}
 
 
 def mutants(source: str) -> list[Callable[[], Mutant]]:
-    """One call for each mutant, in the order of the lines."""
+    """All mutants, in the order of the lines."""
     changes = list(_changes(ast.parse(source)))
     order = sorted(range(len(changes)), key=lambda i: changes[i][0].lineno)
     return [lambda i=i: _mutant(source, i) for i in order]
@@ -47,7 +47,7 @@ def _changes(tree: ast.Module) -> Iterator[Change]:
 
 
 def _walked(node: ast.AST) -> Iterator[ast.AST]:
-    """All nodes that run, but for texts: no annotation, decorator, docstring or message."""
+    """All nodes that run, without annotations, decorators, docstrings and messages."""
     yield node
     for name, value in ast.iter_fields(node):
         if name in ("annotation", "returns", "decorator_list"):
@@ -58,7 +58,7 @@ def _walked(node: ast.AST) -> Iterator[ast.AST]:
 
 
 def _passed_over(node: ast.AST) -> bool:
-    # zip(strict=True) is a check of the code's own lists, which no input can make unequal.
+    # zip(strict=True) checks lists of the code itself. No input can make their lengths differ.
     return isinstance(node, (ast.JoinedStr, ast.Import)) or (
         isinstance(node, ast.keyword) and node.arg == "strict"
     )

@@ -1,4 +1,4 @@
-"""Arguments of adamw_ that its tests share, as lists and packed."""
+"""Arguments of adamw_ for its tests, as lists and packed."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ OPTIONS = {
 
 
 def pack(params, moments, dtype, fill=0.0):
-    """One tensor out of each parameter's moments; ``fill`` lies between them."""
+    """One tensor of all parameters' moments, with ``fill`` in the gaps between them."""
     offsets = ops.packed_offsets(p.numel() for p in params)
     packed = torch.full((offsets[-1] if moments else 0,), fill, dtype=dtype)
     for p, moment, offset in zip(params, moments, offsets, strict=False):
@@ -31,7 +31,7 @@ def pack(params, moments, dtype, fill=0.0):
 
 
 def on_lists(function):
-    """An op's function on lists of moments and steps: a call for each dtype of moments."""
+    """An op's function for lists of moments and steps, with one call for each dtype of moments."""
 
     def call(params, grads, exp_avg, exp_avg_sq, max_exp_avg_sq, state_steps, *, grad_coef, **kw):
         for wide in {p.dtype == F64 for p in params} or {False}:
@@ -92,13 +92,13 @@ def laid_out(tensor, layout):
 
 
 def lists(shapes, dtypes, amsgrad=False, layouts=None, seed=0, grad_dtypes=None, step=3.0):
-    """The op's tensors, the state as lists, in the middle of a training."""
+    """The op's tensors in the middle of a training, with the state as lists."""
     generator = torch.Generator().manual_seed(seed)
     layouts = iter(layouts or ["contiguous"] * 5 * len(shapes))
 
     def drawn(shape, dtype, positive=False):
         values = torch.randn(shape, generator=generator, dtype=F64)
-        # Away from 0, where the quotient of the moments is all rounding.
+        # Second moments near 0 would make the quotient of the moments inexact.
         values = values.square() + 0.01 if positive else values
         return laid_out(values.to(dtype), next(layouts))
 
@@ -120,7 +120,7 @@ def everything(tensors):
 
 
 def packed(tensors):
-    """The op's arguments out of lists; the parameters are of one dtype of moments."""
+    """The op's arguments, packed from lists. The parameters have one dtype of moments."""
     dtype = moment_dtype(tensors["params"][0].dtype) if tensors["params"] else torch.float32
     state = {name: pack(tensors["params"], tensors[name], dtype) for name in ROLES[2:5]}
     steps = torch.tensor([float(step) for step in tensors["state_steps"]])

@@ -1,4 +1,4 @@
-"""Arguments of the operator of attention that its tests share."""
+"""Arguments of the attention operator for its tests."""
 
 import torch
 

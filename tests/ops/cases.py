@@ -1,4 +1,4 @@
-"""What the operators' tests share."""
+"""Helpers for the operators' tests."""
 
 import math
 
@@ -7,7 +7,7 @@ import torch
 
 
 def expected_grad_norm(grads):
-    """What grad_norm must find, element by element in Python floats."""
+    """The expected result of grad_norm, computed element by element in Python floats."""
     norms, nonfinite = [], []
     for grad in grads:
         values = grad.double().flatten().tolist()
@@ -36,5 +36,5 @@ def scaled(grads, coef):
 
 
 def owned(grads):
-    """The same layouts with memory that no two elements share, as scale_ wants them."""
+    """The same layouts, in memory that no two elements share, which scale_ needs."""
     return [g.clone() if 0 in g.stride() else g for g in grads]

@@ -1,4 +1,4 @@
-"""Statistics and decisions that the tests of guard_decide_ share."""
+"""Statistics and decisions for the tests of guard_decide_."""
 
 import math
 import sys
@@ -57,7 +57,7 @@ def decide_by_reference(
 
 def same(here, there):
     for a, b in zip(here, there, strict=True):
-        # What is denormal has fewer digits than 12: a mean of 1e-161 has a square of 3.
+        # A denormal number has less than 12 digits: the square of a mean of 1e-161 has 3.
         torch.testing.assert_close(a, b, rtol=1e-12, atol=sys.float_info.min, equal_nan=True)
 
 

@@ -1,4 +1,4 @@
-"""Parameters, gradients and comparisons that the optimizers' tests share."""
+"""Parameters, gradients and comparisons for the optimizers' tests."""
 
 import torch
 from torch import nn
@@ -19,7 +19,7 @@ def parameters(dtype=torch.float32, seed=0):
 
 
 def give_grads(params, seed, scale=1.0, as_parameters=False):
-    """Row-major gradients; ``as_parameters``, laid out as autograd does it."""
+    """Give row-major gradients; with ``as_parameters`` in the layout that autograd gives them."""
     generator = torch.Generator().manual_seed(seed)
     for p in params:
         values = torch.randn(p.shape, generator=generator, dtype=F64)

@@ -15,19 +15,19 @@ from .instruction import Instruction, parse
 from .loop import innermost_loops
 
 LIBRARY = Path(fastguard.__file__).with_name("_cuda.so")
-REGISTERS = 65536  # of an SM, of any architecture
-SYSTEM = 1024  # bytes of shared memory that the system takes of each block
-# Of an SM, from the CUDA programming guide's "Compute Capabilities": KiB of shared memory, and
-# threads. 8.6 and 8.9, which run the code of 8.0, are as 12.0 here.
+REGISTERS = 65536  # registers of an SM, for all architectures
+SYSTEM = 1024  # bytes of shared memory that the system takes for each block
+# KiB of shared memory and threads of an SM, from "Compute Capabilities" in the CUDA programming
+# guide. 8.6 and 8.9, which run the code of 8.0, have the numbers of 12.0.
 SHARED = {"80": 164, "90": 228, "100": 228, "120": 100}
 THREADS = {"80": 2048, "90": 2048, "100": 2048, "120": 1536}
 
 
 @dataclass(frozen=True)
 class Usage:
-    registers: int  # of a thread
-    stack: int  # bytes of a thread
-    shared: int  # bytes of a block, without those that the launch asks for
+    registers: int  # per thread
+    stack: int  # bytes per thread
+    shared: int  # bytes per block, without dynamic shared memory
     local: int
 
 
@@ -46,7 +46,7 @@ class Kernel:
         return [loop for loop in innermost_loops(self.code) if loop.streams]
 
     def blocks_by_registers(self, threads):
-        """How many fit on an SM. A warp gets its registers in portions of 8 a thread."""
+        """The number of blocks that fit on an SM. A warp gets registers in units of 8 a thread."""
         taken = -(-self.usage.registers // 8) * 8 * threads
         return min(REGISTERS // taken, THREADS[self.arch] // threads)
 
@@ -57,7 +57,7 @@ class Kernel:
 
 @functools.cache
 def kernels():
-    """By architecture and name."""
+    """All kernels of the library by (architecture, name)."""
     usage = parse_usage(run("-res-usage", str(LIBRARY)))
     code = parse_code(run("-sass", str(LIBRARY)))
     return {key: Kernel(*key, usage[key], code[key]) for key in usage}
@@ -75,7 +75,7 @@ def run(*arguments):
 
 
 def executable(name):
-    """Of the package nvidia-cuda-NAME."""
+    """The path of a program of the package nvidia-cuda-NAME."""
     package = f"nvidia-cuda-{name}"
     try:
         files = metadata.files(package)
@@ -85,7 +85,7 @@ def executable(name):
 
 
 def parse_code(text):
-    """Of `cuobjdump -sass`: instructions by architecture and kernel."""
+    """The instructions by (architecture, kernel), from the text of `cuobjdump -sass`."""
     found, arch, code = {}, None, None
     for line in text.splitlines():
         if instruction := parse(line):
@@ -98,7 +98,10 @@ def parse_code(text):
 
 
 def parse_usage(text):
-    """Of `cuobjdump -res-usage`. From sm_90 on it adds what the system takes, if there is any."""
+    """Usage by (architecture, kernel), from the text of `cuobjdump -res-usage`.
+
+    From sm_90 on its shared memory includes that of the system, if the kernel has any.
+    """
     found, arch = {}, None
     for line in text.splitlines():
         if match := re.match(r"arch = sm_(\d+)", line):
@@ -113,7 +116,7 @@ def parse_usage(text):
 
 
 def readable(mangled):
-    """`adamw_kernel<true>`, `attention_kernel<BFloat16,64>`."""
+    """A readable name: `adamw_kernel<true>`, `attention_kernel<BFloat16,64>`."""
     length, rest = re.match(r"_ZN9fastguard(\d+)(.*)", mangled).groups()
     name, parameters = rest[: int(length)], rest[int(length) :]
     arguments = re.match(r"I((?:Lb[01]E|Li\d+E|NS_\d+\w+?E|S1_|f)+)E", parameters)

@@ -24,12 +24,12 @@ class Instruction:
 
     @property
     def width(self):
-        """Bits that it moves, if it does."""
+        """The number of bits that it moves."""
         return next((_BITS[part] for part in self.opcode.split(".") if part in _BITS), 32)
 
     @property
     def named(self):
-        """Its registers; of 64 bits and more, which are aligned, the first."""
+        """Its registers; of aligned groups for 64 and more bits the first one."""
         return {int(number) for number in re.findall(r"\bR(\d+)", self.operands)}
 
     @property
@@ -40,17 +40,20 @@ class Instruction:
 
     @property
     def is_fp64(self):
-        """Whether it takes the fp64 units, as conversions do."""
+        """Whether it uses the fp64 units, as conversions do."""
         return self.kind in ("DADD", "DMUL", "DFMA", "DSETP") or "F64" in self.opcode
 
     @property
     def is_call(self):
-        """But not of what lies behind the next instruction: on sm_80 ptxas leaves loops so."""
+        """Whether it is a call. A call of the instruction after next is none.
+
+        ptxas leaves loops in this way on sm_80.
+        """
         return self.kind == "CALL" and self._target != self.address + 2 * SIZE
 
     @property
     def widens_bfloat16(self):
-        """Whether 16 bits come to the upper half of a word."""
+        """Whether it moves 16 bits to the upper half of a word."""
         return (
             (self.kind == "IMAD" and re.search(r"\b0x10000\b", self.operands))
             or (self.opcode == "SHF.L.U32" and re.search(r"\b0x10\b", self.operands))
@@ -63,7 +66,7 @@ class Instruction:
 
     @property
     def following(self):
-        """Addresses where it goes on. BSYNC is no jump: what it waits for lies behind it."""
+        """The addresses of the next instructions. BSYNC is no jump: it waits for what follows."""
         behind = self.address + SIZE
         if self.kind in ("BRX", "BRXU", "JMP", "JMX"):
             raise ValueError(f"where it goes on cannot be seen: {self}")
@@ -78,7 +81,7 @@ class Instruction:
 
 
 def parse(line):
-    """None where the line is not one."""
+    """The instruction of a line; None if the line has none."""
     match = _TEXT.match(line)
     if match is None:
         return None

@@ -13,7 +13,7 @@ BITS = {"float32": 32, "float64": 64, "bfloat16": 16, "float16": 16}
 @dataclass(frozen=True)
 class Loop:
     header: int
-    blocks: dict[int, list[Instruction]]  # by the address where each begins
+    blocks: dict[int, list[Instruction]]  # by the address of the first instruction
 
     @functools.cached_property
     def body(self):
@@ -24,12 +24,12 @@ class Loop:
 
     @property
     def streams(self):
-        """Whether it moves the tensors as far as they are aligned; the rest has other loops."""
+        """Whether it moves the aligned part of the tensors; other loops move the rest."""
         return self.widths("LDG")[128] > 0
 
     @property
     def elements(self):
-        """What the tensors consist of, by what is done with it."""
+        """The dtype of the tensors' elements, by the operations on them."""
         if any(each.opcode == "HADD2.F32" for each in self.body):
             return "float16"
         if any(each.widens_bfloat16 for each in self.body):
@@ -40,7 +40,7 @@ class Loop:
 
     @property
     def unrolled(self):
-        """How many vectors of each array it moves in a pass."""
+        """The number of vectors of each array in a pass."""
         return math.gcd(*self.widths("LDG").values(), *self.widths("STG").values())
 
     @property
@@ -61,7 +61,7 @@ class Loop:
 
     @property
     def in_flight(self):
-        """How many loads were issued when the first of them is needed, on the best way."""
+        """The number of loads that are issued before the first one is needed, on the best path."""
 
         def walk(start, awaited, issued):
             for each in self.blocks[start]:
@@ -95,7 +95,7 @@ def innermost_loops(code):
 
 
 def _basic_blocks(code):
-    """Instructions that run one after the other, by the address of the first."""
+    """Sequences of instructions without a jump, by the address of the first instruction."""
     starts = {code[0].address}
     for each in code:
         behind = each.address + SIZE
@@ -110,13 +110,13 @@ def _basic_blocks(code):
 
 
 def _components(nodes, after, before):
-    """Strongly connected ones, by Kosaraju's two walks."""
+    """The strongly connected components, by Kosaraju's two walks."""
     order = [node for tree in _walks(sorted(nodes), nodes, after) for node in tree]
     return map(set, _walks(reversed(order), nodes, before))
 
 
 def _walks(roots, nodes, after):
-    """Depth first; for each root not met before, what was met from it, each behind its own."""
+    """Depth-first walks: for each root that was not met before, the nodes from it in post-order."""
     met = set()
     for root in roots:
         if root in met:

@@ -12,13 +12,13 @@ from .build import NoCompiler, load
 
 __all__ = ["Error", "Launched", "NoCompiler", "Options", "Report", "Site", "load", "placed"]
 
-# Sites of these kinds do nothing once they are in ``Options.removed``.
+# Sites of these kinds do nothing if they are in ``Options.removed``.
 REMOVABLE = ("barrier", "grid_sync", "syncwarp", "fence", "wait", "within")
 
 
 @dataclass(frozen=True)
 class Options:
-    """What a launch is asked for; simt::Options in report.h says what each means."""
+    """The options of a launch; simt::Options in report.h documents them."""
 
     schedule: str = "round_robin"  # or "greedy", "random", "unfair"
     seed: int = 0
@@ -32,7 +32,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Site:
-    """One place where a kernel calls the machine; simt::Site in report.h says what is counted."""
+    """One place where a kernel calls the machine; simt::Site in report.h documents the counts."""
 
     kind: str
     where: str
@@ -55,7 +55,7 @@ class Launched:
 
 @dataclass(frozen=True)
 class Report:
-    """What all launches of one machine did."""
+    """The counts of all launches of one machine."""
 
     launches: tuple[Launched, ...]
     sites: tuple[Site, ...]
@@ -87,7 +87,7 @@ class Error(Exception):
 
 
 def placed(array, offset=0):
-    """A copy that begins ``offset`` bytes beyond an address as cudaMalloc gives them."""
+    """A copy that begins ``offset`` bytes after an address with the alignment of cudaMalloc."""
     room = np.empty(array.nbytes + offset + 256, np.uint8)
     first = -room.ctypes.data % 256 + offset
     copy = room[first : first + array.nbytes].view(array.dtype).reshape(array.shape)

@@ -8,9 +8,9 @@ INF, NAN = math.inf, math.nan
 
 BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 
-# Of forward and backward, of the sums of absolute terms. 16-bit weights are rounded once and so is
-# what they make; backward has the output's rounding and that of the logits' gradients as well. In
-# float32 it is logits of up to 20, sums of 128 products, that are off by some 2e-6.
+# The allowed errors of forward and backward, relative to the sums of absolute terms. 16-bit weights
+# are rounded once, and so are the outputs. Backward also has the rounding of the output and of the
+# logits' gradients. In float32, logits up to 20 (sums of 128 products) have errors of about 2e-6.
 PRECISION = {BF16: (2 * 2**-8, 4 * 2**-8), F16: (2 * 2**-11, 4 * 2**-11), F32: (8e-6, 16e-6)}
 
 SCHEDULES = ("round_robin", "greedy", "random", "unfair")
@@ -36,13 +36,13 @@ def inputs(
     layout="heads inside",
     seed=0,
 ):
-    """Arguments of the operator; ``padding`` and ``mask`` say how they are drawn."""
+    """Arguments of the operator. ``padding`` and ``mask`` name the way to draw them."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(heads, rows, columns):
         if layout == "heads outside":
             return torch.randn(batch, heads, rows, columns, generator=generator).to(dtype)
-        # Rows of each head within those of all, as the projections leave them, or not aligned.
+        # The rows of a head lie between those of other heads, as after projections, or unaligned.
         offset = 1 if layout == "misaligned" else 0
         wide = torch.randn(batch, rows, heads, columns + offset, generator=generator).to(dtype)
         return wide[..., offset:].transpose(1, 2)
@@ -62,7 +62,7 @@ def inputs(
         "of all heads": (uniform(1, 1, queries, keys) < 0.6).expand(shape),
         "added": uniform(*shape).log() * 3,
         "of keys": (uniform(batch, 1, 1, keys) * 4).expand(shape),
-        # Rows that see nothing of the first tiles, which others do see, and some that see nothing.
+        # Some rows see nothing of the first tiles, which other rows see, and some see nothing.
         "from the query on": torch.ones(shape, dtype=torch.bool).triu(),
         "from the query on, added": torch.full(shape, -INF).tril(-1),
     }
@@ -86,7 +86,7 @@ def gradient(arguments, seed=1):
 
 
 def both(device, arguments):
-    """Output and gradients."""
+    """The output and the gradients."""
     found = device.attention(*arguments)
     saved = found.unrounded if arguments[-1] else found.output
     grads = device.attention_backward(

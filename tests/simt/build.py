@@ -37,7 +37,7 @@ def load(name, sources):
 
 
 def library(name, sources, link=()):
-    """The shared library of the executor and these sources, each with flags of its own."""
+    """The shared library of the executor and these sources. Each source has its own flags."""
     compiler = os.environ.get("CXX", "g++")
     if shutil.which(compiler) is None:
         raise NoCompiler(f"simt needs a C++20 compiler; there is no {compiler!r} (CXX names one)")
@@ -76,10 +76,13 @@ def target(text, name, suffix):
 
 
 def run(command, target):
-    """Whole or not at all, also when two processes build the same file."""
+    """Run a command that writes ``target``, which appears whole or not at all.
+
+    Two processes may build the same file.
+    """
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_suffix(f".{os.getpid()}{target.suffix}")
-    # Relative sources and includes: the sites that a report names are paths below the root.
+    # Sources and includes are relative, so that reports name sites by paths below the root.
     done = subprocess.run([*command, "-o", str(partial)], cwd=ROOT, capture_output=True, text=True)
     if done.returncode != 0:
         raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr}")

@@ -10,7 +10,7 @@ from .kernels.attention import AttentionDevice
 
 @pytest.fixture(scope="module")
 def attention_compiler():
-    """Skips the module's tests where there is no compiler for attention's kernels."""
+    """Skip the module's tests if there is no compiler for attention's kernels."""
     try:
         AttentionDevice().attention(*inputs())
     except simt.NoCompiler as error:

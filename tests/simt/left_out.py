@@ -1,9 +1,9 @@
-"""A plugin of pytest, ``-p tests.simt.left_out``: it leaves out what the executor would run.
+"""A pytest plugin, ``-p tests.simt.left_out``, that leaves out the tests on the executor.
 
-The executor needs pybind11, and minutes to compile: runs about something else leave it out.
+The executor needs pybind11, and minutes to compile. Test runs about other things leave it out.
 """
 
-_DEVICES = ("cuda kernel", "warps one by one", "at random")  # as their parameters are called
+_DEVICES = ("cuda kernel", "warps one by one", "at random")  # the names of test parameters
 
 
 def pytest_collection_modifyitems(items):

@@ -22,7 +22,7 @@ def kernels():
 
 
 def encoded(x, dtype):
-    """As a kernel takes it: two bytes of an element, or a float, of which tf32 drops 13 bits."""
+    """The elements as a kernel takes them: 2 bytes each, or floats, of which tf32 drops 13 bits."""
     x = np.asarray(x, np.float32)
     if dtype == "bfloat16":
         return torch.from_numpy(x).bfloat16().view(torch.int16).numpy().view(np.uint16)
@@ -35,5 +35,5 @@ def decoded(x, dtype):
     return x.view(np.float16).astype(np.float64) if dtype == "float16" else x.astype(np.float64)
 
 
-# Half a unit in the last place of the type that a product is stored in.
+# Half a unit in the last place of the type of the stored product.
 ROUNDING = {"bfloat16": 2.0**-8, "float16": 2.0**-11, "tf32": 2.0**-24}

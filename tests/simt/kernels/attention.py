@@ -76,7 +76,7 @@ class AttentionDevice:
 
 
 def ready(x, unit=None):
-    """With rows of a multiple of `unit` columns, or of 16 bytes, if need be as a copy."""
+    """The tensor, or a copy, whose rows have a multiple of `unit` columns, by default 16 bytes."""
     unit = unit or 16 // x.element_size()
     steps = [s for s, n in zip(x.stride()[:-1], x.shape, strict=False) if n > 1]
     whole = not any(n % unit for n in (x.size(-1), *steps)) and x.data_ptr() % 16 == 0

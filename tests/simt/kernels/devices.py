@@ -15,7 +15,7 @@ DEVICES = [
 
 
 def on_devices(name):
-    """One operator's function on each of the devices, as parameters of a test."""
+    """The function of one operator on each device, as parameters of a test."""
     return [
         pytest.param(getattr(device.values[0], name), id=f"{name} {device.id}")
         for device in DEVICES

@@ -1,7 +1,7 @@
 """fastguard's operators, run by the CUDA kernels on the executor.
 
-The functions of a :class:`Device` have the names and signatures of ``fastguard.ops``, so that the
-same tests serve both. They do what the launchers in csrc/cuda/*.cu do.
+The functions of a :class:`Device` have the names and signatures of ``fastguard.ops``, so the same
+tests serve both. They do what the launchers in csrc/cuda/*.cu do.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ def kernels():
 class Device:
     """A GPU with room for ``blocks`` blocks, whose threads run in an order given by ``options``.
 
-    With ``vary`` every call has an order and a number of blocks of its own.
+    With ``vary`` every call has another order and another number of blocks.
     """
 
     def __init__(self, blocks=3, vary=False, **options):
@@ -224,7 +224,7 @@ def arrays(tensors):
 
 
 def described(tensors):
-    """What keeps the memory, and the tensors as the plan is given them: dense ones, or copies."""
+    """The owners of the memory, and the tensors (dense, or copies) in a plan's form."""
     keep, descriptions = [], []
     for tensor in tensors:
         tensor = tensor.detach()
@@ -238,7 +238,7 @@ def described(tensors):
 
 
 def with_others(keep, tensors, others):
-    """The descriptions with a second list, laid out as the first; and what keeps its memory."""
+    """The descriptions with a second list in the same layout, and the owners of its memory."""
     others = [
         other.detach()
         if other.stride() == first.stride()

@@ -1,7 +1,7 @@
 """fastguard's CUDA launchers, run on tensors of the CPU through the executor.
 
-``package`` makes a copy of fastguard whose kernels are those of csrc/cuda. ``gpu()``, in a process
-that has loaded it, is what the launchers take for their GPU.
+``package`` makes a copy of fastguard with the kernels of csrc/cuda. ``gpu()``, in a process that
+has loaded the copy, returns the launchers' simulated GPU.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ SCHEDULES = ("round_robin", "greedy", "random", "unfair")
 
 
 def built():
-    """The shared library: schemas, launchers and kernels, what stands for CUDA, the executor."""
+    """The shared library of schemas, launchers, kernels, CUDA's replacement, and the executor."""
     launchers = [path.relative_to(ROOT) for path in (ROOT / "csrc/cuda").glob("*.cu")]
     ours = [path.relative_to(ROOT) for path in Path(__file__).parent.glob("*.cpp")]
     sources = {str(path): HOST + STABLE for path in [Path("csrc/ops.cpp"), *sorted(launchers)]}
@@ -32,7 +32,7 @@ def built():
 
 
 def package(folder):
-    """fastguard and its tests in ``folder``, with the launchers where the CPU's kernels were."""
+    """Copy fastguard and its tests to ``folder``, with the launchers as the CPU's kernels."""
     leave = shutil.ignore_patterns("*.so", "__pycache__", "speech")
     for name in ("fastguard", "tests"):
         shutil.copytree(ROOT / name, folder / name, ignore=leave)
@@ -41,7 +41,7 @@ def package(folder):
 
 
 class Gpu:
-    """Two SMs with room for two blocks each; kernels run at once."""
+    """A GPU with two SMs for two blocks each. A kernel runs when it is launched."""
 
     def __init__(self, library):
         self.library = ctypes.CDLL(str(library))
@@ -50,7 +50,7 @@ class Gpu:
         self.options()
 
     def options(self, schedule="round_robin", seed=0, weak_memory=False):
-        """The order of the threads of all launches from now on, as in ``simt.Options``."""
+        """Set the order of the threads of all further launches, as in ``simt.Options``."""
         number = SCHEDULES.index(schedule)
         self.library.simt_options(number, ctypes.c_uint64(seed), int(weak_memory))
 
@@ -64,14 +64,14 @@ class Gpu:
 
     @contextlib.contextmanager
     def stream(self, number):
-        """Of all devices, in this thread."""
+        """Set the current stream of all devices, in this thread."""
         self.library.simt_stream(number)
         yield
         self.library.simt_stream(0)
 
     @contextlib.contextmanager
     def on_device(self, device, *tensors):
-        """The tensors count as on this device; -1: on none."""
+        """Let the tensors count as on this device; -1 stands for no device."""
         for tensor in tensors:
             self.library.simt_place(ctypes.c_void_p(tensor.data_ptr()), device)
         yield
@@ -79,7 +79,7 @@ class Gpu:
 
     @contextlib.contextmanager
     def capture(self):
-        """What is launched is kept for ``replay``; what is freed stays until ``forget_graph``."""
+        """Record launches for ``replay``. Freed memory stays until ``forget_graph``."""
         self.library.simt_capture(1)
         try:
             yield

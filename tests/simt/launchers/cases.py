@@ -1,4 +1,4 @@
-"""What only launchers do, where fastguard runs on them: test_launchers.py starts that process."""
+"""Cases of the launchers alone. test_launchers.py runs them in a process with the launchers."""
 
 import pytest
 import torch
@@ -165,14 +165,14 @@ def test_empty_lists():
 
 
 def test_a_kernel_that_leaves_its_tensors_is_an_error():
-    """What torch has not allocated is not a GPU's memory; nor is what it has freed."""
+    """Memory that torch has not allocated, or has freed, is not memory of the GPU."""
     outside = torch.from_numpy(torch.ones(100).numpy().copy())
     with pytest.raises(RuntimeError, match="out_of_bounds"):
         ops.grad_norm([outside])
     with gpu().capture():
         grads = [torch.ones(50)]
         ops.grad_norm(grads)
-    gpu().library.simt_let_go()  # the graph's memory goes, the graph stays
+    gpu().library.simt_let_go()  # frees the graph's memory; the graph stays
     with pytest.raises(RuntimeError, match="out_of_bounds"):
         gpu().replay()
     gpu().forget_graph()

@@ -1,4 +1,4 @@
-"""Attention by its launchers."""
+"""Cases of attention's launchers."""
 
 import pytest
 import torch
@@ -10,13 +10,13 @@ from . import gpu
 
 
 def attended(query, key, value, padding=None, mask=None, causal=False, dropout_p=0.0):
-    # In 16 bits some output would be the bound in one of two and a last place below in the other.
+    # In 16 bits an output could equal the bound on one device and be one unit below on the other.
     clamp = 1.0 if query.dtype == torch.float32 else 100.0
     return padding, mask, torch.tensor([3, 4]), causal, dropout_p, 0.2, 0.0, clamp, True
 
 
 def heads(*shape, dtype, layout="side by side", seed=0):
-    """(B, H, T, D) whose rows lie ``layout``."""
+    """A tensor (B, H, T, D) whose rows have the memory layout ``layout``."""
     batch, count, rows, columns = shape
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.randn(batch, rows, count, columns, generator=generator).to(dtype)
@@ -37,7 +37,7 @@ def assert_attention(query, key, value, in_place=False, **options):
     if in_place:
         for output in (found.output, wanted.output):
             output += 1
-    # The sum's gradient is one number, expanded.
+    # The gradient of a sum is one number, expanded.
     results = [
         torch.autograd.grad(output.sum(), (query, key, value)) for output in (found[0], wanted[0])
     ]

@@ -73,7 +73,7 @@ def test_each_stream_has_plans_of_its_own():
 
 
 def test_plans_are_forgotten_when_they_are_many():
-    """64 here, 1024 on a GPU; 64 KiB here, 64 MiB on a GPU: tests/simt/launchers/runtime.h."""
+    """The limits are smaller here than on a GPU: tests/simt/launchers/runtime.h."""
     lists = [[torch.ones(1)] for _ in range(64)]
     for grads in [*lists, *lists]:
         ops.grad_norm(grads)
@@ -92,7 +92,7 @@ def test_plans_are_forgotten_when_they_are_large():
     for grads, expected in ((0, build), (1, build), (0, build[-1:]), (2, build), (1, build)):
         ops.grad_norm(lists[grads])
         assert gpu().kernels() == expected
-    large = list(torch.ones(625, 1).unbind())  # is kept alone
+    large = list(torch.ones(625, 1).unbind())  # only this plan is kept
     for expected in (build, build[-1:]):
         assert ops.grad_norm(large).total_norm == 25
         assert gpu().kernels() == expected

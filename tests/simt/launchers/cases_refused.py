@@ -1,4 +1,4 @@
-"""What launchers refuse: tensors of several devices and wrong arguments."""
+"""Arguments that launchers refuse: tensors of several devices, and invalid arguments."""
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ OTHERS = ["unscale", "loss", *STATISTICS, "scale", "growth_tracker"]
 
 @pytest.mark.parametrize("device", [-1, 1])
 def test_tensors_of_several_devices_are_refused(device):
-    """Before anything is written: a kernel that reads what is elsewhere ends the process's CUDA."""
+    """They are refused before a launch: a read of another device's memory breaks the context."""
     here, there = [torch.ones(4) for _ in range(3)], [torch.ones(4) for _ in range(3)]
     one, verdict, window = scalar(2.0), torch.tensor(0), torch.ones(3, dtype=F64)
     m, v, steps, none = torch.zeros(48), torch.zeros(48), torch.zeros(3), torch.zeros(0)

@@ -1,4 +1,4 @@
-"""Each case begins and ends with a launcher's own options, and no launch counted."""
+"""Each case begins and ends with the default options and without counted launches."""
 
 import pytest
 

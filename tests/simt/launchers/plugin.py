@@ -1,5 +1,8 @@
-"""For pytest in a process whose fastguard runs on the launchers: leaves out what they cannot meet,
-and draws fewer examples, for a launch takes milliseconds here."""
+"""A pytest plugin for a process whose fastguard runs on the launchers.
+
+It leaves out the tests that launchers cannot pass. It draws fewer examples, because a launch takes
+milliseconds here.
+"""
 
 import re
 
@@ -13,13 +16,13 @@ LEFT_OUT = {
     "the reference, not a kernel": r"_ref_?[-\]]",
     "of the CPU's kernels alone": "instruction_set|capability|does_not_depend_on_threads"
     "|settle_on_the_cpu",
-    # The CUDA norm adds up 32 elements in float32, the CPU's all in float64: 1e-7 apart.
+    # The CUDA norm adds 32 elements in float32, the CPU's adds all in float64: they differ by 1e-7.
     "a norm as exact as the CPU's": "(grad_norm|decide_|clip_)-1e-1[23]"
     "|test_grad_norm.py::test_grad_norm$|test_clips_to_the_true_norm|test_every_order_is_torchs",
     "rounding as the CPU's": "test_the_kernel_rounds_as_the_reference_does",
     # fastguard.ops gives CUDA's settle_ no buffers with gaps, and takes these for the CPU's.
     "buffers with gaps": r"test_settle\[|test_opcheck_settle",
-    # Unpickled and copied storages are not of the allocator that says what a kernel may touch.
+    # Unpickled and copied storages do not come from the allocator that tells the allowed memory.
     "unpickled tensors": r"survives\[pickle|test_an_optimizer_that_raises_does_not_lose"
     "|test_a_deep_copy_with_a_guard_of_its_own",
     "too slow": "grad_norm_of_every_half"

@@ -21,7 +21,7 @@ def with_gaps(values):
 
 
 def drawn(dtypes=ops.DTYPES, seed=0):
-    """Every layout in every dtype: one chunk and several, misaligned, permuted, gaps, empty."""
+    """Tensors of all layouts and dtypes: one chunk, several, misaligned, permuted, gaps, empty."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape):
@@ -44,7 +44,7 @@ def drawn(dtypes=ops.DTYPES, seed=0):
 
 
 def copies(tensors):
-    """The same values in the same layout, elsewhere."""
+    """The same values in the same layout, in other memory."""
     made = []
     for t in tensors:
         if t.numel() == 0:
