@@ -1,10 +1,10 @@
-// What attention's kernels are given, and what they do to a tile of logits: scale and softcap,
-// masks, dropout. Reference: attention_ref in fastguard/ops/attention.py.
+// The arguments of attention's kernels, and their operations on a tile of logits: scale and
+// softcap, masks, dropout. Reference: attention_ref in fastguard/ops/attention.py.
 //
-// A tile is in the layout of mma's results: with g = lane / 4 and t = lane % 4, element [m][i][j]
-// is that of row 16 m + g + 8 (j / 2) and column 8 i + 2 t + j % 2. Where `keys_are_rows`, rows are
-// keys and columns queries; else the other way round. Logits are in units of log 2, as exp2 takes
-// them, and -inf where a key is hidden.
+// A tile has the layout of mma's results: with g = lane / 4 and t = lane % 4, element [m][i][j] has
+// row 16 m + g + 8 (j / 2) and column 8 i + 2 t + j % 2. With `keys_are_rows` the rows are keys and
+// the columns are queries; else the rows are queries. Logits are in units of log 2, for exp2, and
+// -inf for hidden keys.
 #pragma once
 
 #include "cuda/attention_tile.cuh"
@@ -15,8 +15,8 @@
 
 namespace fastguard {
 
-// The widths that kernels are compiled for. call(std::integral_constant<int, D>) gets the least
-// that holds `width` columns.
+// Calls call(std::integral_constant<int, D>) with the smallest width D that kernels are compiled
+// for and that holds `width` columns.
 constexpr int most_kernel_width = 128;
 
 template <class T, class Call>
@@ -36,7 +36,7 @@ void with_width(int width, Call call) {
 constexpr float log2_e = 1.44269504f;
 constexpr float log_2 = 0.693147181f;
 
-// Null pointers where there is no such mask. Strides in elements.
+// A pointer is null if there is no such mask. Strides are in elements.
 struct AttentionMasks {
   const uint8_t* padding;  // (B, S), 1: hidden
   int64_t padding_batch, padding_key;
@@ -56,13 +56,13 @@ struct Attention {
   AttentionMasks masks;
 
   __device__ int kv_head(int head) const { return head / (heads / kv_heads); }
-  // Keys that some of `count` queries from `query` on may see lie before this one.
+  // The end of the keys that the `count` queries from `query` on may see.
   __device__ int keys_end(int query, int count) const {
     return masks.is_causal && query + count < keys ? query + count : keys;
   }
 };
 
-// Where a tile's first element is.
+// The place of a tile's first element.
 struct Place {
   int batch, head, query, key;
 };
@@ -71,7 +71,7 @@ __device__ constexpr uint64_t bits_below(int n) {
   return n < 64 ? (uint64_t{1} << n) - 1 : ~uint64_t{0};
 }
 
-// Bit i: whether key first + i of the batch exists and is no padding. All lanes call it.
+// Bit i: whether key first + i of the batch exists and is no padding. All lanes must call it.
 template <int n>
 __device__ uint64_t visible_keys(const Attention& a, int batch, int first) {
   const AttentionMasks& masks = a.masks;
@@ -89,7 +89,7 @@ __device__ uint64_t visible_keys(const Attention& a, int batch, int first) {
   return visible & bits_below(n);
 }
 
-// The first tile of n keys, from `first` on in steps of n, that has a visible one.
+// The first tile of n keys with a visible key, from `first` on in steps of n.
 struct KeyTile {
   int first;
   uint64_t visible;
@@ -106,7 +106,7 @@ __device__ KeyTile next_keys(const Attention& a, int batch, int first, int end) 
   return {first, 0};
 }
 
-// Calls visit(m, i, j) for each element of the lane's.
+// Calls visit(m, i, j) for each element of the lane.
 template <int strips, int n, class Visit>
 __device__ void for_each(const float (&)[strips][n][4], Visit visit) {
 #pragma unroll
@@ -123,7 +123,7 @@ __device__ void for_each(const float (&)[strips][n][4], Visit visit) {
 
 // --- scale and softcap --------------------------------------------------------------------------
 
-// For 16-bit elements off by 2^-22, absolutely: tanh.approx would be by 2^-11.
+// tanh. For 16-bit elements the absolute error is 2^-22; that of tanh.approx would be 2^-11.
 template <class T>
 __device__ float tanh_of(float x) {
   if constexpr (sizeof(T) == sizeof(float)) {
@@ -133,8 +133,8 @@ __device__ float tanh_of(float x) {
   }
 }
 
-// Products of queries and keys become logits. slope(m, i, j, x) is called with what the softcap
-// multiplies gradients by, if there is one.
+// Turns products of queries and keys into logits. With a softcap, calls slope(m, i, j, x) with the
+// factor x that the softcap multiplies the gradient by.
 template <class T, int strips, int n, class Slope>
 __device__ void scale_logits(float (&s)[strips][n][4], const Attention& a, Slope slope) {
   if (a.softcap == 0.0f) {
@@ -173,7 +173,7 @@ __device__ void add_mask(float (&s)[strips][n][4], const Attention& a, const Pla
   });
 }
 
-// `visible`: of the tile's keys, bit by bit. A tile of which all is seen costs no more than to ask.
+// `visible`: one bit per key of the tile. A tile without a hidden element needs only this check.
 template <bool keys_are_rows, int strips, int n>
 __device__ void mask_logits(
     float (&s)[strips][n][4], const Attention& a, const Place& at, uint64_t visible) {
@@ -183,7 +183,7 @@ __device__ void mask_logits(
   }
   const int group = threadIdx.x % 32 / 4, in_group = threadIdx.x % 4;
   const int first_row = group, first_column = 2 * in_group;
-  // Key k is above the diagonal of query q if k - q > ahead, both counted from the tile's first.
+  // Key k is above the diagonal of query q if k - q > ahead. Both are relative to the tile's first.
   const int ahead = a.masks.is_causal ? at.query - at.key : INT32_MAX;
   if (ahead >= keys - 1 && visible == bits_below(keys)) {
     return;
@@ -200,8 +200,8 @@ __device__ void mask_logits(
 
 // --- dropout ------------------------------------------------------------------------------------
 
-// Bit 4 i + j of [m]: whether the element's number is below the threshold. csrc/philox.h lays a
-// draw out for tiles whose rows are queries.
+// Bit 4 i + j of [m]: whether the number of the element is below the threshold. The layout of a
+// draw in csrc/philox.h is that of tiles whose rows are queries.
 template <int strips, int n>
 __device__ void draw_for_queries(
     uint32_t (&kept)[strips], const Attention& a, const int64_t (&seed)[2], const Place& at) {
@@ -220,8 +220,8 @@ __device__ void draw_for_queries(
   }
 }
 
-// The same where rows are keys: a lane's elements are of two draws, of which its neighbour of the
-// next or last key makes the other.
+// The same for tiles whose rows are keys. The elements of a lane come from two draws. The lane
+// makes one of them; its neighbour with the next or the last key makes the other one.
 template <int strips, int n>
 __device__ void draw_for_keys(
     uint32_t (&kept)[strips], const Attention& a, const int64_t (&seed)[2], const Place& at) {

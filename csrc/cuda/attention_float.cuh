@@ -1,8 +1,8 @@
-// The products of attention's tiles for float32: multiply-adds of the ordinary units, in the layout
-// of tensor cores, so that all else is the same source. The tensor cores would drop 13 bits.
+// The products of attention's tiles for float32: multiply-adds of the ordinary units in the layout
+// of the tensor cores, which would drop 13 bits. All other code is the same for both.
 //
-// A lane reads 16 bytes of rows that it shares with 3 or 7 others for 4 multiply-adds of each of
-// its 2 strips n elements: by count, that asks shared memory for about half of what it can give.
+// A lane reads 16 bytes of rows, which 3 or 7 other lanes read too, for 4 multiply-adds of each of
+// its 2 strips n elements. By count this needs about half of the bandwidth of shared memory.
 #pragma once
 
 #include "cuda/attention_tile.cuh"

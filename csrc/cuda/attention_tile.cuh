@@ -1,9 +1,10 @@
 // Tiles of attention's rows in shared memory, and their products on tensor cores.
 //
-// A block is 4 warps. Each owns 16 rows, or twice 16, of the block's own tile and meets all rows of
-// the tiles that pass by; what it makes of them stays in its registers. The 16 x 8 results of mma
-// lie there as its first operand wants 16 x 16 elements, so the weights that one product gives go
-// into the next as they are (Dao 2023, arXiv 2307.08691).
+// A block has 4 warps. Each warp owns 16 or 32 rows of the block's own tile. It multiplies them
+// with all rows of the other tiles, one tile after the other, and keeps the results in its
+// registers. The 16 x 8 results of mma have the layout of its first operand of 16 x 16 elements.
+// The weights of one product are therefore the operand of the next one without a change (Dao 2023,
+// arXiv 2307.08691).
 #pragma once
 
 #include "cuda/tensor_core.cuh"
@@ -12,16 +13,17 @@ namespace fastguard {
 
 constexpr int attention_threads = 128;
 constexpr int attention_warps = attention_threads / 32;
-constexpr int strip_rows = 16;  // of an mma
+constexpr int strip_rows = 16;  // the rows of an mma
 
 template <class T>
 constexpr int elements_of_16_bytes = 16 / static_cast<int>(sizeof(T));
 
 using Bytes16 = Vector<uint32_t, 4>;
 
-// Rows of D elements in dynamic shared memory, from byte `offset` on, in chunks of 16 bytes. Of 8
-// rows that follow one another, the chunks of one column lie in different banks, and so do any 8
-// chunks of a row: a row of 4 or 12 chunks is turned by its pair, others by themselves.
+// Rows of D elements in dynamic shared memory, from byte `offset` on, in chunks of 16 bytes. The
+// chunks of one column of 8 consecutive rows are in different banks, and so are any 8 chunks of a
+// row. The order of the chunks depends on the row: on its pair of rows if it has 4 or 12 chunks,
+// else on the row itself.
 template <class T, int D>
 struct RowTile {
   static constexpr int chunks = D / elements_of_16_bytes<T>;
@@ -37,7 +39,7 @@ struct RowTile {
   int offset;
 };
 
-// Elements (B, heads, rows, columns) whose columns lie side by side.
+// Elements (B, heads, rows, columns) whose columns are contiguous.
 template <class T>
 struct Heads {
   T* first;
@@ -50,8 +52,8 @@ struct Heads {
   }
 };
 
-// Brings rows on their way, with zeros for those that do not exist and for columns from `width` on,
-// which is a multiple of what 16 bytes hold.
+// Starts the copies of rows, with zeros for rows that do not exist and for columns from `width` on.
+// `width` is a multiple of the elements of 16 bytes.
 template <int rows, class T, int D, class Exists>
 __device__ void copy_rows(
     RowTile<T, D> tile, const T* first, int64_t stride, int width, Exists exists) {
@@ -67,9 +69,9 @@ __device__ void copy_rows(
   }
 }
 
-// Puts the warp's rows, in the layout of an mma's result, where it alone has read a tile, and from
-// there into memory, 16 bytes at a time: their place is counted in 16 bytes, for else nvcc stores
-// word by word for sm_80 and sm_90.
+// Writes the warp's rows, which have the layout of an mma's result, to its own rows of a tile, and
+// from there to memory in units of 16 bytes. The index is in units of 16 bytes too: with another
+// unit nvcc stores word by word for sm_80 and sm_90.
 template <class T, int D, int strips>
 __device__ void store_rows(
     const float (&d)[strips][D / 8][4],
@@ -81,7 +83,7 @@ __device__ void store_rows(
     int width) {
   constexpr int chunks = RowTile<T, D>::chunks;
   const int lane = threadIdx.x % 32;
-  __syncwarp();  // all lanes have read what lies there
+  __syncwarp();  // all lanes have read the old values
 #pragma unroll
   for (int i = 0; i < strips * D / 4; ++i) {
     const int m = i / (D / 4), column = i / 2 % (D / 8), half = i % 2;
@@ -131,7 +133,7 @@ __device__ void multiply_rows(float (&d)[strips][n][4], RowTile<T, D> a, int row
   }
 }
 
-// d += p b, with 8 n rows of b and p as multiply_rows left it.
+// d += p b, with 8 n rows of b and p in the layout of multiply_rows' result.
 template <class T, int D, int strips, int n>
 __device__ void multiply_columns(
     float (&d)[strips][D / 8][4], const float (&p)[strips][n][4], RowTile<T, D> b) {

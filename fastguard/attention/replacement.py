@@ -20,7 +20,7 @@ from .module import ClampedMultiheadAttention
 
 @dataclass(frozen=True)
 class Replacement:
-    """What `replace_attention_` did; `str` of it has a line for each module."""
+    """The result of `replace_attention_`. Its `str` has a line for each module."""
 
     #: Names of the modules that are clamped now, as `model.named_modules` has them; "" is `model`.
     replaced: tuple[str, ...] = ()
@@ -85,7 +85,7 @@ def replace_attention_(
         check_options(found[name].dropout, softcap, clamp)
     for name in replaced:
         found[name].__class__ = ClampedMultiheadAttention
-        vars(found[name]).pop("forward", None)  # the class', as accelerate leaves it behind
+        vars(found[name]).pop("forward", None)  # accelerate leaves the class's forward there
         found[name].clamp, found[name].softcap = clamp, softcap
         found[name].never_ran = True
         found[name].keep_fast_path_off()
@@ -133,23 +133,23 @@ def _fitting(found: dict[str, nn.Module], option: str, patterns: str | Iterable[
 
 
 def _is_wanted(module: nn.Module, bounds: tuple[float | None, float | None]) -> bool:
-    """Whether it is attention that has not these bounds."""
+    """Whether the module is attention without these bounds."""
     if isinstance(module, ClampedMultiheadAttention):
         return (module.clamp, module.softcap) != bounds
     if isinstance(module, nn.MultiheadAttention):
         return True
     called = "multiheadattention" in _class_name(module).replace("_", "").lower()
-    # PEFT's of that name has torch's within.
+    # PEFT's module of that name contains torch's.
     return called and not any(isinstance(m, nn.MultiheadAttention) for m in module.modules())
 
 
 def _class_name(module: nn.Module) -> str:
-    """Of a scripted or traced module the one it was made of."""
+    """The name of the module's class; of a scripted or traced module that of the original class."""
     return getattr(module, "original_name", type(module).__name__)
 
 
 def _obstacle(module: nn.Module, readers: dict[nn.Module, str]) -> str | None:
-    """Why replacing this module would change nothing, or something else."""
+    """The reason why this module cannot be replaced; None if it can."""
     if isinstance(module, ClampedMultiheadAttention):
         return (
             f"it has its own bounds, clamp={module.clamp} and softcap={module.softcap}: set these "
@@ -175,7 +175,7 @@ def _obstacle(module: nn.Module, readers: dict[nn.Module, str]) -> str | None:
 
 
 def _readers(model: nn.Module) -> dict[nn.Module, str]:
-    """Attention whose owner computes it by itself, and the class of the owner."""
+    """The attentions whose owner computes attention itself, and the class of each owner."""
     return {
         child: type(module).__name__
         for module in model.modules()
@@ -185,9 +185,9 @@ def _readers(model: nn.Module) -> dict[nn.Module, str]:
 
 
 def _reads_weights(cls: type[nn.Module]) -> bool:
-    """Whether its forward goes by the weights of an attention, as torchaudio's WavLM does."""
+    """Whether the module's forward reads an attention's weights, as torchaudio's WavLM does."""
     if cls.__module__.startswith("torch.nn."):
-        return False  # of these only a fast path does, which is kept off
+        return False  # only the fast path of these does, and it is switched off
     try:
         source = inspect.getsource(cls.forward)
     except (OSError, TypeError):  # compiled, or typed at a prompt
