@@ -1,4 +1,4 @@
-"""Inputs and comparisons that the tests of attention share."""
+"""Inputs and comparisons for the tests of attention."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def draw(*shape: int, seed: int, dtype=torch.float64) -> Tensor:
 
 
 def twins(*sizes: int, dtype=torch.float64, clamp=None, **options):
-    """nn.MultiheadAttention and ours, same checkpoint, no parameter at its initial zero."""
+    """nn.MultiheadAttention and ours with equal parameters, none at its initial zero."""
     torch.manual_seed(0)
     theirs = nn.MultiheadAttention(*sizes, dtype=dtype, **options)
     for parameter in theirs.parameters():
@@ -45,7 +45,7 @@ def as_float(mask: Tensor, dtype=torch.float64) -> Tensor:
 
 
 def results(attention, inputs, **call):
-    """Output, weights, and the gradients of all inputs and parameters through both."""
+    """The output, the weights, and the gradients of all inputs and parameters through both."""
     output, weights = attention(*inputs, **call)
     loss = (output * draw(*output.shape, seed=7, dtype=output.dtype)).sum()
     if call.get("need_weights", True):
@@ -55,7 +55,7 @@ def results(attention, inputs, **call):
 
 
 def assert_same(got, expected, tolerance: float) -> None:
-    """`results` of two modules: same shapes and dtypes, differences small beside the largest."""
+    """Check that two `results` have equal shapes and dtypes, and small relative differences."""
     for one, other in ((got[:1], expected[:1]), (got[2], expected[2])):
         largest = max(1.0, *(x.abs().max().item() for x in other))
         torch.testing.assert_close(one, other, rtol=0, atol=tolerance * largest)
@@ -65,7 +65,7 @@ def assert_same(got, expected, tolerance: float) -> None:
 
 
 def encoder_layers(clamp=None, **options):
-    """torch's encoder layer, and one with ours put in its place."""
+    """torch's encoder layer, and one with our attention in place of torch's."""
     torch.manual_seed(0)
     theirs = nn.TransformerEncoderLayer(24, 4, 32, dropout=0.0, batch_first=True, **options)
     ours = copy.deepcopy(theirs)

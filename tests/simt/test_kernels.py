@@ -1,6 +1,6 @@
-"""What the executor says of fastguard's CUDA kernels beside their results.
+"""The executor's findings about fastguard's CUDA kernels: races, bounds, traffic.
 
-Their results are compared where those of the CPU's are: in tests/ops and tests/optim.
+tests/ops and tests/optim compare the results of the kernels, as those of the CPU's kernels.
 """
 
 import itertools
@@ -28,7 +28,7 @@ def drawn(*sizes, dtype=torch.float32, offset=0, seed=0):
 
 
 def gradients():
-    """One and several chunks, heads and tails, all dtypes, something that is not finite in each."""
+    """Tensors of all dtypes: one and several chunks, heads and tails, a NaN or Inf in each."""
     grads = drawn(20_000, 5, 0, offset=1) + drawn(8192, 8193)
     grads += drawn(9_003, dtype=torch.bfloat16, offset=3) + drawn(9_001, dtype=F64)
     grads += drawn(33, dtype=torch.float16, offset=5)
@@ -219,7 +219,7 @@ def test_the_result_is_the_same_on_every_schedule_and_for_any_number_of_blocks(r
 
 @pytest.fixture(scope="module")
 def sites():
-    """Where each barrier, fence and bound of the kernels is, and the runs that meet it."""
+    """The place of each barrier, fence and bound of the kernels, and the runs that reach it."""
     found = {}
     for run in RUNS:
         device = Device()
@@ -230,7 +230,7 @@ def sites():
 
 
 def caught(site, runs):
-    """Whether some order of the threads of some run shows that a site does nothing."""
+    """Whether an error or a wrong result in some order of the threads shows a disabled site."""
     expected = {run: bits(run(Device())) for run in runs}
     for options, run in itertools.product(SCHEDULES, runs):
         try:
@@ -243,7 +243,7 @@ def caught(site, runs):
 
 
 def test_every_barrier_fence_and_bound_is_needed(sites):
-    """The kernels with one barrier, fence or bound taken away: each is noticed."""
+    """Each barrier, fence and bound is disabled once, and that is noticed each time."""
     assert [site for site, runs in sites.items() if not caught(site, runs)] == []
 
 
@@ -263,13 +263,13 @@ def counted(blocks=8):
 
 
 def aligned(numel):
-    """As the allocator of a GPU gives it."""
+    """The tensor with the alignment of a GPU's allocator."""
     whole = drawn(numel + 128)[0]
     return whole[-whole.data_ptr() // 4 % 128 :][:numel]
 
 
 def moved(device):
-    """Bytes of the last kernel's loads and stores: each sector that it touched, once."""
+    """The bytes of the sectors that the last kernel loaded and stored, each counted once."""
     last = device.report.launches[-1]
     return 32 * last.loaded_sectors, 32 * last.stored_sectors
 
@@ -328,7 +328,7 @@ def test_a_skip_reads_the_verdict_and_stores_nothing(verdict):
 
 
 def test_misaligned_arrays_waste_few_sectors():
-    """A gradient that begins 4 bytes late, as DDP's views into its buckets do."""
+    """A gradient that begins 4 bytes after a sector, as DDP's views of its buckets may."""
     device, numel = counted(), 8192 * 16
     param, grad = aligned(numel), aligned(numel + 1)[1:]
     state = (aligned(numel), aligned(numel), torch.zeros(0), torch.ones(1))

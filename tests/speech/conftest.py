@@ -1,4 +1,4 @@
-"""Recordings that the tests of the data room write for themselves."""
+"""Recordings that the tests of speech/data write."""
 
 import numpy as np
 import pytest
@@ -6,7 +6,7 @@ import soundfile
 
 
 def tones(seconds, rate, channels=1):
-    """(N, channels) float64: a tone that swells three times a second, and a little noise."""
+    """(N, channels) float64: a tone whose level rises and falls three times a second, and noise."""
     time = np.arange(round(seconds * rate)) / rate
     wave = 0.3 * np.sin(2 * np.pi * 440 * time) * np.sin(2 * np.pi * 1.5 * time) ** 2
     wave += 0.003 * np.random.default_rng(0).standard_normal(len(time))
@@ -15,7 +15,7 @@ def tones(seconds, rate, channels=1):
 
 @pytest.fixture
 def record():
-    """record(path, seconds=1.0, rate=16000, channels=1) writes the format that the suffix names."""
+    """record(path, seconds=1.0, rate=16000, channels=1) writes the format of the suffix."""
 
     def write(path, seconds=1.0, rate=16_000, channels=1):
         path.parent.mkdir(parents=True, exist_ok=True)

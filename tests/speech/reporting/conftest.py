@@ -1,4 +1,4 @@
-"""Runs that several tests make pages of."""
+"""Runs for several tests of report pages."""
 
 import json
 import math
@@ -21,7 +21,7 @@ def good(tmp_path):
 
 @pytest.fixture
 def hostile(tmp_path):
-    """Every text that a run can hold is markup."""
+    """A run whose texts are all HTML markup."""
     bad = step(3, math.nan, math.inf, "skip_nonfinite", skipped_utterances=(HOSTILE,))
     folder = run_folder(
         tmp_path / "<b>hostile$x$",
@@ -46,7 +46,7 @@ def hostile(tmp_path):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A run of the trainer itself in which one recording is corrupt."""
+    """A run of the trainer with one corrupt recording."""
     folder = tmp_path_factory.mktemp("trained")
     with pytest.MonkeyPatch.context() as patch:
         poison(patch, {"tone2.wav"})

@@ -1,4 +1,4 @@
-"""Run folders that a report is made of, and the HTML page that comes out."""
+"""Run folders for reports, and a parser of the HTML page."""
 
 from html.parser import HTMLParser
 
@@ -17,7 +17,7 @@ VOID = {"meta", "link", "br", "img", "path", "circle", "use", "rect"}
 
 
 class Page(HTMLParser):
-    """Tags with their attributes, the text, the rows of tables; all that opens has to close."""
+    """Tags with their attributes, the text, and the rows of tables. All tags have to be closed."""
 
     def __init__(self, html: str):
         super().__init__()

@@ -11,7 +11,7 @@ from tests.recordings import tones
 
 @pytest.fixture
 def make(tmp_path):
-    """make("--option", ...) -> a Trainer of the baseline on tones, in fp32 unless told so."""
+    """make("--option", ...) returns a Trainer of the baseline on tones, by default in fp32."""
 
     def build(*options, data=None):
         run_dir = tmp_path / f"run{len(list(tmp_path.glob('run*')))}"

@@ -1,4 +1,4 @@
-"""Run folders, states and evaluations that tests make for themselves."""
+"""Run folders, states and evaluations for tests."""
 
 import torch
 
@@ -21,7 +21,7 @@ def state(step, value=1.0):
 
 
 def of_wer(wer):
-    """An evaluation with this error rate, in tenths, of two seconds of speech."""
+    """An evaluation of two seconds of speech with this error rate in tenths."""
     right = round(10 * (1 - wer))
     words, recognised = " ".join("abcdefghij"), " ".join("abcdefghij"[:right])
     return Evaluation([score("utt", words, recognised, duration=2.0)])
