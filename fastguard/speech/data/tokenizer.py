@@ -21,6 +21,10 @@ class Tokenizer(Protocol):
     def vocab_size(self) -> int:
         """Number of tokens, the blank included."""
 
+    @property
+    def symbols(self) -> list[str]:
+        """The text of each token, BLANK for token 0."""
+
     def encode(self, text: str) -> list[int]:
         """The tokens of a text; raises ValueError if it has none."""
 

@@ -162,6 +162,11 @@ class Config:
     resume: str = "auto"
     """auto continues a run in --run-dir; never refuses a folder with a run; a checkpoint or a run
     folder is continued in a new folder."""
+    init_from: Path | None = None
+    """Begin with the weights of this .pt or .safetensors file or run folder, on any corpus; model,
+    features and tokenizer are those of its run unless given."""
+    freeze_encoder: int = 0
+    """Epochs in which only the head learns, at the start of a run with --init-from."""
     teacher: Path | None = None
     """Checkpoint or run folder of a trained model for distillation."""
     epochs: int = 10
@@ -241,6 +246,15 @@ class Config:
             )
         if self.optim.schedule == "noam" and self.optim.warmup == 0:
             raise ValueError("optim.schedule=noam needs a warm-up: set --optim.warmup")
+        if self.init_from is not None and self.resume not in ("auto", "never"):
+            raise ValueError(
+                f"--init-from {self.init_from} begins a new run, and --resume {self.resume} "
+                "continues one: remove one of them"
+            )
+        if self.freeze_encoder and self.init_from is None and self.resume in ("auto", "never"):
+            raise ValueError(
+                f"freeze_encoder={self.freeze_encoder} needs a trained encoder: add --init-from"
+            )
         if self.parallel == "fsdp" and (self.compile or self.ema):
             raise ValueError("--compile and --ema do not work with --parallel fsdp: remove one")
 
@@ -290,6 +304,7 @@ _AT_LEAST = {
     "max_steps": 1,
     "batch_size": 1,
     "grad_accumulation": 1,
+    "freeze_encoder": 0,
     "num_workers": 0,
     "optim.warmup": 0,
     "optim.weight_decay": 0,

@@ -2,7 +2,7 @@
 
 import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TextIO
 
@@ -35,6 +35,7 @@ class Data:
     Args:
         config: the run's settings.
         tokenizer: of a trained model; by default a new one for the training split.
+        preferred: is taken in place of a new tokenizer if it has a token for every text.
         folder: gets left_out.jsonl, the rows that are not used, and changed_labels.jsonl, the texts
             that normalising changed.
 
@@ -44,7 +45,11 @@ class Data:
     """
 
     def __init__(
-        self, config: Config, tokenizer: Tokenizer | None = None, folder: Path | None = None
+        self,
+        config: Config,
+        tokenizer: Tokenizer | None = None,
+        folder: Path | None = None,
+        preferred: Tokenizer | None = None,
     ):
         self.config = config
         self.log_mel = features(config)
@@ -58,7 +63,7 @@ class Data:
                 changed=changed,
             )
         if tokenizer is None:
-            self.tokenizer, self.corpus = self._new_tokenizer(corpus)
+            self.tokenizer, self.corpus = self._new_tokenizer(corpus, preferred)
         else:
             self.tokenizer = tokenizer
             self.corpus = corpus.drop_infeasible(tokenizer.encode, self._output_length)
@@ -67,12 +72,16 @@ class Data:
             if left_out is not None:
                 self.corpus.write_left_out(left_out)
 
-    def _new_tokenizer(self, corpus: Corpus) -> tuple[Tokenizer, Corpus]:
+    def _new_tokenizer(
+        self, corpus: Corpus, preferred: Tokenizer | None
+    ) -> tuple[Tokenizer, Corpus]:
         """A tokenizer for the training rows that CTC can align, and the corpus with these alone:
         rows that are left out must not shape the vocabulary."""
         kind, vocab_size = self.config.tokenizer.kind, self.config.tokenizer.vocab_size
         if kind == "char":
             corpus = corpus.drop_infeasible(str, self._output_length)
+        if preferred is not None and _encodes(preferred, corpus.split("train").texts()):
+            return preferred, corpus.drop_infeasible(preferred.encode, self._output_length)
         while True:
             try:
                 texts = corpus.split("train").texts()
@@ -142,6 +151,15 @@ class Data:
             rank=parallel.rank,
             world_size=parallel.world_size,
         )
+
+
+def _encodes(tokenizer: Tokenizer, texts: Iterable[str]) -> bool:
+    try:
+        for text in texts:
+            tokenizer.encode(text)
+    except ValueError:
+        return False
+    return True
 
 
 @contextlib.contextmanager

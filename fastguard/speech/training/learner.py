@@ -11,11 +11,13 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from fastguard._random import random_state, set_random_state
 from fastguard.guard import GradGuard
 from fastguard.speech.data.batching import Batch
+from fastguard.speech.data.tokenizer import Tokenizer
 from fastguard.speech.recognition.recognizer import Recognizer, untrained_model
 from fastguard.stable_init import stable_init_
 
 from .config import Config
 from .distillation import consistency_loss, distillation_loss
+from .initial_weights import InitialWeights
 from .loss import ctc_loss
 from .parallel import Parallel
 from .precision import autocast
@@ -30,28 +32,35 @@ class Learner:
 
     Args:
         config: the run's settings.
-        vocab_size: V, the tokens of the tokenizer, the blank included.
+        tokenizer: names the symbols of the head.
+        initial: weights of another run, in place of those that are drawn; None without them.
         teacher: the trained model whose outputs the loss compares with; None without one.
         parallel: the processes that train together.
     """
 
     def __init__(
-        self, config: Config, vocab_size: int, teacher: Recognizer | None, parallel: Parallel
+        self,
+        config: Config,
+        tokenizer: Tokenizer,
+        initial: InitialWeights | None,
+        teacher: Recognizer | None,
+        parallel: Parallel,
     ):
         self.config = config
         self.teacher = teacher
         self.parallel = parallel
         self.device = parallel.device
-        self.model = self._initial_model(vocab_size).to(self.device)
-        self.wrapped = parallel.wrap(self.model)
-        if config.compile:
-            self.wrapped = torch.compile(self.wrapped, dynamic=True)
+        self.frozen = False
+        self.model = self._initial_model(tokenizer, initial).to(self.device)
+        self.wrapped = self._wrap()
         self.ema = self._average() if config.ema else None
 
-    def _initial_model(self, vocab_size: int) -> nn.Module:
+    def _initial_model(self, tokenizer: Tokenizer, initial: InitialWeights | None) -> nn.Module:
         config = self.config
-        model = untrained_model(config, vocab_size)
+        model = untrained_model(config, tokenizer.vocab_size)
         stable_init_(model, config.init.linear_std, config.init.conv_scale)
+        if initial is not None:
+            initial.put_into(model, tokenizer)
         logger.info(
             "%s: %.1f M parameters on %s%s, %s",
             config.model,
@@ -61,6 +70,29 @@ class Learner:
             config.precision,
         )
         return model
+
+    def _wrap(self) -> nn.Module:
+        wrapped = self.parallel.wrap(self.model)
+        return torch.compile(wrapped, dynamic=True) if self.config.compile else wrapped
+
+    def freeze_encoder(self, frozen: bool) -> None:
+        """Let all but the head learn, or not. A frozen encoder also keeps BatchNorm's statistics,
+        and has no dropout."""
+        if frozen == self.frozen:
+            return
+        self.frozen = frozen
+        for name, parameter in self.model.named_parameters():
+            if not name.startswith("head."):
+                parameter.requires_grad_(not frozen)
+        if self.parallel.world_size > 1 and not self.parallel.sharded:
+            self.wrapped = self._wrap()  # DDP looks once which parameters learn
+
+    def train(self) -> None:
+        """Set the model to training mode."""
+        self.model.train()
+        if self.frozen:
+            for part in self.model.children():
+                part.train(part is self.model.head)
 
     def _average(self) -> AveragedModel:
         def update(averages: list[Tensor], weights: list[Tensor], updates: Tensor) -> None:
@@ -90,7 +122,7 @@ class Learner:
         if not len(batch):  # every process must take part in a step of all
             self.model.eval()  # BatchNorm must not count the silence as speech
             log_probs, _ = self.forward(*self.silence())
-            self.model.train()
+            self.train()
             return log_probs.sum() * 0.0, 0
         batch = batch.to(self.device)
         log_probs, lengths = self.forward(batch.features, batch.feature_lengths)

@@ -12,14 +12,19 @@ import jsonargparse
 import fastguard
 from fastguard._command import check_words
 from fastguard.speech.data.corpora import absolute
+from fastguard.speech.storage.plain import shown
 from fastguard.speech.storage.yaml_file import read_yaml
 
 from .config import MODELS, Config
+from .initial_weights import source_settings
+from .run_folder import RunError
 
 OVERLAYS = {
     "stable": "overlay configs/stable.yaml: tiny steps that survive explosions",
     "guarded": "overlay configs/guarded.yaml: a full learning rate under the adaptive guard",
 }
+
+_PATHS = ("init_from", "run_dir")  # what --init-from takes over depends on both
 
 _NUMBERS = {"inf": ".inf", "nan": ".nan"}  # Python's spelling to YAML's
 
@@ -29,7 +34,8 @@ def parse(argv: list[str] | None = None) -> Config:
 
     Later ones override earlier ones: configs/MODEL.yaml; each ``--config FILE``; with ``--stable``
     or ``--guarded`` configs/stable.yaml or configs/guarded.yaml, and configs/guarded_MODEL.yaml if
-    it exists; all other options. A wrong option ends the program with a message and exit status 2.
+    it exists; with ``--init-from`` the model, features and tokenizer of its run; all other options.
+    A wrong option ends the program with a message and exit status 2.
     """
     argv = [_normalised(word) for word in (sys.argv[1:] if argv is None else argv)]
     parser = _parser()
@@ -39,6 +45,8 @@ def parse(argv: list[str] | None = None) -> Config:
         first.add_argument(f"--{overlay}", action="store_true")
     first.add_argument("--config", type=Path, action="append", default=[])
     first.add_argument("--model")
+    for name in _PATHS:
+        first.add_argument(f"--{name}")
     chosen, rest = first.parse_known_args(argv)
 
     overlays = [overlay for overlay in OVERLAYS if getattr(chosen, overlay)]
@@ -46,8 +54,12 @@ def parse(argv: list[str] | None = None) -> Config:
         parser.error("--stable and --guarded exclude each other: choose one")
     _check_options(parser, rest)
     given = [(file, _read(parser, file)) for file in chosen.config]
-    models = [settings["model"] for _, settings in given if "model" in settings]
-    model = chosen.model or (models[-1] if models else Config.model)
+    in_files = {name: value for _, settings in given for name, value in settings.items()}
+    places = {name: vars(chosen)[name] or in_files.get(name) for name in _PATHS}
+    explicit = {name for _, settings in given for name in _keys(settings, _groups())}
+    taken = {k: v for k, v in _of_source(parser, places).items() if k not in explicit}
+    source_model = taken.pop("model", None)
+    model = chosen.model or in_files.get("model") or source_model or Config.model
     if model not in MODELS:
         parser.error(f"--model {model}: choose one of {', '.join(MODELS)}")
     files = [config_file(model), *chosen.config]
@@ -56,10 +68,30 @@ def parse(argv: list[str] | None = None) -> Config:
         files += [config_file(overlay), *([own] if own.is_file() else [])]
     layers = [word for file in files for word in ("--config", str(file))]
     try:
-        parsed = parser.instantiate(parser.parse_args([*layers, "--model", model, *rest]))
+        words = [f"--{name}={value}" for name, value in taken.items()]
+        words += [f"--{name}={vars(chosen)[name]}" for name in _PATHS if vars(chosen)[name]]
+        parsed = parser.instantiate(parser.parse_args([*layers, "--model", model, *words, *rest]))
         settings = {f.name: parsed[f.name] for f in dataclasses.fields(Config)}
-        return Config(**settings | {"data": absolute(settings["data"])})
+        settings["data"] = absolute(settings["data"])
+        if settings["init_from"] is not None:
+            settings["init_from"] = settings["init_from"].absolute()
+        return Config(**settings)
     except (OverflowError, ValueError) as error:
+        parser.error(str(error))
+
+
+def _of_source(parser: jsonargparse.ArgumentParser, places: dict) -> dict[str, object]:
+    """The settings of the run that --init-from names; none without it."""
+    for name, value in places.items():
+        if not isinstance(value, str | None):
+            parser.error(f"{name} must be a path, got {shown(value)}")
+    none = (None, "null")
+    init_from, run_dir = (None if place in none else Path(place) for place in places.values())
+    if init_from is None:
+        return {}
+    try:
+        return source_settings(init_from.absolute(), run_dir)
+    except RunError as error:
         parser.error(str(error))
 
 
@@ -120,7 +152,7 @@ def _read(parser: jsonargparse.ArgumentParser, file: Path) -> dict:
     if not isinstance(settings, dict):
         parser.error(f"--config {file}: has no settings; write lines such as epochs: 10")
     known = _names(Config)
-    groups = {name.partition(".")[0] for name in known if "." in name}
+    groups = _groups()
     for name in _keys(settings, groups):
         if name in groups:
             parser.error(
@@ -139,6 +171,10 @@ def _names(kind: type, prefix: str = "") -> list[str]:
         name, inner = prefix + field.name, types[field.name]
         names += _names(inner, f"{name}.") if dataclasses.is_dataclass(inner) else [name]
     return names
+
+
+def _groups() -> set[str]:
+    return {name.partition(".")[0] for name in _names(Config) if "." in name}
 
 
 def _keys(settings: dict, groups: set[str]) -> typing.Iterator[str]:

@@ -26,11 +26,9 @@ from fastguard.speech.storage.plain import shown
 from fastguard.speech.storage.yaml_file import read_yaml
 
 from .config import Config, warn_without_text_rules
+from .resumed import changed_in_folder, contradictions, nothing_left
 
 logger = logging.getLogger(__name__)
-
-# Settings that may change when a run continues: they do not change what is computed.
-_MAY_CHANGE = ("run_dir", "resume", "epochs", "max_steps", "num_workers", "parallel", "checkpoint")
 
 # Files that a run writes into its folder, besides reports on bad steps.
 _FILES = (
@@ -173,7 +171,7 @@ class RunFolder:
                 f"{self.path} already has a run: choose another --run-dir, or continue it with "
                 "--resume auto"
             )
-        if changed := _differences(saved, self.config.to_dict()):
+        if changed := changed_in_folder(saved, self.config.to_dict()):
             raise RunError(
                 f"{self.path} has a run with other settings: {'; '.join(changed)}. Use the same "
                 "to continue it, or choose another --run-dir (with --resume "
@@ -207,7 +205,26 @@ class RunFolder:
             raise RunError(f"--resume {error}") from error
         if found is None:
             raise RunError(f"--resume {source}: the folder has no state")
+        self._check_state_continues(*found)
         return found
+
+    def _check_state_continues(self, path: Path, state: dict) -> None:
+        """Raise RunError unless a run with these settings can continue from another run's state."""
+        try:
+            changed = contradictions(state, self.config)
+            reason = nothing_left(state.get("epoch", 0), state["step"], self.config)
+        except (TypeError, ValueError) as error:
+            raise RunError(f"--resume {path} cannot be continued: {error}") from error
+        begin = f"or begin anew with its weights: --init-from {path}"
+        if changed:
+            raise RunError(
+                f"--resume {path} was trained with other settings: {'; '.join(changed)}. Use the "
+                f"same, {begin}"
+            )
+        if reason is not None:
+            raise RunError(
+                f"--resume {path}: {reason}, so nothing is left to train. Give more, {begin}"
+            )
 
     def _newest(self, folder: Path) -> tuple[Path, dict] | None:
         for path in reversed(self._saved_states(folder)):
@@ -372,16 +389,3 @@ def _rank(best: Path) -> tuple[bool, float, str]:
     """Sort by WER; NaN comes last."""
     wer = _wer_of(best)
     return math.isnan(wer), wer, best.name
-
-
-def _differences(saved: dict, given: dict, prefix: str = "") -> list[str]:
-    changed = []
-    for key in saved.keys() | given.keys():
-        old, new = saved.get(key), given.get(key)
-        if prefix + key in _MAY_CHANGE or old == new:
-            continue
-        if isinstance(old, dict) and isinstance(new, dict):
-            changed += _differences(old, new, f"{prefix}{key}.")
-        else:
-            changed.append(f"{prefix}{key} was {old} and is {new}")
-    return sorted(changed)

@@ -78,6 +78,9 @@ class RunState:
                 len(self.sampler),
                 self.parallel.world_size,
             )
+            # A frozen encoder has no moments in the state. FSDP wants those of all that learns.
+            trained = state["epoch"] + (state["batches"] > 0)
+            learner.freeze_encoder(trained <= self.config.freeze_encoder)
             self.parallel.load(learner.model, self.optimizer, state["model"], state["optimizer"])
             set_options(self.optimizer, self.config)
             if learner.ema is not None:

@@ -9,6 +9,7 @@ from torch import nn
 from fastguard import thresholds
 from fastguard.guard import GradGuard
 from fastguard.guard.report import StepReport
+from fastguard.guard.statistics import as_plain, fresh_statistics
 from fastguard.ops import Verdict
 from fastguard.optim import AdamW
 from fastguard.speech.storage.plain import shown
@@ -67,6 +68,15 @@ def build_stepper(
         report_dir=report_dir if parallel.main else None,
         process_group=parallel.group,
     )
+
+
+def forget_norms(stepper: "GradGuard | PlainClip") -> None:
+    """Let a guard learn anew which norms are usual, because more parameters learn from now on. By
+    the norms of a head alone, those of the whole model would be outliers."""
+    if isinstance(stepper, GradGuard):
+        fresh = as_plain(fresh_statistics(torch.device("cpu")))
+        known = stepper.state_dict()
+        stepper.load_state_dict({**known, "statistics": fresh, "micro_statistics": fresh})
 
 
 class PlainClip:

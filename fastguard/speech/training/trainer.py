@@ -24,14 +24,16 @@ from .agreement import Agreement
 from .config import Config
 from .data import Data
 from .evaluator import Evaluator
+from .initial_weights import InitialWeights
 from .journal import Journal
 from .learner import Learner
 from .parallel import Parallel
 from .progress import Progress
+from .resumed import nothing_left
 from .run_folder import RunError, RunFolder
 from .run_state import RunState
 from .schedules import capped_warmup, learning_rate, set_learning_rate
-from .stepper import build_optimizer, build_stepper
+from .stepper import build_optimizer, build_stepper, forget_norms
 from .teacher import load_teacher
 
 logger = logging.getLogger(__name__)
@@ -63,10 +65,12 @@ class Trainer:
         state = folder.find_state()
 
         teacher = load_teacher(config, parallel.device) if config.teacher else None
+        initial = InitialWeights(config) if config.init_from and state is None else None
         lists = folder.path if parallel.main else None
-        self.data = Data(config, _known_tokenizer(state, teacher), lists)
+        preferred = None if initial is None else initial.tokenizer
+        self.data = Data(config, _known_tokenizer(state, teacher), lists, preferred)
         self.tokenizer = self.data.tokenizer
-        self.learner = Learner(config, self.tokenizer.vocab_size, teacher, parallel)
+        self.learner = Learner(config, self.tokenizer, initial, teacher, parallel)
         self.optimizer = build_optimizer(config, self.learner.model)
         self.stepper = build_stepper(config, self.learner.model, parallel, folder.path)
         fp16 = config.precision == "fp16"
@@ -135,6 +139,9 @@ class Trainer:
         self.journal.end(self.progress, self.folder, self.stopping)
 
     def _train(self) -> None:
+        progress = self.progress
+        if reason := nothing_left(len(progress.epochs), progress.step, self.config):
+            logger.info("Nothing is left to train: %s; a larger number trains on", reason)
         while self.progress.epoch <= self.config.epochs and not self._finished():
             self._train_epoch()
         if self.progress.batches and not self.stopping:
@@ -147,7 +154,8 @@ class Trainer:
         return self.stopping or (most is not None and self.progress.step >= most)
 
     def _train_epoch(self) -> None:
-        self.learner.model.train()
+        self._set_frozen()
+        self.learner.train()
         self.sampler.set_epoch(self.progress.epoch)
         total = len(self.sampler)
         if self.progress.batches < total:  # a state may be of the moment before the evaluation
@@ -157,6 +165,18 @@ class Trainer:
             self._save()
         else:
             self._close_epoch()
+
+    def _set_frozen(self) -> None:
+        """Freeze the encoder in the first epochs, if the settings ask for it."""
+        frozen, progress = self.config.freeze_encoder, self.progress
+        self.learner.freeze_encoder(progress.epoch <= frozen)
+        if not frozen or progress.batches:
+            return
+        if progress.epoch == 1:
+            logger.info("Only the head learns until the end of epoch %d", frozen)
+        elif progress.epoch == frozen + 1:
+            forget_norms(self.stepper)
+            logger.info("The whole model learns from now on")
 
     def _train_batches(self, total: int) -> None:
         steps = self.agreement.micro_batches(iter(self.loader), self.config.grad_accumulation)

@@ -124,7 +124,9 @@ def test_a_finished_run_stays_as_it_is(tmp_path, capsys):
     before = story(tmp_path / "run")
     assert run(tmp_path / "run", *options) == 0
     assert story(tmp_path / "run") == before
-    assert "Finished at step 2" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "Nothing is left to train: 2 steps are done, and max_steps=2" in error
+    assert "Finished at step 2" in error
 
 
 def test_more_epochs_go_on_from_the_end(tmp_path):
@@ -133,6 +135,12 @@ def test_more_epochs_go_on_from_the_end(tmp_path):
     assert run(tmp_path / "parts", *options, "--epochs", "1") == 0
     assert run(tmp_path / "parts", *options) == 0
     assert story(tmp_path / "parts") == story(tmp_path / "whole")
+    # In a new folder too.
+    assert run(tmp_path / "first", *options, "--epochs", "1") == 0
+    assert run(tmp_path / "second", *options, "--resume", str(tmp_path / "first")) == 0
+    whole = metrics(tmp_path / "whole", "step")
+    losses = [step["loss"] for step in whole if step["epoch"] == 2]
+    assert [step["loss"] for step in metrics(tmp_path / "second", "step")] == losses
 
 
 def test_another_folder_goes_on_from_a_state_with_other_settings(tmp_path):

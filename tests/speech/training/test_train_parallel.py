@@ -177,3 +177,23 @@ def test_a_process_without_a_usable_recording_takes_part(kind, tmp_path):
     assert "Left out 0.wav" in log
     assert "Left out of the evaluation: 12.wav" in log
     assert metrics(tmp_path / "run", "epoch")[0]["dev_utterances"] == 8
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_an_encoder_that_is_frozen_at_first(whole, kind, data, tmp_path):
+    """The state inside the frozen epoch has moments of the head alone."""
+    source = whole[1] / "best.pt"
+    options = ["--init-from", str(source), "--freeze-encoder", "1", "--parallel", kind]
+    finish(torchrun(tmp_path / "straight", data, *options))
+    for steps in ("1", "3", "4"):
+        finish(torchrun(tmp_path / "parts", data, *options, "--max-steps", steps))
+        if steps == "1":
+            state = checkpoint.load(tmp_path / "parts" / "last.pt")
+            assert len(state["optimizer"]["state"]) == 2
+            theirs = checkpoint.load(source)["model"]
+            same = {n for n, value in state["model"].items() if torch.equal(value, theirs[n])}
+            assert theirs.keys() - same == {"head.weight", "head.bias"}
+    parts, straight = (metrics(tmp_path / name, "step") for name in ("parts", "straight"))
+    assert [step["loss"] for step in parts] == [step["loss"] for step in straight]
+    assert len(straight) == 4
