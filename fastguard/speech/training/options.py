@@ -116,8 +116,8 @@ def _parser() -> jsonargparse.ArgumentParser:
         prog="python -m fastguard.train",
         usage="%(prog)s [--model teacher|baseline]\n"
         "       [--stable | --guarded] [--config FILE] [--data SPEC] [--run-dir DIR]\n"
-        "       [--resume auto|never|PATH] [--epochs N] [--precision fp32|bf16|fp16]\n"
-        "       [--optim.lr X] [... any setting listed by --help]",
+        "       [--resume auto|never|PATH] [--init-from PATH] [--epochs N]\n"
+        "       [--precision fp32|bf16|fp16] [--optim.lr X] [... any setting listed by --help]",
         description="Train a CTC speech model. An option may be written with - or _ in its name; "
         "options override files, and later files override earlier ones.",
         epilog="example: python -m fastguard.train --model baseline --guarded --data asterisk",
