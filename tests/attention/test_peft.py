@@ -127,3 +127,33 @@ def test_dora_of_attention_is_refused_as_stocks():
         with pytest.raises(ValueError, match="MultiheadAttention does not support DoRA"):
             config = peft.LoraConfig(target_modules=["self_attn"], use_dora=True)
             peft.get_peft_model(model, config)
+
+
+@pytest.mark.usefixtures("no_fast_path")
+@pytest.mark.parametrize("order", ORDERS)
+def test_a_copy_that_is_trained_in_full_is_clamped(order):
+    """`modules_to_save` trains a copy of the module; the original rests."""
+
+    def trained(order, clamp):
+        model = encoder()
+        if order == "before":
+            replace_attention_(model, clamp=clamp)
+        torch.manual_seed(1)
+        model = peft.get_peft_model(
+            model, peft.LoraConfig(target_modules=["linear1"], modules_to_save=["self_attn"])
+        )
+        if order == "after":
+            assert len(replace_attention_(model, clamp=clamp).replaced) == 4
+        return model
+
+    x = draw(2, 5, 8, seed=0).float()
+    (expected, grads), (got, our_grads) = (
+        values_and_gradients(trained(which, None), x) for which in (None, order)
+    )
+    torch.testing.assert_close(got, expected)
+    torch.testing.assert_close(our_grads, grads)
+    clamped = trained(order, 1e-3).eval()
+    with torch.no_grad():
+        assert (clamped(x) - expected).abs().max() > 0.1
+    layers = [f"base_model.model.layers.{i}.self_attn.original_module" for i in range(2)]
+    assert unused_attention(clamped) == layers

@@ -180,3 +180,24 @@ def test_torchaos_weights(config, order, projection):
     torch.testing.assert_close(free, Model().eval()(X), rtol=0, atol=ROUNDING)
     torch.testing.assert_close(clamped, replaced(1e-3)(X), rtol=0, atol=ROUNDING)
     assert (clamped - free).abs().max() > 2 * ROUNDING
+
+
+@pytest.mark.parametrize("kind, options", [
+    ("Linear8bitLt", {"has_fp16_weights": False}), ("Linear4bit", {"compute_dtype": torch.float32})
+])  # fmt: skip
+def test_bitsandbytes_output_projection(kind, options):
+    """Stock attention reads its weight, and fails on the packed numbers."""
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+
+    def quantized(model):
+        projection = getattr(bitsandbytes.nn, kind)(8, 8, **options)
+        projection.load_state_dict(model.attention.out_proj.state_dict())
+        model.attention.out_proj = projection.to("cpu")
+        return model
+
+    with pytest.raises(RuntimeError, match="must have the same dtype, but got Float and"):
+        quantized(Model().eval())(X)
+    got, free = quantized(replaced(1e-3))(X), Model().eval()(X)
+    torch.testing.assert_close(got, replaced(1e-3)(X), rtol=0, atol=ROUNDING)
+    torch.testing.assert_close(quantized(replaced(None))(X), free, rtol=0, atol=ROUNDING)
+    assert (got - free).abs().max() > 2 * ROUNDING
