@@ -20,6 +20,7 @@ PACKAGE = Path(fastguard.__file__).parent
 
 #: Modules of the library -> private names of others that they use.
 USED = {
+    "_compiling.py": {"_is_exporting_flag"},
     "_tensors.py": {"_values"},
     "attention/module.py": {
         "_C",
@@ -158,6 +159,7 @@ IN_TORCH = {
         torch_optimizer._global_optimizer_post_hooks is not None
     ),
     "_global_optimizer_pre_hooks": lambda: torch_optimizer._global_optimizer_pre_hooks is not None,
+    "_is_exporting_flag": lambda: torch.compiler._is_exporting_flag is False,
     "_has_any_global_hook": lambda: not nn.modules.module._has_any_global_hook(),
     "_in_backward_optimizers": lambda: (
         "_in_backward_optimizers" in _source("torch.distributed.optim.apply_optimizer_in_backward")

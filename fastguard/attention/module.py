@@ -8,6 +8,8 @@ from torch import Tensor, fx, nn
 from torch.nn.attention.bias import CausalBias
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from fastguard._compiling import is_exporting
+
 from .functional import (
     AttentionStats,
     attended,
@@ -165,7 +167,7 @@ class ClampedMultiheadAttention(nn.MultiheadAttention):
                 `clamped_attention`. Quantized inputs.
             NotImplementedError: opacus asks for per-sample gradients.
         """
-        exporting = torch.compiler.is_exporting()
+        exporting = is_exporting()
         # Compiled code is guarded by what it reads, and compiled again when that changes.
         compiled = torch.compiler.is_compiling() and not exporting
         if compiled or (self.never_ran and not exporting):

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 
+from fastguard._compiling import is_exporting
 from fastguard._tensors import from_first_rank, is_dtensor, replicated_beside
 
 from . import _library
@@ -82,7 +83,7 @@ def attention(
     args += (scale, softcap, clamp, return_stats)
     # The kernels give no gradient to a mask, and know backward derivatives only.
     learnt = attn_mask is not None and attn_mask.requires_grad
-    recorded = torch.compiler.is_exporting() or torch.jit.is_tracing()
+    recorded = is_exporting() or torch.jit.is_tracing()
     plain = (
         recorded or not _library.has_kernel(query) or learnt or 0 in (query.size(2), key.size(2))
     )
@@ -293,7 +294,7 @@ def _attention_and_weights(
 
 def _check(query, key, value, padding, attn_mask, seed, dropout_p, scale, softcap, clamp) -> None:
     """Twin: check_attention in csrc/attention.h, but for the sizes that only kernels limit."""
-    if torch.compiler.is_exporting():  # comparing its sizes would limit the program
+    if is_exporting():  # comparing its sizes would limit the program
         return
     shapes = [tuple(x.shape) for x in (query, key, value)]
     fits = all(x.dim() == 4 for x in (query, key, value))

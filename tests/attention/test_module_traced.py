@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import fx, nn
+from torch._dynamo.testing import EagerAndRecordGraphs
 
 from fastguard.attention.module import ClampedMultiheadAttention
 
@@ -34,6 +35,18 @@ def test_compiles_into_one_graph(need_weights, options):
     compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
     torch.manual_seed(0)
     assert_same(results(compiled, (x, x, x), **call), expected, 1e-5)
+
+
+def test_compiled_code_calls_the_kernel():
+    """And not the reference, which exported programs hold."""
+    recorder = EagerAndRecordGraphs()
+    ours = ClampedMultiheadAttention(8, 2, batch_first=True)
+    x = torch.randn(2, 5, 8)
+    torch.compile(ours, fullgraph=True, backend=recorder)(x, x, x, need_weights=False)
+    (graph,) = recorder.graphs
+    assert "torch.ops.fastguard.attention" in graph.code and "softmax" not in graph.code
+    program = torch.export.export(ours, (x, x, x), {"need_weights": False})
+    assert "fastguard" not in program.graph_module.code and "softmax" in program.graph_module.code
 
 
 class Block(nn.Module):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from fastguard._compiling import is_exporting
+
 from .layers import Subsampling, subsampled
 
 
@@ -72,7 +74,7 @@ def check_batch(features: Tensor, feature_lengths: Tensor, n_mels: int) -> None:
             f"of shape {tuple(feature_lengths.shape)}: pass one count of frames per utterance"
         )
     # While torch.export traces, lengths have no values.
-    if feature_lengths.is_cpu and not torch.compiler.is_exporting():
+    if feature_lengths.is_cpu and not is_exporting():
         wrong = {i: n for i, n in enumerate(feature_lengths.tolist()) if not 1 <= n <= frames}
         if wrong:
             raise ValueError(
