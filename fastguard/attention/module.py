@@ -219,8 +219,7 @@ class ClampedMultiheadAttention(nn.MultiheadAttention):
     ) -> tuple[Tensor, Tensor | None]:
         """`forward` of a nested tensor. The weights are padded with zeros, as torch's."""
         lengths = [len(each) for each in x.unbind()]
-        # Not the longest, which may be 0.
-        padded = x.to_padded_tensor(0.0, (len(lengths), max([1, *lengths]), self.embed_dim))
+        padded = nn.utils.rnn.pad_sequence(list(x.unbind()), batch_first=True)
         hidden = torch.arange(padded.size(1)) >= torch.tensor(lengths)[:, None]
         hidden = hidden.to(padded.device)
         by_rows = padded if self.batch_first else padded.transpose(0, 1)

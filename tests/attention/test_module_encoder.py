@@ -53,7 +53,7 @@ def test_no_fast_path_of_an_encoder_passes_it_by(how):
 
 
 @pytest.mark.parametrize("batch_first", [True, False])
-@pytest.mark.parametrize("lengths", [[3, 2], [5], [0, 4]])
+@pytest.mark.parametrize("lengths", [[3, 2], [5], [0, 4], [0, 0]])
 def test_a_nested_tensor_is_padded_and_nested_again(batch_first, lengths):
     ours = ClampedMultiheadAttention(24, 4, batch_first=batch_first).eval()
     rows = [draw(length, 24, seed=length).float() for length in lengths]
@@ -81,6 +81,13 @@ def test_the_weights_of_a_nested_tensor_are_padded_as_torchs(average, lengths):
     torch.testing.assert_close(weights, torchs)
     for one, other in zip(got.unbind(), expected.unbind(), strict=True):
         torch.testing.assert_close(one, other)
+
+
+def test_a_nested_tensor_of_another_width_is_refused():
+    ours = ClampedMultiheadAttention(24, 4, batch_first=True).eval()
+    nested = torch.nested.nested_tensor([torch.zeros(3, 20), torch.zeros(2, 20)])
+    with torch.no_grad(), pytest.raises(AssertionError, match=r"got \(2, 3, 20\)"):
+        ours(nested, nested, nested, need_weights=False)
 
 
 def test_a_nested_tensor_of_no_sequences_is_refused():
