@@ -9,6 +9,7 @@ import functools
 import json
 import unittest
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -24,7 +25,9 @@ def pytest_configure(config):
     recorder = Recorder(config.option.outcomes)
     if config.option.attention == "ours":
         replace_attention(recorder)
-    restore_names()
+    for file, restore in OLDER_NAMES.items():
+        if any(file in argument for argument in config.args):
+            restore()
     if config.option.any_text:
         accept_any_text()
     config.pluginmanager.register(recorder)
@@ -81,36 +84,37 @@ def replace_attention(recorder: Recorder) -> None:
         module.MultiheadAttention = Ours
 
 
-def restore_names() -> None:
-    """Give torch's test helpers the names that tests of an older torch import from them.
+def restore_names_of_test_nn() -> None:
+    from torch.testing._internal import common_cuda, common_mkldnn, common_nn
 
-    Without these, test_nn.py and test_jit.py of torch 2.6 are not collected beside torch 2.14.
-    """
+    restore(common_cuda, "tf32_is_not_fp32", lambda: False)  # what it says on a CPU
+    restore(common_mkldnn, "bf32_on_and_off", common_mkldnn.reduced_f32_on_and_off)
+    restore(common_nn, "new_module_tests", common_nn.get_new_module_tests())
+
+
+def restore_names_of_test_jit() -> None:
     from torch.jit import frontend
-    from torch.testing._internal import (
-        common_cuda,
-        common_mkldnn,
-        common_nn,
-        common_utils,
-        jit_metaprogramming_utils,
-    )
+    from torch.testing._internal import common_nn, common_utils, jit_metaprogramming_utils
 
-    new = common_nn.get_new_module_tests()
-    older = len(common_nn.module_tests) + len(new)
-    names = {
-        (frontend, "_IS_ASTUNPARSE_INSTALLED"): True,
-        (common_cuda, "tf32_is_not_fp32"): lambda: False,  # what it says on a CPU
-        (common_mkldnn, "bf32_on_and_off"): common_mkldnn.reduced_f32_on_and_off,
-        (common_nn, "new_module_tests"): new,
-        (jit_metaprogramming_utils, "additional_module_tests"): (
-            jit_metaprogramming_utils.get_all_nn_module_tests()[older:]
-        ),
-    }
-    for (module, name), value in names.items():
-        if not hasattr(module, name):
-            setattr(module, name, value)
+    new, every = common_nn.get_new_module_tests(), jit_metaprogramming_utils.get_all_nn_module_tests
+    restore(frontend, "_IS_ASTUNPARSE_INSTALLED", True)
+    restore(common_nn, "new_module_tests", new)
+    additional = every()[len(common_nn.module_tests) + len(new) :]
+    restore(jit_metaprogramming_utils, "additional_module_tests", additional)
     if common_utils.GRAPH_EXECUTOR is None:  # set by the command line of torch's own runner
         common_utils.GRAPH_EXECUTOR = common_utils.cppProfilingFlagsToProfilingMode()
+
+
+def restore(module: ModuleType, name: str, value: object) -> None:
+    if not hasattr(module, name):
+        setattr(module, name, value)
+
+
+#: Files of torch 2.6's tests that import, from torch's test helpers, names that torch 2.14 has not.
+OLDER_NAMES = {
+    "test_nn.py": restore_names_of_test_nn,
+    "test_jit.py": restore_names_of_test_jit,
+}
 
 
 def accept_any_text() -> None:
