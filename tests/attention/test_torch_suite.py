@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 
 import pytest
@@ -85,3 +86,13 @@ def test_a_folder_that_is_not_torchs_is_refused(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit, match="2"):
         torch_suite.main()
     assert "it must be torch's folder `test`" in capsys.readouterr().err
+
+
+def test_the_record_has_the_documented_differences():
+    results = torch_suite.REPOSITORY / "docs" / "results" / "torch_attention_tests.md"
+    record = results.read_text(encoding="utf-8")
+    known = {n: why for of in torch_suite.DIFFERENCES.values() for n, why in of.items()}
+    named = dict(re.findall(r"^  (Test\w+::\w+)\n    (.*)$", record, re.M))
+    assert named == {name: difference.why for name, difference in known.items()}
+    assert f" {len(known)} failed with ours alone" in record.split("\nall: ")[1]
+    assert len(known) == 12  # the number in words, there and in the guide
