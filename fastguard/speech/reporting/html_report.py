@@ -61,6 +61,7 @@ class _RunView:
         self.dash = plots.DASHES[position // plots.COLOURS % len(plots.DASHES)]
         self.path, self.notes, self.log_tail = run.path, run.notes, run.log_tail
         self.parameters, self.best, self.epochs = run.parameters, run.best, run.epochs
+        self.scored = run.scored
         self.steps, self.seconds = len(run.steps), run.seconds
         self.skipped = sum(run.steps.skipped)
         self.state = _state(run)

@@ -197,7 +197,15 @@ def _error_rates(runs, names):
     _from_zero(axes, [*wer, *cer, *long])
     key = [("line disc", "WER"), ("dashes square", "CER")]
     key += [("dots up", "WER, 4 words and more")] if long else []
-    return _plot("Error rates on the dev split", figure, wer, tuple(key))
+    return _plot(_title_of_rates(runs), figure, wer, tuple(key))
+
+
+def _title_of_rates(runs: Sequence[Run]) -> str:
+    """What was scored, as far as it is known. The summary has it for each run."""
+    scored = {run.scored for run in runs if run.epochs}
+    if len(scored) > 1:
+        return "Error rates, not all on the same split"
+    return f"Error rates on the {scored.pop()}" if any(scored) else "Error rates"
 
 
 def _of_epochs(run: Run, name: str, factor: float = 1.0) -> tuple[list[int], list[float]]:

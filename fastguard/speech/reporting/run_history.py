@@ -118,6 +118,12 @@ class Run:
         return min(rated, key=lambda e: e.metrics.wer, default=None)
 
     @property
+    def scored(self) -> str:
+        """What the error rates are of: "dev split", "training split", or "" if it is not known."""
+        split = self.epochs[-1].metrics.split if self.epochs else ""
+        return {"dev": "dev split", "train": "training split", "": ""}[split]
+
+    @property
     def seconds(self) -> float:
         """Wall time of the epochs that ended and of the steps after the last one."""
         first = bisect_left(self.steps.step, self.epochs[-1].metrics.step + 1) if self.epochs else 0
@@ -230,18 +236,24 @@ def _add_step(run: Run, step: int, line: dict) -> None:
 
 
 def _add_epoch(run: Run, epoch: int, line: dict) -> None:
-    values = {f.name: number(line.get(f.name)) for f in fields(EpochMetrics)}
+    values = {f.name: number(line.get(f.name)) for f in fields(EpochMetrics) if f.name != "split"}
     for name in ("epoch", "step", "skipped", "steps"):
         values[name] = int(values[name]) if math.isfinite(values[name]) else 0
     count = number(line.get("dev_utterances"))
     run.epochs = [e for e in run.epochs if e.metrics.epoch < epoch]
     run.epochs.append(
         Epoch(
-            EpochMetrics(**values),
+            EpochMetrics(**values, split=_split(line)),
             number(line.get("wer_long")),
             int(count) if math.isfinite(count) else None,
         )
     )
+
+
+def _split(line: dict) -> str:
+    """The split that was evaluated; "" in a line of a version that did not write it."""
+    split = line.get("split")
+    return split if split in ("dev", "train") else ""
 
 
 def _text(value: object) -> str:

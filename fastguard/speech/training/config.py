@@ -188,6 +188,8 @@ class Config:
     """Longest recording, in seconds; longer ones are left out."""
     num_workers: int = 0
     """Processes that load recordings; 0 loads in the training process."""
+    log_every: int = 10
+    """Steps between lines of the log; a skipped step, and the first of an epoch, have one too."""
     compile: bool = False
     """Compile the model with torch.compile."""
     parallel: Literal["ddp", "fsdp"] = "ddp"
@@ -306,6 +308,7 @@ _AT_LEAST = {
     "grad_accumulation": 1,
     "freeze_encoder": 0,
     "num_workers": 0,
+    "log_every": 1,
     "optim.warmup": 0,
     "optim.weight_decay": 0,
     "init.linear_std": 0,

@@ -2,13 +2,16 @@
 
 import contextlib
 import logging
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
 from fastguard.guard.report import PendingReport, StepReport
 from fastguard.speech.data.readers import Rejected
 
+from .config import Config
 from .metrics import EpochMetrics, MetricsFile, StepMetrics, epoch_table
+from .outlook import Outlook, clock
 from .progress import Progress
 from .run_folder import RunFolder
 from .tracking import Curves
@@ -19,9 +22,16 @@ _NORMS_EVERY = 50  # steps between curves of each parameter's norm
 
 
 class Journal:
-    """Records each step and each epoch. Only the process that writes opens files."""
+    """Records each step and each epoch. Only the process that writes opens files.
 
-    def __init__(self) -> None:
+    Args:
+        config: the settings, for the lines of the log and the estimate of the end.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self._log_every = config.log_every
+        self._outlook = Outlook(config)
+        self._logged_epoch: int | None = None  # of the last line about a step
         self._metrics: MetricsFile | None = None
         self._curves: Curves | None = None
 
@@ -51,8 +61,13 @@ class Journal:
         seconds: float,
         ids: Sequence[str],
         rejected: Sequence[Rejected],
+        batches: int,
     ) -> None:
         """Record an optimizer step.
+
+        metrics.jsonl and the curves get each step. The log gets the first step of an epoch and of a
+        resumed run, each ``log_every``-th and the last one, and each step that the guard skipped or
+        whose norm is not finite.
 
         Args:
             progress: the run's, this step included; its totals take the step.
@@ -63,6 +78,7 @@ class Journal:
             seconds: wall time of the step, loading included.
             ids: of the step's utterances.
             rejected: rows that could not be used.
+            batches: of the epoch.
         """
         metrics = StepMetrics(
             progress.step,
@@ -85,18 +101,49 @@ class Journal:
         due = progress.step % _NORMS_EVERY == 0 and isinstance(report, PendingReport)
         if due and self._curves is not None:
             self._curves.write_norms(report.norms(), progress.step)
-        logger.info("Batch %d: loss=%.2f, grad_norm=%.2f", number, loss, report.total_norm)
+        self._outlook.step_took(seconds)
+        self._log_step(progress, metrics, batches)
 
-    def epoch(self, ended: EpochMetrics) -> None:
-        """Record an epoch."""
-        self.write(ended)
+    def _log_step(self, progress: Progress, metrics: StepMetrics, batches: int) -> None:
+        total = self._outlook.total_steps(progress, batches)
+        if not (
+            metrics.epoch != self._logged_epoch
+            or metrics.step % self._log_every == 0
+            or metrics.step == total
+            or metrics.verdict.startswith("skip")
+            or not math.isfinite(metrics.grad_norm)
+        ):
+            return
+        self._logged_epoch = metrics.epoch
         logger.info(
-            "Epoch %d: loss=%.3f, grad_norm=%.2f, wer=%.3f, cer=%.3f, skipped=%d/%d, %.0f s (%s)",
+            "Batch %d: loss=%.2f, grad_norm=%.2f, verdict=%s, lr=%.3g, epoch=%d/%d, step=%d/%d, "
+            "seconds=%.2f, eta=%s",
+            metrics.batch,
+            metrics.loss,
+            metrics.grad_norm,
+            "scale_search" if metrics.scale_search else metrics.verdict,
+            metrics.lr,
+            metrics.epoch,
+            self._outlook.epochs,
+            metrics.step,
+            total,
+            metrics.seconds,
+            clock(self._outlook.seconds_left(progress, batches)),
+        )
+
+    def epoch(self, ended: EpochMetrics, evaluation_seconds: float) -> None:
+        """Record an epoch, whose evaluation took ``evaluation_seconds``."""
+        self.write(ended)
+        self._outlook.evaluation_took(evaluation_seconds)
+        logger.info(
+            "Epoch %d: loss=%.3f, grad_norm=%.2f, wer=%.3f, cer=%.3f on %s, skipped=%d/%d, %.0f s "
+            "(%s)",
             ended.epoch,
             ended.loss,
             ended.grad_norm,
             ended.wer,
             ended.cer,
+            ended.split,
             ended.skipped,
             ended.steps,
             ended.seconds,

@@ -60,7 +60,7 @@ class EpochMetrics:
     step: int
     #: Mean training loss of the steps that were not skipped, NaN if there were none.
     loss: float
-    #: Word and character error rate on the dev split; 1 is 100 %.
+    #: Word and character error rate on ``split``; 1 is 100 %.
     wer: float
     cer: float
     #: Median gradient norm of all steps.
@@ -76,6 +76,8 @@ class EpochMetrics:
     dev_minutes: float = 0.0
     #: Largest gradient norm of all steps; NaN or Inf if one was.
     max_grad_norm: float = math.nan
+    #: What was evaluated: "dev", "train" if the corpus has no dev split, "" if it is not known.
+    split: str = ""
 
     @property
     def status(self) -> str:
@@ -123,9 +125,9 @@ class EpochTotals:
             self.accepted += 1
 
     def close(
-        self, epoch: int, step: int, found: Evaluation, evaluation_seconds: float
+        self, epoch: int, step: int, found: Evaluation, evaluation_seconds: float, split: str
     ) -> EpochMetrics:
-        """The epoch's metrics; ``step`` is its last."""
+        """The epoch's metrics; ``step`` is its last, and ``found`` the evaluation of ``split``."""
         return EpochMetrics(
             epoch,
             step,
@@ -144,6 +146,7 @@ class EpochTotals:
             found.rates.words,
             found.seconds / 60,
             numpy.max(self.norms).item() if self.norms else math.nan,
+            split,
         )
 
 

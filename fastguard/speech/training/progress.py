@@ -31,9 +31,18 @@ class Progress:
         """Steps that the guard skipped in the whole run."""
         return sum(epoch.skipped for epoch in self.epochs) + self.totals.skipped
 
-    def close_epoch(self, found: Evaluation, seconds: float, whole: bool) -> EpochMetrics:
-        """The current epoch's metrics. The next epoch begins if this one is ``whole``."""
-        ended = self.totals.close(self.epoch, self.step, found, seconds)
+    def close_epoch(
+        self, found: Evaluation, split: str, seconds: float, whole: bool
+    ) -> EpochMetrics:
+        """The current epoch's metrics. The next epoch begins if this one is ``whole``.
+
+        Args:
+            found: the evaluation of ``split``.
+            split: "dev" or "train".
+            seconds: that the evaluation took.
+            whole: whether all batches of the epoch were trained on.
+        """
+        ended = self.totals.close(self.epoch, self.step, found, seconds, split)
         if whole:
             self.epochs.append(ended)
             self.begin_epoch()

@@ -5,7 +5,10 @@ from collections.abc import Iterator
 from .config import Config
 
 # Settings that may change within a folder: they do not change what is computed.
-_MAY_CHANGE = ("run_dir", "resume", "epochs", "max_steps", "num_workers", "parallel", "checkpoint")
+_MAY_CHANGE = (
+    "run_dir", "resume", "epochs", "max_steps", "num_workers", "parallel", "checkpoint",
+    "log_every",
+)  # fmt: skip
 # Settings of another run's state that must stay: its weights, alphabet and statistics depend on
 # them.
 _OF_STATE = ("model", "features", "text", "tokenizer", "guard.enabled")

@@ -79,7 +79,7 @@ class Trainer:
         self._warmup = self._steps_of_warmup()
         self.progress = Progress()
         self.agreement = Agreement(parallel)
-        self.journal = Journal()
+        self.journal = Journal(config)
         self.evaluator = Evaluator(
             self.learner, self.data, self.data.evaluation_split(), self.agreement
         )
@@ -213,8 +213,9 @@ class Trainer:
             self._save()
             return
         whole = self.progress.batches >= len(self.sampler)
-        ended = self.progress.close_epoch(found, time.perf_counter() - start, whole)
-        self.journal.epoch(ended)
+        seconds = time.perf_counter() - start
+        ended = self.progress.close_epoch(found, self.evaluator.split, seconds, whole)
+        self.journal.epoch(ended, seconds)
         weights = self.state.weights(ended.wer)
         if self.parallel.main:
             self.folder.save_best(weights, found)
@@ -283,6 +284,7 @@ class Trainer:
             seconds=time.perf_counter() - clock,
             ids=ids,
             rejected=self.agreement.rejected,
+            batches=len(self.sampler),
         )
         if explosion is not None:
             raise explosion

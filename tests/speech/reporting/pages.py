@@ -65,8 +65,8 @@ def step(number, loss=2.0, norm=1.5, verdict="clip", **more):
     return StepMetrics(number, 1, number - 1, loss, norm, coef, verdict, 1e-3, 0.25, **more)
 
 
-def epoch(number, step, wer, loss=2.0, skipped=0):
-    return EpochMetrics(number, step, loss, wer, wer / 2, 1.5, skipped, 10, 2.5)
+def epoch(number, step, wer, loss=2.0, skipped=0, split="dev"):
+    return EpochMetrics(number, step, loss, wer, wer / 2, 1.5, skipped, 10, 2.5, split=split)
 
 
 def run_folder(path, lines, settings=None):

@@ -19,7 +19,7 @@ from .pages import Page, epoch, page_of, run_folder, step
 def test_what_the_page_says_of_a_run(good):
     page = page_of(good)
     words = " ".join(page.text.split())
-    assert "Best WER 25.0 % epoch 2 of 3" in words
+    assert "Best WER 25.0 % epoch 2 of 3, dev split" in words
     assert "Steps 20" in words
     assert "Skipped 0 0.0 % of the steps" in words
     assert "Time 7.5 s" in words
@@ -77,6 +77,31 @@ def test_a_spike_shows_what_has_risen(tmp_path, risen):
     assert "skipped above a norm of 40" in page_of(folder).text
     (folder / "bad_step_000000.json").write_text(json.dumps(details | {"most_risen": risen}))
     assert "120, usually" not in page_of(folder).text
+
+
+@pytest.mark.parametrize(
+    ("splits", "title"),
+    [
+        (["dev", "dev"], "Error rates on the dev split"),
+        (["train"], "Error rates on the training split"),
+        (["dev", "train"], "Error rates, not all on the same split"),
+        (["dev", ""], "Error rates, not all on the same split"),  # a run of an older version
+        ([""], "Error rates"),
+        (["<b>"], "Error rates"),
+    ],
+)
+def test_the_error_rates_name_the_split_that_was_scored(tmp_path, splits, title):
+    folders = [
+        run_folder(tmp_path / str(i), [step(1), epoch(1, 1, 0.5, split=split)])
+        for i, split in enumerate(splits)
+    ]
+    runs = [read(folder) for folder in folders]
+    (found,) = [p.title for p in plots.draw(runs, splits) if p.title.startswith("Error rates")]
+    assert found == title
+    page = page_of(*folders)
+    assert ("epoch 1 of 1, training split" in page.text) == ("train" in splits)
+    assert ("The corpus has no dev split" in page.text) == ("train" in splits)
+    assert "the  split" not in page.text
 
 
 def test_a_bad_step(hostile):
@@ -266,12 +291,19 @@ def test_a_run_on_recorded_prompts(trained_run):
     for row in texts:
         assert row["id"] in words
     assert page.row("data")[1].startswith("manifest:")
+    assert "Error rates on the training split" in words  # the corpus has no dev split
+    assert re.search(r"Best WER \S+ % epoch \d+ of 30, training split", words)
+    assert "The corpus has no dev split." in words
+    assert "8 of 8 of the training split, highest WER first." in words
 
 
 def test_a_run_of_the_trainer(trained):
     page = page_of(trained)
     words = " ".join(page.text.split())
     assert "Run finished Steps 4 Skipped 2 50.0 % of the steps" in words
+    assert "Error rates on the dev split" in words
+    assert re.search(r"Best WER \S+ % epoch \d of 2, dev split", words)
+    assert "training split" not in words
     assert "Parameters 15." in words
     bad = [row for row in page.rows if len(row) > 1 and row[1] == "skip nonfinite"]
     assert len(bad) == 2

@@ -27,7 +27,7 @@ def summarize(epoch, steps, seconds=9.0):
     for each in steps:
         totals.add(each)
     found = Evaluation([score("long", "a b c d", "a b c x"), score("short", "a", "")])
-    return totals.close(epoch, steps[-1].step if steps else 0, found, seconds)
+    return totals.close(epoch, steps[-1].step if steps else 0, found, seconds, "dev")
 
 
 def test_every_line_is_strict_json_and_nan_reads_back(tmp_path):

@@ -80,7 +80,7 @@ def test_two_processes_make_one_run(whole, data):
 
 def test_killed_and_started_again(whole, data, tmp_path):
     kind, folder, _ = whole
-    process = torchrun(tmp_path / "run", data, "--parallel", kind)
+    process = torchrun(tmp_path / "run", data, "--parallel", kind, "--log-every", "1")
     for line in process.stderr:
         if line.startswith("Batch 1:"):
             break
