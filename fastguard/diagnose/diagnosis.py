@@ -27,7 +27,7 @@ __all__ = ["Diagnosis", "Finding", "Layer", "diagnose"]
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """The result of :func:`diagnose`. Its text is the table of layers and the verdict."""
+    """The result of :func:`diagnose`. Its text is the verdict and the table of layers."""
 
     loss: float
     #: L2 norm of the finite gradients of all parameters, divided by the loss scale.
@@ -65,8 +65,13 @@ class Diagnosis:
         )
         return "\n".join([well, *lines])
 
+    @property
+    def table(self) -> str:
+        """A row of numbers for each layer."""
+        return render(list(self.layers))
+
     def __str__(self) -> str:
-        return f"{render(list(self.layers))}\n\n{self.verdict}"
+        return f"{self.verdict}\n\n{self.table}"
 
     def to_dict(self) -> dict:
         """The diagnosis as plain values. NaN and Inf become text, because JSON has neither."""
@@ -92,14 +97,15 @@ def diagnose(
     loss_fn: Callable[[], Tensor],
     *,
     loss_scale: float = 1.0,
+    learning_rate: float | None = None,
     data_findings: Iterable[Finding] = (),
 ) -> Diagnosis:
     """Run `model` forward and backward once, record each of its modules, and name the faults.
 
     It finds a bad input, a poisoned weight or buffer, an overflow and other values that are not
-    finite, with the first module that produced them, forward or backward. It finds exploding
-    attention logits, repeated layers over which the gradient explodes or vanishes, BatchNorm
-    without variance, and dead units.
+    finite, with the first module that produced them, forward or backward. It finds a learning rate
+    that is too large, weights that have grown, exploding attention logits, repeated layers over
+    which the gradient explodes or vanishes, BatchNorm without variance, and dead units.
 
     The model does not change: its weights, gradients, buffers and modes stay, and so do the random
     number generators of torch, NumPy and Python. Only lazy modules get their shapes. Hooks on the
@@ -112,16 +118,20 @@ def diagnose(
             It does not call backward.
         loss_scale: factor on the loss in backward, as of a GradScaler. The reported numbers are
             divided by it.
+        learning_rate: of Adam, AdamW or a relative, whose steps move each weight by about as much.
+            None: it is not examined.
         data_findings: findings about the batch, such as those of
             :func:`fastguard.speech.data.problems.ctc_problems`. They join the findings.
 
     Raises:
         ValueError: `loss_fn` does not return a scalar tensor, or calls no module of the model, or
-            `loss_scale` is not finite and above 0.
+            `loss_scale` is not finite and above 0, or `learning_rate` is NaN or below 0.
         Exception: any exception of `loss_fn`. The model is restored first.
     """
     if not (math.isfinite(loss_scale) and loss_scale > 0):
         raise ValueError(f"loss_scale must be finite and above 0, got {loss_scale}")
+    if learning_rate is not None and not learning_rate >= 0:
+        raise ValueError(f"learning_rate must be at least 0, got {learning_rate}")
     with _unchanged(model), torch.inference_mode(False), torch.enable_grad():
         probe = Probe(model)
         with probe, torch.compiler.set_stance("force_eager"):
@@ -139,6 +149,7 @@ def diagnose(
             loss_scale,
             probe.poisoned,
             later,
+            learning_rate,
         )
         for call in probe.calls:
             call.entering = _unscaled(call.entering, loss_scale)

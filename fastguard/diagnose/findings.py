@@ -14,6 +14,8 @@ from .summary import Summary
 #: All kinds of findings. A cause comes before its consequences.
 KINDS = (
     "bad input",
+    "learning rate",
+    "weight growth",
     "poisoned weight",
     "infeasible target",
     "zero variance",
@@ -38,7 +40,7 @@ class Finding:
 
     #: One of KINDS.
     kind: str
-    #: Name of a module, a parameter or an utterance.
+    #: Name of a module, a parameter, an utterance or a setting.
     where: str
     #: The description in words, with the numbers.
     what: str
@@ -71,6 +73,8 @@ class Evidence:
     poisoned: dict[str, Summary]
     #: Buffers that became non-finite in the forward pass.
     poisoned_buffers: tuple[str, ...]
+    #: Of the optimizer; None if it is not known.
+    learning_rate: float | None = None
 
     @property
     def gradients_finite(self) -> bool:

@@ -1,6 +1,6 @@
 """All rules, in order. A rule turns the recorded evidence into findings with suggestions."""
 
-from . import growth, layer_rules, nonfinite
+from . import growth, layer_rules, nonfinite, weight_rules
 from .findings import KINDS, Evidence, Finding
 
 _RULES = (
@@ -14,6 +14,8 @@ _RULES = (
     layer_rules.batch_norm,
     layer_rules.dead,
     layer_rules.unreached,
+    weight_rules.learning_rate,
+    weight_rules.weight_growth,
 )
 
 
@@ -33,6 +35,8 @@ def _explained(finding: Finding, found: list[Finding]) -> bool:
         return "utterance" not in finding.evidence and any(
             f.kind == "bad input" and "utterance" in f.evidence for f in found
         )
+    if finding.kind.startswith("undefined") and "learning rate" in kinds:
+        return True  # an eps does not help against weights of that size
     if finding.kind == "undefined loss":
         return "infeasible target" in kinds
     return finding.kind in ("undefined value", "overflow") and any(

@@ -16,14 +16,17 @@ from fastguard._command import exit_status
 from fastguard._deprecated import with_new_keys
 from fastguard._io import files, terminal
 from fastguard.diagnose.diagnosis import Diagnosis, Finding, diagnose
+from fastguard.diagnose.weight_rules import excessive_rate
 from fastguard.guard.report import OLD_KEYS
 from fastguard.speech.data.batching import Batch, Item, collate
 from fastguard.speech.data.corpora import read_rows
 from fastguard.speech.data.features import load_audio, one_thread
 from fastguard.speech.data.problems import ctc_problems, recording_problems
 from fastguard.speech.data.readers import CorpusError, Row
-from fastguard.speech.recognition.recognizer import Recognizer
+from fastguard.speech.recognition.recognizer import Recognizer, untrained_model
 from fastguard.speech.storage import checkpoint
+from fastguard.speech.storage.yaml_file import read_yaml
+from fastguard.speech.training.config import Config
 from fastguard.speech.training.loss import ctc_loss
 from fastguard.speech.training.precision import AUTOCAST, autocast
 
@@ -64,8 +67,8 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Run batches through a trained model, forward and backward, and report what\n"
-        "is wrong: a row for each layer, the first module that gives NaN or Inf, and the\n"
-        "setting to change. Recordings that training leaves out are included.",
+        "is wrong: first the verdict, with the module or the setting that is the cause and what\n"
+        "to change, then a row for each layer. Recordings that training leaves out are included.",
         epilog=_EXAMPLE,
     )
     parser.add_argument(
@@ -101,8 +104,25 @@ def _positive(text: str) -> int:
     return int(text)
 
 
+def _checkpoint(path: Path) -> Path:
+    """The checkpoint at a path. Where a run kept none, the error names a learning rate that
+    explains it."""
+    try:
+        return checkpoint.best_of(path)
+    except checkpoint.CheckpointError as error:
+        try:
+            config = Config.from_dict(read_yaml(path / "config.yaml"))
+        except (OSError, TypeError, ValueError):
+            raise error from None
+        model = untrained_model(config, vocab_size=2)
+        for finding in excessive_rate(model, config.optim.lr):
+            cause = f"{finding.kind} at {finding.where}: {finding.what}"
+            raise _Failure(f"{path} has no checkpoint. {cause}; {finding.suggestion}") from None
+        raise
+
+
 def _run(options: argparse.Namespace) -> list[_Diagnosed]:
-    path = checkpoint.best_of(options.checkpoint)
+    path = _checkpoint(options.checkpoint)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     recognizer = Recognizer.load(path, device)
     recognizer.model.train()
@@ -196,7 +216,13 @@ def _diagnose(recognizer: Recognizer, rows: list[Row], precision: str, device: s
 
     scale = 2.0**16 if precision == "fp16" else 1.0
     while True:
-        result = diagnose(recognizer.model, loss_fn, loss_scale=scale, data_findings=found)
+        result = diagnose(
+            recognizer.model,
+            loss_fn,
+            loss_scale=scale,
+            learning_rate=recognizer.config.optim.lr,
+            data_findings=found,
+        )
         # Like a GradScaler: overflowing gradients are a fault only if no scale helps.
         if scale == 1 or not result.gradients_overflow:
             return _Diagnosed(batch.ids, result)
@@ -204,13 +230,14 @@ def _diagnose(recognizer: Recognizer, rows: list[Row], precision: str, device: s
 
 
 def _text(results: list[_Diagnosed]) -> str:
-    """The table and the verdict of the first batch with a fault, and the verdicts of the others."""
+    """The verdict of each batch, that of the first one with a fault first, and its table."""
     shown = next((r for r in results if not r.diagnosis.healthy), results[0])
-    lines = [f"batch [{', '.join(shown.ids)}]", str(shown.diagnosis)]
-    for other in results:
-        if other is not shown:
-            lines += ["", f"batch [{', '.join(other.ids)}]", other.diagnosis.verdict]
-    return "\n".join(lines)
+    lines = []
+    for each in (shown, *(r for r in results if r is not shown)):
+        lines += [each.diagnosis.verdict, f"batch [{', '.join(each.ids)}]", ""]
+    if len(results) > 1:
+        lines.append(f"The layers in batch [{', '.join(shown.ids)}]:")
+    return "\n".join([*lines, shown.diagnosis.table])
 
 
 def _plain(result: _Diagnosed) -> dict:

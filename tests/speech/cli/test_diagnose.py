@@ -10,7 +10,9 @@ import torch
 from torch import nn
 
 from fastguard import GradGuard, stable_init_
+from fastguard.diagnose.weight_rules import excessive_rate, grown_parameters
 from fastguard.speech.cli.diagnose import main, utterances_of
+from fastguard.speech.cli.train import main as train
 from fastguard.speech.data.corpora import read_rows
 from fastguard.speech.data.readers import CorpusError
 from fastguard.speech.data.tokenizer import CharTokenizer
@@ -58,7 +60,8 @@ def test_an_inf_in_the_audio(corpus, tmp_path, capsys):
     path = save(tmp_path / "last.pt", corpus, "--model", "baseline", "--precision", "fp32")
     assert main([path, "--utterances", "tone1.wav", "inf.wav"]) == 0
     out = capsys.readouterr().out
-    assert out.startswith("batch [tone1.wav, inf.wav]\nlayer ")
+    assert out.startswith("Verdict: bad input at inf.wav: ")
+    assert "\nbatch [tone1.wav, inf.wav]\n\nlayer " in out
     assert "Verdict: bad input at inf.wav: 1 of 16000 samples are NaN or Inf.\n  Change: " in out
     assert "poisoned weight" not in out
 
@@ -91,7 +94,8 @@ def test_fp16_overflow(corpus, tmp_path, capsys):
     path = save(tmp_path / "last.pt", corpus, "--stable", change=change)
     assert main([path, "--utterances", "tone1.wav", "--precision", "fp16"]) == 0
     out = capsys.readouterr().out
-    assert "Verdict: overflow at blocks.0.feed_forward1.up: fp16 overflow:" in out
+    assert "Verdict: weight growth at blocks.0.feed_forward1.up.weight: " in out
+    assert "Also overflow at blocks.0.feed_forward1.up: fp16 overflow:" in out
     assert "--precision bf16" in out
 
 
@@ -102,6 +106,74 @@ def test_poisoned_weights(corpus, tmp_path, capsys):
     path = save(tmp_path / "last.pt", corpus, "--model", "baseline", change=change)
     assert main([path, "--utterances", "tone1.wav"]) == 0
     assert "Verdict: poisoned weight at layers.3.norm.running_var" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "name", "alone"),
+    [
+        ("baseline", [], "layers.3.conv", True),
+        ("baseline", ["--stable"], "head", False),
+        ("teacher", ["--stable"], "blocks.2.attention.out_proj", True),
+        ("teacher", [], "blocks.9.feed_forward2.down", False),
+    ],
+)
+def test_one_weight_that_is_ten_thousand_times_too_large(
+    corpus, tmp_path, capsys, model, options, name, alone
+):
+    def change(model):
+        weight = model.get_submodule(name).weight
+        (weight.view(-1)[weight.abs().argmax()] if alone else weight).mul_(1e4)
+
+    path = save(tmp_path / "last.pt", corpus, "--model", model, *options, change=change)
+    assert main([path, "--utterances", "tone1.wav"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith(f"Verdict: weight growth at {name}.weight: its ")
+    assert "its element" in out if alone else "its root mean square is" in out
+
+
+@pytest.mark.parametrize("model", ["baseline", "teacher"])
+@pytest.mark.parametrize("options", [[], ["--stable"], ["--guarded"]])
+def test_each_weight_of_the_models_is_watched(model, options):
+    config = parse(["--data", "synthetic", "--model", model, *options])
+    made = untrained_model(config, 30)
+    stable_init_(made, config.init.linear_std, config.init.conv_scale)
+    assert grown_parameters(made) == []
+    assert [*excessive_rate(made, config.optim.lr)] == []
+    assert [finding.kind for finding in excessive_rate(made, 0.1)] == ["learning rate"]
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.mul_(1e4)
+    watched = {name for name, _ in made.named_parameters() if not name.endswith("bias")}
+    assert {grown.name for grown in grown_parameters(made)} == watched
+
+
+@pytest.mark.parametrize(("rate", "guard"), [("3", False), ("1e20", True), ("1e20", False)])
+def test_a_learning_rate_that_is_too_large(rate, guard, tmp_path, capsys):
+    options = ["--model", "baseline", "--data", tones(tmp_path), "--epochs", "1"]
+    options += ["--batch-size", "2"]
+    options += ["--run-dir", str(tmp_path / "run"), "--optim.lr", rate]
+    train([*options, "--guard.enabled", str(guard).lower()])
+    kept = (tmp_path / "run" / "last.pt").exists()
+    assert kept == (guard or rate == "3")  # the weights are NaN otherwise
+    capsys.readouterr()
+    assert main([str(tmp_path / "run")]) == (0 if kept else 1)
+    said = capsys.readouterr()
+    found = f"learning rate at optim.lr: {float(rate):.3g} is too large: Adam moves a weight by "
+    if kept:
+        assert said.out.startswith(f"Verdict: {found}")
+        assert "Also weight growth at " in said.out
+        assert " eps " not in said.out.split("Note: ")[0]
+    else:
+        assert said.err.startswith(f"error: {tmp_path / 'run'} has no checkpoint. {found}")
+        assert said.err.endswith("or a checkpoint from before\n")
+        assert said.err.count("\n") == 1
+        assert "\\u" not in said.err
+
+
+def test_a_run_without_a_checkpoint_whose_rate_is_good(tmp_path, capsys):
+    (tmp_path / "config.yaml").write_text(parse(["--data", "synthetic"]).to_yaml())
+    assert main([str(tmp_path)]) == 1
+    assert "has no checkpoint: give a .pt file" in capsys.readouterr().err
 
 
 def real_prompts():
@@ -143,6 +215,8 @@ def test_batches_of_the_corpus_and_the_first_with_a_fault_is_shown(corpus, tmp_p
     batches = [line for line in out.splitlines() if line.startswith("batch [")]
     assert batches == ["batch [inf.wav]", "batch [tone0.wav]"]
     assert out.count("Verdict: nothing wrong") == 1
+    assert out.index("Verdict: bad input") == 0
+    assert out.index("Verdict: nothing wrong") < out.index("The layers in batch [inf.wav]:\nlayer ")
 
 
 @pytest.mark.parametrize(
