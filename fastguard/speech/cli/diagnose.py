@@ -127,7 +127,9 @@ def _run(options: argparse.Namespace) -> list[_Diagnosed]:
     recognizer = Recognizer.load(path, device)
     recognizer.model.train()
     config = recognizer.config
-    rows, rejected = read_rows(options.data or config.data, seed=config.seed, rules=config.text)
+    rows, rejected = read_rows(
+        options.data or config.data, seed=config.seed, channel=config.channel, rules=config.text
+    )
     known = {row.id: row for row in rows}
     ids = utterances_of(options.report, known) if options.report else options.utterances
     if ids is None:
@@ -194,7 +196,9 @@ def _batch(recognizer: Recognizer, rows: list[Row]) -> tuple[Batch, list[Finding
     for row in rows:
         try:
             with one_thread():
-                waveform = load_audio(row.audio, recognizer.log_mel.sample_rate, finite=False)
+                waveform = load_audio(
+                    row.audio, recognizer.log_mel.sample_rate, finite=False, part=row.part
+                )
                 features = recognizer.log_mel(waveform)
             tokens = torch.tensor(recognizer.tokenizer.encode(row.text))
         except (soundfile.SoundFileError, OSError, TypeError, ValueError) as error:

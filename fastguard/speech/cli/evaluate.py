@@ -14,6 +14,7 @@ from fastguard._io import files, terminal
 from fastguard._table import aligned
 from fastguard.speech.data.batching import Batch
 from fastguard.speech.data.corpora import SPECS, SPLITS, Corpus, load_corpus
+from fastguard.speech.data.part import CHANNELS
 from fastguard.speech.data.readers import CorpusError, Rejected
 from fastguard.speech.recognition.decoding import Decode
 from fastguard.speech.recognition.evaluation import (
@@ -67,6 +68,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help="split to recognise (default: %(default)s)",
     )
     parser.add_argument(
+        "--channel",
+        choices=tuple(CHANNELS),
+        help="channel of each recording: the mean of all, or one (default: as in training)",
+    )
+    parser.add_argument(
         "--batch-size",
         type=int,
         default=8,
@@ -115,7 +121,7 @@ def _evaluate(args: argparse.Namespace) -> None:
     files.make_folder(folder, named=args.output is not None)
     with contextlib.ExitStack() as results:  # the files get their names when all are written
         changed = results.enter_context(listing(folder, "changed_labels.jsonl"))
-        corpus = load_split(data, args.split, recognizer, changed)
+        corpus = load_split(data, args.split, recognizer, changed, args.channel)
         if data != recognizer.config.data and args.split != "all" and corpus.unsplit:
             logger.warning(_UNSPLIT, corpus.unsplit, terminal.one_line(data), args.split)
         found = _recognised(args, recognizer, decode, corpus)
@@ -157,7 +163,11 @@ def _recognised(
 
 
 def load_split(
-    data: str, split: str, recognizer: Recognizer, changed: TextIO | None = None
+    data: str,
+    split: str,
+    recognizer: Recognizer,
+    changed: TextIO | None = None,
+    channel: str | None = None,
 ) -> Corpus:
     """A corpus, split as in training, with every row that can be recognised: neither its duration
     nor an empty text leaves a row out.
@@ -167,6 +177,7 @@ def load_split(
         split: of SPLITS, or "all".
         recognizer: gives the settings.
         changed: as in load_corpus.
+        channel: as in load_corpus; by default that of the settings.
 
     Raises:
         CorpusError: the split is empty.
@@ -178,6 +189,7 @@ def load_split(
         min_duration=_SHORTEST,
         max_duration=_LONGEST,
         seed=config.seed,
+        channel=channel or config.channel,
         needed=SPLITS,
         rules=config.text,
         silent=True,

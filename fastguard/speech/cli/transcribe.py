@@ -3,16 +3,22 @@
 import argparse
 import json
 import os
+import shutil
 import sys
+import tempfile
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from tqdm import tqdm
 
 from fastguard._command import check_words, exit_status
 from fastguard._io import terminal
-from fastguard.speech.data.containers import SUFFIXES
+from fastguard.speech.data import containers, ffmpeg
+from fastguard.speech.data.audio import open_recording
+from fastguard.speech.data.part import CHANNELS, Part
+from fastguard.speech.data.recording import AudioError, shown_path
 from fastguard.speech.recognition.recognizer import Recognizer
 from fastguard.speech.recognition.transcription import Transcript, TranscriptionError, transcribe
 from fastguard.speech.storage.checkpoint import CheckpointError, best_of
@@ -20,24 +26,9 @@ from fastguard.speech.storage.checkpoint import CheckpointError, best_of
 from . import recognition_options
 
 _NAMED, _KINDS = 3, 8  # ignored files, and extensions of ignored files, that are named
-# Formats of recorders and of the web that libsndfile does not read, or not to the end.
-_OTHER_RECORDINGS = (
-    *(".3gp", ".aac", ".ac3", ".amr", ".ape", ".avi", ".avr", ".dts", ".gsm", ".m4a", ".m4b"),
-    *(
-        ".mka",
-        ".mkv",
-        ".mov",
-        ".mp4",
-        ".ra",
-        ".raw",
-        ".voc",
-        ".vox",
-        ".weba",
-        ".webm",
-        ".wma",
-        ".wv",
-    ),
-)
+# Formats of recorders whose length or encoding is not known from the file.
+_UNREADABLE = (".avr", ".raw", ".vox")
+_STDIN = Path("-")
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -58,7 +49,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         nargs="+",
         type=Path,
         metavar="FILE",
-        help="recordings, or folders, whose recordings are found recursively",
+        help="recordings, folders, whose recordings are found recursively, or - for a recording "
+        "on standard input; m4a, aac, webm, wma, amr and videos need the program ffmpeg",
     )
     parser.add_argument(
         "--checkpoint",
@@ -73,11 +65,19 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help="print one object per line: file, duration, text, and words with start and end in "
         "seconds and confidence, the mean probability of the tokens of the word",
     )
+    parser.add_argument(
+        "--channel",
+        choices=(*CHANNELS, "each"),
+        help="mix: the mean of all channels, or the loudest of those that cancel; left, right: one "
+        "of them; each: a line for each channel, with its number from 0 (default: as in training)",
+    )
     recognition_options.add_device_option(parser)
     recognition_options.add_decoder_options(parser)
     check_words(parser, argv)
     args = parser.parse_args(argv)
     recognition_options.check_decoder_options(parser, args)
+    if args.files.count(_STDIN) > 1:
+        parser.error(f"- is given {args.files.count(_STDIN)} times: standard input is read once")
     return args
 
 
@@ -112,22 +112,57 @@ def _transcribe_all(args: argparse.Namespace, recognizer: Recognizer, decode) ->
         print(line, file=sys.stderr)
     alone = len(files) == 1 and not args.files[0].is_dir()
     hidden = not sys.stderr.isatty() or alone
+    chosen = args.channel or recognizer.config.channel
     for file in tqdm(files, "transcribing", leave=False, disable=hidden, unit="file"):
         try:
-            found = transcribe(recognizer, file, decode)
-        except TranscriptionError as error:
+            with _on_disk(file) as path:
+                for part in _parts(path, chosen):
+                    found = transcribe(recognizer, path, decode, part=part)
+                    channel = part.channel if chosen == "each" else None
+                    print(_line(file, found, args.json, alone, channel), flush=True)
+        except (AudioError, TranscriptionError) as error:
             print(f"error: {_shown(file)}: {terminal.one_line(str(error))}", file=sys.stderr)
             failed = True
-            continue
-        print(_line(file, found, args.json, alone), flush=True)
     if not files:
         print("error: the arguments have no recordings", file=sys.stderr)
     return int(failed or not files)
 
 
+@contextmanager
+def _on_disk(file: Path) -> Iterator[Path]:
+    """The file; for - a temporary copy of standard input, which is read to its end: the length of
+    a recording is checked before its samples are used.
+
+    Raises:
+        AudioError, TranscriptionError: as the body, and where standard input is a terminal.
+    """
+    if file != _STDIN:
+        yield file
+        return
+    if sys.stdin is None or sys.stdin.isatty():
+        raise TranscriptionError("standard input is a terminal: write a recording to it by |")
+    with tempfile.TemporaryDirectory(prefix="fastguard-") as folder:
+        path = Path(folder, "stdin")
+        with path.open("wb") as copy:
+            shutil.copyfileobj(sys.stdin.buffer, copy)
+        try:
+            yield path
+        except (AudioError, TranscriptionError) as error:
+            raise TranscriptionError(str(error).replace(shown_path(path), "it")) from error
+
+
+def _parts(path: Path, channel: str) -> list[Part]:
+    """What is transcribed of a recording, one after the other; raises AudioError."""
+    if channel != "each":
+        return [Part(channel=CHANNELS[channel])]
+    with open_recording(path) as file:
+        return [Part(channel=number) for number in range(file.channels)]
+
+
 def recordings(paths: Iterable[Path], passed_over: list[Path]) -> Iterator[Path]:
     """The files, and the recordings in each folder, sorted by name. Other files, and folders that
     cannot be listed, are added to ``passed_over``. Links to folders are not followed."""
+    suffixes = (*containers.SUFFIXES, *(ffmpeg.SUFFIXES if ffmpeg.available() else ()))
     for path in paths:
         if not path.is_dir():
             yield path
@@ -137,7 +172,7 @@ def recordings(paths: Iterable[Path], passed_over: list[Path]) -> Iterator[Path]
         for folder, _, names in os.walk(path, onerror=failed):
             found += [Path(folder, name) for name in names]
         for file in sorted(found):
-            if file.suffix.lower() in SUFFIXES:
+            if file.suffix.lower() in suffixes:
                 yield file
             else:
                 passed_over.append(file)
@@ -149,13 +184,14 @@ def passed_over_lines(files: list[Path]) -> Iterator[str]:
     for file in files:
         kinds[file.suffix.lower()].append(file)
     ordered = sorted(kinds.items(), key=lambda item: (-len(item[1]), item[0]))
-    others = [(suffix, found) for suffix, found in ordered if suffix not in _OTHER_RECORDINGS]
+    known = (*ffmpeg.SUFFIXES, *_UNREADABLE)
+    others = [(suffix, found) for suffix, found in ordered if suffix not in known]
     for suffix, found in ordered:
-        if suffix in _OTHER_RECORDINGS:
-            yield (
-                f"ignored: {len(found)} {suffix} ({_first_names(found)}), which cannot be "
-                f"read: convert them, ffmpeg -i FILE{suffix} FILE.wav"
-            )
+        ignored = f"ignored: {len(found)} {suffix} ({_first_names(found)}), which"
+        if suffix in ffmpeg.SUFFIXES and not ffmpeg.available():
+            yield f"{ignored} need the program ffmpeg: {ffmpeg.INSTALL}"
+        elif suffix in known:
+            yield f"{ignored} cannot be read: convert them, ffmpeg -i FILE{suffix} FILE.wav"
     if others:
         counts = ", ".join(
             f"{len(found)} {_shown(Path(suffix)) if suffix else 'without an extension'}"
@@ -174,14 +210,21 @@ def _first_names(files: list[Path]) -> str:
     return names + (", ..." if len(files) > _NAMED else "")
 
 
-def _line(file: Path, found: Transcript, as_json: bool, alone: bool) -> str:
+def _line(
+    file: Path, found: Transcript, as_json: bool, alone: bool, channel: int | None = None
+) -> str:
     if not as_json:
-        return found.text if alone else f"{_shown(file)}\t{found.text}"
+        fields = [] if alone else [_shown(file)]
+        fields += [] if channel is None else [str(channel)]
+        return "\t".join([*fields, found.text])
     words = [
         {key: round(value, 3) if key != "word" else value for key, value in vars(word).items()}
         for word in found.words
     ]
-    values = {"file": str(file), "duration": found.duration, "text": found.text, "words": words}
+    values: dict[str, object] = {"file": str(file)}
+    if channel is not None:
+        values["channel"] = channel
+    values |= {"duration": found.duration, "text": found.text, "words": words}
     # Bytes of a file name that are not UTF-8 become \udcXX, as in Python.
     return json.dumps(values, ensure_ascii=False).encode("utf-8", "backslashreplace").decode()
 

@@ -123,7 +123,9 @@ class SpeechDataset(Dataset[Item | Rejected]):
             raise LoadError(f"{utterance.id} could not be loaded: {in_a_line(error)}") from error
 
     def _item(self, utterance: Utterance, chance: random.Random, epoch: int) -> Item:
-        waveform = load_audio(utterance.audio, self.log_mel.sample_rate, self.max_duration)
+        waveform = load_audio(
+            utterance.audio, self.log_mel.sample_rate, self.max_duration, part=utterance.part
+        )
         tokens = encoded(self.tokenizer.encode, utterance.text) if self.tokenizer else []
         self._check(utterance, tokens, len(waveform))
         if self.augment.speed is not None:

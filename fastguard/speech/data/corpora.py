@@ -28,6 +28,7 @@ from fastguard._extras import MissingExtra
 
 from .audio import check_duration, decoded_duration, header_duration
 from .ctc_targets import check_feasible, encoded
+from .part import CHANNELS
 from .readers import (
     ASTERISK_SOUNDS,
     CorpusError,
@@ -158,6 +159,7 @@ def load_corpus(
     check: Literal["auto", "decode", "header"] = "auto",
     cache_dir: Path | None = None,
     seed: int = 0,
+    channel: str = "mix",
     needed: Iterable[str] = ("train",),
     rules: TextRules | None = None,
     silent: bool = False,
@@ -180,6 +182,7 @@ def load_corpus(
             those of headers for the other rows; damaged recordings are found when they are loaded
             (see SpeechDataset). "auto" decodes up to DECODED_ROWS rows.
         cache_dir, seed: of the synthetic corpus.
+        channel: a key of part.CHANNELS, for the rows that do not name their own.
         needed: splits of which at least one must not be empty.
         rules: by which texts are normalised; default TextRules().
         silent: whether rows without words are kept, if they have a split.
@@ -189,7 +192,7 @@ def load_corpus(
         CorpusError: the spec is unknown, the corpus does not exist, or nothing is left of the
             ``needed`` splits; the message lists what was left out.
     """
-    sorting = _Sorting(rules or TextRules(), silent, changed)
+    sorting = _Sorting(rules or TextRules(), silent, changed, CHANNELS[channel])
     rows, rejected = _rows(spec, cache_dir, seed, sorting), sorting.rejected
     decoded = check == "decode" or (check == "auto" and len(rows) <= DECODED_ROWS)
     durations, kept = rows.durations, []
@@ -197,9 +200,9 @@ def load_corpus(
     for index, row in enumerate(bar):
         try:
             if decoded:
-                durations[index] = decoded_duration(row.audio, max_duration)
+                durations[index] = decoded_duration(row.audio, max_duration, row.part)
             elif math.isnan(row.duration):
-                durations[index] = header_duration(row.audio)
+                durations[index] = header_duration(row.audio, row.part)
             check_duration(row.audio, durations[index], min_duration, max_duration)
         except Unusable as reason:
             rejected.append(Rejected(row.id, str(reason)))
@@ -217,6 +220,7 @@ def read_rows(
     *,
     cache_dir: Path | None = None,
     seed: int = 0,
+    channel: str = "mix",
     rules: TextRules | None = None,
 ) -> tuple[Utterances, list[Rejected]]:
     """The rows of a corpus, each with its normalised text and its split, and those left out.
@@ -227,7 +231,7 @@ def read_rows(
     Raises:
         CorpusError: the spec is unknown, or the corpus does not exist.
     """
-    sorting = _Sorting(rules or TextRules())
+    sorting = _Sorting(rules or TextRules(), channel=CHANNELS[channel])
     return _rows(spec, cache_dir, seed, sorting), sorting.rejected
 
 
@@ -293,11 +297,16 @@ class _Sorting:
     ``rejected``. The recordings are not checked here."""
 
     def __init__(
-        self, rules: TextRules, silent: bool = False, changed: TextIO | None = None
+        self,
+        rules: TextRules,
+        silent: bool = False,
+        changed: TextIO | None = None,
+        channel: int | None = None,
     ) -> None:
         self.rules = rules
         self.silent = silent
         self.changed = changed
+        self.channel = channel
         self.changes: dict[str, Change] = {}
         self.rejected: list[Rejected] = []
         self.unsplit = 0
@@ -317,7 +326,10 @@ class _Sorting:
                 self._note(row, text, kinds)
                 self.unsplit += row.split is None
                 duration = math.nan if row.duration is None else row.duration
-                yield Utterance(row.id, row.audio, text, row.split, duration)
+                part = row.part
+                if part.channel is None and self.channel is not None:
+                    part = replace(part, channel=self.channel)
+                yield Utterance(row.id, row.audio, text, row.split, duration, part)
 
     def _checked_text(self, row: Row, ids: set[str]) -> tuple[str, set[str]]:
         """The normalised text of a row, and what was changed; raises Unusable."""

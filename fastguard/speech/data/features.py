@@ -13,6 +13,7 @@ import torchaudio
 from torch import Tensor, nn
 
 from .audio import read_mono
+from .part import WHOLE, Part
 
 # torchaudio's default of 6 leaves aliases of an 8 kHz voice 62 dB below its peak in the bins above
 # 4 kHz, where they look like speech; 32 reduces them to below LogMel.DYNAMIC_RANGE.
@@ -35,7 +36,11 @@ def one_thread() -> Iterator[None]:
 
 
 def load_audio(
-    path: Path | str, sample_rate: int, max_duration: float = 3600.0, finite: bool = True
+    path: Path | str,
+    sample_rate: int,
+    max_duration: float = 3600.0,
+    finite: bool = True,
+    part: Part = WHOLE,
 ) -> Tensor:
     """Read and resample a recording.
 
@@ -44,15 +49,16 @@ def load_audio(
         sample_rate: of the result, in Hz.
         max_duration: in seconds; it bounds the memory.
         finite: whether NaN and Inf samples are an error.
+        part: of the recording; by default all, with the channels averaged.
 
     Returns:
-        Samples (N,) float32 in [-1, 1], the channels averaged.
+        Samples (N,) float32 in [-1, 1].
 
     Raises:
         AudioError: the file is missing or cannot be decoded, samples are NaN or Inf, the rate is
             outside audio.SAMPLE_RATES, or the recording is too long. The message names the file.
     """
-    samples, rate = read_mono(path, max_duration, finite)
+    samples, rate = read_mono(path, max_duration, finite, part)
     return resample(torch.from_numpy(samples), rate, sample_rate)
 
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import BinaryIO
 
+from .part import WHOLE, Part
 from .text import needs_english, spell_keys
 
 LONGEST_LINE = 1 << 20
@@ -80,6 +81,7 @@ class Row:
         text: the transcript, not normalised.
         split: "train", "dev", "test", or None if unknown.
         duration: in seconds; None if unknown.
+        part: of the recording that the text belongs to.
         written: the transcript in the corpus, if the reader corrected it.
     """
 
@@ -88,6 +90,7 @@ class Row:
     text: str
     split: str | None = None
     duration: float | None = None
+    part: Part = WHOLE
     written: str | None = field(default=None, compare=False)
 
 

@@ -1,5 +1,6 @@
 """Stores many utterances in a few arrays that worker processes share."""
 
+import math
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,6 +11,8 @@ from typing import overload
 import numpy as np
 import torch
 from torch import Tensor
+
+from .part import WHOLE, Part
 
 SPLITS = ("train", "dev", "test")
 _CODES = (*SPLITS, None)
@@ -25,6 +28,7 @@ class Utterance:
         text: normalised.
         split: one of SPLITS; None while the corpus is read.
         duration: in seconds; NaN while it is unknown.
+        part: of the recording that is used.
     """
 
     id: str
@@ -32,6 +36,7 @@ class Utterance:
     text: str
     split: str | None
     duration: float
+    part: Part = WHOLE
 
 
 class Utterances(Sequence[Utterance]):
@@ -45,16 +50,24 @@ class Utterances(Sequence[Utterance]):
     def __init__(self, utterances: Iterable[Utterance] = ()) -> None:
         buffer, ends = bytearray(), array("q", [0])
         splits, durations = array("B"), array("d")
+        starts, lengths, channels = array("d"), array("d"), array("h")
         for utterance in utterances:
             for string in (utterance.id, str(utterance.audio), utterance.text):
                 buffer += string.encode("utf-8", "surrogatepass")
                 ends.append(len(buffer))
             splits.append(_CODES.index(utterance.split))
             durations.append(utterance.duration)
+            part = utterance.part
+            starts.append(part.start)
+            lengths.append(math.nan if part.seconds is None else part.seconds)
+            channels.append(-1 if part.channel is None else part.channel)
         self._buffer = _tensor(buffer, torch.uint8)
         self._ends = _tensor(ends, torch.int64)
         self._splits = _tensor(splits, torch.uint8)
         self._durations = _tensor(durations, torch.float64)
+        self._starts = _tensor(starts, torch.float64)
+        self._lengths = _tensor(lengths, torch.float64)  # NaN: to the end
+        self._channels = _tensor(channels, torch.int16)  # -1: the mean of all
         self._rows = torch.arange(len(durations))
 
     @property
@@ -89,7 +102,14 @@ class Utterances(Sequence[Utterance]):
             for start, end in pairwise(ends)
         )
         split = _CODES[self._splits.numpy()[row]]
-        return Utterance(id, Path(audio), text, split, float(self._durations.numpy()[row]))
+        duration = float(self._durations.numpy()[row])
+        return Utterance(id, Path(audio), text, split, duration, self._part(row))
+
+    def _part(self, row: int) -> Part:
+        start, length = float(self._starts.numpy()[row]), float(self._lengths.numpy()[row])
+        channel = int(self._channels.numpy()[row])
+        seconds = None if math.isnan(length) else length
+        return Part(start, seconds, None if channel < 0 else channel)
 
     def select(self, indices: np.ndarray) -> "Utterances":
         """These utterances, in this order."""

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fastguard.speech.data.audio import AudioError, open_recording
 from fastguard.speech.data.features import one_thread
+from fastguard.speech.data.part import WHOLE, Part
 from fastguard.speech.data.tokenizer import Tokenizer
 from fastguard.speech.models.layers import Subsampling
 
@@ -47,14 +48,16 @@ def transcribe(
     path: Path | str,
     decode: Decode = greedy_decode,
     segment_seconds: float = 20.0,
+    part: Part = WHOLE,
 ) -> Transcript:
     """Transcribe a recording.
 
     Args:
         recognizer: the model with its features and tokenizer.
-        path: a file in a format that fastguard.speech.data.containers lists.
+        path: a file in a format that fastguard.speech.data.containers or .ffmpeg lists.
         decode: log-probabilities to tokens.
         segment_seconds: approximate length of what the model gets at once, context included.
+        part: of the recording; times are counted from its start.
 
     Raises:
         TranscriptionError: the file is missing, damaged, incomplete or empty, or samples or model
@@ -64,7 +67,7 @@ def transcribe(
     seconds_per_frame = hop / recognizer.log_mel.sample_rate
     words: list[Word] = []
     try:
-        with open_recording(path) as file:
+        with open_recording(path, part) as file:
             segments = Segments(file, recognizer.log_mel.sample_rate, hop, segment_seconds)
             scored = (_log_probs(recognizer, segment) for segment in segments)
             limit = max(1, int(segment_seconds / seconds_per_frame))

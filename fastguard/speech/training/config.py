@@ -157,6 +157,9 @@ class Config:
     """Corpus: synthetic, asterisk[:DIR][@LANG], manifest:FILE.jsonl, librispeech:DIR, yesno:DIR."""
     check: Literal["auto", "decode", "header"] = "auto"
     """Decode every recording before training, or trust headers; auto decodes up to 2000."""
+    channel: Literal["mix", "left", "right"] = "mix"
+    """Channel of a recording: the mean of all, or one; mix takes the loudest of channels that
+    cancel. A row of a manifest may name its own."""
     run_dir: Path | None = None
     """Folder for log, metrics and checkpoints; default runs/MODEL-TIME."""
     resume: str = "auto"

@@ -59,6 +59,7 @@ class Data:
                 max_duration=config.max_duration,
                 seed=config.seed,
                 check=config.check,
+                channel=config.channel,
                 rules=config.text,
                 changed=changed,
             )

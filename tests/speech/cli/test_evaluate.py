@@ -181,3 +181,23 @@ def test_help_ends_with_an_example(capsys):
         main(["--help"])
     assert ended.value.code == 0
     assert "python -m fastguard.evaluate runs/" in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_the_channel_of_calls(trained_run, tmp_path, capsys):
+    """The learnt prompts are on the right channel, and noise is on the left one."""
+    rows = []
+    for line in (trained_run.parent / "eight.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        samples, rate = soundfile.read(row["audio_filepath"])
+        noise = np.random.default_rng(0).uniform(-0.5, 0.5, len(samples))
+        name = f"{len(rows)}.wav"
+        soundfile.write(tmp_path / name, np.stack([noise, samples], axis=1), rate)
+        rows.append(row | {"audio_filepath": name})
+    data = write_manifest(tmp_path / "calls.jsonl", rows)
+    command = [str(trained_run), "--split", "train", "--data", data, "--output"]
+    rates = {}
+    for options in ([], ["--channel", "right"]):
+        assert main([*command, str(tmp_path / f"out{len(options)}"), *options]) == 0
+        found = json.loads((tmp_path / f"out{len(options)}" / "rates.json").read_text())
+        rates[len(options)] = found["cer"]
+    assert rates[2] < 0.2 < 0.6 < rates[0]

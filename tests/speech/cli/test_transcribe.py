@@ -1,8 +1,10 @@
 """``python -m fastguard.transcribe`` on recorded speech, as its user meets it."""
 
+import io
 import json
 import os
 import shutil
+import subprocess
 
 import jiwer
 import numpy as np
@@ -23,6 +25,7 @@ from fastguard.speech.recognition.transcription import (
 )
 from fastguard.speech.training.config import Config
 from tests.recordings import without_xing
+from tests.speech.programs import needs_ffmpeg
 
 
 @pytest.fixture
@@ -180,8 +183,11 @@ def test_one_sample_and_silence(recognizer, tmp_path):
         assert found.duration == len(samples) / 8_000
 
 
-def test_folders_hold_recordings_and_other_files(trained_run, prompts, tmp_path, capsys):
-    """A folder may be named as a recording is; what is ignored is named."""
+def test_folders_hold_recordings_and_other_files(
+    trained_run, prompts, tmp_path, monkeypatch, capsys
+):
+    """A folder may be named as a recording is; what is ignored is named. ffmpeg is absent."""
+    monkeypatch.setenv("PATH", "")
     (tmp_path / "below.wav").mkdir()
     samples, rate = soundfile.read(prompts[0][0])
     for name in ("b.WAV", "below.wav/a.flac"):
@@ -194,7 +200,7 @@ def test_folders_hold_recordings_and_other_files(trained_run, prompts, tmp_path,
         "5.webm",
         "notes",
         "6.txt",
-        "a\x1b[2J.gsm",
+        "a\x1b[2J.vox",
     ):
         (tmp_path / name).write_text("not speech")
     assert main(["--checkpoint", str(trained_run), str(tmp_path)]) == 0
@@ -205,9 +211,12 @@ def test_folders_hold_recordings_and_other_files(trained_run, prompts, tmp_path,
     ]
     lines = error.splitlines()
     names = ", ".join(str(tmp_path / name) for name in ("1.m4a", "2.m4a", "3.M4A"))
-    cure = "convert them, ffmpeg -i FILE.m4a FILE.wav"
-    assert lines[0] == f"ignored: 4 .m4a ({names}, ...), which cannot be read: {cure}"
-    assert [line.split()[1:3] for line in lines[1:3]] == [["1", ".gsm"], ["1", ".webm"]]
+    cure = "install it (apt-get install ffmpeg, "
+    assert lines[0].startswith(
+        f"ignored: 4 .m4a ({names}, ...), which need the program ffmpeg: {cure}"
+    )
+    assert [line.split()[1:3] for line in lines[1:3]] == [["1", ".vox"], ["1", ".webm"]]
+    assert lines[1].endswith("which cannot be read: convert them, ffmpeg -i FILE.vox FILE.wav")
     assert lines[3].startswith("ignored: 2 other files, by extension 1 without an extension, ")
     assert len(lines) == 4
     assert "\x1b" not in error
@@ -215,6 +224,76 @@ def test_folders_hold_recordings_and_other_files(trained_run, prompts, tmp_path,
     (tmp_path / "nothing").mkdir()
     assert main(["--checkpoint", str(trained_run), str(tmp_path / "nothing")]) == 1
     assert "no recordings" in capsys.readouterr().err
+
+
+@needs_ffmpeg
+def test_a_folder_of_phone_recordings(trained_run, prompts, tmp_path, capsys):
+    for name in ("a.m4a", "b.MP4", "c.webm"):
+        encoder = ("opus", "-strict", "-2", "-ar", "48000") if name == "c.webm" else ("aac",)
+        command = ["ffmpeg", "-v", "error", "-i", prompts[0][0], "-c:a", *encoder, tmp_path / name]
+        subprocess.run(command, check=True)
+    (tmp_path / "d.m4a").write_bytes((tmp_path / "a.m4a").read_bytes()[:5_000])
+    assert main(["--checkpoint", str(trained_run), str(tmp_path)]) == 1
+    out, error = capsys.readouterr()
+    names, texts = zip(*(line.split("\t") for line in out.splitlines()), strict=True)
+    assert names == tuple(str(tmp_path / name) for name in ("a.m4a", "b.MP4", "c.webm"))
+    assert [jiwer.cer(prompts[0][1], text) < 0.3 for text in texts] == [True] * 3
+    (line,) = error.splitlines()
+    assert line.startswith(f"error: {tmp_path / 'd.m4a'}: ")
+    assert "ffmpeg: moov atom not found" in line
+
+
+@pytest.fixture
+def two_voices(prompts, tmp_path):
+    """A stereo file with a prompt on each channel, and their texts."""
+    first, second = (soundfile.read(path)[0] for path, _ in prompts[:2])
+    samples = np.zeros((max(len(first), len(second)), 2))
+    samples[: len(first), 0], samples[: len(second), 1] = first, second
+    soundfile.write(tmp_path / "call.wav", samples, 8_000)
+    return tmp_path / "call.wav", [text for _, text in prompts[:2]]
+
+
+def test_each_channel_is_transcribed_alone(trained_run, two_voices, capsys):
+    path, (left, right) = two_voices
+    run = ["--checkpoint", str(trained_run)]
+    texts = {}
+    for channel in ("left", "right", "mix"):
+        assert main([*run, "--channel", channel, str(path)]) == 0
+        texts[channel] = capsys.readouterr().out.strip()
+    assert jiwer.cer([left, right], [texts["left"], texts["right"]]) < 0.3
+    assert texts["mix"] not in (texts["left"], texts["right"])
+    assert main([*run, "--channel", "each", str(path)]) == 0
+    assert capsys.readouterr().out == f"0\t{texts['left']}\n1\t{texts['right']}\n"
+    assert main([*run, "--channel", "each", "--json", str(path), str(path)]) == 0
+    found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [(row["channel"], row["text"]) for row in found] == 2 * [
+        (0, texts["left"]),
+        (1, texts["right"]),
+    ]
+
+
+def test_a_channel_that_is_not_there(trained_run, prompts, capsys):
+    assert main(["--checkpoint", str(trained_run), "--channel", "right", prompts[0][0]]) == 1
+    error = capsys.readouterr().err
+    assert "has 1, and channel 1, counted from 0, is asked for; use --channel mix" in error
+
+
+def test_standard_input_is_a_recording(trained_run, prompts, tmp_path, capsys, monkeypatch):
+    run, path = ["--checkpoint", str(trained_run)], prompts[0][0]
+    assert main([*run, path]) == 0
+    alone = capsys.readouterr().out
+    with open(path, "rb") as stream:
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(stream))
+        assert main([*run, "-"]) == 0
+    assert capsys.readouterr().out == alone
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"no sound")))
+    assert main([*run, "-", path]) == 1
+    out, error = capsys.readouterr()
+    assert out == f"{path}\t{alone}"
+    assert error.startswith("error: -: unreadable audio: it: Format not recognised")
+    with pytest.raises(SystemExit):
+        main([*run, "-", "-"])
+    assert "- is given 2 times: standard input is read once" in capsys.readouterr().err
 
 
 def test_an_mp3_without_its_length_is_transcribed_to_its_end(recognizer, prompts, tmp_path):

@@ -197,14 +197,12 @@ def test_a_flac_is_held_against_its_last_frame(whole, read):
         read(torn, "flac")
 
 
-@pytest.mark.parametrize("name", ["a.m4a", "a.webm", "a.gsm", "a.aac"])
-def test_other_formats_are_told_the_way_to_a_readable_one(tmp_path, name):
-    starts = {"a.m4a": b"\0\0\0 ftypM4A ", "a.webm": b"\x1aE\xdf\xa3", "a.aac": b"\xff\xf1\x50\x80"}
-    (tmp_path / name).write_bytes(starts.get(name, b"\xd2") + bytes(3300))
+def test_another_format_is_told_the_way_to_a_readable_one(tmp_path):
+    (tmp_path / "a.vox").write_bytes(b"\xd2" + bytes(3300))
     with pytest.raises(AudioError) as error:
-        read_mono(tmp_path / name, 60.0)
+        read_mono(tmp_path / "a.vox", 60.0)
     assert "readable are wav, flac, ogg" in str(error.value)
-    assert f"ffmpeg -i '{name}' 'a-converted.wav'" in str(error.value)
+    assert "ffmpeg -i 'a.vox' 'a-converted.wav'" in str(error.value)
 
 
 def test_a_view_inserts_and_replaces():
@@ -230,7 +228,7 @@ def test_channels_that_cancel_are_noticed_and_one_is_taken(tmp_path, caplog):
     np.testing.assert_array_equal(samples, np.float32(-0.6 * voice))
     (record,) = caplog.records
     assert "a.wav cancel each other" in record.getMessage()
-    assert "channel 2 of 2" in record.getMessage()
+    assert "only channel 1 of 2, counted from 0, is used" in record.getMessage()
 
 
 def test_unrelated_channels_and_a_silent_one_are_averaged(tmp_path, caplog):

@@ -84,3 +84,14 @@ def test_a_relative_corpus_is_found_from_every_folder(corpus, tmp_path, monkeypa
     corpus()
     monkeypatch.chdir(tmp_path)
     assert parse(["--data", "manifest:tones.jsonl"]).data == f"manifest:{tmp_path}/tones.jsonl"
+
+
+def test_the_channel_is_a_setting(corpus, capsys):
+    """The tones have one channel."""
+    data = Data(parse(["--model", "baseline", "--data", corpus(), "--channel", "left"]))
+    assert {row.part.channel for row in data.corpus.utterances} == {0}
+    with pytest.raises(CorpusError, match=r"no such channel: .*has 1, and channel 1, counted from"):
+        Data(parse(["--model", "baseline", "--data", corpus(), "--channel", "right"]))
+    with pytest.raises(SystemExit):
+        parse(["--channel", "both"])
+    assert "both" in capsys.readouterr().err
