@@ -2,7 +2,7 @@
 
     synthetic                 sentences spoken by eSpeak NG, generated on first use
     asterisk[:DIR][@LANG]     telephone prompts of the Debian packages asterisk-core-sounds-LANG
-    manifest:FILE.jsonl       one JSON object per line
+    manifest:FILE             lines of JSON, csv or tsv; also a folder, or train=FILE,dev=FILE
     librispeech:DIR           LibriSpeech as unpacked
     yesno:DIR                 the 60 recordings of OpenSLR 1
 
@@ -28,6 +28,7 @@ from fastguard._extras import MissingExtra
 
 from .audio import check_duration, decoded_duration, header_duration
 from .ctc_targets import check_feasible, encoded
+from .manifests import absolute_manifest, read_manifest
 from .part import CHANNELS
 from .readers import (
     ASTERISK_SOUNDS,
@@ -37,14 +38,14 @@ from .readers import (
     Unusable,
     read_asterisk,
     read_librispeech,
-    read_manifest,
     read_yesno,
+    user_path,
 )
 from .synthetic import build_synthetic
 from .text import TextError, TextRules, normalized
 from .utterances import SPLITS, Utterance, Utterances
 
-SPECS = "synthetic, asterisk[:DIR][@LANG], manifest:FILE.jsonl, librispeech:DIR, yesno:DIR"
+SPECS = "synthetic, asterisk[:DIR][@LANG], manifest:FILE, librispeech:DIR, yesno:DIR"
 DECODED_ROWS = 2_000
 MAX_ID = 4_096  # characters; Linux has no longer paths
 MAX_TEXT = 10_000  # characters; ten minutes of speech
@@ -240,9 +241,11 @@ def absolute(spec: str) -> str:
     kind, colon, place = spec.partition(":")
     if kind == "asterisk":
         place, at, language = place.rpartition("@") if "@" in place else (place, "", "")
-        return f"{kind}:{_path(place).absolute()}{at}{language}" if place else spec
+        return f"{kind}:{user_path(place).absolute()}{at}{language}" if place else spec
+    if kind == "manifest" and place:
+        return f"{kind}:{absolute_manifest(place)}"
     if kind in _READERS and place:
-        return f"{kind}{colon}{_path(place).absolute()}"
+        return f"{kind}{colon}{user_path(place).absolute()}"
     return spec
 
 
@@ -270,18 +273,11 @@ def _read(spec: str, cache_dir: Path | None, seed: int) -> Iterator[Row | Reject
     if spec == "synthetic":
         return read_manifest(build_synthetic(cache_dir, seed))
     if asterisk := re.fullmatch(r"asterisk(?::(.+?))?(?:@(\w+))?", spec):
-        return read_asterisk(_path(asterisk[1] or ASTERISK_SOUNDS), asterisk[2] or "en")
+        return read_asterisk(user_path(asterisk[1] or ASTERISK_SOUNDS), asterisk[2] or "en")
     kind, _, place = spec.partition(":")
     if kind in _READERS and place:
-        return _READERS[kind](_path(place))
+        return _READERS[kind](place if kind == "manifest" else user_path(place))
     raise CorpusError(f"unknown corpus {spec!r}: choose one of {SPECS}")
-
-
-def _path(place: str | Path) -> Path:
-    try:
-        return Path(place).expanduser()
-    except RuntimeError as error:  # no HOME, and no entry of the user
-        raise CorpusError(f"{place} cannot be found: {error}") from error
 
 
 def _rows(spec: str, cache_dir: Path | None, seed: int, sorting: "_Sorting") -> Utterances:

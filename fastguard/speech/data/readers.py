@@ -8,8 +8,6 @@ itself cannot be used. It raises :class:`CorpusError` if the corpus does not exi
 import codecs
 import gzip
 import itertools
-import json
-import math
 import re
 import zlib
 from collections.abc import Iterator
@@ -45,22 +43,6 @@ ASTERISK_TYPOS = {
     "exclaimation": "exclamation",
     "www.asterisk.org": "w w w dot asterisk dot org",
 }
-
-
-_MOST_DIGITS = (
-    400  # of an integer in a manifest; the error of Python's own limit gives advice for programmers
-)
-_SPLIT_NAMES = {
-    **dict.fromkeys(("train", "training"), "train"),
-    **dict.fromkeys(("dev", "valid", "val", "validation", "development"), "dev"),
-    **dict.fromkeys(("test", "testing"), "test"),
-}
-_OTHER_KEYS = {
-    "audio_filepath": ("audio", "path", "file", "file_name", "filename", "wav", "audio_path",
-                       "wav_filename", "audio_file"),
-    "text": ("sentence", "transcript", "transcription", "transcript_text", "label", "target",
-             "normalized_text", "words", "txt"),
-}  # fmt: skip
 
 
 class CorpusError(ValueError):
@@ -107,110 +89,15 @@ class Rejected:
         return self.reason.partition(":")[0]
 
 
-def read_manifest(path: Path) -> Iterator[Row | Rejected]:
-    """Read a file with one JSON object per line.
-
-    Keys: ``audio_filepath`` (relative to the manifest's folder; also the row's id), ``text``, and
-    optionally ``split`` and ``duration`` in seconds. Other keys are ignored. An ``offset`` other
-    than 0 is refused, because without it the text would be paired with a whole recording.
-
-    Raises:
-        CorpusError: the file does not exist, or is not such a file.
-    """
-    if not path.is_file():
-        raise CorpusError(f"the manifest {path} does not exist: give manifest:FILE.jsonl")
-    for number, line in _lines(path):
-        if number == 1:
-            _check_lines_of_json(path, line)
-        yield _manifest_row(line, number, path.parent) if isinstance(line, str) else line
-
-
-def _manifest_row(line: str, number: int, folder: Path) -> Row | Rejected:
+def user_path(place: str | Path) -> Path:
+    """The path, with ``~`` replaced by a home folder; raises CorpusError if there is none."""
     try:
-        entry = json.loads(
-            line, object_pairs_hook=_object, parse_constant=_no_constant, parse_int=_integer
-        )
-        if not isinstance(entry, dict):
-            raise TypeError(f"{entry!r:.60} is not an object with keys")
-        _check_keys(entry)
-        audio, text = entry["audio_filepath"], entry["text"]
-        if not (isinstance(audio, str) and isinstance(text, str)):
-            raise TypeError(f"audio_filepath is {audio!r:.60} and text is {text!r:.60}")
-        if _seconds(entry, "offset"):
-            todo = "cut the segment into its own file"
-            reason = f"offset not supported: offset is {entry['offset']!r:.60}; {todo}"
-            return Rejected(audio, reason)
-        split = entry.get("split")
-        split = _SPLIT_NAMES.get(split.lower(), split) if isinstance(split, str) else split
-        return Row(audio, folder / audio, text, split, _seconds(entry, "duration"))
-    # RecursionError: a thousand brackets
-    except (ValueError, TypeError, RecursionError) as error:
-        todo = 'write {"audio_filepath": "a.wav", "text": "hello"}'
-        return Rejected(
-            f"line {number}", f"malformed line: {type(error).__name__}: {error!s:.200}; {todo}"
-        )
+        return Path(place).expanduser()
+    except RuntimeError as error:  # no HOME, and no entry of the user
+        raise CorpusError(f"{place} cannot be found: {error}") from error
 
 
-def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    made = dict(pairs)
-    if len(made) < len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise ValueError(f"the key {twice!r:.60} occurs twice")
-    return made
-
-
-def _no_constant(name: str) -> float:
-    raise ValueError(f"{name} is not JSON")
-
-
-def _integer(digits: str) -> int:
-    if len(digits) > _MOST_DIGITS:
-        raise ValueError(f"{digits[:20]}... is a number of {len(digits)} digits")
-    return int(digits)
-
-
-def _check_keys(entry: dict[str, object]) -> None:
-    """Raise ValueError for a missing key; it names the key of another toolkit to rename."""
-    for key, others in _OTHER_KEYS.items():
-        if key not in entry:
-            there = [other for other in others if other in entry]
-            todo = f"rename {there[0]!r} to {key!r}" if there else f"add {key!r}"
-            raise ValueError(f"no key {key!r} among {', '.join(map(repr, entry))[:120]}: {todo}")
-
-
-def _check_lines_of_json(path: Path, line: str | Rejected) -> None:
-    """Raise CorpusError for a table or a list, in which every line would be malformed."""
-    start = line.lstrip() if isinstance(line, str) else "{"
-    if start.startswith("{"):
-        return
-    if path.suffix in (".csv", ".tsv") or (start[:1] not in '["' and re.search(r"[,\t|]", start)):
-        raise CorpusError(
-            f"{path}, line 1: {start[:60]!r} is a row of a table, but a manifest is JSON: write "
-            'one object per line, {"audio_filepath": "a.wav", "text": "hello"}'
-        )
-    if start.strip() == "[":
-        raise CorpusError(
-            f"{path}, line 1: a JSON list, but a manifest has one object per line: "
-            f"jq -c '.[]' {path} > NEW.jsonl"
-        )
-
-
-def _seconds(entry: dict[str, object], key: str) -> float | None:
-    """A number of seconds, which may be in quotes; None if the key is missing."""
-    value = entry.get(key)
-    if value is None:
-        return None
-    try:
-        seconds = math.nan if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError, OverflowError):
-        seconds = math.nan
-    if not 0 <= seconds < math.inf:
-        raise ValueError(f"{key} is {value!r:.60}, which is not a number of seconds")
-    return seconds
-
-
-def _lines(path: Path) -> Iterator[tuple[int, str | Rejected]]:
+def lines(path: Path) -> Iterator[tuple[int, str | Rejected]]:
     """The lines of a UTF-8 file that are not empty, with their numbers from 1.
 
     A line over LONGEST_LINE bytes, or in another encoding, becomes :class:`Rejected`.
@@ -273,7 +160,7 @@ def read_librispeech(root: Path) -> Iterator[Row]:
         )
     for transcript in transcripts:
         split = transcript.relative_to(root).parts[0].partition("-")[0]
-        for _, line in _lines(transcript):
+        for _, line in lines(transcript):
             if isinstance(line, Rejected):
                 yield replace(line, id=f"{transcript.name}, {line.id}")
                 continue
@@ -348,7 +235,7 @@ def _asterisk_transcripts(root: Path, voice: Path, language: str) -> Iterator[tu
             f"{' and '.join(map(str, missing))} not found: apt-get install {package} {package}-wav "
             f"(if dpkg skips /usr/share/doc, put {file} into {root})"
         )
-    for _, line in _lines(transcript):
+    for _, line in lines(transcript):
         if isinstance(line, Rejected):
             raise CorpusError(f"{transcript}, {line.id}: {line.reason}")
         name, colon, text = line.partition(":")

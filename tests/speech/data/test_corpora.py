@@ -70,7 +70,6 @@ def test_a_good_row(manifest, tmp_path, record, name, rate, channels):
         ({"split": "half"}, "unknown split: 'half'; use one of train, dev, test"),
         ({"split": ["dev"]}, r"unknown split: \['dev'\]"),
         ({"audio_filepath": "good.wav"}, "duplicate id: an earlier row has good.wav"),
-        ({"offset": 0.5}, "offset not supported: offset is 0.5"),
         ({"text": None}, "malformed line: TypeError: .*text is None"),
     ],
 )

@@ -316,7 +316,7 @@ def test_a_text_that_is_slow_to_normalise_is_left_out(left_out, text):
     ],
 )
 def test_a_path_can_not_forge_a_line_of_the_log(left_out, name, shown):
-    rows = [{"audio_filepath": name, "text": "hello", "split": "dev"}, {"offset": 1}]
+    rows = [{"audio_filepath": name, "text": "hello", "split": "dev"}, {"start": 1}]
     rows[1] |= rows[0]
     reasons = left_out(*rows)
     assert list(reasons) == [shown]

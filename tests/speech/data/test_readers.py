@@ -1,5 +1,4 @@
 import gzip
-import json
 from collections import Counter
 from itertools import pairwise
 
@@ -10,11 +9,9 @@ from fastguard.speech.data.readers import (
     ASTERISK_SOUNDS,
     ASTERISK_VOICES,
     CorpusError,
-    Rejected,
     Row,
     read_asterisk,
     read_librispeech,
-    read_manifest,
     read_yesno,
 )
 
@@ -24,14 +21,6 @@ needs_asterisk = pytest.mark.skipif(
     reason="asterisk packages are absent: "
     "apt-get install asterisk-core-sounds-en asterisk-core-sounds-en-wav",
 )
-
-
-def manifest(folder, *lines):
-    path = folder / "corpus.jsonl"
-    path.write_bytes(
-        b"\n".join(x if isinstance(x, bytes) else json.dumps(x).encode() for x in lines)
-    )
-    return list(read_manifest(path))
 
 
 def prompts(folder, language, transcripts, recorded=()):
@@ -44,88 +33,6 @@ def prompts(folder, language, transcripts, recorded=()):
         (voice / name).parent.mkdir(exist_ok=True)
         (voice / name).touch()
     return list(read_asterisk(folder, language)), voice
-
-
-def test_manifest_paths_are_relative_to_its_folder(tmp_path):
-    rows = manifest(
-        tmp_path,
-        {"audio_filepath": "a/b.wav", "text": "Hi", "duration": 1.5, "speaker": 7},
-        b"",
-        {"audio_filepath": "/data/c.flac", "text": "There", "split": "dev"},
-    )
-    assert rows == [
-        Row("a/b.wav", tmp_path / "a" / "b.wav", "Hi", None, 1.5),
-        Row("/data/c.flac", tmp_path.root / rows[1].audio, "There", "dev"),
-    ]
-    assert rows[1].audio.as_posix() == "/data/c.flac"
-
-
-@pytest.mark.parametrize(
-    "line, reason",
-    [
-        (b"{not json", "malformed line: JSONDecodeError"),
-        (b'"\xff"', "malformed line: not UTF-8"),
-        (b'["a.wav", "hello"]', "malformed line: TypeError"),
-        (
-            b'{"audio_filepath": "a.wav"}',
-            "malformed line: ValueError: no key 'text' among 'audio_filepath': add 'text'",
-        ),
-        (
-            b'{"path": "a.wav", "sentence": "hi"}',
-            "malformed line: ValueError: no key 'audio_filepath' among 'path', 'sentence': rename "
-            "'path' to 'audio_filepath'",
-        ),
-        (
-            b'{"audio_filepath": 3, "text": "hello"}',
-            "malformed line: TypeError: audio_filepath is 3",
-        ),
-    ],
-)
-def test_manifest_names_the_line_it_can_not_read(tmp_path, line, reason):
-    rows = manifest(tmp_path, {"audio_filepath": "a.wav", "text": "hi"}, line)
-    assert rows[0].id == "a.wav"
-    assert rows[1].id == "line 2"
-    assert rows[1].reason.startswith(reason)
-    cure = 'write {"audio_filepath": "a.wav", "text": "hello"}'
-    assert rows[1].reason.endswith(("iconv -t utf-8", cure))
-
-
-def test_manifest_refuses_segments(tmp_path):
-    (row,) = manifest(tmp_path, {"audio_filepath": "a.wav", "text": "hi", "offset": 2.5})
-    assert row == Rejected(
-        "a.wav", "offset not supported: offset is 2.5; cut the segment into its own file"
-    )
-    assert row.kind == "offset not supported"
-
-
-@pytest.mark.parametrize(
-    "extra, split, duration",
-    [
-        ({"offset": 0, "duration": "2.99"}, None, 2.99),
-        ({"offset": 0.0, "split": "validation"}, "dev", None),
-        ({"offset": None, "duration": None, "split": None}, None, None),
-        ({"offset": "0", "split": "Valid", "duration": 3}, "dev", 3.0),
-        ({"split": "training"}, "train", None),
-    ],
-)
-def test_a_manifest_of_other_toolkits_is_understood(tmp_path, extra, split, duration):
-    (row,) = manifest(tmp_path, {"audio_filepath": "a.wav", "text": "hi"} | extra)
-    assert row == Row("a.wav", tmp_path / "a.wav", "hi", split, duration)
-
-
-@pytest.mark.parametrize(
-    "name, line, cure",
-    [
-        ("a.csv", "wav_filename,wav_filesize,transcript", "is a row of a table"),
-        ("a.tsv", "path\tsentence", "is a row of a table"),
-        ("a.jsonl", "a.wav|hello there|Hello there.", "is a row of a table"),
-        ("a.json", "[", r"jq -c '\.\[\]' "),
-    ],
-)
-def test_a_manifest_that_is_no_lines_of_json(tmp_path, name, line, cure):
-    (tmp_path / name).write_text(f"{line}\nmore\n")
-    with pytest.raises(CorpusError, match=rf"{name}, line 1: .*{cure}"):
-        list(read_manifest(tmp_path / name))
 
 
 def test_librispeech_takes_the_split_from_the_subset(tmp_path):
@@ -190,10 +97,6 @@ def test_asterisk_transcripts_may_start_with_a_byte_order_mark(tmp_path):
 @pytest.mark.parametrize(
     "read, cure",
     [
-        (
-            lambda place: read_manifest(place / "x.jsonl"),
-            r"x\.jsonl does not exist: give manifest:FILE\.jsonl",
-        ),
         (read_librispeech, "the folder that holds train-clean-100"),
         (read_yesno, "the waves_yesno folder"),
         (
