@@ -187,6 +187,18 @@ def test_an_integration_names_its_extra(plain, trainer):
     )
 
 
+@pytest.mark.parametrize("logger", ["wandb", "mlflow"])
+def test_a_logger_names_its_extra_before_the_run_begins(plain, tmp_path, logger):
+    options = ["--run-dir", str(tmp_path / "run"), "--loggers", f"tensorboard,{logger}"]
+    (tmp_path / logger).mkdir()  # a folder of that name is no package
+    done = run(plain, "-m", "fastguard.train", *options, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (
+        2,
+        f"error: the package {logger} is not installed: pip install 'torch-fastguard[{logger}]'\n",
+    )
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.slow
 def test_a_model_from_training_to_its_report_without_extras(plain, tmp_path):
     """The trainer's commands really run; what an extra brings is refused in one line."""

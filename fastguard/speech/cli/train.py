@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from fastguard._extras import MissingExtra
 from fastguard._io import terminal
 from fastguard._io.failures import in_a_line
 from fastguard.env import processor, version
@@ -20,6 +21,7 @@ from fastguard.speech.training.metrics import log_to
 from fastguard.speech.training.options import parse
 from fastguard.speech.training.parallel import Parallel, leave
 from fastguard.speech.training.run_folder import RunError, RunFolder
+from fastguard.speech.training.tracking import require_loggers
 from fastguard.speech.training.trainer import Trainer
 
 logger = logging.getLogger(__name__)
@@ -134,9 +136,10 @@ def _log_errors_to(path: Path) -> None:
 def _begin(folder: RunFolder) -> str | None:
     """Make the folder of the run and its log; return an error message, or None."""
     try:
+        require_loggers(folder.config)
         folder.begin()
         log_to(folder.path / "train.log")
-    except RunError as error:
+    except (MissingExtra, RunError) as error:
         return str(error)
     except OSError as error:
         return f"cannot write the run folder: {error}; choose --run-dir"

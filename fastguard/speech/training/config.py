@@ -16,6 +16,7 @@ logger = logging.getLogger(__name__)
 
 ModelName = Literal["teacher", "baseline"]
 MODELS = get_args(ModelName)
+LOGGERS = ("tensorboard", "wandb", "mlflow")
 
 
 @dataclass
@@ -194,6 +195,8 @@ class Config:
     """Processes that load recordings; 0 loads in the training process."""
     log_every: int = 10
     """Steps between lines of the log; a skipped step, and the first of an epoch, have one too."""
+    loggers: str = "tensorboard"
+    """Where curves go: tensorboard, wandb, mlflow, several with commas between, or none."""
     compile: bool = False
     """Compile the model with torch.compile."""
     parallel: Literal["ddp", "fsdp"] = "ddp"
@@ -243,7 +246,20 @@ class Config:
                 f"augment.speeds must lie between 0.5 and 2, got {list(self.augment.speeds)}"
             )
 
+    @property
+    def logger_names(self) -> tuple[str, ...]:
+        """The names in ``loggers``; empty for none."""
+        if self.loggers.strip() == "none":
+            return ()
+        return tuple(name.strip() for name in self.loggers.split(","))
+
     def _check_agreement(self) -> None:
+        for name in self.logger_names:
+            if name not in LOGGERS:
+                raise ValueError(
+                    f"loggers: {shown(name)} is not known; give {', '.join(LOGGERS)}, with commas "
+                    "between, or none"
+                )
         guard = self.guard
         if not guard.enabled and (guard.skip_norm != math.inf or guard.threshold != "fixed"):
             raise ValueError(

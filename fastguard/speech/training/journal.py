@@ -1,4 +1,4 @@
-"""What a run writes down as it trains: metrics.jsonl, TensorBoard's curves and lines of the log."""
+"""What a run writes down as it trains: metrics.jsonl, curves for loggers and lines of the log."""
 
 import contextlib
 import logging
@@ -14,7 +14,7 @@ from .metrics import EpochMetrics, MetricsFile, StepMetrics, epoch_table
 from .outlook import Outlook, clock
 from .progress import Progress
 from .run_folder import RunFolder
-from .tracking import Curves
+from .tracking import Tracker, open_trackers
 
 logger = logging.getLogger(__name__)
 
@@ -29,11 +29,11 @@ class Journal:
     """
 
     def __init__(self, config: Config) -> None:
-        self._log_every = config.log_every
+        self._config = config
         self._outlook = Outlook(config)
         self._logged_epoch: int | None = None  # of the last line about a step
         self._metrics: MetricsFile | None = None
-        self._curves: Curves | None = None
+        self._trackers: list[Tracker] = []
 
     @contextlib.contextmanager
     def writing_to(self, folder: Path, progress: Progress):
@@ -41,13 +41,18 @@ class Journal:
         with contextlib.ExitStack() as stack:
             metrics = MetricsFile(folder / "metrics.jsonl", progress.step, len(progress.epochs))
             self._metrics = stack.enter_context(contextlib.closing(metrics))
-            curves = Curves(folder / "tensorboard", progress.step, progress.skipped)
-            self._curves = stack.enter_context(contextlib.closing(curves))
-            yield
+            self._trackers = open_trackers(folder, self._config, progress)
+            failed = True
+            try:
+                yield
+                failed = False
+            finally:
+                for tracker in self._trackers:
+                    tracker.close(failed)
 
     def write(self, metrics: StepMetrics | EpochMetrics) -> None:
         """Write metrics into the files that are open."""
-        for sink in filter(None, (self._metrics, self._curves)):
+        for sink in filter(None, (self._metrics, *self._trackers)):
             sink.write(metrics)
 
     def step(
@@ -99,8 +104,10 @@ class Journal:
         progress.totals.add(metrics)
         self.write(metrics)
         due = progress.step % _NORMS_EVERY == 0 and isinstance(report, PendingReport)
-        if due and self._curves is not None:
-            self._curves.write_norms(report.norms(), progress.step)
+        if due and self._trackers:
+            norms = report.norms()
+            for tracker in self._trackers:
+                tracker.write_norms(norms, progress.step)
         self._outlook.step_took(seconds)
         self._log_step(progress, metrics, batches)
 
@@ -108,7 +115,7 @@ class Journal:
         total = self._outlook.total_steps(progress, batches)
         if not (
             metrics.epoch != self._logged_epoch
-            or metrics.step % self._log_every == 0
+            or metrics.step % self._config.log_every == 0
             or metrics.step == total
             or metrics.verdict.startswith("skip")
             or not math.isfinite(metrics.grad_norm)

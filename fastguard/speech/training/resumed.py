@@ -7,7 +7,7 @@ from .config import Config
 # Settings that may change within a folder: they do not change what is computed.
 _MAY_CHANGE = (
     "run_dir", "resume", "epochs", "max_steps", "num_workers", "parallel", "checkpoint",
-    "log_every",
+    "log_every", "loggers",
 )  # fmt: skip
 # Settings of another run's state that must stay: its weights, alphabet and statistics depend on
 # them.

@@ -1,6 +1,7 @@
 """The folder of a run: its files, whether a run may continue in it, and from which state.
 
-config.yaml  train.log  metrics.jsonl  tensorboard/  bad_step_*.json
+config.yaml  train.log  metrics.jsonl  bad_step_*.json
+tensorboard/  wandb/  mlruns/  loggers.json  of --loggers
 left_out.jsonl  changed_labels.jsonl        of the corpus
 hypotheses.jsonl alignments.txt rates.json  of best.pt on the dev split
 last.pt      the newest state, for --resume: weights, optimizer, guard, random numbers, place
@@ -34,9 +35,11 @@ logger = logging.getLogger(__name__)
 _FILES = (
     "config.yaml", "train.log", "metrics.jsonl", "left_out.jsonl", "changed_labels.jsonl",
     "hypotheses.jsonl", "alignments.txt", "rates.json", "last.pt", "best.pt", "averaged.pt",
+    "loggers.json",
 )  # fmt: skip
 _LOCK = "checkpoints/lock"
 _FOLDERS = ("checkpoints", "tensorboard")
+_OF_LOGGERS = ("wandb", "mlruns")  # folders of many runs, to which a logger adds one
 _BAD_STEP = re.compile(r"bad_step_\d{6,}\.json")
 _STATE = re.compile(r"step_(\d{9,18})\.pt")
 _BEST = re.compile(r"best_(\d{1,9}\.\d{6}|nan|inf)_(\d{9,18})\.pt")
@@ -110,7 +113,7 @@ class RunFolder:
         or a file of another kind."""
         names = [*_FILES, *(path.name for path in _ours(self.path, "bad_step_*", _BAD_STEP))]
         try:
-            for name in _FOLDERS:
+            for name in (*_FOLDERS, *_OF_LOGGERS):
                 files.check_own_folder(self.path / name)
             for name in (*names, _LOCK):
                 files.check_own(self.path / name)

@@ -1,30 +1,37 @@
-"""Writes curves for TensorBoard: ``tensorboard --logdir runs``."""
+"""Sends the metrics of a run to the loggers that ``--loggers`` names."""
 
+from __future__ import annotations
+
+import importlib.util
 import logging
 from pathlib import Path
+from typing import ClassVar
 
 from torch.utils.tensorboard import SummaryWriter
 
+from fastguard._extras import MissingExtra
+from fastguard._io.failures import in_a_line
+
+from .config import Config
 from .metrics import EpochMetrics, StepMetrics
+from .progress import Progress
 
 logger = logging.getLogger(__name__)
 
 
-class Curves:
-    """Writes the metrics of a run. If the disk is full, curves are lost, and the run continues.
+class Tracker:
+    """Gives points of curves to a logger. If it fails, curves are lost, and the run continues.
 
     Args:
-        folder: for the event files.
-        step: the last step of a resumed run; later points in the files are hidden.
-        skips: number of skipped steps up to ``step``.
+        skips: steps that the guard skipped before the next one, of the whole run.
     """
 
-    def __init__(self, folder: Path, step: int, skips: int):
+    title: ClassVar[str]
+    _failures: ClassVar[tuple[type[Exception], ...]] = (Exception,)
+
+    def __init__(self, skips: int):
         self._skips = skips
-        try:
-            self._writer = SummaryWriter(str(folder), purge_step=step + 1)
-        except OSError as error:
-            self._give_up(error)
+        self._works = True
 
     def write(self, metrics: StepMetrics | EpochMetrics) -> None:
         """Add points of a step or an epoch."""
@@ -53,24 +60,75 @@ class Curves:
         """Add the gradient norm of each parameter."""
         self._add({f"norms/{name}": norm for name, norm in norms.items()}, step)
 
+    def close(self, failed: bool = False) -> None:
+        """Send what is buffered, and end; ``failed`` says that an error ends the run."""
+        self._try(self._end, failed)
+
     def _add(self, values: dict[str, float], step: int) -> None:
-        if self._writer is None:
+        self._try(self._send, values, step)
+
+    def _try(self, action, *args) -> None:
+        if not self._works:
             return
         try:
-            for name, value in values.items():
-                self._writer.add_scalar(name, value, step)
-        except OSError as error:
-            self._give_up(error)
+            action(*args)
+        except self._failures as error:
+            self._works = False
+            logger.warning("No more curves for %s: %s", self.title, in_a_line(error))
 
-    def _give_up(self, error: OSError) -> None:
-        self._writer = None
-        logger.warning("No more curves for TensorBoard: %s", error)
+    def _send(self, values: dict[str, float], step: int) -> None:
+        raise NotImplementedError
 
-    def close(self) -> None:
-        """Write what is buffered, and close the files."""
-        if self._writer is None:
-            return
-        try:
-            self._writer.close()
-        except OSError as error:  # it writes in a thread and raises later
-            self._give_up(error)
+    def _end(self, failed: bool) -> None:
+        raise NotImplementedError
+
+
+class Curves(Tracker):
+    """Writes event files for TensorBoard: ``tensorboard --logdir runs``.
+
+    Args:
+        folder: for the event files.
+        step: the last step of a resumed run; later points in the files are hidden.
+        skips: number of skipped steps up to ``step``.
+    """
+
+    title = "TensorBoard"
+    _failures = (OSError,)  # it writes in a thread and raises later
+
+    def __init__(self, folder: Path, step: int, skips: int):
+        super().__init__(skips)
+        self._try(self._open, folder, step)
+
+    def _open(self, folder: Path, step: int) -> None:
+        self._writer = SummaryWriter(str(folder), purge_step=step + 1)
+
+    def _send(self, values: dict[str, float], step: int) -> None:
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+
+    def _end(self, failed: bool) -> None:
+        self._writer.close()
+
+
+def require_loggers(config: Config) -> None:
+    """Raise MissingExtra if the package of a logger in the settings is not installed."""
+    for name in config.logger_names:
+        found = importlib.util.find_spec(name)
+        if found is None or found.origin is None:  # no origin: a mere folder of that name
+            raise MissingExtra(f"the package {name} is not installed", name)
+
+
+def open_trackers(folder: Path, config: Config, progress: Progress) -> list[Tracker]:
+    """The trackers that the settings name, for a run in this folder after this progress."""
+    trackers: list[Tracker] = []
+    if "tensorboard" in config.logger_names:
+        trackers.append(Curves(folder / "tensorboard", progress.step, progress.skipped))
+    if "wandb" in config.logger_names:
+        from .tracking_wandb import Wandb
+
+        trackers.append(Wandb(folder, config, progress.skipped))
+    if "mlflow" in config.logger_names:
+        from .tracking_mlflow import MLflow
+
+        trackers.append(MLflow(folder, config, progress.skipped))
+    return trackers

@@ -130,6 +130,11 @@ def test_saved_settings_read_back_and_fit_a_checkpoint(tmp_path):
         (["--network.attention_clamp", "0"], "network.attention_clamp must be above 0, got 0.0"),
         (["--features.sample_rate", "1000000000"], "features.sample_rate must lie between 1000"),
         (["--features.n_mels", "100000"], "features.n_mels must lie between 1 and 512"),
+        (
+            ["--loggers", "wandbb"],
+            "loggers: 'wandbb' is not known; give tensorboard, wandb, mlflow",
+        ),
+        (["--loggers", "wandb,none"], "loggers: 'none' is not known"),
         (["--log-every", "0"], "log_every must be at least 1, got 0"),
         (["--seed", "-1"], "seed must lie between 0 and"),
         (["--seed", "99999999999999999999"], "seed must lie between 0 and"),

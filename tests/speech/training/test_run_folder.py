@@ -159,7 +159,7 @@ def test_a_folder_with_files_of_other_names_takes_a_run(tmp_path):
 @pytest.mark.parametrize(
     "name",
     ["checkpoints", "tensorboard", "train.log", "metrics.jsonl", "best.pt", "config.yaml",
-     "rates.json", "checkpoints/lock"],
+     "rates.json", "checkpoints/lock", "wandb", "mlruns", "loggers.json"],
 )  # fmt: skip
 def test_links_out_of_the_folder_are_refused(tmp_path, name):
     outside = tmp_path / "outside"
