@@ -16,6 +16,7 @@ COMMAND_PACKAGES = {
     "tqdm": "tqdm",
     "filelock": "filelock",
     "espeakng_loader": "espeakng-loader",
+    "silero_vad": "silero-vad",
     "torchdata": "torchdata",
     "sentencepiece": "sentencepiece",
     "tensorboard": "tensorboard",

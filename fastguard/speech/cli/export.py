@@ -219,6 +219,8 @@ def describe_features(log_mel: LogMel) -> dict:
         "silence": log_mel.SILENCE,
         "normalization": log_mel.normalization,
         "min_deviation": log_mel.MIN_DEVIATION,
+        "speech_range": log_mel.SPEECH_RANGE,
+        "least": log_mel.LEAST,
         "recipe": [
             "energies (frames, n_mels): mel filters on |STFT|^power of mono samples in [-1, 1]",
             "floor = max(max(energies) / dynamic_range, silence)",
@@ -228,6 +230,12 @@ def describe_features(log_mel: LogMel) -> dict:
 
 
 _NORMALIZATIONS = {
+    "speech": [
+        "x = ln(max(energies, floor)); e = sum of energies over the bins, one for each frame",
+        "s = x in the frames where e >= max(e) / speech_range; x = x - mean of s over its frames",
+        "x = x / max(root of the mean of (s - mean of s)^2 over its frames, min_deviation)",
+        "features = max(x, least)",
+    ],
     "utterance": [
         "x = ln(max(energies, floor)); x = x - mean over the frames",
         "features = x / max(root of the mean of x^2 over the frames, min_deviation)",

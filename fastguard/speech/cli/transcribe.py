@@ -71,6 +71,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help="mix: the mean of all channels, or the loudest of those that cancel; left, right: one "
         "of them; each: a line for each channel, with its number from 0 (default: as in training)",
     )
+    parser.add_argument(
+        "--no-vad",
+        dest="vad",
+        action="store_false",
+        help="recognise everything, also what Silero VAD takes for no speech (default: silence, "
+        "tones and noise give no words)",
+    )
     recognition_options.add_device_option(parser)
     recognition_options.add_decoder_options(parser)
     check_words(parser, argv)
@@ -117,7 +124,7 @@ def _transcribe_all(args: argparse.Namespace, recognizer: Recognizer, decode) ->
         try:
             with _on_disk(file) as path:
                 for part in _parts(path, chosen):
-                    found = transcribe(recognizer, path, decode, part=part)
+                    found = transcribe(recognizer, path, decode, part=part, vad=args.vad)
                     channel = part.channel if chosen == "each" else None
                     print(_line(file, found, args.json, alone, channel), flush=True)
         except (AudioError, TranscriptionError) as error:

@@ -19,6 +19,8 @@ from .part import WHOLE, Part
 # 4 kHz, where they look like speech; 32 reduces them to below LogMel.DYNAMIC_RANGE.
 RESAMPLING_WIDTH = 32
 _MOST_COEFFICIENTS = 1 << 24
+#: How :class:`LogMel` normalises.
+NORMALIZATIONS = "speech", "utterance", "level"
 _STEPS = 640  # 11,025 Hz to 16,000 is 441 / 640
 
 
@@ -91,10 +93,13 @@ class LogMel(nn.Module):
         sample_rate: in Hz.
         n_mels: mel bins.
         window_seconds, hop_seconds: of the short-time Fourier transform.
-        normalization: "utterance" gives each bin mean 0 and, if it has speech, variance 1. This
-            removes the sound of the microphone, and the vowel from a recording of a single vowel.
-            "level" keeps both: 20 dB are 1, and 40 dB below the loudest energy is 0 (as in Radford
-            et al. 2022, arXiv:2212.04356).
+        normalization: "speech" gives each bin mean 0 and, if it has speech, variance 1 in the
+            frames whose energy is at most SPEECH_RANGE below that of the loudest. This removes the
+            sound of the microphone, and the vowel from a recording of a single vowel. Silence
+            before and after speech changes nothing. "utterance" does it in all frames, so that
+            features of speech depend on the silence around it. "level" keeps the sound of the
+            microphone: 20 dB are 1, and 40 dB below the loudest energy is 0 (as in Radford et al.
+            2022, arXiv:2212.04356). It does not depend on the silence either.
 
     Raises:
         ValueError: another ``normalization``.
@@ -105,6 +110,8 @@ class LogMel(nn.Module):
     # Bins with speech have a deviation of 2 to 5 (natural log). Bins above the Nyquist frequency of
     # a resampled recording have less than 0.2, and must not be amplified to look like speech.
     MIN_DEVIATION = 1.0
+    SPEECH_RANGE = 1e3  # 30 dB: the frames of vowels and of most consonants
+    LEAST = -3.0  # deviations; digital silence would be 5 or more below the mean
 
     def __init__(
         self,
@@ -112,11 +119,13 @@ class LogMel(nn.Module):
         n_mels: int = 80,
         window_seconds: float = 0.025,
         hop_seconds: float = 0.010,
-        normalization: str = "utterance",
+        normalization: str = "speech",
     ) -> None:
         super().__init__()
-        if normalization not in ("utterance", "level"):
-            raise ValueError(f"normalization is {normalization!r}: give 'utterance' or 'level'")
+        if normalization not in NORMALIZATIONS:
+            raise ValueError(
+                f"normalization is {normalization!r}: give one of {', '.join(NORMALIZATIONS)}"
+            )
         self.normalization = normalization
         self.sample_rate = sample_rate
         self.n_mels = n_mels
@@ -155,9 +164,17 @@ class LogMel(nn.Module):
         if self.normalization == "level":
             decibels = (log_energies - loudest.log()) * (10 / math.log(10))
             return decibels / 20 + 2
-        centred = log_energies - log_energies.mean(dim=0)
-        deviation = centred.square().mean(dim=0).sqrt()
-        return centred / deviation.clamp(min=self.MIN_DEVIATION)
+        if self.normalization == "utterance":
+            return self._normalized(log_energies, log_energies)
+        frames = energies.sum(dim=1)
+        spoken = log_energies[frames >= frames.amax() / self.SPEECH_RANGE]
+        return self._normalized(log_energies, spoken).clamp(min=self.LEAST)
+
+    def _normalized(self, log_energies: Tensor, spoken: Tensor) -> Tensor:
+        """All frames (T, n_mels) by each bin's mean and deviation in ``spoken`` (S, n_mels)."""
+        mean = spoken.mean(dim=0)
+        deviation = (spoken - mean).square().mean(dim=0).sqrt()
+        return (log_energies - mean) / deviation.clamp(min=self.MIN_DEVIATION)
 
     def num_frames(self, num_samples: int) -> int:
         """Frames of so many samples at ``sample_rate``."""

@@ -17,7 +17,8 @@ from fastguard.speech.data.tokenizer import Tokenizer
 #: Maps log_probs (B, T, V) and lengths (B,) to the tokens of each utterance.
 Decode = Callable[[Tensor, Tensor], list[list[int]]]
 
-_IMPOSSIBLE = -1e4  # log p; if all hypotheses have -inf, flashlight returns NaN
+#: log p; if all hypotheses have -inf, flashlight returns NaN.
+IMPOSSIBLE = -1e4
 _LARGEST_LM = 64 << 30  # bytes
 _LARGEST_LEXICON = 1 << 28
 _HEAD = 1 << 12  # bytes of an ARPA file that hold its counts
@@ -207,7 +208,7 @@ class BeamSearch:
         if self._spoken is None:
             return self._best(log_probs).tokens.tolist()
         # One more frame with a space of probability 1, which the last word lacks.
-        end = torch.full_like(log_probs[:1], _IMPOSSIBLE)
+        end = torch.full_like(log_probs[:1], IMPOSSIBLE)
         end[0, self._names.index(_SPACE)] = 0.0
         words = self._best(torch.cat([log_probs, end])).words
         return self.tokenizer.encode(" ".join(self._spoken[word] for word in words))

@@ -3,12 +3,10 @@
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import count
 
 import torch
 from torch import Tensor
 
-from fastguard.speech.data.audio import Recording
 from fastguard.speech.data.features import RESAMPLING_WIDTH, resample, resampling_ratio
 
 
@@ -29,14 +27,14 @@ class Segment:
 
 
 class Segments:
-    """Iterates over the segments of a recording, in order.
+    """Cuts a recording into segments while it comes in.
 
-    Every segment starts on an output frame and on a sample of the file. The resampled segments
+    Every segment starts on an output frame and on a sample of the recording. The resampled segments
     therefore equal the resampled recording; unusual rates make the segments longer. A recording
-    that is short enough is one segment.
+    that is short enough is one segment. The segments do not depend on the sizes of the blocks.
 
     Args:
-        file: the recording, read from its start; its channels are averaged.
+        rate: of the recording, in Hz.
         sample_rate: of the segments, in Hz.
         samples_per_frame: hop of the model's output, in samples at ``sample_rate``.
         seconds: approximate length of a segment.
@@ -45,58 +43,58 @@ class Segments:
 
     def __init__(
         self,
-        file: Recording,
+        rate: int,
         sample_rate: int,
         samples_per_frame: int,
         seconds: float = 20.0,
         context_seconds: float = 2.0,
     ) -> None:
-        self.file = file
+        self.rate = rate
         self.sample_rate = sample_rate
         self.samples_per_frame = samples_per_frame
         self.samples_read = 0
-        ratio = resampling_ratio(file.samplerate, sample_rate)
+        ratio = resampling_ratio(rate, sample_rate)
         self._from, self._to = ratio.numerator, ratio.denominator
         unit = math.lcm(samples_per_frame, self._to)  # samples after resampling
         kept_seconds = max(0.0, seconds - 2 * context_seconds)
         kept = max(1, int(kept_seconds * sample_rate / unit)) * unit
         context = math.ceil(context_seconds * sample_rate / unit) * unit
-        # From here on counts are in samples of the file.
+        # From here on counts are in samples of the recording.
         self._kept, self._context = self._before(kept), self._before(context)
-        reach = RESAMPLING_WIDTH * max(1.0, file.samplerate / sample_rate) / 0.99 + 1
-        self._margin = math.ceil(reach / self._from) * self._from
+        reach = RESAMPLING_WIDTH * max(1.0, rate / sample_rate) / 0.99 + 1
+        self._around = self._context + math.ceil(reach / self._from) * self._from
+        self._held, self._first = torch.empty(0), 0  # samples, and the number of the first one
+        self._kept_from = 0
 
     @property
     def seconds_read(self) -> float:
-        """Duration in seconds that has been read from the file."""
-        return self.samples_read / self.file.samplerate
+        """Duration in seconds of the samples so far."""
+        return self.samples_read / self.rate
 
-    def __iter__(self) -> Iterator[Segment]:
-        around = self._context + self._margin
-        held, first = self._read(self._kept + around), 0
-        for number in count():
-            more = self._read(self._kept)
-            last = len(more) == 0
-            if len(held):
-                yield self._segment(held, first, number * self._kept, last)
-            if last:
-                return
-            start = max(0, (number + 1) * self._kept - around)
-            held, first = torch.cat([held[start - first :], more]), start
-
-    def _read(self, frames: int) -> Tensor:
-        samples = self.file.read(frames)
+    def push(self, samples: Tensor) -> Iterator[Segment]:
+        """The segments that end before these further samples (N,) float32 do."""
         self.samples_read += len(samples)
-        return torch.from_numpy(samples)
+        self._held = torch.cat([self._held, samples])
+        while self.samples_read > (end := self._kept_from + self._kept + self._around):
+            yield self._segment(self._held[: end - self._first], last=False)
+            self._kept_from += self._kept
+            start = max(0, self._kept_from - self._around)
+            self._held, self._first = self._held[start - self._first :], start
 
-    def _segment(self, held: Tensor, first: int, kept_from: int, last: bool) -> Segment:
-        """The segment whose own frames begin at ``kept_from``; ``held`` (N,) is from ``first``."""
-        start = max(0, kept_from - self._context)
-        end = kept_from + self._kept + self._context
+    def rest(self) -> Segment | None:
+        """The last segment, if the recording ends here; None without samples."""
+        return self._segment(self._held, last=True) if len(self._held) else None
+
+    def _segment(self, held: Tensor, last: bool) -> Segment:
+        """The segment whose own frames begin at ``_kept_from``; ``held`` (N,) from ``_first``."""
+        start = max(0, self._kept_from - self._context)
+        end = self._kept_from + self._kept + self._context
         samples = resample(held, self._from, self._to)
         return Segment(
-            samples[self._after(start - first) : None if last else self._after(end - first)],
-            self._after(kept_from - start) // self.samples_per_frame,
+            samples[
+                self._after(start - self._first) : None if last else self._after(end - self._first)
+            ],
+            self._after(self._kept_from - start) // self.samples_per_frame,
             None if last else self._after(self._kept) // self.samples_per_frame,
         )
 

@@ -83,9 +83,9 @@ class FeaturesConfig:
     """Hz; recordings of another rate are resampled."""
     n_mels: int = 80
     """Mel bins per frame of 10 ms."""
-    normalization: Literal["utterance", "level"] = "utterance"
-    """Each bin by its mean and deviation, or decibels below the loudest, which suits short
-    recordings of one microphone."""
+    normalization: Literal["speech", "utterance", "level"] = "speech"
+    """Each bin by its mean and deviation in frames with speech, or in all frames, silence included;
+    or decibels below the loudest, which suits short recordings of one microphone."""
 
 
 @dataclass
@@ -287,13 +287,17 @@ class Config:
     @classmethod
     def from_dict(cls, values: dict) -> "Config":
         """The settings from what :meth:`to_dict` gave. Missing ones, as in files of earlier
-        versions, get their defaults.
+        versions, get their defaults; a missing features.normalization is "utterance", which was
+        the only one.
 
         Raises:
             TypeError: a key is not a setting.
             ValueError: a setting cannot have its value.
         """
-        return from_plain(cls, values)
+        config = from_plain(cls, values)
+        if "normalization" not in values.get("features", {}):
+            config.features.normalization = "utterance"
+        return config
 
     def to_yaml(self) -> str:
         """The settings as text that ``--config`` reads."""

@@ -15,7 +15,7 @@ import torch
 from fastguard import clamped_attention
 from fastguard.ops import attention as attention_ops
 from fastguard.speech.cli import export
-from fastguard.speech.data.features import LogMel, load_audio
+from fastguard.speech.data.features import NORMALIZATIONS, LogMel, load_audio
 from fastguard.speech.data.tokenizer import CharTokenizer
 from fastguard.speech.models import build_model
 from fastguard.speech.recognition.decoding import greedy_decode
@@ -181,9 +181,12 @@ def features_of(samples, spec):
     floor = max(energies.max() / spec["dynamic_range"], spec["silence"])
     if spec["normalization"] == "level":
         return np.log10(np.maximum(energies, floor) / (floor * spec["dynamic_range"])) / 2 + 2
-    x = np.log(np.maximum(energies, floor))
-    x = x - x.mean(0)
-    return x / np.maximum(np.sqrt((x**2).mean(0)), spec["min_deviation"])
+    x = spoken = np.log(np.maximum(energies, floor))
+    if spec["normalization"] == "speech":
+        frames = energies.sum(1)
+        spoken = x[frames >= frames.max() / spec["speech_range"]]
+    x = (x - spoken.mean(0)) / np.maximum(spoken.std(0), spec["min_deviation"])
+    return np.maximum(x, spec["least"]) if spec["normalization"] == "speech" else x
 
 
 def test_the_json_is_enough_to_make_the_features_and_read_the_output(exported):
@@ -201,9 +204,11 @@ def test_the_json_is_enough_to_make_the_features_and_read_the_output(exported):
     assert np.abs(ours - recognizer.log_mel(samples).numpy()).max() < 1e-3
 
 
-def test_the_recipe_of_levels_is_enough_too():
-    log_mel = LogMel(normalization="level")
+@pytest.mark.parametrize("normalization", NORMALIZATIONS)
+def test_the_recipe_of_each_normalization_is_enough_too(normalization):
+    log_mel = LogMel(normalization=normalization)
     samples = torch.randn(16_000, generator=torch.Generator().manual_seed(0)) * 0.1
+    samples[:4000] *= 1e-4
     ours = features_of(samples.numpy(), export.describe_features(log_mel))
     assert np.abs(ours - log_mel(samples).numpy()).max() < 1e-3
 

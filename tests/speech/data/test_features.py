@@ -15,6 +15,7 @@ from tests.speech.conftest import tones
 
 RATE = 16_000
 LOG_MEL = LogMel()
+UTTERANCE = LogMel(normalization="utterance")
 LEVEL = LogMel(normalization="level")
 TONE = 15  # the bin of 440 Hz
 
@@ -98,14 +99,40 @@ def test_hop_and_bins_are_parameters():
 
 
 def test_every_bin_has_mean_0_and_variance_1():
-    features = LOG_MEL(waveform(2.0))
+    features = UTTERANCE(waveform(2.0))
     assert features.mean(dim=0).abs().max() < 1e-4
     deviation = features.std(dim=0, unbiased=False)
     assert deviation.max() < 1.001
     assert deviation[TONE] > 0.999
 
 
-@pytest.mark.parametrize("log_mel", [LOG_MEL, LEVEL])
+def test_speech_has_mean_0_and_variance_1_in_its_own_frames():
+    samples = waveform(2.0)
+    energies = LOG_MEL.mel(samples).T.sum(dim=1)
+    spoken = LOG_MEL(samples)[10 * energies.log10() > 10 * energies.max().log10() - 30]
+    assert len(spoken) < LOG_MEL.num_frames(len(samples))
+    assert spoken[:, TONE].mean().abs() < 1e-4
+    assert spoken[:, TONE].std(unbiased=False) == pytest.approx(1.0, abs=1e-3)
+
+
+@pytest.mark.parametrize("log_mel, same", [(LOG_MEL, True), (LEVEL, True), (UTTERANCE, False)])
+@pytest.mark.parametrize("noise", [0.0, 1e-5])
+def test_silence_around_speech_changes_nothing(log_mel, same, noise):
+    """Half a minute on both sides: features of the frames that do not touch it are the same."""
+    speech, silence = waveform(2.0), noise * torch.randn(30 * RATE)
+    alone = log_mel(speech)
+    found = log_mel(torch.cat([silence, speech, silence]))[3000 : 3000 + len(alone)]
+    difference = (found - alone)[2:-2].abs().max()
+    assert difference < 1e-3 if same else difference > 0.5
+    assert log_mel(torch.cat([silence, speech, silence])).isfinite().all()
+
+
+def test_silence_lies_two_to_three_deviations_below_speech():
+    features = LOG_MEL(torch.cat([torch.zeros(RATE), waveform(2.0)]))
+    assert features.min() == LogMel.LEAST == -3.0
+
+
+@pytest.mark.parametrize("log_mel", [LOG_MEL, UTTERANCE, LEVEL])
 @pytest.mark.parametrize("gain", [1e-4, 0.1, 30.0])
 def test_loudness_does_not_matter(log_mel, gain):
     samples = waveform()
@@ -141,7 +168,7 @@ def test_the_spectrum_of_a_steady_sound_stays_where_levels_are_kept():
 
 
 def test_an_unknown_normalization_is_refused():
-    with pytest.raises(ValueError, match="'peak': give 'utterance' or 'level'"):
+    with pytest.raises(ValueError, match="'peak': give one of speech, utterance, level"):
         LogMel(normalization="peak")
 
 

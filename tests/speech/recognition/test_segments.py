@@ -18,10 +18,14 @@ def write(path, seconds, rate, channels=1):
     return path
 
 
-def segments_of(path, **options):
+def segments_of(path, block=10_000, **options):
     with open_recording(path) as file:
-        segments = Segments(file, 16_000, HOP, **options)
-        return list(segments), segments.seconds_read
+        segments = Segments(file.samplerate, 16_000, HOP, **options)
+        found = []
+        while len(samples := file.read(block)):
+            found += segments.push(torch.from_numpy(samples))
+        last = segments.rest()
+        return [*found, *([] if last is None else [last])], segments.seconds_read
 
 
 @pytest.mark.parametrize(
@@ -48,6 +52,18 @@ def test_segments_go_on_where_the_last_ended_and_hold_the_resampled_recording(
     assert begin + len(segments[-1].samples) == len(whole)
     assert [segment.keep is None for segment in segments] == [False] * (len(segments) - 1) + [True]
     assert seconds == pytest.approx(9.73, abs=1e-3)
+
+
+def test_blocks_of_any_size_make_the_same_segments(tmp_path):
+    path = write(tmp_path / "a.wav", 5.0, 11_025)
+    options = {"seconds": 1.0, "context_seconds": 0.1}
+    expected, _ = segments_of(path, **options)
+    assert len(expected) > 5
+    for block in (441, 1_000_000):
+        found, _ = segments_of(path, block, **options)
+        for ours, theirs in zip(found, expected, strict=True):
+            assert (ours.skip, ours.keep) == (theirs.skip, theirs.keep)
+            assert torch.equal(ours.samples, theirs.samples)
 
 
 def test_what_fits_is_one_segment(tmp_path):
