@@ -118,12 +118,15 @@ inline void check_attention_masks(
       ")");
   STD_TORCH_CHECK(
       !attn_mask.has_value() ||
-          ((attn_mask->scalar_type() == ScalarType::Bool || attn_mask->scalar_type() == added) &&
+          ((attn_mask->scalar_type() == ScalarType::Bool || attn_mask->scalar_type() == added ||
+            attn_mask->scalar_type() == dtype) &&
            attn_mask->dim() == 4 && attn_mask->size(0) == sizes.batch &&
            attn_mask->size(1) == sizes.heads && attn_mask->size(2) == sizes.queries &&
            attn_mask->size(3) == sizes.keys),
       op,
       ": attn_mask must be bool or of dtype number ",
+      static_cast<int>(dtype),
+      " or ",
       static_cast<int>(added),
       " and of shape (",
       sizes.batch,

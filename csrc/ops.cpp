@@ -61,7 +61,8 @@ STABLE_TORCH_LIBRARY(fastguard, m) {
 
   // clamp(dropout(softmax(softcap(scale q k^T) + attn_mask)) v). query (B, H, T, D), key (B, G, S,
   // D), value (B, G, S, Dv), key_padding_mask bool (B, S), True: left out; attn_mask (B, H, T, S)
-  // of any strides, bool, True: takes part, or float32 (float64 for a float64 query), added; seed
+  // of any strides, bool, True: takes part, or of the query's dtype or float32 (float64 for a
+  // float64 query), added; seed
   // i64 (2,) where dropout_p > 0; softcap 0: none; clamp inf: none
   // -> output (B, H, T, Dv), logsumexp f32 (B, H, T) (f64 for f64; inf where a row has no key),
   // stats of its dtype (2, B, H, T): largest logit, entropy in nats; (0,) unless return_stats;

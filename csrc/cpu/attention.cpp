@@ -59,9 +59,13 @@ AttentionMask mask_of(const std::optional<Tensor>& mask) {
   if (!mask.has_value()) {
     return {};
   }
+  const ScalarType type = mask->scalar_type();
+  const bool wide = type == ScalarType::Float || type == ScalarType::Double;
   return {
       mask->const_data_ptr(),
-      mask->scalar_type() != ScalarType::Bool,
+      type == ScalarType::Bool ? MaskKind::shown
+          : wide               ? MaskKind::wide
+                               : MaskKind::narrow,
       mask->stride(0),
       mask->stride(1),
       mask->stride(2),

@@ -305,7 +305,7 @@ class AttentionBackward {
     const uint64_t bits = keys_of_row(p_, panel, at);
     const bool plain = is_plain(p_), capped = p_.softcap != 0.0;
     if (!plain) {
-      finish_logits<T>(p_, panel, at, x, slope_);
+      finish_logits<Type, T>(p_, panel, at, x, slope_);
     }
     const V scale = V::all(plain ? static_cast<T>(p_.scale) : T{1});
     const V origin = V::all(-logsumexp_[r]), delta = V::all(delta_[r]), zero = V::all(0);

@@ -147,7 +147,7 @@ class AttentionForward {
       bits[i] = keys_of_row(p_, list[i], at);
       T* const panel = x + i * panel_keys;
       if (!is_plain(p_)) {
-        finish_logits<T>(p_, list[i], at, panel, nullptr);
+        finish_logits<Type, T>(p_, list[i], at, panel, nullptr);
       }
       for (int64_t j = 0; j < list[i].columns; j += V::lanes) {
         const V logit = V::load(panel + j) * scale;

@@ -15,9 +15,11 @@ struct Heads {
   int64_t batch = 0, head = 0, row = 0;
 };
 
+enum class MaskKind { none, shown, wide, narrow };  // bool; added, as wide as sums or as operands
+
 struct AttentionMask {
-  const void* data = nullptr;  // none
-  bool additive = false;
+  const void* data = nullptr;
+  MaskKind kind = MaskKind::none;
   int64_t batch = 0, head = 0, row = 0, column = 0;
 };
 

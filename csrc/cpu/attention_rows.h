@@ -6,6 +6,8 @@
 #include "matrix.h"
 #include "philox.h"
 
+#include <bit>
+
 namespace fastguard {
 namespace {
 
@@ -121,26 +123,69 @@ inline bool seen(const AttentionProblem& p, const Panel& panel, int64_t last_row
   return !p.is_causal || panel.first <= last_row;
 }
 
+// What a mask has for the keys of a panel, the first of them.
+template <class Element>
+inline const Element* mask_at(const AttentionProblem& p, const Panel& panel, const Place& at) {
+  return static_cast<const Element*>(p.mask.data) + at.b * p.mask.batch + at.h * p.mask.head +
+      at.row * p.mask.row + panel.first * p.mask.column;
+}
+
+// A bit for each of 64 bytes: whether it is 0.
+inline uint64_t zero_bytes(const uint8_t (&bytes)[64]) {
+  static_assert(std::endian::native == std::endian::little);
+  constexpr uint64_t low = 0x7f7f7f7f7f7f7f7f;
+  uint64_t bits = 0;
+  for (int i = 0; i < 8; ++i) {
+    uint64_t word;
+    std::memcpy(&word, bytes + 8 * i, 8);
+    // The highest bit of each byte that is 0, and then those eight bits side by side.
+    const uint64_t zero = ~(((word & low) + low) | word | low);
+    bits |= ((zero >> 7) * 0x0102040810204080 >> 56) << (8 * i);
+  }
+  return bits;
+}
+
 // Which keys of a panel a row sees.
 inline uint64_t keys_of_row(const AttentionProblem& p, const Panel& panel, const Place& at) {
   uint64_t bits = panel.keep;
   if (p.is_causal) {
     bits &= first_bits(std::max<int64_t>(0, at.row - panel.first + 1));
   }
-  if (p.mask.data != nullptr && !p.mask.additive) {
-    const auto* mask = static_cast<const uint8_t*>(p.mask.data) + at.b * p.mask.batch +
-        at.h * p.mask.head + at.row * p.mask.row + panel.first * p.mask.column;
-    uint64_t allowed = 0;
-    for (int64_t j = 0; j < std::min(panel_keys, p.keys - panel.first); ++j) {
-      allowed |= uint64_t{mask[j * p.mask.column] != 0} << j;
+  if (p.mask.kind == MaskKind::shown) {
+    const auto* mask = mask_at<uint8_t>(p, panel, at);
+    const int64_t n = std::min(panel_keys, p.keys - panel.first);
+    uint8_t bytes[panel_keys] = {};
+    if (p.mask.column == 1) {
+      std::memcpy(bytes, mask, n);
+    } else {
+      for (int64_t j = 0; j < n; ++j) {
+        bytes[j] = mask[j * p.mask.column];
+      }
     }
-    bits &= allowed;
+    bits &= ~zero_bytes(bytes);
   }
   return bits;
 }
 
 inline bool is_additive(const AttentionProblem& p) {
-  return p.mask.data != nullptr && p.mask.additive;
+  return p.mask.kind == MaskKind::wide || p.mask.kind == MaskKind::narrow;
+}
+
+// What is added to the logits of a row and a panel's keys, widened.
+template <class Type, class T>
+inline void read_added(
+    const AttentionProblem& p, const Panel& panel, const Place& at, T (&added)[panel_keys]) {
+  const auto* mask = mask_at<typename Type::storage>(p, panel, at);
+  const int64_t n = std::min(panel_keys, p.keys - panel.first);
+  int64_t j = 0;
+  if (p.mask.column == 1) {
+    for (; j + Vec<T>::lanes <= n; j += Vec<T>::lanes) {
+      load_as<T, Type>(mask + j).store(added + j);
+    }
+  }
+  for (; j < n; ++j) {
+    added[j] = static_cast<T>(Type::widen(mask[j * p.mask.column]));
+  }
 }
 
 // Whether the logits are the products times the scale, and no more.
@@ -148,17 +193,15 @@ inline bool is_plain(const AttentionProblem& p) { return p.softcap == 0.0 && !is
 
 // Products of a row with the keys of a panel become logits where they are more than plain. `slope`,
 // if not null, gets the derivative of the softcap.
-template <class T>
+template <class Type, class T>
 inline void finish_logits(
     const AttentionProblem& p, const Panel& panel, const Place& at, T* x, T* slope) {
   using V = Vec<T>;
   alignas(64) T added[panel_keys] = {};
-  if (is_additive(p)) {
-    const T* mask = static_cast<const T*>(p.mask.data) + at.b * p.mask.batch + at.h * p.mask.head +
-        at.row * p.mask.row + panel.first * p.mask.column;
-    for (int64_t j = 0; j < std::min(panel_keys, p.keys - panel.first); ++j) {
-      added[j] = mask[j * p.mask.column];
-    }
+  if (p.mask.kind == MaskKind::wide) {
+    read_added<Wide<T>>(p, panel, at, added);
+  } else if (p.mask.kind == MaskKind::narrow) {
+    read_added<Type>(p, panel, at, added);
   }
   const bool capped = p.softcap != 0.0;
   const V scale = V::all(static_cast<T>(capped ? p.scale / p.softcap : p.scale));

@@ -92,10 +92,17 @@ AttentionMasks masks_of(const Masks& given, bool is_causal) {
   }
   if (given.attn_mask.has_value()) {
     const Tensor& mask = *given.attn_mask;
-    const bool is_added = mask.scalar_type() == ScalarType::Float;
     const void* data = mask.const_data_ptr();
-    masks.shown = is_added ? nullptr : static_cast<const uint8_t*>(data);
-    masks.added = is_added ? static_cast<const float*>(data) : nullptr;
+    switch (mask.scalar_type()) {
+      case ScalarType::Bool:
+        masks.shown = static_cast<const uint8_t*>(data);
+        break;
+      case ScalarType::Float:
+        masks.added = static_cast<const float*>(data);
+        break;
+      default:  // the query's, as check_attention found
+        masks.narrow = data;
+    }
     masks.batch = mask.stride(0);
     masks.head = mask.stride(1);
     masks.query = mask.stride(2);

@@ -42,8 +42,13 @@ struct AttentionMasks {
   int64_t padding_batch, padding_key;
   const uint8_t* shown;  // (B, H, T, S), 0: hidden
   const float* added;  // (B, H, T, S) with the same strides
+  const void* narrow;  // the same of the operands' type, where that has 16 bits
   int64_t batch, head, query, key;
   bool is_causal;
+
+  __device__ bool of_each_logit() const {
+    return shown != nullptr || added != nullptr || narrow != nullptr;
+  }
 };
 
 struct Attention {
@@ -152,7 +157,7 @@ __device__ void scale_logits(float (&s)[strips][n][4], const Attention& a, Slope
 
 // --- masks --------------------------------------------------------------------------------------
 
-template <bool keys_are_rows, int strips, int n>
+template <bool keys_are_rows, class T, int strips, int n>
 __device__ void add_mask(float (&s)[strips][n][4], const Attention& a, const Place& at) {
   const AttentionMasks& masks = a.masks;
   const int64_t first = at.batch * masks.batch + at.head * masks.head;
@@ -166,6 +171,8 @@ __device__ void add_mask(float (&s)[strips][n][4], const Attention& a, const Pla
       float& logit = s[m][i][j];
       if (masks.added != nullptr) {
         logit = fmaf(load(masks.added + place), log2_e, logit);
+      } else if (sizeof(T) == 2 && masks.narrow != nullptr) {
+        logit = fmaf(to_float(load(static_cast<const T*>(masks.narrow) + place)), log2_e, logit);
       } else {
         logit = load(masks.shown + place) != 0 ? logit : -INFINITY;
       }
@@ -174,12 +181,12 @@ __device__ void add_mask(float (&s)[strips][n][4], const Attention& a, const Pla
 }
 
 // `visible`: one bit per key of the tile. A tile without a hidden element needs only this check.
-template <bool keys_are_rows, int strips, int n>
+template <bool keys_are_rows, class T, int strips, int n>
 __device__ void mask_logits(
     float (&s)[strips][n][4], const Attention& a, const Place& at, uint64_t visible) {
   constexpr int keys = keys_are_rows ? strips * strip_rows : n * 8;
-  if (a.masks.added != nullptr || a.masks.shown != nullptr) {
-    add_mask<keys_are_rows>(s, a, at);
+  if (a.masks.of_each_logit()) {
+    add_mask<keys_are_rows, T>(s, a, at);
   }
   const int group = threadIdx.x % 32 / 4, in_group = threadIdx.x % 4;
   const int first_row = group, first_column = 2 * in_group;

@@ -184,7 +184,7 @@ __device__ void weigh(
   }
   for_each(dp, [&](int, int i, int j) { dp[0][i][j] -= terms(i, j).delta; });
   scale_logits<T>(s, a, [&](int, int i, int j, float slope) { dp[0][i][j] *= slope; });
-  mask_logits<keys_are_rows>(s, a, at, visible);
+  mask_logits<keys_are_rows, T>(s, a, at, visible);
   for_each(s, [&](int, int i, int j) {
     float& x = s[0][i][j];
     const float weight = exp2_approx(x - terms(i, j).logsumexp);

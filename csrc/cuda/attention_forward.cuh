@@ -212,7 +212,7 @@ __global__ void __launch_bounds__(attention_threads, D <= 64 ? 3 : 2)
     multiply_rows(s, query, row, key);
     const Place at{batch, head, top + row, tile.first};
     scale_logits<T>(s, a, [](int, int, int, float) {});
-    mask_logits<false>(s, a, at, tile.visible);
+    mask_logits<false, T>(s, a, at, tile.visible);
     softmax.add(s, o, f.stats != nullptr);
     if (a.seed != nullptr) {
       drop(s, a, at);

@@ -59,8 +59,10 @@ def clamped_attention(
             convention, the opposite of `attn_mask`'s. It alone keeps NaN and Inf in keys and values
             out: what `attn_mask` or `is_causal` hide still meets weights of zero.
         attn_mask: broadcastable to (B, H, T, S); bool, True where the key takes part, or floating
-            point, added to the logits (SDPA's convention); or torch's `CausalBias`. One that
-            requires a gradient takes the slow way, in plain torch, with tensors of T x S.
+            point, added to the logits (SDPA's convention); or torch's `CausalBias`. It is read as
+            it is if it is of the query's dtype or float32, and copied to float32 (for a float64
+            query float64) if not. One that requires a gradient takes the slow way, in plain torch,
+            with tensors of T x S.
         is_causal: row i sees keys 0 to i; may be combined with the masks.
         dropout_p: probability, in [0, 1), of dropping a weight; rounded to a multiple of 2^-16. The
             same for forward and backward, CPU and CUDA, given the state of torch's generator.
@@ -284,13 +286,14 @@ def _check_device(name: str, mask: Tensor, query: Tensor) -> None:
 
 
 def _expanded(mask: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """`attn_mask` as the operator takes it: four dimensions, and wide enough to be added."""
+    """`attn_mask` as the operator takes it: four dimensions, and a dtype that it adds."""
     if mask.dtype != torch.bool and not mask.is_floating_point():
         raise ValueError(
             f"attn_mask must be bool (True: takes part) or floating point (added), got {mask.dtype}"
         )
-    if mask.dtype != torch.bool:
-        mask = mask.to(torch.float64 if dtype == torch.float64 else torch.float32)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    if mask.dtype not in (torch.bool, dtype, wide):
+        mask = mask.to(wide)
     try:
         return mask.expand(shape)
     except RuntimeError:

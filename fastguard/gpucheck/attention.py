@@ -44,7 +44,7 @@ SHAPES = (
 
 class Options(NamedTuple):
     padded: bool = False
-    mask: str = "none"  # or bool, float
+    mask: str = "none"  # or bool, float, same: of the dtype of the operands
     is_causal: bool = False
     dropout_p: float = 0.0
     softcap: float = 0.0
@@ -57,6 +57,7 @@ OPTIONS = (
     Options(is_causal=True, softcap=2.0, dropout_p=0.5),
     Options(mask="bool", padded=True, clamp=0.05),
     Options(mask="float", is_causal=True, softcap=30.0),
+    Options(mask="same", padded=True),
 )
 
 
@@ -107,8 +108,10 @@ def drawn(dtype, shape, options, device):
         key, value = (x.masked_fill(padding[:, None, :, None], math.nan) for x in (key, value))
     if options.mask != "none":
         attn_mask = torch.rand(shape.rows, shape.keys, generator=generator) < 0.8
-        if options.mask == "float":
+        if options.mask != "bool":
             attn_mask = torch.zeros(attn_mask.shape).masked_fill(~attn_mask, -math.inf)
+        if options.mask == "same":
+            attn_mask = attn_mask.to(dtype)
     inputs = [x.to(device).requires_grad_() for x in (query, key, value)]
     masks = {"key_padding_mask": padding, "attn_mask": attn_mask}
     on_device = {name: None if m is None else m.to(device) for name, m in masks.items()}

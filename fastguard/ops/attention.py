@@ -67,8 +67,8 @@ def attention(
         key: (B, G, S, D) and value: (B, G, S, Dv), dtype and device of the query; H a multiple of
             G (each key's head serves H / G of the query's).
         key_padding_mask: bool (B, S), True where a key is left out.
-        attn_mask: (B, H, T, S), any strides; bool, True where a key takes part, or float32
-            (float64 for a float64 query), added to the logits.
+        attn_mask: (B, H, T, S), any strides; bool, True where a key takes part, or added to the
+            logits: of the query's dtype or float32 (float64 for a float64 query).
         seed: int64 (2,), of the dropout's generator, see :func:`dropout_keep_ref`.
         is_causal: row i sees keys 0 to i only.
         softcap: c > 0 replaces the logits by ``c * tanh(logits / c)``; 0 does not.
@@ -311,7 +311,7 @@ def _check(query, key, value, padding, attn_mask, seed, dropout_p, scale, softca
             "attention: query, key and value must have one dtype of float32, float64, bfloat16 and "
             f"float16; got {query.dtype}, {key.dtype} and {value.dtype}"
         )
-    added = {torch.float32, torch.promote_types(query.dtype, torch.float32)}
+    added = {query.dtype: None, torch.promote_types(query.dtype, torch.float32): None}
     for name, mask, shape, dtypes in (
         ("key_padding_mask", padding, (b, s), (torch.bool,)),
         ("attn_mask", attn_mask, (b, h, t, s), (torch.bool, *added)),

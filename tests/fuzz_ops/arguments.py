@@ -182,7 +182,7 @@ class Draw:
             padding = self.tensor((b, s), torch.bool)
         if self.chance(0.4):
             added = F64 if dtype == F64 else torch.float32
-            attn_mask = self.tensor((b, h, t, s), self.pick([torch.bool, added]), expand=0.3)
+            attn_mask = self.tensor((b, h, t, s), self.pick([torch.bool, added, dtype]), expand=0.3)
         p = self.pick([0.0, 0.0, 0.3, self.number(0.5)])
         if p or self.chance(0.2):
             seed = self.vector([self.pick(INTEGERS), self.pick(INTEGERS)], I64)

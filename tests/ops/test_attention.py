@@ -22,12 +22,15 @@ def laid_out(tensor, layout):
     return tensor
 
 
-def masks_of(draw, sizes, generator):
+def masks_of(draw, sizes, generator, dtype):
     """A key_padding_mask and an attn_mask, either of which may be None."""
     batch, heads, rows, keys = sizes
     padding, kind = (
         draw(st.sampled_from(names))
-        for names in (["none", "lengths", "random"], ["none", "bool", "float", "transposed"])
+        for names in (
+            ["none", "lengths", "random"],
+            ["none", "bool", "float", "same dtype", "same dtype, columns apart", "transposed"],
+        )
     )
     key_padding_mask = attn_mask = None
     if padding == "lengths":
@@ -38,8 +41,10 @@ def masks_of(draw, sizes, generator):
     if kind != "none":
         shape = draw(st.sampled_from([(rows, keys), (batch, 1, rows, keys), (1, heads, 1, keys)]))
         attn_mask = torch.rand(shape, generator=generator) < 0.8
-        if kind == "float":
+        if kind not in ("bool", "transposed"):
             attn_mask = torch.randn(shape, generator=generator).where(attn_mask, -math.inf)
+        if kind.startswith("same dtype"):
+            attn_mask = laid_out(attn_mask.to(dtype), kind.removeprefix("same dtype, "))
         if kind == "transposed":
             attn_mask = attn_mask.transpose(-1, -2).contiguous().transpose(-1, -2)
         attn_mask = attn_mask.expand(sizes)
@@ -66,7 +71,8 @@ def problems(draw, dtype):
     query = tensor(batch, heads, rows, width)
     key, value = (tensor(batch, kv_heads, keys, each) for each in (width, value_width))
     grad = tensor(batch, heads, rows, value_width)
-    key_padding_mask, attn_mask = masks_of(draw, (batch, heads, rows, keys), generator)
+    sizes = (batch, heads, rows, keys)
+    key_padding_mask, attn_mask = masks_of(draw, sizes, generator, dtype)
     if attn_mask is not None and attn_mask.is_floating_point() and dtype == torch.float64:
         attn_mask = attn_mask.double()
     options = (
@@ -87,6 +93,8 @@ def expected(problem, output):
     query, key, value, grad, options = problem
     *rest, clamp = options
     inputs = [x.double().requires_grad_() for x in (query, key, value)]
+    if rest[1] is not None and rest[1].is_floating_point():
+        rest[1] = rest[1].double()
     free = attention_ops.attention_ref(*inputs, *rest, math.inf, True)
     passed = grad.double() if clamp == math.inf else grad.double().where(output.abs() < clamp, 0.0)
     grads = torch.autograd.grad(free.output, inputs, passed)

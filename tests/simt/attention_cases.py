@@ -61,7 +61,9 @@ def inputs(
         "shown": uniform(*shape) < 0.7,
         "of all heads": (uniform(1, 1, queries, keys) < 0.6).expand(shape),
         "added": uniform(*shape).log() * 3,
+        "added, operands' dtype": (uniform(*shape).log() * 3).to(dtype),
         "of keys": (uniform(batch, 1, 1, keys) * 4).expand(shape),
+        "of keys, operands' dtype": (uniform(batch, 1, 1, keys) * 4).to(dtype).expand(shape),
         # Some rows see nothing of the first tiles, which other rows see, and some see nothing.
         "from the query on": torch.ones(shape, dtype=torch.bool).triu(),
         "from the query on, added": torch.full(shape, -INF).tril(-1),

@@ -27,6 +27,8 @@ pytestmark = pytest.mark.usefixtures("attention_compiler")
 
 MASKS = ["shown", "of all heads", "added", "of keys"]
 
+MASKS += ["added, operands' dtype", "of keys, operands' dtype"]
+
 MASKS += ["from the query on", "from the query on, added"]
 
 

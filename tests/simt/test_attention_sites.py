@@ -21,7 +21,7 @@ CASES = {
     },
     "float16, 128 columns, causal": {
         **{"dtype": F16, "head_dim": 128, "value_dim": 120, "queries": 130, "keys": 130},
-        **{"is_causal": True, "mask": "added", "softcap": 2.0},
+        **{"is_causal": True, "mask": "added, operands' dtype", "softcap": 2.0},
     },
     "float32, 64 columns": {
         **{"dtype": F32, "head_dim": 60, "value_dim": 64, "dropout_p": 0.2, "padding": "some"},

@@ -95,13 +95,13 @@ def empty_heads(like, heads, rows, columns):
 
 
 def of_masks(padding, mask, seed, is_causal, dropout_p):
-    added = mask is not None and mask.dtype != torch.bool
-    return {
-        "padding": padding,
-        "shown": None if added else mask,
-        "added": mask if added else None,
-        "seed": seed if dropout_p > 0 else None,
-    }
+    given = {"padding": padding, "shown": None, "added": None, "narrow": None}
+    return given | {kind_of(mask): mask, "seed": seed if dropout_p > 0 else None}
+
+
+def kind_of(mask):
+    kinds = {torch.bool: "shown", torch.float32: "added"}
+    return "shown" if mask is None else kinds.get(mask.dtype, "narrow")
 
 
 def strided(x):
@@ -127,5 +127,5 @@ def numbers(query, key, value, padding, mask, seed, is_causal, dropout_p, scale,
         "clamp": clamp,
         "dropout_p": dropout_p,
         "is_causal": is_causal,
-        "mask_is_added": mask is not None and mask.dtype != torch.bool,
+        "mask_kind": kind_of(mask),
     }

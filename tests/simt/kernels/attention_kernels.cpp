@@ -46,7 +46,7 @@ class Arguments {
   }
 
   Attention attention() const {
-    const auto by = strides(number<bool>("mask_is_added") ? "added" : "shown");
+    const auto by = strides(given_["mask_kind"].cast<std::string>().c_str());
     const auto padding = strides("padding");
     return {
         number<int>("heads"),
@@ -65,6 +65,7 @@ class Arguments {
          padding[1],
          pointer<const uint8_t>("shown"),
          pointer<const float>("added"),
+         pointer<const uint16_t>("narrow"),
          by[0],
          by[1],
          by[2],

@@ -71,7 +71,8 @@ def test_attention_on_every_layout(dtype, width, layout):
 
 def test_attention_with_masks_of_other_strides():
     tensors = [heads(2, 2, 30, 32, dtype=torch.bfloat16, seed=seed) for seed in range(3)]
-    for mask in (torch.rand(30, 30) < 0.8, torch.randn(2, 1, 30, 30).transpose(2, 3)):
+    added = torch.randn(2, 1, 30, 30).transpose(2, 3)
+    for mask in (torch.rand(30, 30) < 0.8, added, added.bfloat16()):
         assert_attention(*tensors, mask=mask.expand(2, 2, 30, 30))
 
 
