@@ -6,8 +6,6 @@
 #include "matrix.h"
 #include "philox.h"
 
-#include <bit>
-
 namespace fastguard {
 namespace {
 
@@ -123,24 +121,45 @@ inline bool seen(const AttentionProblem& p, const Panel& panel, int64_t last_row
   return !p.is_causal || panel.first <= last_row;
 }
 
-// What a mask has for the keys of a panel, the first of them.
+// Address of the mask's element for a row and the first key of a panel.
 template <class Element>
 inline const Element* mask_at(const AttentionProblem& p, const Panel& panel, const Place& at) {
   return static_cast<const Element*>(p.mask.data) + at.b * p.mask.batch + at.h * p.mask.head +
       at.row * p.mask.row + panel.first * p.mask.column;
 }
 
-// A bit for each of 64 bytes: whether it is 0.
-inline uint64_t zero_bytes(const uint8_t (&bytes)[64]) {
-  static_assert(std::endian::native == std::endian::little);
-  constexpr uint64_t low = 0x7f7f7f7f7f7f7f7f;
+// A bit for each of n bytes, 64 at most: whether it is not 0.
+inline uint64_t nonzero_bytes(const uint8_t* x, int64_t n) {
+#ifdef __AVX512BW__
+  const __m512i bytes = _mm512_maskz_loadu_epi8(first_bits(n), x);
+  return _mm512_test_epi8_mask(bytes, bytes);
+#else
   uint64_t bits = 0;
-  for (int i = 0; i < 8; ++i) {
-    uint64_t word;
-    std::memcpy(&word, bytes + 8 * i, 8);
-    // The highest bit of each byte that is 0, and then those eight bits side by side.
-    const uint64_t zero = ~(((word & low) + low) | word | low);
-    bits |= ((zero >> 7) * 0x0102040810204080 >> 56) << (8 * i);
+  int64_t i = 0;
+#ifdef __AVX2__
+  for (; i + 32 <= n; i += 32) {
+    const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + i));
+    const __m256i zero = _mm256_cmpeq_epi8(bytes, _mm256_setzero_si256());
+    bits |= uint64_t{~static_cast<uint32_t>(_mm256_movemask_epi8(zero))} << i;
+  }
+#endif
+  for (; i < n; ++i) {
+    bits |= uint64_t{x[i] != 0} << i;
+  }
+  return bits;
+#endif
+}
+
+// Which keys of a panel a bool mask shows to a row.
+inline uint64_t shown_keys(const AttentionProblem& p, const Panel& panel, const Place& at) {
+  const auto* mask = mask_at<uint8_t>(p, panel, at);
+  const int64_t n = std::min(panel_keys, p.keys - panel.first);
+  if (p.mask.column == 1) {
+    return nonzero_bytes(mask, n);
+  }
+  uint64_t bits = 0;
+  for (int64_t j = 0; j < n; ++j) {
+    bits |= uint64_t{mask[j * p.mask.column] != 0} << j;
   }
   return bits;
 }
@@ -152,17 +171,7 @@ inline uint64_t keys_of_row(const AttentionProblem& p, const Panel& panel, const
     bits &= first_bits(std::max<int64_t>(0, at.row - panel.first + 1));
   }
   if (p.mask.kind == MaskKind::shown) {
-    const auto* mask = mask_at<uint8_t>(p, panel, at);
-    const int64_t n = std::min(panel_keys, p.keys - panel.first);
-    uint8_t bytes[panel_keys] = {};
-    if (p.mask.column == 1) {
-      std::memcpy(bytes, mask, n);
-    } else {
-      for (int64_t j = 0; j < n; ++j) {
-        bytes[j] = mask[j * p.mask.column];
-      }
-    }
-    bits &= ~zero_bytes(bytes);
+    bits &= shown_keys(p, panel, at);
   }
   return bits;
 }
@@ -200,8 +209,11 @@ inline void finish_logits(
   alignas(64) T added[panel_keys] = {};
   if (p.mask.kind == MaskKind::wide) {
     read_added<Wide<T>>(p, panel, at, added);
-  } else if (p.mask.kind == MaskKind::narrow) {
-    read_added<Type>(p, panel, at, added);
+  }
+  if constexpr (!std::is_same_v<Type, Wide<T>>) {
+    if (p.mask.kind == MaskKind::narrow) {
+      read_added<Type>(p, panel, at, added);
+    }
   }
   const bool capped = p.softcap != 0.0;
   const V scale = V::all(static_cast<T>(capped ? p.scale / p.softcap : p.scale));
