@@ -133,15 +133,16 @@ def peak():
     return int(status.split("VmHWM:")[1].split()[0]) * 1024
 
 dtype = getattr(torch, sys.argv[1])
-mask = torch.zeros(4096, 4096, dtype=dtype)
+mask = torch.zeros(2048, 8192, dtype=dtype)
 
-def step(length):
-    inputs = [torch.ones(1, 2, length, 8, dtype=dtype, requires_grad=True) for _ in range(3)]
-    clamped_attention(*inputs, attn_mask=mask[:length, :length]).sum().backward()
+def step(*lengths):
+    query, key = (torch.ones(1, 1, n, 8, dtype=dtype, requires_grad=True) for n in lengths)
+    shown = mask[:lengths[0], :lengths[1]]
+    clamped_attention(query, key, key, attn_mask=shown).sum().backward()
 
-step(64)
+step(64, 64)
 before = peak()
-step(4096)
+step(*mask.shape)
 print(peak() - before)
 """
 
