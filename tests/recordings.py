@@ -44,20 +44,29 @@ def asterisk_or_skip():
         pytest.skip(f"asterisk packages are absent: {error}")
 
 
-def prompts_by_heart(folder: Path) -> Path:
-    """The folder of a run in which the baseline memorises eight real prompts, all in train."""
+#: Settings with which the baseline memorises a few recordings.
+MEMORISING = [
+    "--model", "baseline", "--stable", "--optim.lr", "1e-3", "--guard.max_norm", "5",
+    "--init.linear_std", "0.01", "--network.dropout", "0", "--augment.freq_masks", "0",
+    "--augment.time_masks", "0",
+]  # fmt: skip
+
+
+def eight_prompts(folder: Path) -> str:
+    """A corpus of eight real prompts, all in train."""
     corpus = asterisk_or_skip()
     prompts = [
         u for u in corpus.split("train") if 3 <= len(u.text.split()) <= 6 and u.duration < 2.5
     ]
     rows = [{"audio_filepath": str(u.audio), "text": u.text, "split": "train"} for u in prompts[:8]]
-    data = write_manifest(folder / "eight.jsonl", rows)
-    run_dir = folder / "run"
-    options = """--model baseline --stable --epochs 30 --batch-size 2 --optim.lr 1e-3
-        --guard.max_norm 5 --init.linear_std 0.01 --network.dropout 0
-        --augment.freq_masks 0 --augment.time_masks 0"""
-    assert main(["--data", data, "--run-dir", str(run_dir), *options.split()]) == 0
-    return run_dir
+    return write_manifest(folder / "eight.jsonl", rows)
+
+
+def prompts_by_heart(folder: Path) -> Path:
+    """The folder of a run in which the baseline memorises these prompts."""
+    options = [*MEMORISING, "--epochs", "30", "--batch-size", "2", "--data", eight_prompts(folder)]
+    assert main([*options, "--run-dir", str(folder / "run")]) == 0
+    return folder / "run"
 
 
 def without_xing(mp3: bytes) -> bytes:
