@@ -187,7 +187,7 @@ def test_an_encoder_that_is_frozen_at_first(whole, data, tmp_path):
     options = ["--init-from", str(source), "--freeze-encoder", "1", "--parallel", kind,
                "--optim.schedule", "constant", "--optim.warmup", "0"]  # fmt: skip
     finish(torchrun(tmp_path / "straight", data, *options))
-    for steps in ("1", "3", "4"):
+    for steps in ("1", "4"):
         finish(torchrun(tmp_path / "parts", data, *options, "--max-steps", steps))
         if steps == "1":
             state = checkpoint.load(tmp_path / "parts" / "last.pt")
