@@ -74,3 +74,10 @@ def without_xing(mp3: bytes) -> bytes:
     at = next(i for i in (mp3.find(b"Xing"), mp3.find(b"Info")) if i >= 0)
     start = mp3.rfind(b"\xff", 0, at)
     return mp3[start + mp3[start + 1 :].index(b"\xff" + mp3[start + 1 : start + 2]) + 1 :]
+
+
+def concatenated(prompts, path, times):
+    """The prompts one after the other, half a second of silence after each."""
+    parts = [soundfile.read(prompt)[0] for prompt, _ in times * prompts]
+    soundfile.write(path, np.concatenate([np.append(p, np.zeros(4_000)) for p in parts]), 8_000)
+    return sum(len(part) + 4_000 for part in parts) / 8_000

@@ -1,13 +1,12 @@
 """``python -m fastguard.transcribe``: recordings to text, or to JSON with times."""
 
 import argparse
-import json
 import os
 import shutil
 import sys
 import tempfile
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -20,10 +19,11 @@ from fastguard.speech.data.audio import open_recording
 from fastguard.speech.data.part import CHANNELS, Part
 from fastguard.speech.data.recording import AudioError, shown_path
 from fastguard.speech.recognition.recognizer import Recognizer
-from fastguard.speech.recognition.transcription import Transcript, TranscriptionError, transcribe
+from fastguard.speech.recognition.transcription import TranscriptionError, transcribe
 from fastguard.speech.storage.checkpoint import CheckpointError, best_of
 
 from . import recognition_options
+from .transcripts import ONE_EACH, SUFFIXES, Transcripts, shown_name
 
 _NAMED, _KINDS = 3, 8  # ignored files, and extensions of ignored files, that are named
 # Formats of recorders whose length or encoding is not known from the file.
@@ -60,16 +60,40 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "runs/)",
     )
     parser.add_argument(
+        "--format",
+        choices=SUFFIXES,
+        default="text",
+        help="text; json: one object per line with file, duration, text, and words with start and "
+        "end in seconds and confidence, the mean probability of the tokens of the word; srt, vtt: "
+        "subtitles; ctm: a line for each word with recording, channel, start, duration in seconds, "
+        "word and confidence (default: %(default)s)",
+    )
+    parser.add_argument(
         "--json",
-        action="store_true",
-        help="print one object per line: file, duration, text, and words with start and end in "
-        "seconds and confidence, the mean probability of the tokens of the word",
+        dest="format",
+        action="store_const",
+        const="json",
+        help="the same as --format json",
+    )
+    parser.add_argument(
+        "--output-dir",
+        type=Path,
+        metavar="DIR",
+        help="write a file for each recording, or for each channel, into this folder (default: "
+        "print; srt and vtt of several recordings need the folder)",
     )
     parser.add_argument(
         "--channel",
         choices=(*CHANNELS, "each"),
         help="mix: the mean of all channels, or the loudest of those that cancel; left, right: one "
         "of them; each: a line for each channel, with its number from 0 (default: as in training)",
+    )
+    parser.add_argument(
+        "--window",
+        type=_window,
+        default=20.0,
+        metavar="SECONDS",
+        help="what the model gets at once; 2 s at either end are context (default: %(default)g)",
     )
     parser.add_argument(
         "--no-vad",
@@ -105,6 +129,13 @@ def _transcribe(args: argparse.Namespace) -> int:
     return _transcribe_all(args, recognizer, decode)
 
 
+def _window(text: str) -> float:
+    """The option --window; under 5 s little is left beside the context of 4 s."""
+    if not 5 <= (seconds := float(text)) <= 600:
+        raise argparse.ArgumentTypeError(f"must be between 5 and 600 seconds, got {text}")
+    return seconds
+
+
 def _newest_run() -> Path:
     found = [path for name in ("best.pt", "last.pt") for path in Path("runs").glob(f"*/{name}")]
     if not found:
@@ -120,19 +151,43 @@ def _transcribe_all(args: argparse.Namespace, recognizer: Recognizer, decode) ->
     alone = len(files) == 1 and not args.files[0].is_dir()
     hidden = not sys.stderr.isatty() or alone
     chosen = args.channel or recognizer.config.channel
+    if args.format in ONE_EACH and args.output_dir is None and (not alone or chosen == "each"):
+        print(
+            f"error: {args.format} of several recordings needs files: add --output-dir DIR",
+            file=sys.stderr,
+        )
+        return 2
+    output = Transcripts(args.format, args.output_dir, alone)
     for file in tqdm(files, "transcribing", leave=False, disable=hidden, unit="file"):
         try:
             with _on_disk(file) as path:
                 for part in _parts(path, chosen):
-                    found = transcribe(recognizer, path, decode, part=part, vad=args.vad)
-                    channel = part.channel if chosen == "each" else None
-                    print(_line(file, found, args.json, alone, channel), flush=True)
+                    with _progress(shown=alone) as progress:
+                        found = transcribe(
+                            recognizer, path, decode, args.window, part, args.vad, progress
+                        )
+                    output.add(file, found, part.channel if chosen == "each" else None)
         except (AudioError, TranscriptionError) as error:
-            print(f"error: {_shown(file)}: {terminal.one_line(str(error))}", file=sys.stderr)
+            print(f"error: {shown_name(file)}: {terminal.one_line(str(error))}", file=sys.stderr)
             failed = True
     if not files:
         print("error: the arguments have no recordings", file=sys.stderr)
     return int(failed or not files)
+
+
+@contextmanager
+def _progress(shown: bool) -> Iterator[Callable[[float, float | None], None]]:
+    """A bar of the seconds of one recording, on a terminal."""
+    disable = not (shown and sys.stderr.isatty())
+    form = "{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f} s [{elapsed}<{remaining}]"
+    with tqdm(desc="transcribing", leave=False, disable=disable, unit="s") as bar:
+
+        def progress(done: float, total: float | None) -> None:
+            if total is not None and bar.total is None and not disable:
+                bar.total, bar.bar_format = total, form
+            bar.update(done - bar.n)
+
+        yield progress
 
 
 @contextmanager
@@ -201,7 +256,7 @@ def passed_over_lines(files: list[Path]) -> Iterator[str]:
             yield f"{ignored} cannot be read: convert them, ffmpeg -i FILE{suffix} FILE.wav"
     if others:
         counts = ", ".join(
-            f"{len(found)} {_shown(Path(suffix)) if suffix else 'without an extension'}"
+            f"{len(found)} {shown_name(Path(suffix)) if suffix else 'without an extension'}"
             for suffix, found in others[:_KINDS]
         )
         more = ", ..." if len(others) > _KINDS else ""
@@ -213,30 +268,5 @@ def passed_over_lines(files: list[Path]) -> Iterator[str]:
 
 
 def _first_names(files: list[Path]) -> str:
-    names = ", ".join(_shown(file) for file in files[:_NAMED])
+    names = ", ".join(shown_name(file) for file in files[:_NAMED])
     return names + (", ..." if len(files) > _NAMED else "")
-
-
-def _line(
-    file: Path, found: Transcript, as_json: bool, alone: bool, channel: int | None = None
-) -> str:
-    if not as_json:
-        fields = [] if alone else [_shown(file)]
-        fields += [] if channel is None else [str(channel)]
-        return "\t".join([*fields, found.text])
-    words = [
-        {key: round(value, 3) if key != "word" else value for key, value in vars(word).items()}
-        for word in found.words
-    ]
-    values: dict[str, object] = {"file": str(file)}
-    if channel is not None:
-        values["channel"] = channel
-    values |= {"duration": found.duration, "text": found.text, "words": words}
-    # Bytes of a file name that are not UTF-8 become \udcXX, as in Python.
-    return json.dumps(values, ensure_ascii=False).encode("utf-8", "backslashreplace").decode()
-
-
-def _shown(file: Path) -> str:
-    """The name, for a field of a line: a tab or a newline in it is escaped."""
-    name = str(file)
-    return name if name.isprintable() else ascii(name)

@@ -25,20 +25,8 @@ from fastguard.speech.recognition.transcription import (
     transcribe,
 )
 from fastguard.speech.training.config import Config
-from tests.recordings import without_xing
+from tests.recordings import concatenated, without_xing
 from tests.speech.programs import needs_ffmpeg
-
-
-@pytest.fixture
-def prompts(trained_run):
-    """Path and text of the prompts that the run has learnt."""
-    rows = map(json.loads, (trained_run.parent / "eight.jsonl").read_text().splitlines())
-    return [(row["audio_filepath"], row["text"]) for row in rows]
-
-
-@pytest.fixture
-def recognizer(trained_run):
-    return Recognizer.load(trained_run / "best.pt")
 
 
 def errors(texts, references):
@@ -76,13 +64,6 @@ def test_any_rate_and_number_of_channels(recognizer, prompts, tmp_path, rate, ch
     other = tmp_path / f"other.{suffix}"
     soundfile.write(other, np.stack([samples] * channels, axis=1), rate)
     assert transcribe(recognizer, other).text == transcribe(recognizer, path).text
-
-
-def concatenated(prompts, path, times):
-    """The prompts one after the other, half a second of silence after each."""
-    parts = [soundfile.read(prompt)[0] for prompt, _ in times * prompts]
-    soundfile.write(path, np.concatenate([np.append(p, np.zeros(4_000)) for p in parts]), 8_000)
-    return sum(len(part) + 4_000 for part in parts) / 8_000
 
 
 class Unnormalised(LogMel):
