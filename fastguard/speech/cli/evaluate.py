@@ -13,9 +13,10 @@ from fastguard._command import check_words, exit_status
 from fastguard._io import files, terminal
 from fastguard._table import aligned
 from fastguard.speech.data.batching import Batch
-from fastguard.speech.data.corpora import SPECS, SPLITS, Corpus, load_corpus
+from fastguard.speech.data.corpora import SPLITS, Corpus, load_corpus
 from fastguard.speech.data.part import CHANNELS
 from fastguard.speech.data.readers import CorpusError, Rejected
+from fastguard.speech.data.specs import SPECS
 from fastguard.speech.recognition.decoding import Decode
 from fastguard.speech.recognition.evaluation import (
     LONG,

@@ -1,10 +1,4 @@
-"""Reads a corpus: a spec becomes a checked list of utterances.
-
-    synthetic                 sentences spoken by eSpeak NG, generated on first use
-    asterisk[:DIR][@LANG]     telephone prompts of the Debian packages asterisk-core-sounds-LANG
-    manifest:FILE             lines of JSON, csv or tsv; also a folder, or train=FILE,dev=FILE
-    librispeech:DIR           LibriSpeech as unpacked
-    yesno:DIR                 the 60 recordings of OpenSLR 1
+"""Reads a corpus: a spec becomes a checked list of utterances; see :mod:`.specs`.
 
 In a corpus of moderate size everything that could break a training step is found here: every
 recording is decoded once, and a row that cannot be used is left out with its name and a reason.
@@ -12,7 +6,6 @@ recording is decoded once, and a row that cannot be used is left out with its na
 
 import json
 import math
-import re
 import sys
 import unicodedata
 from collections import Counter, defaultdict
@@ -28,28 +21,15 @@ from fastguard._extras import MissingExtra
 
 from .audio import check_duration, decoded_duration, header_duration
 from .ctc_targets import check_feasible, encoded
-from .manifests import absolute_manifest, read_manifest
 from .part import CHANNELS
-from .readers import (
-    ASTERISK_SOUNDS,
-    CorpusError,
-    Rejected,
-    Row,
-    Unusable,
-    read_asterisk,
-    read_librispeech,
-    read_yesno,
-    user_path,
-)
-from .synthetic import build_synthetic
+from .readers import CorpusError, Rejected, Row, Unusable
+from .specs import read_spec
 from .text import TextError, TextRules, normalized
 from .utterances import SPLITS, Utterance, Utterances
 
-SPECS = "synthetic, asterisk[:DIR][@LANG], manifest:FILE, librispeech:DIR, yesno:DIR"
 DECODED_ROWS = 2_000
 MAX_ID = 4_096  # characters; Linux has no longer paths
 MAX_TEXT = 10_000  # characters; ten minutes of speech
-_READERS = {"manifest": read_manifest, "librispeech": read_librispeech, "yesno": read_yesno}
 
 
 @dataclass
@@ -172,7 +152,7 @@ def load_corpus(
     that models of different strides train and test on the same sentences.
 
     Args:
-        spec: names the corpus; see the top of this file.
+        spec: names the corpus; see the top of specs.py.
         max_output_length: output frames of the model for a duration in seconds. A text of U
             characters with R equal neighbours needs U + R of them, otherwise its loss is infinite.
             Leave it out for a tokenizer of larger units, and call :meth:`Corpus.drop_infeasible`
@@ -182,7 +162,8 @@ def load_corpus(
         check: "decode" decodes every recording. "header" uses the durations of the manifest, and
             those of headers for the other rows; damaged recordings are found when they are loaded
             (see SpeechDataset). "auto" decodes up to DECODED_ROWS rows.
-        cache_dir, seed: of the synthetic corpus.
+        cache_dir: of the synthetic corpus, and of recordings from tar files.
+        seed: of the synthetic corpus.
         channel: a key of part.CHANNELS, for the rows that do not name their own.
         needed: splits of which at least one must not be empty.
         rules: by which texts are normalised; default TextRules().
@@ -236,19 +217,6 @@ def read_rows(
     return _rows(spec, cache_dir, seed, sorting), sorting.rejected
 
 
-def absolute(spec: str) -> str:
-    """The spec with an absolute path."""
-    kind, colon, place = spec.partition(":")
-    if kind == "asterisk":
-        place, at, language = place.rpartition("@") if "@" in place else (place, "", "")
-        return f"{kind}:{user_path(place).absolute()}{at}{language}" if place else spec
-    if kind == "manifest" and place:
-        return f"{kind}:{absolute_manifest(place)}"
-    if kind in _READERS and place:
-        return f"{kind}{colon}{user_path(place).absolute()}"
-    return spec
-
-
 def assign_splits(texts: Iterable[str]) -> dict[str, str]:
     """The split of each distinct text. Of the texts with 1, with 2 or 3, and with more words, a
     tenth is test, a tenth is dev and the rest is train; fewer than 5 texts of a length are train.
@@ -269,23 +237,12 @@ def assign_splits(texts: Iterable[str]) -> dict[str, str]:
     return splits
 
 
-def _read(spec: str, cache_dir: Path | None, seed: int) -> Iterator[Row | Rejected]:
-    if spec == "synthetic":
-        return read_manifest(build_synthetic(cache_dir, seed))
-    if asterisk := re.fullmatch(r"asterisk(?::(.+?))?(?:@(\w+))?", spec):
-        return read_asterisk(user_path(asterisk[1] or ASTERISK_SOUNDS), asterisk[2] or "en")
-    kind, _, place = spec.partition(":")
-    if kind in _READERS and place:
-        return _READERS[kind](place if kind == "manifest" else user_path(place))
-    raise CorpusError(f"unknown corpus {spec!r}: choose one of {SPECS}")
-
-
 def _rows(spec: str, cache_dir: Path | None, seed: int, sorting: "_Sorting") -> Utterances:
     try:
         sorting.rules.check()
     except (TextError, MissingExtra) as error:
         raise CorpusError(str(error)) from error
-    return _with_splits(Utterances(sorting.sort_out(_read(spec, cache_dir, seed))))
+    return _with_splits(Utterances(sorting.sort_out(read_spec(spec, cache_dir, seed))))
 
 
 class _Sorting:

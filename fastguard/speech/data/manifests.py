@@ -80,7 +80,7 @@ def read_manifest(place: Path | str) -> Iterator[Row | Rejected]:
             yield row
 
 
-def absolute_manifest(place: str) -> str:
+def absolute_files(place: str) -> str:
     """``place`` with absolute paths."""
     parts = [(split, user_path(path).absolute()) for split, path in named_files(place)]
     return ",".join(f"{split}={path}" if split else str(path) for split, path in parts)
@@ -255,7 +255,7 @@ def _check_lines_of_json(path: Path, line: str | Rejected) -> None:
 
 def _row(entry: dict[str, object], file: _File, folder: Path, prefix: str) -> Row | Rejected:
     """The row of these keys; raises ValueError or TypeError for one that is malformed."""
-    audio, text = _found(entry, "audio_filepath", _AUDIO), _found(entry, "text", _TEXT)
+    audio, text = _found(entry, "audio_filepath", _AUDIO), text_of(entry)
     if isinstance(audio, dict):  # an Audio feature of Hugging Face's datasets
         audio = audio.get("path")
     if not (isinstance(audio, str) and isinstance(text, str)):
@@ -278,6 +278,11 @@ def _row(entry: dict[str, object], file: _File, folder: Path, prefix: str) -> Ro
         todo = "correct one of them"
         return Rejected(id, f"two splits: {split!r:.60} in the {file.split} of the corpus; {todo}")
     return Row(id, folder / audio, text, split or file.split, duration, part)
+
+
+def text_of(entry: dict[str, object]) -> object:
+    """The text of a row with these keys; raises ValueError where there is none."""
+    return _found(entry, "text", _TEXT)
 
 
 def _found(entry: dict[str, object], key: str, names: tuple[str, ...]) -> object:

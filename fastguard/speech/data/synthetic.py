@@ -24,6 +24,7 @@ import torchaudio
 from tqdm import tqdm
 
 from . import espeak
+from .cache import default_cache
 from .features import one_thread
 from .readers import CorpusError
 
@@ -83,7 +84,7 @@ def build_synthetic(
         CorpusError: eSpeak NG is missing or fails, or the cache cannot be written.
     """
     library, data, version = _find_espeak()
-    cache = cache_dir or _default_cache()
+    cache = cache_dir or default_cache("the synthetic corpus")
     sizes = dict(sizes or SIZES)
     recipe = [_FORMAT, version, seed, sizes, VOICES, [*RATES], [*PITCHES], SAMPLE_RATE, GRAMMAR]
     corpus = cache / f"synthetic-{hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:12]}"
@@ -93,17 +94,6 @@ def build_synthetic(
         raise CorpusError(
             f"the synthetic corpus cannot be written to {cache}: {error}; set XDG_CACHE_HOME to a "
             "writable folder"
-        ) from error
-
-
-def _default_cache() -> Path:
-    if given := os.environ.get("XDG_CACHE_HOME"):
-        return Path(given, "fastguard")
-    try:
-        return Path.home() / ".cache" / "fastguard"
-    except RuntimeError as error:  # neither HOME nor an entry of the user
-        raise CorpusError(
-            f"no folder for the synthetic corpus: {error} Set HOME, or XDG_CACHE_HOME to a folder"
         ) from error
 
 

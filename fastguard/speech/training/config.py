@@ -156,7 +156,8 @@ class Config:
     """The model; its file in configs/ has the defaults."""
     data: str = "synthetic"
     """Corpus: synthetic, asterisk[:DIR][@LANG], manifest:FILE (lines of JSON, csv or tsv; also
-    manifest:train=FILE,dev=FILE, or a folder), librispeech:DIR, yesno:DIR."""
+    manifest:train=FILE,dev=FILE, or a folder), webdataset:TARS, lhotse:CUTS, librispeech:DIR,
+    yesno:DIR."""
     check: Literal["auto", "decode", "header"] = "auto"
     """Decode every recording before training, or trust headers; auto decodes up to 2000."""
     channel: Literal["mix", "left", "right"] = "mix"

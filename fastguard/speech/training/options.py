@@ -11,7 +11,7 @@ import jsonargparse
 
 import fastguard
 from fastguard._command import check_words
-from fastguard.speech.data.corpora import absolute
+from fastguard.speech.data.specs import absolute
 from fastguard.speech.storage.plain import shown
 from fastguard.speech.storage.yaml_file import read_yaml
 

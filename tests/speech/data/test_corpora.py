@@ -8,7 +8,8 @@ import pytest
 import soundfile
 
 from fastguard.speech.data import corpora, synthetic
-from fastguard.speech.data.corpora import SPLITS, CorpusError, absolute, assign_splits, load_corpus
+from fastguard.speech.data.corpora import SPLITS, CorpusError, assign_splits, load_corpus
+from fastguard.speech.data.specs import absolute
 from fastguard.speech.data.text import TextRules
 
 

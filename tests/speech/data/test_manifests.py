@@ -10,12 +10,13 @@ import torch
 
 from fastguard.speech.cli.train import main
 from fastguard.speech.data.batching import SpeechDataset
-from fastguard.speech.data.corpora import absolute, load_corpus
+from fastguard.speech.data.corpora import load_corpus
 from fastguard.speech.data.features import LogMel
 from fastguard.speech.data.manifests import read_manifest
 from fastguard.speech.data.part import Part
 from fastguard.speech.data.readers import CorpusError, Rejected, Row
 from fastguard.speech.data.sampler import Draw
+from fastguard.speech.data.specs import absolute
 
 RATE = 16_000
 HI = {"audio_filepath": "a.wav", "text": "hi"}
