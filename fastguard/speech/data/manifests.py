@@ -36,6 +36,7 @@ _DOUBTFUL = {"text": ("label", "target", "words", "txt", "raw_text"), "audio_fil
 _OTHER_STARTS = ("start", "start_time", "begin", "begin_time", "segment_start")
 _SUFFIXES = (".jsonl", ".json", ".ndjson", ".csv", ".tsv")
 _TABLES = (".csv", ".tsv")
+_MOST_SECONDS = 1e9  # 30 years
 _MOST_DIGITS = 400  # of an integer; the error of Python's own limit gives advice for programmers
 _EXAMPLE = '{"audio_filepath": "a.wav", "text": "hello"}'
 
@@ -197,7 +198,13 @@ def _header(path: Path, line: str) -> tuple[list[str], dict]:
         options = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
     else:
         options = {"delimiter": max(",;\t|", key=line.count)}
-    header = [cell.strip().strip('"').lower() for cell in next(csv.reader([line], **options))]
+    try:
+        cells = next(csv.reader([line], **options))
+    except csv.Error as error:
+        raise CorpusError(
+            f"{path}, line 1: {line[:60]!r} is no header of a table: {error}"
+        ) from error
+    header = [cell.strip().strip('"').lower() for cell in cells]
     for key, others in (("audio_filepath", _AUDIO), ("text", _TEXT)):
         if not any(other in header for other in others):
             raise CorpusError(
@@ -305,11 +312,12 @@ def _doubtful(key: str, names: Container[str]) -> str:
 def _other_start(entry: dict[str, object]) -> str | None:
     """A key by which another toolkit names the start of a segment."""
     for key in _OTHER_STARTS:
-        try:
-            if not isinstance(entry.get(key), bool) and float(entry[key]) > 0:
-                return key
-        except (KeyError, TypeError, ValueError, OverflowError):
-            continue
+        if key in entry and not isinstance(entry[key], bool):
+            try:
+                if float(entry[key]) > 0:
+                    return key
+            except (TypeError, ValueError, OverflowError):
+                continue  # not a time: a word, a list
     return None
 
 
@@ -322,7 +330,7 @@ def _seconds(entry: dict[str, object], key: str) -> float | None:
         seconds = math.nan if isinstance(value, bool) else float(value)
     except (TypeError, ValueError, OverflowError):
         seconds = math.nan
-    if not 0 <= seconds < math.inf:
+    if not 0 <= seconds < _MOST_SECONDS:
         raise ValueError(f"{key} is {value!r:.60}, which is not a number of seconds")
     return seconds
 

@@ -50,7 +50,7 @@ class Utterances(Sequence[Utterance]):
     def __init__(self, utterances: Iterable[Utterance] = ()) -> None:
         buffer, ends = bytearray(), array("q", [0])
         splits, durations = array("B"), array("d")
-        starts, lengths, channels = array("d"), array("d"), array("h")
+        parts = array("d")
         for utterance in utterances:
             for string in (utterance.id, str(utterance.audio), utterance.text):
                 buffer += string.encode("utf-8", "surrogatepass")
@@ -58,16 +58,15 @@ class Utterances(Sequence[Utterance]):
             splits.append(_CODES.index(utterance.split))
             durations.append(utterance.duration)
             part = utterance.part
-            starts.append(part.start)
-            lengths.append(math.nan if part.seconds is None else part.seconds)
-            channels.append(-1 if part.channel is None else part.channel)
+            parts.append(part.start)
+            parts.append(math.nan if part.seconds is None else part.seconds)
+            parts.append(math.nan if part.channel is None else part.channel)
         self._buffer = _tensor(buffer, torch.uint8)
         self._ends = _tensor(ends, torch.int64)
         self._splits = _tensor(splits, torch.uint8)
         self._durations = _tensor(durations, torch.float64)
-        self._starts = _tensor(starts, torch.float64)
-        self._lengths = _tensor(lengths, torch.float64)  # NaN: to the end
-        self._channels = _tensor(channels, torch.int16)  # -1: the mean of all
+        # Start, seconds and channel of each; NaN for None.
+        self._parts = _tensor(parts, torch.float64).view(-1, 3)
         self._rows = torch.arange(len(durations))
 
     @property
@@ -106,10 +105,12 @@ class Utterances(Sequence[Utterance]):
         return Utterance(id, Path(audio), text, split, duration, self._part(row))
 
     def _part(self, row: int) -> Part:
-        start, length = float(self._starts.numpy()[row]), float(self._lengths.numpy()[row])
-        channel = int(self._channels.numpy()[row])
-        seconds = None if math.isnan(length) else length
-        return Part(start, seconds, None if channel < 0 else channel)
+        start, seconds, channel = self._parts.numpy()[row].tolist()
+        return Part(
+            start,
+            None if math.isnan(seconds) else seconds,
+            None if math.isnan(channel) else int(channel),
+        )
 
     def select(self, indices: np.ndarray) -> "Utterances":
         """These utterances, in this order."""

@@ -118,6 +118,12 @@ def test_keys_of_other_toolkits(tmp_path, keys):
     assert manifest(tmp_path, keys) == [Row("a.wav", tmp_path / "a.wav", "hi")]
 
 
+@pytest.mark.parametrize("offset", ["late", -1, 1e300, True, [1]])
+def test_an_offset_that_is_none(tmp_path, offset):
+    (row,) = manifest(tmp_path, HI | {"offset": offset})
+    assert f"offset is {offset!r:.60}, which is not a number of seconds" in row.reason
+
+
 @pytest.mark.parametrize("channel", ["both", -1, 1.5, [0, 1], True, "99999"])
 def test_a_channel_that_is_none(tmp_path, channel):
     (row,) = manifest(tmp_path, HI | {"channel": channel})
@@ -169,6 +175,7 @@ def test_a_segment_has_its_own_features(tmp_path, check):
         ("a.csv", "a.wav,hello there", r"has no column 'audio_filepath', nor audio, "),
         ("a.csv", "path,label", "has no column 'text', nor sentence, .*: rename 'label' to 'text'"),
         ("a.tsv", "path\ttext\ttext", "has a column twice"),
+        ("a.csv", "path,\rtext", r"line 1: 'path,\\rtext' is no header of a table"),
         ("a.tsv", "\x00\x00", "utf-16"),
     ],
 )

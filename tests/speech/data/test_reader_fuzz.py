@@ -109,14 +109,17 @@ values = st.recursive(
     ),
     max_leaves=6,
 )
-keys = st.sampled_from(["audio_filepath", "text", "duration", "offset", "split", "path"])
+keys = st.sampled_from(
+    ["audio_filepath", "text", "duration", "offset", "split", "path", "channel", "start", "audio"]
+)
 names = st.sampled_from(["good.wav", "torn.wav", "gone.wav", ".", "/dev/zero", "a\x1b[2J.wav"])
 rows = st.dictionaries(keys, values, max_size=5) | st.fixed_dictionaries(
     {"audio_filepath": names, "text": st.text(max_size=60)},
     optional={
         "split": st.sampled_from(["train", "dev", "validation", "x", None, 3]),
         "duration": st.one_of(values, st.sampled_from(["1.0", "1e3", " 2 ", "nan", 0])),
-        "offset": st.sampled_from([0, 0.0, None, "0", 1, "x", True]),
+        "offset": st.sampled_from([0, 0.0, None, "0", 0.5, "0.25", 1, 1e300, "x", True]),
+        "channel": st.sampled_from([0, "left", 1, "9", None, "x", -1, True]),
     },
 )
 a_line = rows.map(lambda row: json.dumps(row).encode()) | st.binary(max_size=80)
@@ -146,3 +149,32 @@ def test_manifests(tmp_path, lines):
     )
     assert all(char.isprintable() or char == "\n" for char in summary)
     assert all(json.loads(line)["changed"] for line in listed.getvalue().splitlines())
+
+
+cells = st.text(max_size=10) | st.sampled_from(
+    ["good.wav", "torn.wav", "train", "0", "0.5", "1e300", '"', '"a, ""b"""', "left", "a\tb", "\0"]
+)
+
+
+@drawn
+@given(
+    st.sampled_from([".csv", ".tsv"]),
+    st.lists(st.lists(cells, max_size=6), max_size=4),
+    st.lists(keys, max_size=5),
+)
+def test_tables(tmp_path, suffix, lines, columns):
+    (tmp_path / "good.wav").write_bytes(WHOLE[0])
+    (tmp_path / "torn.wav").write_bytes(WHOLE[0][:9000])
+    separator = "," if suffix == ".csv" else "\t"
+    table = [columns, *lines]
+    path = tmp_path / f"corpus{suffix}"
+    path.write_bytes(
+        "\n".join(separator.join(line) for line in table).encode("utf-8", "surrogatepass")
+    )
+    try:
+        corpus = load_corpus(f"manifest:{path}", needed=("train", "dev", "test"))
+    except CorpusError as error:
+        assert "\n" not in str(error) or "no usable row" in str(error)
+        assert path.name in str(error)
+        return
+    assert {u.audio.name for u in corpus.utterances} == {"good.wav"}
