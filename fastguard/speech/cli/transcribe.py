@@ -22,13 +22,12 @@ from fastguard.speech.recognition.recognizer import Recognizer
 from fastguard.speech.recognition.transcription import TranscriptionError, transcribe
 from fastguard.speech.storage.checkpoint import CheckpointError, best_of
 
-from . import recognition_options
+from . import recognition_options, streaming
 from .transcripts import ONE_EACH, SUFFIXES, Transcripts, shown_name
 
 _NAMED, _KINDS = 3, 8  # ignored files, and extensions of ignored files, that are named
 # Formats of recorders whose length or encoding is not known from the file.
 _UNREADABLE = (".avr", ".raw", ".vox")
-_STDIN = Path("-")
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -104,11 +103,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     recognition_options.add_device_option(parser)
     recognition_options.add_decoder_options(parser)
+    streaming.add_options(parser)
     check_words(parser, argv)
     args = parser.parse_args(argv)
     recognition_options.check_decoder_options(parser, args)
-    if args.files.count(_STDIN) > 1:
-        parser.error(f"- is given {args.files.count(_STDIN)} times: standard input is read once")
+    streaming.check_options(parser, args)
+    if (times := args.files.count(streaming.STDIN)) > 1:
+        parser.error(f"- is given {times} times: standard input is read once")
     return args
 
 
@@ -126,7 +127,8 @@ def _transcribe(args: argparse.Namespace) -> int:
     if args.checkpoint is None:
         print(f"checkpoint: {path}", file=sys.stderr)
     decode = recognition_options.decoder(args, recognizer.tokenizer, recognizer.config.text)
-    return _transcribe_all(args, recognizer, decode)
+    run = streaming.transcribe_stream if args.streaming else _transcribe_all
+    return run(args, recognizer, decode)
 
 
 def _window(text: str) -> float:
@@ -198,7 +200,7 @@ def _on_disk(file: Path) -> Iterator[Path]:
     Raises:
         AudioError, TranscriptionError: as the body, and where standard input is a terminal.
     """
-    if file != _STDIN:
+    if file != streaming.STDIN:
         yield file
         return
     if sys.stdin is None or sys.stdin.isatty():
