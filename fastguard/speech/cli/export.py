@@ -2,10 +2,14 @@
 
 Writes model.safetensors (the weights; fastguard reads it like a checkpoint),
 model.pt2 (torch.export; runs with torch alone), model.onnx (standard operators
-only) and model.json (the symbols, the features, the names of the tensors: what
-a consumer needs besides the model). The two programs take batches of any size
-and length. Each file is checked before it gets its name: the weights bit for
-bit, the programs against the model on batches of several sizes.
+only) and model.json (features, windows, symbols: what a consumer needs besides
+the model; model.onnx has the same in its metadata). The programs take batches
+of any size and length. Each file is checked before it gets its name: the
+weights bit for bit, the programs against the model on batches of several sizes.
+
+With --format int8 also model.int8.onnx, model.onnx in 8-bit integers: a quarter
+of the size. Its ranges come from the training split. It is checked by its WER
+on the dev split, and not kept if it loses too much.
 """
 
 import argparse
@@ -13,6 +17,8 @@ import importlib.util
 import io
 import json
 import logging
+import math
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -24,14 +30,18 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from tqdm import tqdm
 
-from fastguard import __version__
 from fastguard._command import exit_status
 from fastguard._extras import MissingExtra
 from fastguard._io import files, terminal
-from fastguard.speech.data.features import LogMel
+from fastguard.speech.data.corpora import SPLITS
+from fastguard.speech.data.readers import CorpusError
+from fastguard.speech.data.specs import SPECS
+from fastguard.speech.recognition import int8
+from fastguard.speech.recognition.description import METADATA_KEY, PIECES_FILE, describe
 from fastguard.speech.recognition.recognizer import Recognizer
 from fastguard.speech.storage import checkpoint, weights
-from fastguard.speech.storage.plain import to_plain
+
+from .evaluate import load_split
 
 #: Maps features and feature_lengths to log_probs and output_lengths.
 Program = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -40,8 +50,10 @@ PACKAGES = {
     "safetensors": ["safetensors"],
     "torch": [],
     "onnx": ["onnx", "onnxscript", "onnxruntime"],
+    "int8": ["onnx", "onnxscript", "onnxruntime"],
 }
-SUFFIXES = {"safetensors": ".safetensors", "torch": ".pt2", "onnx": ".onnx"}
+SUFFIXES = {"safetensors": ".safetensors", "torch": ".pt2", "onnx": ".onnx", "int8": ".int8.onnx"}
+DEFAULT_FORMATS = "safetensors", "torch", "onnx"  # int8 needs the corpus
 
 INPUTS, OUTPUTS = ("features", "feature_lengths"), ("log_probs", "output_lengths")
 AXES = ({0: "batch", 1: "frames"}, {0: "batch"})
@@ -105,6 +117,19 @@ def save_onnx(path: Path, program: ExportedProgram) -> None:
         )  # the name is given twice, for two inputs
         model = torch.onnx.export(program, verbose=False, **names)
     model.save(path, external_data=False)
+
+
+def add_metadata(path: Path, description: dict) -> None:
+    """Write ``description`` into the metadata of a .onnx file, and remove what torch says of the
+    nodes' origin: it holds lines and paths of this machine's source files."""
+    import onnx
+
+    model = onnx.load(path)
+    for node in model.graph.node:
+        node.ClearField("metadata_props")
+    text = json.dumps(description, ensure_ascii=False)
+    onnx.helper.set_model_props(model, {METADATA_KEY: text})
+    onnx.save(model, path)
 
 
 def load_torch(path: Path) -> Program:
@@ -177,75 +202,27 @@ def _batches(n_mels: int) -> Iterator[tuple[Tensor, Tensor]]:
         yield features.masked_fill(padding[:, :, None], torch.nan), lengths
 
 
-def describe(recognizer: Recognizer, files: list[str]) -> dict:
-    """The content of model.json, without the tokenizer."""
-    symbols = recognizer.tokenizer.vocab_size
-    return {
-        "made_by": {"torch-fastguard": __version__, "torch": torch.__version__},
-        "model": recognizer.config.model,
-        "files": files,
-        "inputs": {
-            "features": f"float32 (batch, frames, {recognizer.model.n_mels}), frames >= 1",
-            "feature_lengths": "int64 (batch,), 1 to frames; frames past them are ignored",
-        },
-        "outputs": {
-            "log_probs": f"float32 (batch, ceil(frames / 4) + 1, {symbols}), natural logarithms",
-            "output_lengths": "int64 (batch,), ceil(feature_lengths / 4), frames to be read",
-        },
-        "subsampling": 4,
-        "blank_id": 0,
-        "features": describe_features(recognizer.log_mel),
-        "text": to_plain(recognizer.config.text),
-    }
+@dataclass(frozen=True)
+class Check:
+    """On what a program in 8-bit integers is checked.
 
+    Attributes:
+        data: spec of the corpus; None for that of the training.
+        split: of SPLITS, or "all".
+        wer_loss: largest rise of the WER.
+    """
 
-def describe_features(log_mel: LogMel) -> dict:
-    """The parameters of :class:`LogMel`, enough to compute the same features elsewhere."""
-    mel = log_mel.mel
-    return {
-        "sample_rate": log_mel.sample_rate,
-        "window": "hann, periodic",
-        "n_fft": mel.n_fft,
-        "win_length": mel.win_length,
-        "hop_length": mel.hop_length,
-        "center": "n_fft / 2 zeros on either side",
-        "power": mel.power,
-        "n_mels": mel.n_mels,
-        "f_min": mel.f_min,
-        "f_max": mel.mel_scale.f_max,
-        "mel_scale": mel.mel_scale.mel_scale,
-        "mel_norm": mel.mel_scale.norm,
-        "dynamic_range": log_mel.DYNAMIC_RANGE,
-        "silence": log_mel.SILENCE,
-        "normalization": log_mel.normalization,
-        "min_deviation": log_mel.MIN_DEVIATION,
-        "speech_range": log_mel.SPEECH_RANGE,
-        "least": log_mel.LEAST,
-        "recipe": [
-            "energies (frames, n_mels): mel filters on |STFT|^power of mono samples in [-1, 1]",
-            "floor = max(max(energies) / dynamic_range, silence)",
-            *_NORMALIZATIONS[log_mel.normalization],
-        ],
-    }
-
-
-_NORMALIZATIONS = {
-    "speech": [
-        "x = ln(max(energies, floor)); e = sum of energies over the bins, one for each frame",
-        "s = x in the frames where e >= max(e) / speech_range; x = x - mean of s over its frames",
-        "x = x / max(root of the mean of (s - mean of s)^2 over its frames, min_deviation)",
-        "features = max(x, least)",
-    ],
-    "utterance": [
-        "x = ln(max(energies, floor)); x = x - mean over the frames",
-        "features = x / max(root of the mean of x^2 over the frames, min_deviation)",
-    ],
-    "level": ["features = log10(max(energies, floor) / (floor * dynamic_range)) / 2 + 2"],
-}
+    data: str | None = None
+    split: str = "dev"
+    wer_loss: float = int8.WER_LOSS
 
 
 def export(
-    recognizer: Recognizer, folder: Path, formats: list[str], named: bool = True
+    recognizer: Recognizer,
+    folder: Path,
+    formats: list[str],
+    named: bool = True,
+    check: Check | None = None,
 ) -> Iterator[str]:
     """Write the files of ``formats`` and model.json into ``folder``; yield a line about each file.
 
@@ -254,14 +231,17 @@ def export(
         folder: is made if it does not exist.
         formats: of SUFFIXES.
         named: whether the user named the folder; only then it may be a link.
+        check: of the format int8; default: Check().
 
     Raises:
         MissingExtra: a package that a format needs is missing.
         ExportError: a file fails its check; an earlier file with its name is kept.
+        CorpusError: int8 has no recordings to be checked on.
         OSError: the disk is full, or the folder is not writable.
     """
     _check_packages(formats)
     files.make_folder(folder, named)
+    description = describe(recognizer, [f"model{SUFFIXES[name]}" for name in formats])
     program = None
     for name in formats:
         path = folder / f"model{SUFFIXES[name]}"
@@ -270,20 +250,23 @@ def export(
                 result = _write_weights(temporary, recognizer)
             else:
                 program = program or trace(recognizer.model)
-                result = _write_program(temporary, name, program, recognizer.model)
+                if name == "int8":
+                    result = _write_int8(temporary, program, recognizer, check or Check())
+                else:
+                    result = _write_program(temporary, name, program, recognizer.model)
+            if path.suffix == ".onnx":
+                add_metadata(temporary, description)
             size = temporary.stat().st_size / 1e6
         yield f"{path}: {size:.1f} MB, {result}"
+    _write_pieces(folder, recognizer.tokenizer.to_dict())
     path = folder / "model.json"
-    description = describe(recognizer, [f"model{SUFFIXES[name]}" for name in formats])
-    description["tokenizer"] = _write_tokenizer(folder, recognizer.tokenizer.to_dict())
-    with files.replacing(path) as temporary:
-        temporary.write_text(json.dumps(description, indent=2, ensure_ascii=False), "utf-8")
-    yield f"{path}: symbols, features, shapes"
+    files.write_text(path, json.dumps(description, indent=2, ensure_ascii=False))
+    yield f"{path}: features, windows, symbols, shapes"
 
 
 def _check_packages(formats: list[str]) -> None:
-    missing = [p for f in formats for p in PACKAGES[f] if importlib.util.find_spec(p) is None]
-    if missing:
+    needed = dict.fromkeys(package for name in formats for package in PACKAGES[name])
+    if missing := [package for package in needed if importlib.util.find_spec(package) is None]:
         raise MissingExtra(f"{', '.join(missing)} missing (--format torch needs none)", "export")
 
 
@@ -311,15 +294,31 @@ def _write_program(path: Path, name: str, program: ExportedProgram, model: nn.Mo
     )
 
 
-def _write_tokenizer(folder: Path, state: dict) -> dict:
-    """``state`` for JSON; its SentencePiece model is written to tokenizer.model."""
-    described = dict(state)
-    for key, value in state.items():
-        if isinstance(value, Tensor):
-            with files.replacing(folder / "tokenizer.model") as temporary:
-                temporary.write_bytes(bytes(value.tolist()))
-            described[key] = "tokenizer.model"
-    return described
+def _write_int8(path: Path, program: ExportedProgram, recognizer: Recognizer, check: Check) -> str:
+    corpus = load_split(check.data or recognizer.config.data, check.split, recognizer)
+    checked = corpus.utterances if check.split == "all" else corpus.split(check.split)
+    with tempfile.TemporaryDirectory() as folder:
+        float32 = Path(folder, "model.onnx")
+        save_onnx(float32, program)
+        int8.quantize(float32, path, recognizer, corpus.split("train") or checked)
+    found = int8.compare_texts(load_onnx(path), recognizer, checked)
+    rates = (
+        f"WER {found.int8.wer:.4f}, {found.float32.wer:.4f} in float32, on {found.utterances} "
+        f"utterances of {found.float32.words} words"
+    )
+    if not found.wer <= check.wer_loss:  # also NaN
+        raise ExportError(
+            f"the int8 program is not kept: {rates}, allowed is a loss of {check.wer_loss:g}: use "
+            "model.onnx, or give a larger --wer-loss"
+        )
+    return rates
+
+
+def _write_pieces(folder: Path, state: dict) -> None:
+    """Write the model of a SentencePiece tokenizer beside model.json."""
+    if isinstance(model := state.get("model"), Tensor):
+        with files.replacing(folder / PIECES_FILE) as temporary:
+            temporary.write_bytes(bytes(model.tolist()))
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -339,9 +338,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--format",
         nargs="+",
         choices=SUFFIXES,
-        default=list(SUFFIXES),
+        default=list(DEFAULT_FORMATS),
         metavar="FORMAT",
-        help=f"of {', '.join(SUFFIXES)}; default: all",
+        help=f"of {', '.join(SUFFIXES)}; default: {' '.join(DEFAULT_FORMATS)}",
     )
     parser.add_argument(
         "--output",
@@ -349,7 +348,27 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         metavar="DIR",
         help="folder (default: exported, beside the checkpoint)",
     )
-    return parser.parse_args(argv)
+    group = parser.add_argument_group("check of --format int8")
+    group.add_argument(
+        "--data", metavar="SPEC", help=f"recordings with texts: {SPECS} (default: as in training)"
+    )
+    group.add_argument(
+        "--split", choices=(*SPLITS, "all"), help=f"split to recognise (default: {Check.split})"
+    )
+    group.add_argument(
+        "--wer-loss",
+        type=float,
+        metavar="X",
+        help="largest rise of the WER by 8-bit integers; 0.01 is one more wrong word in a "
+        f"hundred (default: {Check.wer_loss})",
+    )
+    args = parser.parse_args(argv)
+    for name in ("data", "split", "wer_loss"):
+        if getattr(args, name) is not None and "int8" not in args.format:
+            parser.error(f"--{name.replace('_', '-')} needs --format int8")
+    if args.wer_loss is not None and not 0 <= args.wer_loss < math.inf:
+        parser.error(f"--wer-loss must be 0 or more and finite, got {args.wer_loss}")
+    return args
 
 
 @terminal.command
@@ -357,7 +376,8 @@ def main(argv: list[str] | None = None) -> int:
     """Exit status: 0 done, 1 failed, 2 wrong usage, 130 stopped by Ctrl-C."""
     args = parse(argv)
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it reports missing packages
-    failures = checkpoint.CheckpointError, ExportError, OSError
+    logging.basicConfig(format="%(levelname)s - %(message)s")
+    failures = checkpoint.CheckpointError, CorpusError, ExportError, OSError
     return exit_status(lambda: _export(args), *failures)
 
 
@@ -366,6 +386,8 @@ def _export(args: argparse.Namespace) -> None:
     recognizer = Recognizer.load(path)
     folder = args.output or path.parent / "exported"
     formats = list(dict.fromkeys(args.format))
-    lines = export(recognizer, folder, formats, named=args.output is not None)
+    given = {n: getattr(args, n) for n in ("data", "split", "wer_loss")}
+    check = Check(**{name: value for name, value in given.items() if value is not None})
+    lines = export(recognizer, folder, formats, args.output is not None, check)
     for line in tqdm(lines, "exporting", len(formats) + 1, leave=False, disable=None):
         tqdm.write(line)

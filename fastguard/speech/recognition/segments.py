@@ -26,6 +26,42 @@ class Segment:
     keep: int | None
 
 
+@dataclass(frozen=True)
+class Cuts:
+    """Where a recording is cut, in its own samples. Segment n is from n * kept - context, or the
+    start, to (n + 1) * kept + context. It is the last one, and longer, if at most ``margin``
+    samples follow.
+
+    Attributes:
+        kept: of which a segment gives the output.
+        context: before and after them.
+        margin: which the filter of :func:`resample` reaches.
+    """
+
+    kept: int
+    context: int
+    margin: int
+
+    @classmethod
+    def of(
+        cls,
+        rate: int,
+        sample_rate: int,
+        samples_per_frame: int,
+        seconds: float = 20.0,
+        context_seconds: float = 2.0,
+    ) -> "Cuts":
+        """The cuts of a recording at ``rate`` Hz; the other arguments are those of Segments."""
+        ratio = resampling_ratio(rate, sample_rate)
+        unit = math.lcm(samples_per_frame, ratio.denominator)  # samples after resampling
+        kept_seconds = max(0.0, seconds - 2 * context_seconds)
+        kept = max(1, int(kept_seconds * sample_rate / unit)) * unit
+        context = math.ceil(context_seconds * sample_rate / unit) * unit
+        reach = RESAMPLING_WIDTH * max(1.0, rate / sample_rate) / 0.99 + 1
+        margin = math.ceil(reach / ratio.numerator) * ratio.numerator
+        return cls(int(kept * ratio), int(context * ratio), margin)
+
+
 class Segments:
     """Cuts a recording into segments while it comes in.
 
@@ -55,14 +91,9 @@ class Segments:
         self.samples_read = 0
         ratio = resampling_ratio(rate, sample_rate)
         self._from, self._to = ratio.numerator, ratio.denominator
-        unit = math.lcm(samples_per_frame, self._to)  # samples after resampling
-        kept_seconds = max(0.0, seconds - 2 * context_seconds)
-        kept = max(1, int(kept_seconds * sample_rate / unit)) * unit
-        context = math.ceil(context_seconds * sample_rate / unit) * unit
-        # From here on counts are in samples of the recording.
-        self._kept, self._context = self._before(kept), self._before(context)
-        reach = RESAMPLING_WIDTH * max(1.0, rate / sample_rate) / 0.99 + 1
-        self._around = self._context + math.ceil(reach / self._from) * self._from
+        cuts = Cuts.of(rate, sample_rate, samples_per_frame, seconds, context_seconds)
+        self._kept, self._context = cuts.kept, cuts.context
+        self._around = cuts.context + cuts.margin
         self._held, self._first = torch.empty(0), 0  # samples, and the number of the first one
         self._kept_from = 0
 
@@ -101,6 +132,3 @@ class Segments:
     def _after(self, samples: int) -> int:
         """The number of samples after resampling, for a multiple of _from samples of the file."""
         return samples // self._from * self._to
-
-    def _before(self, samples: int) -> int:
-        return samples // self._to * self._from

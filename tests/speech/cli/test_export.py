@@ -19,6 +19,7 @@ from fastguard.speech.data.features import NORMALIZATIONS, LogMel, load_audio
 from fastguard.speech.data.tokenizer import CharTokenizer
 from fastguard.speech.models import build_model
 from fastguard.speech.recognition.decoding import greedy_decode
+from fastguard.speech.recognition.description import describe_features
 from fastguard.speech.recognition.recognizer import Recognizer, untrained_model
 from fastguard.speech.storage import checkpoint, weights
 from fastguard.speech.training.config import Config
@@ -209,7 +210,7 @@ def test_the_recipe_of_each_normalization_is_enough_too(normalization):
     log_mel = LogMel(normalization=normalization)
     samples = torch.randn(16_000, generator=torch.Generator().manual_seed(0)) * 0.1
     samples[:4000] *= 1e-4
-    ours = features_of(samples.numpy(), export.describe_features(log_mel))
+    ours = features_of(samples.numpy(), describe_features(log_mel))
     assert np.abs(ours - log_mel(samples).numpy()).max() < 1e-3
 
 
