@@ -355,3 +355,15 @@ def test_sounds_without_speech_give_no_words(recognizer, tmp_path):
         soundfile.write(tmp_path / f"{name}.wav", samples, 8_000)
         assert transcribe(recognizer, tmp_path / f"{name}.wav").words == []
     assert transcribe(recognizer, tmp_path / "noise.wav", vad=False).words
+
+
+def test_a_pause_separates_words(recognizer, prompts):
+    """Each sentence is recognised by itself, and the model puts no space at its ends."""
+    sentences = [load_audio(path, 16_000) for path, _ in prompts[:2]]
+    pause = torch.zeros(3 * 16_000)
+    transcriber = Transcriber(recognizer, 16_000)
+    words = transcriber.feed(torch.cat([sentences[0], pause, sentences[1]]))
+    words += transcriber.finish()
+    expected = " ".join(text for _, text in prompts[:2])
+    assert len(words) == len(expected.split())
+    assert jiwer.wer(expected, " ".join(word.word for word in words)) < 0.35
