@@ -32,7 +32,7 @@ class LiveSamples:
             self._raw, self.samplerate = file, raw_rate
         else:
             try:
-                self._wave = wave.open(file)  # noqa: SIM115 - the caller closes the stream
+                self._wave = wave.Wave_read(file)
             except (EOFError, wave.Error) as error:
                 why = str(error) or "it ends in its header"
                 raise AudioError(f"cannot be read as a WAV stream: {why}; {_CURE}") from error
