@@ -49,13 +49,15 @@ def full(tmp_path):
 
 
 NAMES = ("rates.json", "hypotheses.jsonl", "changed_labels.jsonl", "model.pt2", "model.onnx",
-         "model.safetensors", "model.json", "page.html", "found.json")  # fmt: skip
+         "model.int8.onnx", "model.safetensors", "model.json", "page.html",
+         "found.json")  # fmt: skip
 COMMANDS = {
     "evaluate": (evaluate.main, "--split", "train", "--output", "{}"),
     "report": (report.main, "--output", "{}/page.html"),
     "diagnose": (diagnose.main, "--json", "{}/found.json"),
     "export torch": (export.main, "--format", "torch", "--output", "{}"),
     "export onnx": (export.main, "--format", "onnx", "--output", "{}"),
+    "export int8": (export.main, "--format", "int8", "--output", "{}"),
     "export safetensors": (export.main, "--format", "safetensors", "--output", "{}"),
 }
 
