@@ -35,7 +35,13 @@ def documented_commands():
 def commands_of_the_checkout():
     """All files that can be run, by what a document would call them."""
     found = set()
-    for pattern in ("fastguard/*.py", "*/*/__main__.py", "bench/*.py", "tests/*.py"):
+    for pattern in (
+        "fastguard/*.py",
+        "*/*/__main__.py",
+        "bench/*.py",
+        "tests/*.py",
+        "tests/*/*.py",
+    ):
         for path in ROOT.glob(pattern):
             if "\nif __name__ == " in path.read_text(encoding="utf-8"):
                 name = path.relative_to(ROOT).with_suffix("")

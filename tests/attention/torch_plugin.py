@@ -59,7 +59,7 @@ class Recorder:
             entry[1] = entry[1] or str(crash.message if crash else report.longrepr)
 
     def pytest_sessionfinish(self):
-        self.path.write_text(json.dumps(self.found))
+        self.path.write_text(json.dumps(self.found), encoding="utf-8")
 
 
 def replace_attention(recorder: Recorder) -> None:

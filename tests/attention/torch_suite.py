@@ -115,7 +115,7 @@ def outcomes(tests: Path, file: str, names: str | list[str], *options: str) -> d
         wanted = [str(tests / file), "-k", names]
     with tempfile.TemporaryDirectory() as folder:
         path, settings = Path(folder, "outcomes.json"), Path(folder, "pytest.ini")
-        settings.write_text("[pytest]\n")
+        settings.write_text("[pytest]\n", encoding="utf-8")
         command = [
             *(sys.executable, "-m", "pytest", "-q", "--noconftest", "-p", "no:cacheprovider"),
             *("-p", "tests.attention.torch_plugin", "-c", str(settings), "--rootdir", str(tests)),
@@ -133,7 +133,7 @@ def outcomes(tests: Path, file: str, names: str | list[str], *options: str) -> d
         if run.returncode not in (0, 1) or not path.exists():
             end = "\n".join((run.stdout + run.stderr).splitlines()[-30:])
             raise SystemExit(f"{file} did not run (status {run.returncode}):\n{end}")
-        found = json.loads(path.read_text())
+        found = json.loads(path.read_text(encoding="utf-8"))
     return {name.split("::", 1)[1]: outcome for name, outcome in found.items()}
 
 
@@ -187,7 +187,7 @@ def main() -> int:
     if missing := [file for file in files if not (tests / file).is_file()]:
         parser.error(f"{tests} has no {', '.join(missing)}: it must be torch's folder `test`")
     version = tests.parent / "version.txt"
-    of = f" of torch {version.read_text().strip()}" if version.is_file() else ""
+    of = f" of torch {version.read_text(encoding='utf-8').strip()}" if version.is_file() else ""
     print(f"torch {torch.__version__}, tests{of}, clamp=None\n", flush=True)
     total, well = Counter(), True
     for file, names in files.items():

@@ -10,7 +10,8 @@ from fastguard.speech.recognition.recognizer import Recognizer
 @pytest.fixture
 def prompts(trained_run):
     """Path and text of the prompts that the run has learnt."""
-    rows = map(json.loads, (trained_run.parent / "eight.jsonl").read_text().splitlines())
+    manifest = (trained_run.parent / "eight.jsonl").read_text(encoding="utf-8")
+    rows = map(json.loads, manifest.splitlines())
     return [(row["audio_filepath"], row["text"]) for row in rows]
 
 
