@@ -51,6 +51,11 @@ class Teacher(CTCModel):
 
     def __init__(self, config: TeacherConfig):
         super().__init__(config.n_mels, config.d_model, FRONT_END_TAPS, config.vocab_size)
+        if config.num_heads < 1 or config.d_model % config.num_heads:
+            raise ValueError(
+                f"num_heads must divide d_model, got d_model={config.d_model}, "
+                f"num_heads={config.num_heads}: change one of the two"
+            )
         self.config = config
         self.blocks = nn.ModuleList(ConformerBlock(config) for _ in range(config.num_blocks))
 

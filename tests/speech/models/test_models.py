@@ -290,7 +290,8 @@ def test_unknown_names_list_the_known_ones():
     [
         ("baseline", {"kernel_size": 4}, "odd and positive, got 4: with 5"),
         ("teacher", {"kernel_size": 30}, "odd and positive, got 30: with 31"),
-        ("teacher", {"num_heads": 7}, "embed_dim=16, num_heads=7"),
+        ("teacher", {"num_heads": 7}, "d_model=16, num_heads=7"),
+        ("teacher", {"num_heads": 0}, "d_model=16, num_heads=0"),
         ("teacher", {"attention_clamp": 0.0}, "got 0.0: pass None"),
         ("baseline", {"dropout": 1.5}, "1.5"),
         ("teacher", {"dropout": 1.5}, "1.5"),

@@ -112,7 +112,7 @@ def test_pieces_are_kept_as_long_as_they_spell_the_texts(make, source, tmp_path)
 def test_model_features_and_tokenizer_are_those_of_the_source_unless_given(source, tmp_path):
     config = parse(["--init-from", str(source), "--guarded"])
     assert (config.model, config.features.n_mels) == ("baseline", 40)
-    assert config.features.normalization == "utterance"  # which guarded.yaml alone would change
+    assert config.features.normalization == "speech"  # which guarded.yaml alone would change
     assert config.optim.lr == parse(["--model", "baseline", "--guarded"]).optim.lr
     assert config.init_from == source
     given = parse(["--init-from", str(source), "--tokenizer.kind", "bpe", "--model", "teacher"])
@@ -129,7 +129,7 @@ def test_model_features_and_tokenizer_are_those_of_the_source_unless_given(sourc
     [
         (["--features.n_mels", "80"],
          r"trained on features\.n_mels=40, and these settings say 80: .* --features\.n_mels 40"),
-        (["--features.normalization", "level"], r"features\.normalization=utterance, and .* level"),
+        (["--features.normalization", "level"], r"features\.normalization=speech, and .* level"),
         (["--model", "teacher"],
          r"is a baseline of 15\.\d M parameters, and these settings train a teacher of 41\.\d M "),
     ],
