@@ -49,8 +49,16 @@ FASTGUARD_HOST_DEVICE static inline AdamwRule<Real> adamw_rule_of(
       !options.decoupled_weight_decay && options.weight_decay != 0.0};
 }
 
+// max(a, b); NaN if one of them is.
+template <class Real>
+FASTGUARD_HOST_DEVICE static inline Real larger(Real a, Real b) {
+  const Real most = a > b ? a : b;
+  return a != a ? a : most;
+}
+
 // The new value of the parameter p for the scaled gradient. Updates the moments m and v and, with
-// amsgrad, the largest v. `coupled` equals that of the rule; a loop may pass it as a constant.
+// amsgrad, the largest v. `coupled` equals that of the rule; a loop may pass it as a constant. Real
+// is float or double, or a vector of them with functions `sqrt` and `larger` of its own.
 template <bool amsgrad, class Real>
 FASTGUARD_HOST_DEVICE static inline Real adamw_update(
     const AdamwRule<Real>& rule,
@@ -60,16 +68,16 @@ FASTGUARD_HOST_DEVICE static inline Real adamw_update(
     Real& m,
     Real& v,
     Real& largest) {
+  using std::sqrt;
   const Real g = coupled ? scaled + rule.weight_decay * p : scaled;
   m = rule.beta1 * m + rule.to1 * g;
   v = rule.beta2 * v + rule.to2 * g * g;
   Real under_root = v;
   if constexpr (amsgrad) {
-    under_root = v > largest ? v : largest;
-    under_root = v != v ? v : under_root;  // a NaN must stay
+    under_root = larger(v, largest);
     largest = under_root;
   }
-  const Real move = rule.step_size * (m / (std::sqrt(under_root) * rule.root_factor + rule.eps));
+  const Real move = rule.step_size * (m / (sqrt(under_root) * rule.root_factor + rule.eps));
   // Decay and move are subtracted together. Rounded to float, 1 - lr * weight_decay has an error of
   // a quarter of the decay at lr = 1e-5. Subtracted alone, the decay is below the last bit.
   return p - (coupled ? move : rule.weight_decay * p + move);

@@ -5,6 +5,9 @@
 // It is bound by memory: it reads four arrays and writes three, 28 bytes per fp32 parameter. With
 // small parameters it is bound by the dispatcher's conversion of lists, 0.2 us per tensor. The
 // state is therefore packed, one tensor for all parameters.
+//
+// It starts with the last parameters: a caller that has just read all gradients in order, as
+// grad_norm does, has left the last of them in the cache.
 
 #include "adamw.h"
 #include "adamw_kernel.h"
@@ -19,6 +22,17 @@ namespace fastguard {
 namespace {
 
 using namespace adamw;
+
+// How far ahead the loop prefetches, as measured: an Intel Xeon needs the distance, because its own
+// prefetch stops at 4 KiB boundaries. On an AMD EPYC with Zen 4 it costs a fifth of one core's
+// speed.
+int64_t prefetch_bytes() {
+#if defined(__x86_64__) && defined(__GNUC__)
+  return __builtin_cpu_is("intel") ? 2048 : 512;
+#else
+  return 512;
+#endif
+}
 
 // The arguments of the kernel for one parameter.
 struct ParamStep {
@@ -103,21 +117,21 @@ void step(const Arguments& given) {
   for (size_t i = 0; i < n; ++i) {
     steps[i] += 1.0f;
   }
+  const int64_t ahead = prefetch_bytes();
+  const size_t last = slices.size() - 1;
   for_each_slice(slices, [&](int64_t s) {
-    const Slice& slice = slices[s];
+    const Slice& slice = slices[last - s];
     const ParamStep& param_step = param_steps[slice.span];
     const int64_t first = (param_step.moments + slice.begin) * moment_bytes;
-    char* largest = moments[max_exp_avg_sq];
-    param_step.function(
+    char* const largest = moments[max_exp_avg_sq];
+    const AdamwRange range = {
         param_step.places.param + slice.begin * param_step.param_bytes,
         param_step.places.grad + slice.begin * param_step.grad_bytes,
         moments[exp_avg] + first,
         moments[exp_avg_sq] + first,
         largest == nullptr ? nullptr : largest + first,
-        slice.size,
-        param_step.grad_coef,
-        param_step.bias,
-        options);
+        slice.size};
+    param_step.function(range, param_step.grad_coef, param_step.bias, options, ahead);
   });
   stand_ins.copy_back();
 }

@@ -5,137 +5,155 @@
 #include "adamw_kernel.h"
 
 #include "concat.h"
-#include "elements.h"
+#include "vector.h"
 
 #include <cmath>
 
 namespace fastguard {
 namespace {
 
-constexpr int64_t tile = 256;  // elements whose scaled gradients lie on the stack: 1 KiB of float
+// How a loop computes: on one element at a time, or on a vector of consecutive elements. `scaled`
+// is the elements times a factor. The product is computed in double, which holds elements of 1e38
+// and factors of 1e-43.
 
-constexpr int64_t prefetch_tiles = 2;  // the hardware's own prefetch stops at 4 KiB boundaries
+// The compiler's vectorizer makes vectors of it where there are no conversions to and from fp16.
+template <class Real>
+struct One {
+  using Value = Real;
+  static constexpr int64_t size = 1;
 
-template <class Element>
-inline void prefetch(const Element* x) {
+  static Value all(Real x) { return x; }
+  template <class Type>
+  static Value load(const typename Type::storage* x) {
+    return static_cast<Real>(Type::widen(*x));
+  }
+  template <class Type>
+  static Value scaled(const typename Type::storage* x, double factor) {
+    return static_cast<Real>(Type::widen(*x) * factor);
+  }
+  template <class Type>
+  static void store(Value value, typename Type::storage* x) {
+    *x = Type::narrow(value);
+  }
+  static void prefetch(const void*, int64_t) {}
+};
+
+#ifdef __AVX2__
+struct Several {
+  using Value = Floats;
+  static constexpr int64_t size = Floats::lanes;
+
+  static Value all(float x) { return Floats::all(x); }
+  template <class Type>
+  static Value load(const typename Type::storage* x) {
+    return load_as<float, Type>(x);
+  }
+  template <class Type>
+  static Value scaled(const typename Type::storage* x, double factor) {
+    return scale(load_as<float, Type>(x), factor);
+  }
+  template <class Type>
+  static void store(Value value, typename Type::storage* x) {
+    store_as<Type>(value, x);
+  }
+  static void prefetch(const void* x, int64_t bytes) {
 #if defined(__GNUC__)
-  const char* next = reinterpret_cast<const char*>(x) + prefetch_tiles * tile * sizeof(Element);
-  for (int64_t byte = 0; byte < tile * static_cast<int64_t>(sizeof(Element)); byte += 64) {
-    __builtin_prefetch(next + byte);
-  }
+    __builtin_prefetch(static_cast<const char*>(x) + bytes);
 #else
-  (void)x;
+    (void)x, (void)bytes;
 #endif
+  }
+};
+#endif
+
+template <class Lanes, class Real>
+AdamwRule<typename Lanes::Value> rule_for(const AdamwRule<Real>& rule) {
+  return {
+      rule.grad_coef,
+      Lanes::all(rule.beta1),
+      Lanes::all(rule.to1),
+      Lanes::all(rule.beta2),
+      Lanes::all(rule.to2),
+      Lanes::all(rule.eps),
+      Lanes::all(rule.weight_decay),
+      Lanes::all(rule.step_size),
+      Lanes::all(rule.root_factor),
+      rule.coupled};
 }
 
-template <class Type>
-using Math = std::conditional_t<std::is_same_v<Type, Float64>, double, float>;
-
-// Each of n elements times a factor. The product is computed in double, which holds elements of
-// 1e38 and factors of 1e-43.
-template <class Type>
-inline void read(
-    const typename Type::storage* __restrict x,
-    Math<Type>* __restrict values,
+// Steps the elements from `begin` on, as many at a time as Lanes has; returns the first of the
+// rest.
+template <class Lanes, class Param, class Grad, class Moment, bool amsgrad, bool coupled>
+int64_t update(
+    typename Param::storage* __restrict param,
+    const typename Grad::storage* __restrict grad,
+    typename Moment::storage* __restrict exp_avg,
+    typename Moment::storage* __restrict exp_avg_sq,
+    typename Moment::storage* __restrict max_exp_avg_sq,
+    int64_t begin,
     int64_t n,
-    double factor) {
-  int64_t i = 0;
-#ifdef __F16C__
-  if constexpr (std::is_same_v<Type, Float16>) {
-    for (; i + 8 <= n; i += 8) {
-      float wide[8];
-      widen8(x + i, wide);
-      for (int lane = 0; lane < 8; ++lane) {
-        values[i + lane] = static_cast<float>(wide[lane] * factor);
-      }
-    }
-  }
-#endif
-  for (; i < n; ++i) {
-    values[i] = static_cast<Math<Type>>(Type::widen(x[i]) * factor);
-  }
-}
-
-template <class Type>
-inline void write(
-    const Math<Type>* __restrict values, typename Type::storage* __restrict x, int64_t n) {
-  int64_t i = 0;
-#ifdef __F16C__
-  if constexpr (std::is_same_v<Type, Float16>) {
-    for (; i + 8 <= n; i += 8) {
-      float wide[8];
-      std::memcpy(wide, values + i, sizeof(wide));
-      narrow8(wide, x + i);
-    }
-  }
-#endif
-  for (; i < n; ++i) {
-    x[i] = Type::narrow(values[i]);
-  }
-}
-
-template <bool amsgrad, bool coupled, class Real>
-inline void update(
-    Real* __restrict param,
-    const Real* __restrict grad,
-    Real* __restrict exp_avg,
-    Real* __restrict exp_avg_sq,
-    Real* __restrict max_exp_avg_sq,
-    int64_t n,
-    const AdamwRule<Real>& given) {
-  const AdamwRule<Real> rule = given;  // a copy stays in registers: no write can change it
-  for (int64_t i = 0; i < n; ++i) {
-    Real m = exp_avg[i], v = exp_avg_sq[i];
-    Real largest = amsgrad ? max_exp_avg_sq[i] : Real{0};
-    param[i] = adamw_update<amsgrad>(rule, coupled, param[i], grad[i], m, v, largest);
-    exp_avg[i] = m;
-    exp_avg_sq[i] = v;
+    const AdamwRule<typename Moment::storage>& given,
+    int64_t prefetch_bytes) {
+  const auto rule = rule_for<Lanes>(given);
+  int64_t i = begin;
+  for (; i + Lanes::size <= n; i += Lanes::size) {
+    Lanes::prefetch(param + i, prefetch_bytes);
+    Lanes::prefetch(grad + i, prefetch_bytes);
+    Lanes::prefetch(exp_avg + i, prefetch_bytes);
+    Lanes::prefetch(exp_avg_sq + i, prefetch_bytes);
+    auto m = Lanes::template load<Moment>(exp_avg + i);
+    auto v = Lanes::template load<Moment>(exp_avg_sq + i);
+    auto largest = v;
     if constexpr (amsgrad) {
-      max_exp_avg_sq[i] = largest;
+      largest = Lanes::template load<Moment>(max_exp_avg_sq + i);
+    }
+    const auto p = Lanes::template load<Param>(param + i);
+    const auto g = Lanes::template scaled<Grad>(grad + i, rule.grad_coef);
+    const auto next = adamw_update<amsgrad>(rule, coupled, p, g, m, v, largest);
+    Lanes::template store<Param>(next, param + i);
+    Lanes::template store<Moment>(m, exp_avg + i);
+    Lanes::template store<Moment>(v, exp_avg_sq + i);
+    if constexpr (amsgrad) {
+      Lanes::template store<Moment>(largest, max_exp_avg_sq + i);
     }
   }
+  return i;
+}
+
+template <class Param, class Grad, bool amsgrad, bool coupled, class Real>
+void update_all(const AdamwRange& range, const AdamwRule<Real>& rule, int64_t prefetch_bytes) {
+  using Moment = std::conditional_t<std::is_same_v<Real, double>, Float64, Float32>;
+  auto* p = static_cast<typename Param::storage*>(range.param);
+  auto* g = static_cast<const typename Grad::storage*>(range.grad);
+  auto* m = static_cast<Real*>(range.exp_avg);
+  auto* v = static_cast<Real*>(range.exp_avg_sq);
+  auto* largest = static_cast<Real*>(range.max_exp_avg_sq);
+  int64_t i = 0;
+#ifdef __AVX2__
+  if constexpr (std::is_same_v<Real, float>) {
+    i = update<Several, Param, Grad, Moment, amsgrad, coupled>(
+        p, g, m, v, largest, i, range.n, rule, prefetch_bytes);
+  }
+#endif
+  update<One<Real>, Param, Grad, Moment, amsgrad, coupled>(
+      p, g, m, v, largest, i, range.n, rule, prefetch_bytes);
 }
 
 template <class Param, class Grad>
 void adamw(
-    void* param,
-    const void* grad,
-    void* exp_avg,
-    void* exp_avg_sq,
-    void* max_exp_avg_sq,
-    int64_t n,
+    const AdamwRange& range,
     double grad_coef,
     const BiasCorrection& bias,
-    const AdamwOptions& options) {
-  using Real = Math<Param>;
+    const AdamwOptions& options,
+    int64_t prefetch_bytes) {
+  using Real = std::conditional_t<std::is_same_v<Param, Float64>, double, float>;
   const AdamwRule<Real> rule = adamw_rule_of<Real>(options, bias, grad_coef);
-  constexpr bool in_place = std::is_same_v<typename Param::storage, Real>;
-  auto* p = static_cast<typename Param::storage*>(param);
-  auto* g = static_cast<const typename Grad::storage*>(grad);
-  auto* m = static_cast<Real*>(exp_avg);
-  auto* v = static_cast<Real*>(exp_avg_sq);
-  auto* largest = static_cast<Real*>(max_exp_avg_sq);
-  const auto loop = largest != nullptr
-      ? (rule.coupled ? update<true, true, Real> : update<true, false, Real>)
-      : (rule.coupled ? update<false, true, Real> : update<false, false, Real>);
-  Real scaled[tile];
-  [[maybe_unused]] Real wide[in_place ? 1 : tile];
-  for (int64_t i = 0; i < n; i += tile) {
-    const int64_t size = n - i < tile ? n - i : tile;
-    Real* max_tile = largest != nullptr ? largest + i : nullptr;
-    prefetch(p + i);
-    prefetch(g + i);
-    prefetch(m + i);
-    prefetch(v + i);
-    read<Grad>(g + i, scaled, size, rule.grad_coef);
-    if constexpr (in_place) {
-      loop(p + i, scaled, m + i, v + i, max_tile, size, rule);
-    } else {
-      read<Param>(p + i, wide, size, 1.0);
-      loop(wide, scaled, m + i, v + i, max_tile, size, rule);
-      write<Param>(wide, p + i, size);
-    }
-  }
+  const bool amsgrad = range.max_exp_avg_sq != nullptr;
+  const auto loop = amsgrad ? (rule.coupled ? update_all<Param, Grad, true, true, Real>
+                                            : update_all<Param, Grad, true, false, Real>)
+                            : (rule.coupled ? update_all<Param, Grad, false, true, Real>
+                                            : update_all<Param, Grad, false, false, Real>);
+  loop(range, rule, prefetch_bytes);
 }
 
 }  // namespace

@@ -8,17 +8,23 @@
 
 namespace fastguard {
 
-// n consecutive elements; max_exp_avg_sq is null without amsgrad.
+// n consecutive elements of a parameter, with their gradient and moments.
+struct AdamwRange {
+  void* param;
+  const void* grad;
+  void* exp_avg;
+  void* exp_avg_sq;
+  void* max_exp_avg_sq;  // null without amsgrad
+  int64_t n;
+};
+
+// Software prefetch reads `prefetch_bytes` ahead in each array.
 using AdamwFunction = void(
-    void* param,
-    const void* grad,
-    void* exp_avg,
-    void* exp_avg_sq,
-    void* max_exp_avg_sq,
-    int64_t n,
+    const AdamwRange& range,
     double grad_coef,
     const BiasCorrection& bias,
-    const AdamwOptions& options);
+    const AdamwOptions& options,
+    int64_t prefetch_bytes);
 
 struct AdamwKernels {
   PerDtype<AdamwFunction> same_dtype;  // by the dtype of parameter and gradient

@@ -150,6 +150,21 @@ inline Floats select(Bits bits, Floats a, Floats b) {
   return {_mm512_mask_blend_ps(static_cast<__mmask16>(bits), b.v, a.v)};
 }
 inline Bits less(Floats a, Floats b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ); }
+inline Floats sqrt(Floats a) { return {_mm512_sqrt_ps(a.v)}; }
+// max(a, b); NaN if one of them is.
+inline Floats larger(Floats a, Floats b) {
+  const __mmask16 nan = _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q);
+  return {_mm512_mask_mov_ps(_mm512_max_ps(a.v, b.v), nan, a.v)};
+}
+// Each element times a factor. The product is computed in double, which holds elements of 1e38 and
+// factors of 1e-43.
+inline Floats scale(Floats a, double factor) {
+  const __m512d factors = _mm512_set1_pd(factor);
+  const __m512d low = _mm512_mul_pd(_mm512_cvtps_pd(_mm512_castps512_ps256(a.v)), factors);
+  const __m512d high = _mm512_mul_pd(_mm512_cvtps_pd(_mm512_extractf32x8_ps(a.v, 1)), factors);
+  const __m512 lower = _mm512_castps256_ps512(_mm512_cvtpd_ps(low));
+  return {_mm512_insertf32x8(lower, _mm512_cvtpd_ps(high), 1)};
+}
 inline float reduce_add(Floats a) { return _mm512_reduce_add_ps(a.v); }
 inline float reduce_max(Floats a) { return _mm512_reduce_max_ps(a.v); }
 
@@ -191,6 +206,17 @@ inline Floats select(Bits bits, Floats a, Floats b) {
 }
 inline Bits less(Floats a, Floats b) {
   return static_cast<Bits>(_mm256_movemask_ps(_mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ)));
+}
+inline Floats sqrt(Floats a) { return {_mm256_sqrt_ps(a.v)}; }
+inline Floats larger(Floats a, Floats b) {
+  const __m256 nan = _mm256_cmp_ps(a.v, a.v, _CMP_UNORD_Q);
+  return {_mm256_blendv_ps(_mm256_max_ps(a.v, b.v), a.v, nan)};
+}
+inline Floats scale(Floats a, double factor) {
+  const __m256d factors = _mm256_set1_pd(factor);
+  const __m256d low = _mm256_mul_pd(_mm256_cvtps_pd(_mm256_castps256_ps128(a.v)), factors);
+  const __m256d high = _mm256_mul_pd(_mm256_cvtps_pd(_mm256_extractf128_ps(a.v, 1)), factors);
+  return {_mm256_set_m128(_mm256_cvtpd_ps(high), _mm256_cvtpd_ps(low))};
 }
 inline float reduce_add(Floats a) {
   __m128 x = _mm_add_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
@@ -266,9 +292,12 @@ inline Vec<T> load_as(const typename Type::storage* x) {
     const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x));
     return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16))};
   }
-#elif defined(__F16C__)
+#elif defined(__AVX2__)
   if constexpr (std::is_same_v<Type, Float16>) {
     return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x)))};
+  } else if constexpr (std::is_same_v<Type, BFloat16>) {
+    const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(x));
+    return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16))};
   }
 #endif
   if constexpr (std::is_same_v<T, typename Type::storage>) {
@@ -300,11 +329,21 @@ inline void store_as(Vec<T> v, typename Type::storage* x) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(x), _mm512_cvtepi32_epi16(words));
     return;
   }
-#elif defined(__F16C__)
+#elif defined(__AVX2__)
   if constexpr (std::is_same_v<Type, Float16>) {
     _mm_storeu_si128(
         reinterpret_cast<__m128i*>(x),
         _mm256_cvtps_ph(v.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+    return;
+  } else if constexpr (std::is_same_v<Type, BFloat16>) {  // as BFloat16::narrow
+    const __m256i bits = _mm256_castps_si256(v.v), one = _mm256_set1_epi32(1);
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), one);
+    const __m256i half = _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff));
+    const __m256i rounded = _mm256_srli_epi32(_mm256_add_epi32(bits, half), 16);
+    const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(v.v, v.v, _CMP_UNORD_Q));
+    const __m256i words = _mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc0), nan);
+    const __m128i low = _mm256_castsi256_si128(words), high = _mm256_extracti128_si256(words, 1);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(x), _mm_packus_epi32(low, high));
     return;
   }
 #endif

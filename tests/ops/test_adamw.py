@@ -228,6 +228,15 @@ for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
                    1e-2, 0.9, 0.98, 0.1, 1e-8, not coupled, amsgrad, False)
         for t in (*params, m, v, largest):
             digest.update(t.view(torch.uint8).numpy().tobytes())
+for dtype in (torch.bfloat16, torch.float16):
+    every = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int16).view(dtype)
+    param = every[~every.isnan()].clone()
+    grad = torch.randn(param.numel()).to(dtype)
+    m, v = torch.rand(2, ops.packed_offsets([param.numel()])[-1])
+    ops.adamw_([param], [grad], m, v, m[:0], torch.ones(1),
+               torch.tensor(0.37, dtype=torch.float64), torch.tensor(0),
+               1e-2, 0.9, 0.98, 0.1, 1e-8, True, False, False)
+    digest.update(param.view(torch.uint8).numpy().tobytes())
 print(ops.cpu_info()["chosen"], digest.hexdigest())
 """
 
