@@ -3,6 +3,7 @@
 #pragma once
 
 #include "adamw_options.h"
+#include "checks.h"
 #include "dense.h"
 #include "packed.h"
 #include "tensor_list.h"
@@ -28,8 +29,8 @@ inline constexpr const char* names[] = {"exp_avg", "exp_avg_sq", "max_exp_avg_sq
 struct Arguments {
   // The op's arguments, as TORCH_BOX would take them except for the lists.
   explicit Arguments(StableIValue* stack)
-      : params(stack[0]),
-        grads(stack[1]),
+      : params(torch::stable::detail::to<StableListHandle>(stack[0])),
+        grads(torch::stable::detail::to<StableListHandle>(stack[1])),
         moments{owned(stack[2]), owned(stack[3]), owned(stack[4])},
         state_steps(owned(stack[5])),
         grad_coef(owned(stack[6])),
@@ -71,18 +72,6 @@ inline std::string shape_of(const TensorView& tensor) {
 
 inline const char* dtype_of(const TensorView& tensor) {
   return torch::headeronly::toString(tensor.scalar_type());
-}
-
-inline bool same_shape(const TensorView& a, const TensorView& b) {
-  if (a.dim() != b.dim()) {
-    return false;
-  }
-  for (int64_t dim = 0; dim < a.dim(); ++dim) {
-    if (a.size(dim) != b.size(dim)) {
-      return false;
-    }
-  }
-  return true;
 }
 
 // Whether two tensors of one shape have the same order of elements and the same gaps.
@@ -207,8 +196,8 @@ inline void check_tensors(const TensorView& p, const TensorView& g, size_t index
       dtype_of(p),
       "; it must be ",
       wide ? "float64" : "the parameter's or float32");
-  check_memory(p.handle(), "adamw_", "parameter", index);
-  check_memory(g.handle(), "adamw_", "gradient", index);
+  check_memory(p, "adamw_", "parameter", index);
+  check_memory(g, "adamw_", "gradient", index);
 }
 
 // The memory of a parameter and of its gradient, each as one range without gaps and in the same

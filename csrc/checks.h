@@ -36,7 +36,10 @@ inline void check_tensor(
   check_memory(tensor.get(), op, [&] { return name; });
 }
 
-inline void check_dtype(const torch::stable::Tensor& tensor, const char* op, size_t index) {
+// The checks of a list's tensors take a torch::stable::Tensor or a TensorView.
+
+template <class AnyTensor>
+void check_dtype(const AnyTensor& tensor, const char* op, size_t index) {
   using torch::headeronly::ScalarType;
   const ScalarType dtype = tensor.scalar_type();
   STD_TORCH_CHECK(
@@ -48,10 +51,14 @@ inline void check_dtype(const torch::stable::Tensor& tensor, const char* op, siz
       " has dtype number ",
       static_cast<int>(dtype),
       "; float32, float64, bfloat16 and float16 are supported");
-  check_memory(tensor.get(), op, "tensor", index);
+  check_memory(tensor, op, "tensor", index);
 }
 
-inline void check_no_overlap(const torch::stable::Tensor& tensor, const char* op, size_t index) {
+template <class AnyTensor>
+void check_no_overlap(const AnyTensor& tensor, const char* op, size_t index) {
+  if (tensor.is_contiguous()) {
+    return;
+  }
   for (int64_t dim = 0; dim < tensor.dim(); ++dim) {
     STD_TORCH_CHECK(
         tensor.stride(dim) != 0 || tensor.size(dim) <= 1 || tensor.numel() == 0,
@@ -60,6 +67,19 @@ inline void check_no_overlap(const torch::stable::Tensor& tensor, const char* op
         index,
         " is expanded: several of its elements share a single memory location; clone it");
   }
+}
+
+template <class AnyTensor>
+bool same_shape(const AnyTensor& a, const AnyTensor& b) {
+  if (a.dim() != b.dim()) {
+    return false;
+  }
+  for (int64_t dim = 0; dim < a.dim(); ++dim) {
+    if (a.size(dim) != b.size(dim)) {
+      return false;
+    }
+  }
+  return true;
 }
 
 inline void check_total_norm(const torch::stable::Tensor& total_norm) {
@@ -182,25 +202,26 @@ inline void check_growth(
   }
 }
 
-inline void check_pair(
-    const torch::stable::Tensor& sum, const torch::stable::Tensor& grad, size_t i) {
+template <class AnyTensor>
+void check_pair(const AnyTensor& sum, const AnyTensor& grad, size_t i) {
   using torch::headeronly::ScalarType;
   check_dtype(sum, "accumulate_", i);
   check_no_overlap(sum, "accumulate_", i);
   check_dtype(grad, "accumulate_", i);
   const bool wide = grad.scalar_type() == ScalarType::Double;
   STD_TORCH_CHECK(
-      sum.sizes().equals(grad.sizes()) &&
-          sum.scalar_type() == (wide ? ScalarType::Double : ScalarType::Float),
+      same_shape(sum, grad) && sum.scalar_type() == (wide ? ScalarType::Double : ScalarType::Float),
       "accumulate_: sum ",
       i,
       " must have its gradient's shape, and be float64 for a float64 gradient, float32 for any "
       "other");
 }
 
-inline void check_accumulate(
-    const std::vector<torch::stable::Tensor>& sums,
-    const std::vector<torch::stable::Tensor>& grads,
+// Tensors: a TensorList, or a std::vector of tensors.
+template <class Tensors>
+void check_accumulate(
+    const Tensors& sums,
+    const Tensors& grads,
     const torch::stable::Tensor& verdict,
     const torch::stable::Tensor& window) {
   using torch::headeronly::ScalarType;
@@ -282,8 +303,8 @@ inline void check_settle(
         " and its saved copy differ in shape or dtype");
     check_no_overlap(buffers[i], "settle_", i);
     check_no_overlap(saved[i], "settle_", i);
-    check_memory(buffers[i].get(), "settle_", "buffer", i);
-    check_memory(saved[i].get(), "settle_", "saved copy", i);
+    check_memory(buffers[i], "settle_", "buffer", i);
+    check_memory(saved[i], "settle_", "saved copy", i);
   }
 }
 

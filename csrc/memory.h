@@ -12,12 +12,33 @@
 
 namespace fastguard {
 
+// Checks that the storage holds `reach` elements from the tensor's first one on.
+template <class Name>
+void check_reach(
+    AtenTensorHandle tensor, int64_t reach, int32_t dtype, const char* op, const Name& name) {
+  int64_t storage, offset;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(tensor, &storage));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_offset(tensor, &offset));
+  const int64_t bytes =
+      (offset + reach) * static_cast<int64_t>(aoti_torch_dtype_element_size(dtype));
+  STD_TORCH_CHECK(
+      bytes <= storage,
+      op,
+      ": ",
+      name(),
+      " reaches ",
+      bytes,
+      " bytes into a storage of ",
+      storage,
+      ": its memory was freed or shrunk");
+}
+
 // Checks that the storage holds the whole tensor. It may not after `untyped_storage().resize_`,
 // which sharded training calls to free a parameter while tensors still refer to it. name() returns
 // the tensor's name for an error.
 template <class Name>
 void check_memory(AtenTensorHandle tensor, const char* op, Name name) {
-  int64_t dim, storage, offset;
+  int64_t dim;
   int64_t *sizes, *strides;
   int32_t dtype;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dim(tensor, &dim));
@@ -31,25 +52,18 @@ void check_memory(AtenTensorHandle tensor, const char* op, Name name) {
     last += (sizes[i] - 1) * strides[i];
   }
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor, &dtype));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(tensor, &storage));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_offset(tensor, &offset));
-  const int64_t bytes =
-      (offset + last + 1) * static_cast<int64_t>(aoti_torch_dtype_element_size(dtype));
-  STD_TORCH_CHECK(
-      bytes <= storage,
-      op,
-      ": ",
-      name(),
-      " reaches ",
-      bytes,
-      " bytes into a storage of ",
-      storage,
-      ": its memory was freed or shrunk");
+  check_reach(tensor, last + 1, dtype, op, name);
 }
 
-// The same for a tensor of a list, which the error names by its index.
-inline void check_memory(AtenTensorHandle tensor, const char* op, const char* name, size_t index) {
-  check_memory(tensor, op, [&] { return std::string(name) + " " + std::to_string(index); });
+// The name of a tensor of a list, for an error.
+inline std::string name_in_list(const char* name, size_t index) {
+  return std::string(name) + " " + std::to_string(index);
+}
+
+// check_memory for a tensor of a list.
+inline void check_memory(
+    const torch::stable::Tensor& tensor, const char* op, const char* name, size_t index) {
+  check_memory(tensor.get(), op, [&] { return name_in_list(name, index); });
 }
 
 // A new tensor on the device of `like`, from the shim, because torch::stable::new_empty takes about

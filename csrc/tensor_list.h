@@ -1,6 +1,9 @@
-// A list of tensors as bare handles, as the dispatcher passes it to a kernel. TORCH_BOX would
-// allocate a shared_ptr for each, twice per parameter of adamw_.
+// A list of tensors as bare handles, as the dispatcher passes it to a kernel. A kernel takes a
+// StableListHandle for it: for a std::vector of tensors, TORCH_BOX would allocate a shared_ptr
+// each.
 #pragma once
+
+#include "memory.h"
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
@@ -10,6 +13,21 @@
 
 namespace fastguard {
 
+// The dtype behind the shim's number. torch's own conversion compares the number with that of each
+// dtype in turn, and gets each by a call.
+inline torch::headeronly::ScalarType scalar_type_of(int32_t dtype) {
+  using torch::headeronly::ScalarType;
+  static const int32_t float32 = aoti_torch_dtype_float32();
+  static const int32_t bfloat16 = aoti_torch_dtype_bfloat16();
+  if (dtype == float32) {
+    return ScalarType::Float;
+  }
+  if (dtype == bfloat16) {
+    return ScalarType::BFloat16;
+  }
+  return torch::stable::detail::to<ScalarType>(torch::stable::detail::from(dtype));
+}
+
 // The properties of a tensor that a kernel needs, borrowed from the list that owns it.
 class TensorView {
  public:
@@ -17,6 +35,11 @@ class TensorView {
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dim(handle, &dim_));
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(handle, &sizes_));
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(handle, &dtype_));
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_is_contiguous(handle, &contiguous_));
+    scalar_type_ = scalar_type_of(dtype_);
+    for (int64_t dim = 0; dim < dim_; ++dim) {
+      numel_ *= sizes_[dim];
+    }
   }
 
   AtenTensorHandle handle() const { return handle_; }
@@ -25,18 +48,9 @@ class TensorView {
   // The shim's number of the dtype. Equal numbers mean equal dtypes.
   int32_t dtype() const { return dtype_; }
 
-  torch::headeronly::ScalarType scalar_type() const {
-    return torch::stable::detail::to<torch::headeronly::ScalarType>(
-        torch::stable::detail::from(dtype_));
-  }
-
-  int64_t numel() const {
-    int64_t numel = 1;
-    for (int64_t dim = 0; dim < dim_; ++dim) {
-      numel *= sizes_[dim];
-    }
-    return numel;
-  }
+  torch::headeronly::ScalarType scalar_type() const { return scalar_type_; }
+  int64_t numel() const { return numel_; }
+  bool is_contiguous() const { return contiguous_; }
 
   const int64_t* strides() const {
     int64_t* strides;
@@ -44,11 +58,7 @@ class TensorView {
     return strides;
   }
 
-  bool is_contiguous() const {
-    bool contiguous;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_is_contiguous(handle_, &contiguous));
-    return contiguous;
-  }
+  int64_t stride(int64_t dim) const { return strides()[dim]; }
 
   const void* data() const {
     const void* data;
@@ -75,13 +85,25 @@ class TensorView {
   int64_t dim_;
   int64_t* sizes_;
   int32_t dtype_;
+  bool contiguous_;
+  torch::headeronly::ScalarType scalar_type_;
+  int64_t numel_ = 1;
 };
+
+// check_memory of memory.h, without the strides of a contiguous tensor.
+inline void check_memory(const TensorView& tensor, const char* op, const char* name, size_t index) {
+  const auto named = [&] { return name_in_list(name, index); };
+  if (!tensor.is_contiguous()) {
+    check_memory(tensor.handle(), op, named);
+  } else if (tensor.numel() > 0) {
+    check_reach(tensor.handle(), tensor.numel(), tensor.dtype(), op, named);
+  }
+}
 
 class TensorList {
  public:
   // Takes the list and its tensors over.
-  explicit TensorList(StableIValue value) {
-    const auto list = torch::stable::detail::to<StableListHandle>(value);
+  explicit TensorList(StableListHandle list) {
     size_t size = 0;
     STABLE_TORCH_ERROR_CODE_CHECK(torch_list_size(list, &size));
     tensors_.reserve(size);

@@ -13,11 +13,13 @@ namespace {
 using torch::stable::Tensor;
 
 void accumulate_cpu(
-    const std::vector<Tensor>& sums,
-    const std::vector<Tensor>& grads,
+    StableListHandle sum_list,
+    StableListHandle grad_list,
     const Tensor& verdict,
     Tensor window,
     double weight) {
+  const TensorList sums(sum_list);
+  const TensorList grads(grad_list);
   check_accumulate(sums, grads, verdict, window);
   const NoGrad no_grad;
   double* const micro_batches =
@@ -26,12 +28,17 @@ void accumulate_cpu(
     micro_batches[0] += 1.0;
     return;
   }
-  Written written(sums);
-  std::vector<Tensor> sources;
+  SpanList written(sums, true);
+  std::vector<Tensor> copies;
   std::vector<Span> from;
+  from.reserve(sums.size());
   for (size_t i = 0; i < sums.size(); ++i) {
-    sources.push_back(laid_out_as(grads[i], written[i].tensor));
-    from.push_back(span_of(sources.back()));
+    if (sums[i].is_contiguous() && grads[i].is_contiguous()) {
+      from.push_back(span_of(grads[i]));
+    } else {
+      copies.push_back(laid_out_as(grads[i].tensor(), written.tensor(i)));
+      from.push_back(span_of(copies.back()));
+    }
   }
   const std::vector<Slice> slices = cut(written.spans);
   const GradientKernels& kernels = gradient_kernels();

@@ -10,7 +10,6 @@
 #include <torch/csrc/stable/library.h>
 
 #include <tuple>
-#include <vector>
 
 namespace fastguard {
 namespace {
@@ -18,7 +17,8 @@ namespace {
 using torch::stable::Tensor;
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> clip_cpu(
-    const std::vector<Tensor>& grads, double max_norm, double skip_norm, bool float32_norm) {
+    StableListHandle list, double max_norm, double skip_norm, bool float32_norm) {
+  const TensorList grads(list);
   for (size_t i = 0; i < grads.size(); ++i) {
     check_no_overlap(grads[i], "clip_", i);
   }

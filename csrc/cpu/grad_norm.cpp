@@ -21,36 +21,39 @@ namespace {
 
 using torch::stable::Tensor;
 
-int64_t row_major_index(const Dense& dense, int64_t offset) {
-  const int dims = static_cast<int>(dense.permutation.size());
+using Permutation = std::vector<PermutedDim>;
+
+int64_t row_major_index(const Permutation& permutation, int64_t offset) {
+  const int dims = static_cast<int>(permutation.size());
   const auto read = [](const int64_t* number) { return *number; };
-  return row_major_index(dense.permutation.data(), 0, dims, offset, read);
+  return row_major_index(permutation.data(), 0, dims, offset, read);
 }
 
 template <class Bits>
-Nonfinite find_nonfinite(const Dense& dense, const Bits* x, const Slice& slice, Bits exponent) {
+Nonfinite find_nonfinite(
+    const Permutation& permutation, const Bits* x, const Slice& slice, Bits exponent) {
   Nonfinite found;
   for (int64_t i = 0; i < slice.size; ++i) {
     if ((x[i] & exponent) == exponent) {
       const bool inf = static_cast<Bits>(x[i] << 1) == static_cast<Bits>(exponent << 1);
-      found = together(found, {!inf, inf, row_major_index(dense, slice.begin + i)});
+      found = together(found, {!inf, inf, row_major_index(permutation, slice.begin + i)});
     }
   }
   return found;
 }
 
 // Only called for a slice whose sum is not finite; it is in the cache.
-Nonfinite find_nonfinite(const Dense& dense, const Span& span, const Slice& slice) {
+Nonfinite find_nonfinite(const Permutation& order, const Span& span, const Slice& slice) {
   const void* x = data_of(span, slice);
   switch (span.dtype) {
     case ScalarType::Double:
-      return find_nonfinite(dense, static_cast<const uint64_t*>(x), slice, uint64_t{0x7ff} << 52);
+      return find_nonfinite(order, static_cast<const uint64_t*>(x), slice, uint64_t{0x7ff} << 52);
     case ScalarType::Float:
-      return find_nonfinite(dense, static_cast<const uint32_t*>(x), slice, uint32_t{0x7f800000});
+      return find_nonfinite(order, static_cast<const uint32_t*>(x), slice, uint32_t{0x7f800000});
     case ScalarType::BFloat16:
-      return find_nonfinite(dense, static_cast<const uint16_t*>(x), slice, uint16_t{0x7f80});
+      return find_nonfinite(order, static_cast<const uint16_t*>(x), slice, uint16_t{0x7f80});
     default:
-      return find_nonfinite(dense, static_cast<const uint16_t*>(x), slice, uint16_t{0x7c00});
+      return find_nonfinite(order, static_cast<const uint16_t*>(x), slice, uint16_t{0x7c00});
   }
 }
 
@@ -86,33 +89,35 @@ std::tuple<Tensor, Tensor, Tensor> reduce(
 
 }  // namespace
 
-std::tuple<Tensor, Tensor, Tensor> grad_norm_cpu(const std::vector<Tensor>& grads) {
-  std::vector<Dense> tensors;
-  std::vector<Span> spans;
-  tensors.reserve(grads.size());
-  spans.reserve(grads.size());
+std::tuple<Tensor, Tensor, Tensor> grad_norm_cpu(const TensorList& grads) {
   for (size_t i = 0; i < grads.size(); ++i) {
     check_dtype(grads[i], "grad_norm", i);
-    tensors.push_back(densify(grads[i]));
-    spans.push_back(span_of(tensors.back().tensor));
   }
-  const std::vector<Slice> slices = cut(spans);
+  const SpanList tensors(grads, false);
+  const std::vector<Slice> slices = cut(tensors.spans);
   std::vector<double> sums(slices.size());
   std::vector<Nonfinite> nonfinite(slices.size());
   const GradientKernels& kernels = gradient_kernels();
   for_each_slice(slices, [&](int64_t s) {
     const Slice& slice = slices[s];
-    const Span& span = spans[slice.span];
+    const Span& span = tensors.spans[slice.span];
     sums[s] = pick(kernels.sum_squares, span.dtype)(data_of(span, slice), slice.size);
     if (!std::isfinite(sums[s])) {
-      nonfinite[s] = find_nonfinite(tensors[slice.span], span, slice);
+      nonfinite[s] = find_nonfinite(tensors.permutation(slice.span), span, slice);
     }
   });
   return reduce(grads.size(), slices, sums, nonfinite);
 }
 
+namespace {
+
+std::tuple<Tensor, Tensor, Tensor> grad_norm_of_list(StableListHandle grads) {
+  return grad_norm_cpu(TensorList(grads));
+}
+
+}  // namespace
 }  // namespace fastguard
 
 STABLE_TORCH_LIBRARY_IMPL(fastguard, CPU, m) {
-  m.impl("grad_norm", TORCH_BOX(&fastguard::grad_norm_cpu));
+  m.impl("grad_norm", TORCH_BOX(&fastguard::grad_norm_of_list));
 }

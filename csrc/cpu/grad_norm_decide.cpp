@@ -19,7 +19,7 @@ namespace {
 using torch::stable::Tensor;
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> grad_norm_decide_cpu(
-    const std::vector<Tensor>& grads,
+    StableListHandle list,
     const std::optional<Tensor>& unscale,
     const std::optional<Tensor>& loss,
     Tensor statistics,
@@ -35,6 +35,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> grad_norm_decide_cpu(
     const std::optional<Tensor>& growth_tracker,
     const std::vector<double>& growth) {
   constexpr const char* op = "grad_norm_decide_";
+  const TensorList grads(list);
   const int64_t n = static_cast<int64_t>(grads.size());
   check_guard_decide(
       op, n, unscale, loss, statistics, seen_norms, accepted_norms, per_tensor, threshold, options);

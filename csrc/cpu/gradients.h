@@ -5,6 +5,7 @@
 #include "dense.h"
 #include "gradients_kernel.h"
 #include "tasks.h"
+#include "tensor_list.h"
 
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -19,7 +20,11 @@ namespace fastguard {
 using torch::headeronly::ScalarType;
 
 constexpr int64_t slice_elements = 16384;  // 64 KiB of fp32: a slice read twice is read from L2
-constexpr int64_t serial_elements = 32768;  // below this a parallel region costs more than it saves
+
+// The least work of a thread: 10 us where a gradient is read, 100 us where AdamW steps it. A
+// parallel region takes 10 us, but on a machine whose cores are busy it waits milliseconds for its
+// threads.
+constexpr int64_t grain_elements = 131072;
 
 // A tensor without gaps, as one range of memory.
 struct Span {
@@ -39,19 +44,71 @@ inline Span span_of(const torch::stable::Tensor& tensor) {
   return {data, tensor.numel(), tensor.scalar_type()};
 }
 
-// Tensors that a kernel writes.
-class Written : public DenseList {
+inline Span span_of(const TensorView& tensor) {
+  char* data = const_cast<char*>(static_cast<const char*>(tensor.data()));
+  return {data, tensor.numel(), tensor.scalar_type()};
+}
+
+// The tensors of a list, each as one range of memory. Those that are not contiguous are the only
+// ones that get a Dense; most lists have none.
+class SpanList {
  public:
-  explicit Written(const std::vector<torch::stable::Tensor>& tensors) : DenseList(tensors, true) {
+  // `written`: whether a kernel writes the ranges. copy_back follows then.
+  SpanList(const TensorList& tensors, bool written)
+      : tensors_(tensors), others_(not_contiguous(tensors), written) {
     spans.reserve(tensors.size());
-    for (size_t i = 0; i < tensors.size(); ++i) {
-      const torch::stable::Tensor& tensor = (*this)[i].tensor;
-      tensor.mutable_data_ptr();  // makes a copy-on-write tensor its own
-      spans.push_back(span_of(tensor));
+    for (size_t i = 0, other = 0; i < tensors.size(); ++i) {
+      const TensorView& view = tensors[i];
+      if (!view.is_contiguous()) {
+        at_.push_back(i);
+        const torch::stable::Tensor& tensor = others_[other++].tensor;
+        if (written) {
+          tensor.mutable_data_ptr();  // makes a copy-on-write tensor its own
+        }
+        spans.push_back(span_of(tensor));
+      } else {
+        if (written) {
+          view.mutable_data();
+        }
+        spans.push_back(span_of(view));
+      }
     }
   }
 
+  // The order of the elements of a span.
+  const std::vector<PermutedDim>& permutation(size_t index) const {
+    static const std::vector<PermutedDim> row_major;
+    return tensors_[index].is_contiguous() ? row_major : dense(index).permutation;
+  }
+
+  // The tensor whose memory the span is.
+  torch::stable::Tensor tensor(size_t index) const {
+    return tensors_[index].is_contiguous() ? tensors_[index].tensor() : dense(index).tensor;
+  }
+
+  // Writes the copies of tensors with gaps back into these.
+  void copy_back() { others_.copy_back(); }
+
   std::vector<Span> spans;
+
+ private:
+  static std::vector<torch::stable::Tensor> not_contiguous(const TensorList& tensors) {
+    std::vector<torch::stable::Tensor> others;
+    for (size_t i = 0; i < tensors.size(); ++i) {
+      if (!tensors[i].is_contiguous()) {
+        others.push_back(tensors[i].tensor());
+      }
+    }
+    return others;
+  }
+
+  const Dense& dense(size_t index) const {
+    return others_[std::lower_bound(at_.begin(), at_.end(), index) - at_.begin()];
+  }
+
+  const TensorList& tensors_;
+  DenseList others_;
+  std::vector<size_t> at_;  // their indices
 };
 
 template <class Function>
@@ -89,13 +146,14 @@ inline std::vector<Slice> cut(const std::vector<Span>& spans) {
 template <class Work>
 void for_each_slice(const std::vector<Slice>& slices, const Work& work) {
   const int64_t n = static_cast<int64_t>(slices.size());
-  const int64_t threads = torch::stable::get_num_threads();
   int64_t elements = 0;
   for (const Slice& slice : slices) {
     elements += slice.size;
   }
+  const int64_t threads =
+      std::clamp<int64_t>(elements / grain_elements, 1, torch::stable::get_num_threads());
   const int64_t batch = std::clamp<int64_t>(n / (4 * threads), 1, 8);
-  for_each_task(n, batch, elements > serial_elements, [&](int64_t) -> const Work& { return work; });
+  for_each_task(n, batch, threads, [&](int64_t) -> const Work& { return work; });
 }
 
 }  // namespace fastguard

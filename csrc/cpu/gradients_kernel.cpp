@@ -1,10 +1,10 @@
-// This source is compiled once per instruction set, which FASTGUARD_CAPABILITY names. The loops are
-// written for the compiler's vectorizer, whose code is as good as with intrinsics.
+// This source is compiled once per instruction set, which FASTGUARD_CAPABILITY names. The results
+// of all are bitwise equal.
 
 #include "gradients_kernel.h"
 
 #include "concat.h"
-#include "elements.h"
+#include "vector.h"
 
 namespace fastguard {
 namespace {
@@ -94,22 +94,40 @@ double sum_squares(const void* data, int64_t n) {
 
 // scale
 
+// The product of each lane and the factor, in double.
+inline Floats product(Floats x, double factor) {
+#if defined(__AVX512F__)
+  const __m512d factors = _mm512_set1_pd(factor);
+  const auto half = [&](__m256 y) {
+    return _mm512_cvtpd_ps(_mm512_mul_pd(_mm512_cvtps_pd(y), factors));
+  };
+  const __m256 low = half(_mm512_castps512_ps256(x.v)), high = half(_mm512_extractf32x8_ps(x.v, 1));
+  return {_mm512_insertf32x8(_mm512_castps256_ps512(low), high, 1)};
+#elif defined(__AVX2__)
+  const __m256d factors = _mm256_set1_pd(factor);
+  const auto half = [&](__m128 y) {
+    return _mm256_cvtpd_ps(_mm256_mul_pd(_mm256_cvtps_pd(y), factors));
+  };
+  const __m128 low = half(_mm256_castps256_ps128(x.v)), high = half(_mm256_extractf128_ps(x.v, 1));
+  return {_mm256_set_m128(high, low)};
+#else
+  return Floats::map([&](int i) { return static_cast<float>(x.at[i] * factor); });
+#endif
+}
+
 template <class Type>
 void scale(void* data, int64_t n, double factor) {
+  constexpr int64_t step = cache_line / sizeof(typename Type::storage);
   auto* x = static_cast<typename Type::storage*>(data);
   int64_t i = 0;
-#ifdef __F16C__
-  if constexpr (std::is_same_v<Type, Float16>) {
-    for (; i + lanes <= n; i += lanes) {
-      float values[lanes];
-      widen8(x + i, values);
-      for (int lane = 0; lane < lanes; ++lane) {
-        values[lane] = static_cast<float>(values[lane] * factor);
+  if constexpr (!std::is_same_v<Type, Float64>) {
+    for (; i + step <= n; i += step) {
+      prefetch(x + i);
+      for (auto* part = x + i; part < x + i + step; part += Floats::lanes) {
+        store_as<Type>(product(load_as<float, Type>(part), factor), part);
       }
-      narrow8(values, x + i);
     }
   }
-#endif
   for (; i < n; ++i) {
     x[i] = Type::narrow(Type::widen(x[i]) * factor);
   }
@@ -120,20 +138,19 @@ void scale(void* data, int64_t n, double factor) {
 template <class Type>
 void add(void* sum, const void* grad, int64_t n) {
   using Sum = std::conditional_t<std::is_same_v<Type, Float64>, double, float>;
+  constexpr int64_t step = cache_line / sizeof(float);
   auto* x = static_cast<Sum*>(sum);
   const auto* y = static_cast<const typename Type::storage*>(grad);
   int64_t i = 0;
-#ifdef __F16C__
-  if constexpr (std::is_same_v<Type, Float16>) {
-    for (; i + lanes <= n; i += lanes) {
-      float values[lanes];
-      widen8(y + i, values);
-      for (int lane = 0; lane < lanes; ++lane) {
-        x[i + lane] += values[lane];
+  if constexpr (!std::is_same_v<Type, Float64>) {
+    for (; i + step <= n; i += step) {
+      prefetch(x + i);
+      prefetch(y + i);
+      for (int64_t j = i; j < i + step; j += Floats::lanes) {
+        (Floats::load(x + j) + load_as<float, Type>(y + j)).store(x + j);
       }
     }
   }
-#endif
   for (; i < n; ++i) {
     x[i] += static_cast<Sum>(Type::widen(y[i]));
   }

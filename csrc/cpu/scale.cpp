@@ -15,7 +15,7 @@ namespace fastguard {
 
 using torch::stable::Tensor;
 
-void scale_cpu(const std::vector<Tensor>& grads, const Tensor& clip_coef) {
+void scale_cpu(const TensorList& grads, const Tensor& clip_coef) {
   check_coef(clip_coef, "scale_", "clip_coef", static_cast<int64_t>(grads.size()));
   const double* const factors = clip_coef.const_data_ptr<double>();
   const size_t step = clip_coef.dim();  // 0: the same factor for all
@@ -27,7 +27,7 @@ void scale_cpu(const std::vector<Tensor>& grads, const Tensor& clip_coef) {
     return;  // nothing to write
   }
   const NoGrad no_grad;
-  Written written(grads);
+  SpanList written(grads, true);
   const std::vector<Slice> slices = cut(written.spans);
   const GradientKernels& kernels = gradient_kernels();
   for_each_slice(slices, [&](int64_t s) {
@@ -40,6 +40,15 @@ void scale_cpu(const std::vector<Tensor>& grads, const Tensor& clip_coef) {
   written.copy_back();
 }
 
+namespace {
+
+void scale_list(StableListHandle grads, const Tensor& clip_coef) {
+  scale_cpu(TensorList(grads), clip_coef);
+}
+
+}  // namespace
 }  // namespace fastguard
 
-STABLE_TORCH_LIBRARY_IMPL(fastguard, CPU, m) { m.impl("scale_", TORCH_BOX(&fastguard::scale_cpu)); }
+STABLE_TORCH_LIBRARY_IMPL(fastguard, CPU, m) {
+  m.impl("scale_", TORCH_BOX(&fastguard::scale_list));
+}

@@ -1,13 +1,12 @@
 #pragma once
 
-#include <torch/csrc/stable/tensor.h>
+#include "tensor_list.h"
 
-#include <vector>
+#include <torch/csrc/stable/tensor.h>
 
 namespace fastguard {
 
 // Multiplies the gradients in place, after a check of clip_coef.
-void scale_cpu(
-    const std::vector<torch::stable::Tensor>& grads, const torch::stable::Tensor& clip_coef);
+void scale_cpu(const TensorList& grads, const torch::stable::Tensor& clip_coef);
 
 }  // namespace fastguard
