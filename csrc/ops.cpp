@@ -82,6 +82,46 @@ STABLE_TORCH_LIBRARY(fastguard, m) {
       "Tensor? seed, bool is_causal, float dropout_p, float scale, float softcap, float clamp) -> "
       "(Tensor, Tensor, Tensor)");
 
+  // x sigmoid(x), of any shape; contiguous results
+  m.def("silu(Tensor x) -> Tensor");
+  m.def("silu_backward(Tensor grad_output, Tensor x) -> Tensor");
+
+  // Layers of the speech models. Frames are (B, T, C); what belongs to a channel or to a frame is
+  // f64 for f64 frames, else f32; padding_mask bool (B, T), True: no frame.
+  //
+  // sum = x + alpha scale branch, scale (B, C) or none: ones; and the layer norm of sum, or of x
+  // without a branch, with weight and bias (C,)
+  // -> sum, (0,) without a branch; normed; mean (B T,) and rstd (B T,)
+  m.def(
+      "add_layer_norm(Tensor x, Tensor? branch, Tensor? scale, Tensor weight, Tensor bias, "
+      "float alpha, float eps) -> (Tensor, Tensor, Tensor, Tensor)");
+  // -> gradients of x, branch ((0,) without one), weight and bias
+  m.def(
+      "add_layer_norm_backward(Tensor? grad_sum, Tensor grad_normed, Tensor sum, Tensor? scale, "
+      "Tensor weight, Tensor mean, Tensor rstd, float alpha, bool has_branch) -> "
+      "(Tensor, Tensor, Tensor, Tensor)");
+
+  // Batch norm over the frames that are not padding, then silu where asked for; weight, bias,
+  // running_mean and running_var (C,). Evaluation, and fewer than 2 valid frames, use the running
+  // statistics -> output (B, T, C), and the mean and the variance that were used, (C,)
+  m.def(
+      "masked_batch_norm(Tensor x, Tensor padding_mask, Tensor weight, Tensor bias, "
+      "Tensor running_mean, Tensor running_var, float eps, bool training, bool silu) -> "
+      "(Tensor, Tensor, Tensor)");
+  // -> gradients of x, weight and bias
+  m.def(
+      "masked_batch_norm_backward(Tensor grad_output, Tensor x, Tensor padding_mask, "
+      "Tensor weight, Tensor bias, Tensor mean, Tensor var, float eps, bool training, bool silu) "
+      "-> (Tensor, Tensor, Tensor)");
+
+  // GLU of x (B, T, 2 C), zeros where there is padding, and a filter for each channel, weight (C,
+  // K), K odd and at most 65, over frames; zeros beyond both ends -> (B, T, C)
+  m.def("glu_depthwise(Tensor x, Tensor padding_mask, Tensor weight) -> Tensor");
+  // -> gradients of x and weight
+  m.def(
+      "glu_depthwise_backward(Tensor grad_output, Tensor x, Tensor padding_mask, Tensor weight) -> "
+      "(Tensor, Tensor)");
+
   // The build and the chosen instruction set, one "key=value" per line, for `python -m
   // fastguard.env`.
   m.def("cpu_info() -> str");

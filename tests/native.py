@@ -29,3 +29,16 @@ def assert_same_from_every_instruction_set(script):
         printed[chosen] = values
     assert "default" in printed
     assert len(set(printed.values())) == 1, printed
+
+
+def run_tests_on(capability, files, selection):
+    """Run tests, selected as by pytest's -k, on another instruction set than the chosen one."""
+    if capability == ops.cpu_info()["chosen"]:
+        return  # that is what all the other tests run on
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files, "-k", selection],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "FASTGUARD_CPU_CAPABILITY": capability},
+    )
+    assert run.returncode == 0, run.stdout[-5000:]

@@ -9,12 +9,12 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.forward_ad import unpack_dual
 
 from fastguard._compiling import is_exporting
-from fastguard._tensors import from_first_rank, is_dtensor, replicated_beside
+from fastguard._tensors import from_first_rank, replicated_beside
 
 from . import _library
+from ._autograd import are_dtensors, is_transformed
 from ._checks import check_same_device, check_tensor
 from .attention_autograd import differentiable
 from .philox import dropout_keep_ref
@@ -87,7 +87,7 @@ def attention(
     plain = (
         recorded or not _library.has_kernel(query) or learnt or 0 in (query.size(2), key.size(2))
     )
-    if plain or _is_transformed(query, key, value) or _are_dtensors(query, key, value):
+    if plain or is_transformed(query, key, value) or are_dtensors(query, key, value):
         return attention_ref(*args)
     if max(query.size(3), value.size(3)) > MOST_HEAD_DIM:
         serve = beyond_kernels(*args)
@@ -190,27 +190,6 @@ def _bounded(output: Tensor, clamp: float) -> Tensor:
     if clamp > torch.finfo(output.dtype).max:  # none, or beyond what float16 holds
         return output
     return torch.where(output.abs() < clamp, output, output.detach().clamp(-clamp, clamp))
-
-
-def _is_transformed(*tensors: Tensor) -> bool:
-    """Whether forward derivatives are wanted, or those of torch.func's grad, vjp and jvp."""
-    if torch.compiler.is_compiling():
-        return False
-    functorch = torch._C._functorch
-    if functorch.peek_interpreter_stack() is not None:
-        for x in tensors:
-            while functorch.is_batchedtensor(x):  # vmap inside of grad
-                x = functorch.get_unwrapped(x)
-            if functorch.is_gradtrackingtensor(x) or unpack_dual(x).tangent is not None:
-                return True
-    return any(unpack_dual(x).tangent is not None for x in tensors)
-
-
-def _are_dtensors(*tensors: Tensor) -> bool:
-    """Plain torch shards them; the operator has no strategy of its own."""
-    if all(type(x) in (Tensor, torch.nn.Parameter) for x in tensors):
-        return False
-    return any(map(is_dtensor, tensors))
 
 
 def attention_ref(*args) -> Attention:

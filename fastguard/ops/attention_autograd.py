@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from . import _library
+from ._autograd import without_autograd
 from ._checks import check_same_device
 
 
@@ -15,19 +16,13 @@ def differentiable(*args) -> tuple[Tensor, ...]:
         return operator(*args)
     if torch.is_grad_enabled() and any(x.requires_grad for x in args[:3]):
         return _Differentiable.apply(*args)
-    return _without_autograd(operator, *args)
-
-
-def _without_autograd(operator, *args):
-    """The operator's kernel. The registered autograd is Python and costs 3 us to pass through."""
-    with torch._C._AutoDispatchBelowAutograd():
-        return operator(*args)
+    return without_autograd(operator, *args)
 
 
 class _Differentiable(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *args):
-        results = _without_autograd(torch.ops.fastguard.attention.default, *args)
+        results = without_autograd(torch.ops.fastguard.attention.default, *args)
         _save_for_backward(ctx, args, results)
         ctx.mark_non_differentiable(*results[1:])
         ctx.set_materialize_grads(False)
@@ -83,7 +78,7 @@ def _backward(ctx, grad_output, *_):
     if torch.is_grad_enabled() or torch.compiler.is_compiling():  # of second derivatives, refused
         grads = operator(*args)
     else:
-        grads = _without_autograd(operator, *args)
+        grads = without_autograd(operator, *args)
     return (*grads, *[None] * 10)
 
 

@@ -1,14 +1,10 @@
 """The operator of attention gives the same bits on every machine, and rows do not mix."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 
 from fastguard import clamped_attention, ops
-from tests.native import needs_kernel
+from tests.native import needs_kernel, run_tests_on
 from tests.ops.attention_cases import DTYPES, OPS, SEED
 
 
@@ -48,25 +44,13 @@ def test_other_tensors_do_not_change_a_row():
         )
 
 
-_EVERY = """
-import pytest, sys
-sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "tests/ops/test_attention.py",
-                      "tests/ops/test_attention_masks.py", "tests/ops/test_attention_machines.py",
-                      "-k", "against_the_reference or dropout_keeps or test_same_bits "
-                      "or is_its_float32 or read_at_every_place"]))
-"""
-
-
 @needs_kernel
 @pytest.mark.parametrize("capability", ops.cpu_info().get("compiled", "default").split())
 def test_every_instruction_set(capability):
-    chosen = ops.cpu_info()["chosen"]
-    if capability == chosen:
-        return  # that is what all the other tests run on
-    run = subprocess.run(
-        [sys.executable, "-c", _EVERY],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "FASTGUARD_CPU_CAPABILITY": capability},
+    names = ("test_attention", "test_attention_masks", "test_attention_machines")
+    run_tests_on(
+        capability,
+        [f"tests/ops/{name}.py" for name in names],
+        "against_the_reference or dropout_keeps or test_same_bits or is_its_float32 "
+        "or read_at_every_place",
     )
-    assert run.returncode == 0, run.stdout[-5000:]

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from fastguard.ops import attention, packed, types
+from fastguard.ops import attention, glu_depthwise, packed, types
 from fastguard.thresholds import Kind
 
 CSRC = Path(__file__).parents[2] / "csrc"
@@ -40,6 +40,7 @@ def enumerators(name, file):
         (attention, "SMALLEST_SOFTCAP", "attention.h"),
         (attention, "LARGEST_SOFTCAP", "attention.h"),
         (attention, "LARGEST_SCALE", "attention.h"),
+        (glu_depthwise, "MOST_TAPS", "cpu/glu_depthwise_kernel.h"),
     ],
 )
 def test_a_constant_is_the_same_in_both_languages(module, name, file):
