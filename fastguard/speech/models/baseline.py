@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .ctc import CTCModel
@@ -42,10 +41,11 @@ class Baseline(CTCModel):
         self.norm = MaskedBatchNorm1d(config.channels)
 
     def encode(self, x: Tensor, padding_mask: Tensor) -> Tensor:
-        """(B, C, T'), (B, T') -> (B, T', C)."""
+        """(B, T', C), (B, T') -> (B, T', C)."""
+        x = x.transpose(1, 2).contiguous()  # (B, C, T'), as conv1d wants it
         for layer in self.layers:
             x = layer(x, padding_mask)
-        return F.silu(self.norm(x, padding_mask)).transpose(1, 2)
+        return self.norm(x, padding_mask, silu=True).transpose(1, 2)
 
 
 class ResidualConvolution(nn.Module):
@@ -68,6 +68,6 @@ class ResidualConvolution(nn.Module):
 
     def forward(self, x: Tensor, padding_mask: Tensor) -> Tensor:
         """(B, C, T), (B, T) -> (B, C, T)."""
-        branch = F.silu(self.norm(x, padding_mask))
+        branch = self.norm(x, padding_mask, silu=True)
         branch = branch.masked_fill(padding_mask[:, None, :], 0.0)
         return x + self.dropout(self.conv(branch))

@@ -43,7 +43,7 @@ class CTCModel(nn.Module):
         check_batch(features, feature_lengths, self.n_mels)
         frames = torch.arange(features.size(1), device=features.device)
         padding_mask = frames >= feature_lengths.to(features.device)[:, None]  # (B, T)
-        x, padding_mask = self.subsampling(features, padding_mask)  # (B, C, T')
+        x, padding_mask = self.subsampling(features, padding_mask)  # (B, T', C)
         x = self.encode(x, padding_mask)  # (B, T', C)
         # An explicit dtype also applies under autocast. Log-probabilities in half precision caused
         # NaN losses (speechbrain issue 1803).
@@ -51,7 +51,7 @@ class CTCModel(nn.Module):
         return log_probs, self.output_lengths(feature_lengths)
 
     def encode(self, x: Tensor, padding_mask: Tensor) -> Tensor:
-        """(B, C, T'), (B, T') -> (B, T', C)."""
+        """(B, T', C), (B, T') -> (B, T', C)."""
         raise NotImplementedError
 
     @staticmethod

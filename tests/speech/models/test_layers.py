@@ -6,12 +6,18 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from fastguard.speech.models.layers import MaskedBatchNorm1d, Subsampling, subsampled
-from fastguard.speech.models.teacher import DepthwiseConv1d
+from fastguard.speech.models.layers import (
+    MaskedBatchNorm1d,
+    StridedConv1d,
+    Subsampling,
+    subsampled,
+)
+from fastguard.speech.models.teacher import ChannelDropout, GatedDepthwiseConv1d
 
 CHANNELS = 3
 
@@ -157,7 +163,7 @@ def test_nan_in_a_valid_frame_is_not_hidden():
 def test_subsampled_is_the_length_that_comes_out(frames):
     front_end = Subsampling(2, 4, kernel_size=5).eval()
     x, mask = front_end(torch.zeros(1, frames, 2), torch.zeros(1, frames, dtype=torch.bool))
-    assert x.size(2) == mask.size(1) == subsampled(frames) == math.ceil(math.ceil(frames / 2) / 2)
+    assert x.size(1) == mask.size(1) == subsampled(frames) == math.ceil(math.ceil(frames / 2) / 2)
 
 
 @given(frames=st.integers(1, 60), data=st.data())
@@ -169,14 +175,42 @@ def test_subsampled_mask_follows_the_lengths(frames, data):
 
 
 @pytest.mark.parametrize("kernel_size", [1, 5, 31])
-def test_depthwise_convolution_is_conv1d_with_groups(kernel_size):
-    ours = DepthwiseConv1d(6, kernel_size).double()
+def test_gated_depthwise_convolution_is_conv1d_with_groups(kernel_size):
+    ours = GatedDepthwiseConv1d(6, kernel_size).double()
     theirs = nn.Conv1d(6, 6, kernel_size, padding="same", groups=6, bias=False).double()
     theirs.load_state_dict(ours.state_dict())
-    x = random(2, 9, 6).requires_grad_()
-    output, expected = ours(x), theirs(x.transpose(1, 2)).transpose(1, 2)
+    x, mask = random(2, 9, 12).requires_grad_(), length_mask([9, 4], 9)
+    output = ours(x, mask)
+    gated = F.glu(x, dim=-1).masked_fill(mask[:, :, None], 0.0)
+    expected = theirs(gated.transpose(1, 2)).transpose(1, 2)
     torch.testing.assert_close(output, expected)
     torch.testing.assert_close(
         torch.autograd.grad(output.square().sum(), (x, ours.weight)),
         torch.autograd.grad(expected.square().sum(), (x, theirs.weight)),
     )
+
+
+@pytest.mark.parametrize("kernel_size", [1, 5])
+@pytest.mark.parametrize("frames", [1, 2, 9, 10])
+def test_strided_convolution_is_conv1d(kernel_size, frames):
+    ours = StridedConv1d(6, 4, kernel_size).double()
+    x = random(2, frames, 6).requires_grad_()
+    output = ours(x)
+    expected = F.conv1d(x.transpose(1, 2), ours.weight, stride=2, padding=kernel_size // 2)
+    expected = expected.transpose(1, 2)
+    torch.testing.assert_close(output, expected)
+    torch.testing.assert_close(
+        torch.autograd.grad(output.square().sum(), (x, ours.weight)),
+        torch.autograd.grad(expected.square().sum(), (x, ours.weight)),
+    )
+
+
+def test_channel_dropout_draws_what_dropout1d_draws():
+    x = random(3, 40, 50, dtype=torch.float32)
+    dropout = ChannelDropout(0.3)
+    torch.manual_seed(0)
+    expected = F.dropout1d(x.transpose(1, 2), 0.3).transpose(1, 2)
+    torch.manual_seed(0)
+    torch.testing.assert_close(x * dropout(x)[:, None, :], expected)
+    assert dropout.eval()(x) is None
+    assert not ChannelDropout(1.0)(x).any()

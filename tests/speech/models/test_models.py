@@ -157,11 +157,16 @@ def test_residual_convolution_is_in_pre_activation_order():
 def test_conformer_block_is_equation_1_of_the_paper():
     block = small("teacher").blocks[0].eval()
     x, mask = torch.randn(2, 5, 16), torch.zeros(2, 5, dtype=torch.bool)
-    first = x + block.feed_forward1(x) / 2
-    normed = block.attention_norm(first)
-    attended = first + block.attention(normed, normed, normed)[0]
-    convolved = attended + block.convolution(attended, mask)
-    expected = block.norm(convolved + block.feed_forward2(convolved) / 2)
+    expected = x
+    for branch, norm, factor in (
+        (block.feed_forward1, block.feed_forward1.norm, 0.5),
+        (lambda y: block.attention(y, y, y)[0], block.attention_norm, 1.0),
+        (lambda y: block.convolution(y, mask), block.convolution.layer_norm, 1.0),
+        (block.feed_forward2, block.feed_forward2.norm, 0.5),
+    ):
+        normed = F.layer_norm(expected, (16,), norm.weight, norm.bias)
+        expected = expected + factor * branch(normed)
+    expected = F.layer_norm(expected, (16,), block.norm.weight, block.norm.bias)
     torch.testing.assert_close(block(x, mask), expected)
 
 
