@@ -45,11 +45,7 @@ def measured(tree: Path) -> dict[str, dict[str, float]]:
         environment = {**os.environ, "PYTHONPATH": str(tree)}
         subprocess.run(command, cwd=tree, env=environment, check=True, stdout=subprocess.DEVNULL)
         figures = json.loads(path.read_text(encoding="utf-8"))
-    return {
-        f"{case}, {kind}": result["seconds"]
-        for kind in ("step", "step after backward")
-        for case, result in figures[kind].items()
-    }
+    return {f"{case}, step": result["seconds"] for case, result in figures["step"].items()}
 
 
 def compared(rounds) -> dict[str, dict[str, tuple[float, float, float]]]:

@@ -2,7 +2,7 @@
 
     python bench/optimizer_step.py [--device cpu|cuda] [--repeats N] [--json FILE]
 
-First table of each case: what does the step cost, right after a backward pass that does nothing but
+The table of each case: what does the step cost, right after a backward pass that does nothing but
 write gradients and is not timed. All rows take turns in one run, each on parameters, gradients and
 optimizer state of its own; the figures are medians. No row clips or skips; clipping costs neither
 fastguard.AdamW nor torch's clip_grad_norm_ anything more. Bytes per parameter are counted from what
@@ -12,9 +12,6 @@ the floor above 100 % says that caches served a part.
 
 The line below it is the first of the rows and torch with the fused AdamW, alone: seven rows of 2000
 tensors are more objects than caches hold, which costs all rows about the same and evens out ratios.
-
-Second table: backward and step timed together, less the time of a backward pass alone: there
-`measure="backward"` can show what it saves, and has to pay for its hooks.
 
 The peers' rows are their published sequence of calls on the gradients of one step:
 
@@ -44,10 +41,10 @@ CASES = {  # the small ones first: the others leave a heap that scatters them
 class Contender:
     """Parameters with gradients, an optimizer, and a step."""
 
-    def __init__(self, step, optimizer, bytes_per_parameter, sizes, device, **guard):
+    def __init__(self, step, optimizer, bytes_per_parameter, sizes, device):
         self.parameters = [nn.Parameter(torch.randn(n, device=device) * 0.02) for n in sizes]
         self.optimizer = optimizer(self.parameters)
-        self.guard = fastguard.GradGuard(self.parameters, MAX_NORM, **guard)
+        self.guard = fastguard.GradGuard(self.parameters, MAX_NORM)
         self.bytes_per_parameter = bytes_per_parameter
         self._step = step
 
@@ -106,7 +103,6 @@ def default(parameters):
 FUSED_BASELINE = "clip_grad_norm_ + AdamW(fused=True)"
 DEFAULT_BASELINE = "clip_grad_norm_ + AdamW()"
 OURS = "guard.step(fastguard.AdamW)"
-OURS_IN_BACKWARD = 'guard.step(fastguard.AdamW), measure="backward"'
 
 # step, optimizer, bytes per fp32 parameter: norm 4, clip 8 (always, in torch), fused AdamW 28 (and
 # 4 where it writes gradients back), default AdamW 80, isfinite 5 (it writes a bool), its all() 1.
@@ -132,14 +128,6 @@ class Backward:
             p.grad = None
         loss = sum(torch.dot(p, x) for p, x in zip(parameters, self._inputs, strict=True))
         loss.backward()
-
-
-def after(backward, contender):
-    def both():
-        backward(contender.parameters)
-        contender()
-
-    return both
 
 
 def bandwidth(count, repeats, device):
@@ -179,42 +167,11 @@ def step_table(name, sizes, repeats, device):
     return {"seconds": medians, "seconds alone": alone, "bytes_per_second_of_add_": speed}
 
 
-def backward_table(name, sizes, repeats, device):
-    backward = Backward(sizes, device)
-    specs = {
-        OURS_IN_BACKWARD: (*ROWS[OURS][:2], 28),
-        OURS: ROWS[OURS],
-        FUSED_BASELINE: ROWS[FUSED_BASELINE],
-        DEFAULT_BASELINE: ROWS[DEFAULT_BASELINE],
-    }
-    alone = Contender(None, ours, 0, sizes, device)
-    functions = {"backward alone": lambda: backward(alone.parameters)}
-    for row, spec in specs.items():
-        measure = "backward" if row == OURS_IN_BACKWARD else "step"
-        functions[row] = after(backward, Contender(*spec, sizes, device, measure=measure))
-    medians = interleaved(functions, repeats, device)
-    base = medians["backward alone"]
-    rest = {row: seconds - base for row, seconds in medians.items()}
-    rows = [
-        [row, f"{s * 1e3:.3f}", f"{rest[row] * 1e3:.3f}", ratio(rest[row], rest[OURS_IN_BACKWARD])]
-        for row, s in medians.items()
-    ]
-    header = ["backward and step", "ms", "less backward", "/ ours in backward"]
-    print(table(name, header, rows), end="\n\n")
-    return {"seconds": medians}
-
-
-def ratio(seconds, ours):
-    return f"{seconds / ours:.2f}" if seconds else "-"
-
-
 def main():
     args = arguments(__doc__.splitlines()[0], repeats=21)
-    result = {"machine": print_machine(args.device), "step": {}, "step after backward": {}}
+    result = {"machine": print_machine(args.device), "step": {}}
     for name, sizes in CASES.items():
-        where = name, sizes, args.repeats, args.device
-        result["step"][name] = step_table(*where)
-        result["step after backward"][name] = backward_table(*where)
+        result["step"][name] = step_table(name, sizes, args.repeats, args.device)
     write_json(args.json, result)
 
 

@@ -43,7 +43,6 @@ USED = {
         "_optimizer_step_pre_hooks",
         "_wrapped_by_lr_sched",
     },
-    "guard/backward_hooks.py": {"_version"},
     "guard/distributed.py": {"_fsdp_flattened", "_in_backward_optimizers"},
     "guard/grad_guard.py": {"_disable_dynamo"},
     "guard/grad_scaler.py": {"_growth_tracker", "_per_optimizer_states"},

@@ -12,7 +12,6 @@ from fastguard import ops
 from fastguard._tensors import is_dtensor, local_parts, readable
 from fastguard.thresholds import Fixed, Threshold
 
-from .backward_hooks import BackwardMeasure
 from .distributed import Ranks
 from .statistics import Memory
 
@@ -46,25 +45,23 @@ class Decider:
 
     Args:
         device: the device of the parameters.
-        backward: measures the gradients in the backward pass; None to read them in the step.
     """
 
-    def __init__(self, device: torch.device, backward: BackwardMeasure | None):
+    def __init__(self, device: torch.device):
         self.memory = Memory(device)
-        self.backward = backward
         #: The ranks that decide together; None where this process decides by itself.
         self.ranks: Ranks | None = None
 
-    def without_gradients(self) -> "Decider":
-        """A copy for a copy of the guard: equal statistics, and no measurements of gradients."""
-        other = Decider(self.memory.statistics.numbers.device, self.backward and BackwardMeasure())
+    def without_ranks(self) -> "Decider":
+        """A copy for a copy of the guard, with the same statistics."""
+        other = Decider(self.memory.statistics.numbers.device)
         other.memory = self.memory
         return other
 
     @property
     def in_one_call(self) -> bool:
         """Whether one operator measures and decides."""
-        return self.backward is None and self.ranks is None
+        return self.ranks is None
 
     @property
     def replicated(self) -> bool:
@@ -112,10 +109,9 @@ class Decider:
 
     def _agreed(self, found: Gradients):
         """The norms, ``unscale`` and ``loss``, over all ranks where ranks train together."""
-        measure = ops.grad_norm if self.backward is None else self.backward.collect
         if self.ranks is None:
-            return _measured(measure, found), found.unscale, found.loss
-        norms = _measured(measure, found._replace(tensors=local_parts(found.tensors)))
+            return _measured(ops.grad_norm, found), found.unscale, found.loss
+        norms = _measured(ops.grad_norm, found._replace(tensors=local_parts(found.tensors)))
         return self.ranks.agree(norms, found.unscale, found.loss)
 
 

@@ -14,7 +14,7 @@
 
 The other modules serve optional features: ``accumulation`` (micro-batches), ``attached`` (loops
 that call ``optimizer.step``), ``grad_scaler`` (fp16), ``distributed`` (several processes),
-``rollback``, ``state`` (checkpoints) and ``backward_hooks`` (the measure in the backward pass).
+``rollback`` and ``state`` (checkpoints).
 """
 
 import math
@@ -32,7 +32,6 @@ from fastguard.thresholds import Fixed, Threshold, check_threshold
 from .accounting import Accounting, Following
 from .accumulation import Accumulating
 from .attached import Attachable
-from .backward_hooks import BackwardMeasure
 from .decision import Decider, Gradients, Rules, once, present, scalar, unscale_factor
 from .grad_scaler import ScalerStep, check_shared
 from .parameters import Watching
@@ -108,9 +107,6 @@ class GradGuard(Watching, Accumulating, Attachable, Following, Restorable):
             that searches for its scale do not count; see :attr:`StepReport.scale_search`.
         threshold: one of :mod:`fastguard.thresholds`, which learns where to clip below
             ``max_norm``; ``Fixed()`` by default.
-        measure: "step" reads the gradients in :meth:`step`; "backward" measures each while it is
-            still in the cache, by hooks (not where processes train together, whose gradients are
-            added up after the hook).
         on_patience: "rollback" goes back to an earlier state instead of raising.
         rollback: how; by default ``Rollback()`` where ``on_patience`` is "rollback".
         report_dir: a folder for one JSON file per bad step: names of the non-finite parameters,
@@ -133,8 +129,8 @@ class GradGuard(Watching, Accumulating, Attachable, Following, Restorable):
     Raises:
         ValueError: no parameters, a negative or NaN threshold, ``patience`` or ``max_lag`` < 1, an
             unknown word, a ``rollback`` that nothing would use; a ``process_group`` that lacks
-            ranks of a DTensor's mesh; DTensors or ``process_group`` with ``measure="backward"``;
-            FSDP1, DeepSpeed, or optimizers that step in the backward pass.
+            ranks of a DTensor's mesh; FSDP1, DeepSpeed, or optimizers that step in the backward
+            pass.
         TypeError: an argument is not a parameter, threshold, function, module or buffer.
     """
 
@@ -146,7 +142,6 @@ class GradGuard(Watching, Accumulating, Attachable, Following, Restorable):
         patience: int = 25,
         *,
         threshold: Threshold | None = None,
-        measure: Literal["step", "backward"] = "step",
         on_patience: Literal["raise", "rollback"] = "raise",
         rollback: Rollback | None = None,
         report_dir: str | Path | None = None,
@@ -162,8 +157,8 @@ class GradGuard(Watching, Accumulating, Attachable, Following, Restorable):
         self.threshold = Fixed() if threshold is None else threshold
         if not isinstance(self.threshold, Threshold):
             raise TypeError(f"threshold must be one of fastguard.thresholds, got {threshold!r}")
-        _one_of("measure", measure, "step", "backward")
-        _one_of("on_patience", on_patience, "raise", "rollback")
+        if on_patience not in ("raise", "rollback"):
+            raise ValueError(f"on_patience must be one of raise, rollback; got {on_patience!r}")
         if rollback is not None and on_patience != "rollback":
             raise ValueError('a Rollback was given, but on_patience is "raise"; set "rollback"')
 
@@ -172,7 +167,7 @@ class GradGuard(Watching, Accumulating, Attachable, Following, Restorable):
         Attachable.__init__(self)
         Following.__init__(self, Rollback() if rollback is None else rollback, on_patience)
         device = self._watched.parameters[0].device
-        self._decider = Decider(device, BackwardMeasure() if measure == "backward" else None)
+        self._decider = Decider(device)
         self._accounting = Accounting(self.patience, on_skip, report_dir)
         self._look_up_again()
         self._steps = 0
@@ -382,8 +377,3 @@ def _at_least_one(name: str, value: int) -> int:
     if value < 1:
         raise ValueError(f"{name} must be at least 1 step, got {value}")
     return value
-
-
-def _one_of(name: str, value: str, *words: str) -> None:
-    if value not in words:
-        raise ValueError(f"{name} must be one of {', '.join(words)}; got {value!r}")

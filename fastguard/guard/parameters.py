@@ -259,19 +259,11 @@ class Watching:
 
     def _look_up_again(self) -> None:
         """Follow a new look-up of the parameters: the module may have other submodules."""
-        watched, backward = self._watched, self._decider.backward
+        watched = self._watched
         check_whole(watched.module, watched.names, watched.parameters)
-        ranks = ranks_of(watched.names, watched.parameters, self._group)
-        if ranks is not None and backward is not None:
-            raise ValueError(
-                'measure="backward" sees gradients before they are added up over the ranks; use '
-                '"step" where processes train together'
-            )
-        self._decider.ranks = ranks
+        self._decider.ranks = ranks_of(watched.names, watched.parameters, self._group)
         self._buffers.look_up()
         self._listen()
-        if backward is not None:
-            backward.watch(watched.parameters)
 
     def _listen(self) -> None:
         """Have :meth:`_on_load` called after ``load_state_dict`` of a module or a submodule."""

@@ -66,8 +66,6 @@ class Restorable:
         self._accounting.clear()
         if self._snapshots is not None:
             self._snapshots.clear()
-        if self._decider.backward is not None:
-            self._decider.backward.forget()
 
     def __getstate__(self) -> dict:
         """For pickle and copy: the settings, the parameters, and the state of the next decision.
@@ -84,7 +82,7 @@ class Restorable:
         report = self.last_report
         return vars(self) | {
             "_listening": None,
-            "_decider": self._decider.without_gradients(),
+            "_decider": self._decider.without_ranks(),
             "_snapshots": None if self._snapshots is None else Snapshots(self._rollback),
             "_window": None,
             "_accounting": self._accounting.without_schedulers(),

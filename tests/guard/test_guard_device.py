@@ -66,17 +66,16 @@ def test_a_step_is_so_few_operators(scaled):
     assert len(others) <= (8 if scaled else 0), others
 
 
-@pytest.mark.parametrize("measure", ["step", "backward"])
 @pytest.mark.parametrize(
     "threshold", [Fixed(), ZClip(), RunningMedian(), AutoClip(), AdaGC()], ids=lambda t: t.kind.name
 )
 @pytest.mark.parametrize("name", ["fastguard", "fused", "foreign"])
-def test_host_reads_of_a_step(name, threshold, measure, monkeypatch):
+def test_host_reads_of_a_step(name, threshold, monkeypatch):
     """None, but the one that an optimizer needs which knows neither the guard nor found_inf."""
     slow(monkeypatch)
     model = small_model()
     optimizer = optimizers(list(model.parameters()))[name]
-    guard = GradGuard(model, 0.01, 5.0, threshold=threshold, measure=measure)
+    guard = GradGuard(model, 0.01, 5.0, threshold=threshold)
     scaler = torch.amp.GradScaler("cpu")
     for bad in (False, True, False):
         optimizer.zero_grad()

@@ -31,7 +31,7 @@ def guarded() -> None:
     optimizer = fastguard.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.98))
     guard = GradGuard(model, max_norm=1.0, skip_norm=10.0, on_skip=heard, report_dir=Path("bad"))
     GradGuard(model.parameters(), threshold=ZClip())
-    GradGuard(model.named_parameters(), threshold=AdaGC(), measure="backward")
+    GradGuard(model.named_parameters(), threshold=AdaGC())
     for threshold in (Fixed(), RunningMedian(), AutoClip()):
         GradGuard([model.weight], threshold=threshold)
     GradGuard(model, rollback=fastguard.Rollback(every=100), on_patience="rollback")
@@ -80,7 +80,6 @@ def caught() -> Sequence[StepReport]:
 def refused(query: Tensor) -> None:
     GradGuard(model, max_norm="1")  # type: ignore[arg-type]
     GradGuard(model, threshold=1.0)  # type: ignore[arg-type]
-    GradGuard(model, measure="forward")  # type: ignore[arg-type]
     GradGuard(model, on_patience="stop")  # type: ignore[arg-type]
     GradGuard(model).step(model)  # type: ignore[arg-type]
     fastguard.clip_grad_norm_(model.parameters())  # type: ignore[call-arg]
