@@ -9,20 +9,22 @@ conformers do); the batch two utterances of random features, both 5 s or both 15
 375 in the attention, with feasible random targets of 12 symbols a second. No row skips a step. bf16
 is autocast, with fp32 parameters, as in the trainer. The rows:
 
-- ours: ClampedMultiheadAttention, GradGuard.step, fastguard.AdamW;
+- ours: ClampedMultiheadAttention, fastguard's operators for the other layers, GradGuard.step,
+  fastguard.AdamW;
 - SDPA + clamp: the same function, the attention by F.scaled_dot_product_attention and clamp;
   clip_grad_norm_ and torch's default AdamW;
 - nn.MultiheadAttention: without a clamp, for it cannot clamp before its output projection;
   clip_grad_norm_ and the default AdamW;
 - the same with AdamW(fused=True).
 
-They start from the same weights, take turns, and have copies of their own of all that a step
+The rows without fastguard have their layers in torch's operators (plain_layers.py). All rows start
+from the same weights, take turns, and have copies of their own of all that a step
 changes; the figures are medians. Targets are those of issue 5.
 
 The second table is where the time goes by torch.profiler, which itself takes some: self time of
-the operators by their names, forward and backward. BatchNorm is made of elementwise operators here
-and counts as "other". Attention is the fused operators, clamp, bmm and softmax, without the
-projections; where there is a GPU, the groups hold the time of its kernels.
+the operators by their names, forward and backward. Torch's BatchNorm is made of elementwise
+operators here and counts as "other". Attention is the fused operators, clamp, bmm and softmax,
+without the projections; where there is a GPU, the groups hold the time of its kernels.
 """
 
 import itertools
@@ -33,6 +35,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from plain_layers import in_plain_torch
 from profiling import self_seconds
 from timing import arguments, interleaved, print_machine, table, write_json
 from torch import Tensor, nn
@@ -95,7 +98,9 @@ class Contender:
         self.device = batch.features.device
         model = build_model("teacher", vocab_size=SYMBOLS, dropout=0.1)
         model.load_state_dict(weights)
-        self.model = with_attention(model, attention, dropout).to(self.device).train()
+        model = with_attention(model, attention, dropout)
+        model = model if guarded else in_plain_torch(model)
+        self.model = model.to(self.device).train()
         self.parameters = list(self.model.parameters())
         self.optimizer = optimizer(self.parameters, lr=1e-5, betas=(0.9, 0.98))
         self.guard = fastguard.GradGuard(self.model, MAX_NORM) if guarded else None
@@ -161,7 +166,7 @@ def time_table(contenders: dict[str, Contender], title: str, target: float, repe
 GROUPS = {  # the first that is found in an operator's name
     "attention": r"attention|clamp|bmm|(?<!log_)(?<!Log)softmax|^SoftmaxB|bernoulli|native_dropout",
     "linear (GEMM)": r"::(linear|addmm|mm|matmul|mkldnn_linear)|^(Addmm|Mm|T)Backward|gemm",
-    "convolution": r"conv(?!ert)",
+    "convolution": r"conv(?!ert)|depthwise",
     "LayerNorm": r"layer_norm|LayerNorm",
     "copies and casts": r"::(copy_|_to_copy|to|contiguous|clone|cat)$|Memcpy",
 }

@@ -40,10 +40,11 @@ def glu_depthwise_ref(x: Tensor, padding_mask: Tensor, weight: Tensor) -> Tensor
     """:func:`glu_depthwise` in plain torch."""
     gated = F.glu(x.masked_fill(padding_mask[:, :, None], 0.0), dim=-1)
     # conv1d would copy to (B, C, T) and back. A channels-last image of width 1 needs no copy.
-    image = gated.to(weight.dtype).transpose(1, 2).unsqueeze(3)  # (B, C, T, 1)
+    image = gated.transpose(1, 2).unsqueeze(3)  # (B, C, T, 1)
     channels, _, taps = weight.shape
-    image = F.conv2d(image, weight.unsqueeze(3), padding=(taps // 2, 0), groups=channels)
-    return image.squeeze(3).transpose(1, 2).to(x.dtype)
+    filters = weight.to(x.dtype).unsqueeze(3)
+    image = F.conv2d(image, filters, padding=(taps // 2, 0), groups=channels)
+    return image.squeeze(3).transpose(1, 2)
 
 
 def glu_depthwise_backward_ref(

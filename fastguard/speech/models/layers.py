@@ -43,11 +43,11 @@ class MaskedBatchNorm1d(nn.BatchNorm1d):
             silu,
         )
         if self.training:
-            self._update_running_statistics(mean, var, padding_mask)
+            self.update_running_statistics(mean, var, padding_mask)
         return output.transpose(1, 2)
 
     @torch.no_grad()
-    def _update_running_statistics(self, mean: Tensor, var: Tensor, padding_mask: Tensor) -> None:
+    def update_running_statistics(self, mean: Tensor, var: Tensor, padding_mask: Tensor) -> None:
         """Move them by `momentum` towards the mean and the unbiased variance, as torch does."""
         count = (~padding_mask).sum().to(mean.dtype)
         enough = count >= 2
