@@ -17,6 +17,7 @@ from fastguard.guard.report_files import GradientExplosionError
 from fastguard.speech.data.batching import LoadError
 from fastguard.speech.data.readers import CorpusError
 from fastguard.speech.training.config import Config
+from fastguard.speech.training.memory import keep_freed_memory
 from fastguard.speech.training.metrics import log_to
 from fastguard.speech.training.options import parse
 from fastguard.speech.training.parallel import Parallel, leave
@@ -51,6 +52,7 @@ def run(config: Config, parallel: Parallel) -> int:
                 if parallel.main:
                     print(f"error: {terminal.one_line(error)}", file=sys.stderr)
                 return 2
+            keep_freed_memory()
             trainer = Trainer(config, folder, parallel)
             sigterm.ignored = True  # while fit runs, it stops the run by handlers of its own
             trainer.fit()
