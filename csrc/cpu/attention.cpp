@@ -151,9 +151,13 @@ AttentionProblem problem_of(
 // Memory for each thread, which starts as no task's.
 class Scratch {
  public:
-  Scratch(const Tensor& like, int64_t bytes, int64_t threads)
+  Scratch(const Tensor& like, int64_t bytes, bool parallel)
       : bytes_((bytes + 127) / 64 * 64),
-        memory_(empty_strided(like, {bytes_ * threads}, {1}, aoti_torch_dtype_uint8())) {}
+        memory_(empty_strided(
+            like,
+            {bytes_ * (parallel ? torch::stable::get_num_threads() : 1)},
+            {1},
+            aoti_torch_dtype_uint8())) {}
 
   char* of(int64_t thread) const {
     auto* const first = static_cast<char*>(memory_.mutable_data_ptr()) + thread * bytes_;
@@ -219,10 +223,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_cpu(
   p.logsumexp = logsumexp.mutable_data_ptr();
   p.stats = return_stats ? stats.mutable_data_ptr() : nullptr;
 
-  const int64_t threads = is_much(sizes) ? torch::stable::get_num_threads() : 1;
-  const Scratch scratch(query, kernel.forward_scratch(p), threads);
+  const bool parallel = is_much(sizes);
+  const Scratch scratch(query, kernel.forward_scratch(p), parallel);
   const int64_t step = rows_of_task(sizes), parts = (sizes.queries + step - 1) / step;
-  for_each_task(sizes.batch * sizes.heads * parts, 1, threads, [&](int64_t thread) {
+  for_each_task(sizes.batch * sizes.heads * parts, 1, parallel, [&](int64_t thread) {
     return [&, memory = scratch.of(thread)](int64_t i) {
       const int64_t head = i / parts, begin = i % parts * step;
       const int64_t b = head / sizes.heads, h = head % sizes.heads;
@@ -290,16 +294,16 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward_cpu(
       sums_of(query));
   p.partial_grad_query = p.chunks > 1 ? partial.mutable_data_ptr() : nullptr;
 
-  const int64_t threads = is_much(sizes) ? torch::stable::get_num_threads() : 1;
-  const Scratch scratch(query, kernel.backward_scratch(p), threads);
-  for_each_task(sizes.batch * sizes.kv_heads * p.chunks, 1, threads, [&](int64_t thread) {
+  const bool parallel = is_much(sizes);
+  const Scratch scratch(query, kernel.backward_scratch(p), parallel);
+  for_each_task(sizes.batch * sizes.kv_heads * p.chunks, 1, parallel, [&](int64_t thread) {
     return [&, memory = scratch.of(thread)](int64_t i) {
       const int64_t head = i / p.chunks;
       kernel.backward(p, {head / sizes.kv_heads, head % sizes.kv_heads, i % p.chunks}, memory);
     };
   });
   if (p.chunks > 1) {
-    for_each_task(sizes.batch * sizes.heads, 1, threads, [&](int64_t) {
+    for_each_task(sizes.batch * sizes.heads, 1, parallel, [&](int64_t) {
       return [&](int64_t head) { kernel.add_partials(p, head / sizes.heads, head % sizes.heads); };
     });
   }

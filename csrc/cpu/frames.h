@@ -89,10 +89,14 @@ inline torch::stable::Tensor new_vector(
   return empty_strided(like, {n}, {1}, shim_dtype(dtype));
 }
 
+// Below this a parallel region costs more than it saves.
+constexpr int64_t serial_part_elements = 32768;
+
 // Calls work(i) for i from 0 to n - 1; elements: of all tasks together.
 template <class Work>
 void for_each_part(int64_t n, int64_t elements, const Work& work) {
-  for_each_task(n, 1, elements > serial_elements, [&](int64_t) -> const Work& { return work; });
+  for_each_task(
+      n, 1, elements > serial_part_elements, [&](int64_t) -> const Work& { return work; });
 }
 
 }  // namespace fastguard

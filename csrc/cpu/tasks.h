@@ -26,11 +26,11 @@ class KeepDenormals {
 #endif
 };
 
-// Calls worker(thread)(i) for i from 0 to n - 1, in one parallel region of `threads` threads; with
-// 1 thread the caller does all. A free thread takes the next `batch` tasks, so a slow thread does
-// not delay the others. Nothing may throw.
+// Calls worker(thread)(i) for i from 0 to n - 1, in one parallel region or by the caller alone.
+// A free thread takes the next `batch` tasks, so a slow thread does not delay the others. Nothing
+// may throw.
 template <class Worker>
-void for_each_task(int64_t n, int64_t batch, int64_t threads, const Worker& worker) {
+void for_each_task(int64_t n, int64_t batch, bool parallel, const Worker& worker) {
   std::atomic<int64_t> next{0};
   const auto take_tasks = [&](int64_t thread, int64_t) {
     [[maybe_unused]] const KeepDenormals keep;
@@ -41,8 +41,8 @@ void for_each_task(int64_t n, int64_t batch, int64_t threads, const Worker& work
       }
     }
   };
-  if (threads > 1) {
-    torch::stable::parallel_for(0, threads, 1, take_tasks);
+  if (parallel) {
+    torch::stable::parallel_for(0, torch::stable::get_num_threads(), 1, take_tasks);
   } else {
     take_tasks(0, 1);
   }
