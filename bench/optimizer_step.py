@@ -20,10 +20,14 @@ The peers' rows are their published sequence of calls on the gradients of one st
 - NeMo (ASR, skip_nan_grad): isfinite().all() of each gradient, then Lightning's clip_grad_norm_,
   then the optimizer.
 - ESPnet (espnet2 trainer): clip_grad_norm_, a look at the norm on the host, then the optimizer.
+
+zclip, smartclip and stabilityguard are packages of PyPI, which `pip install -e .[bench]` installs;
+bench/peers.py has their configurations.
 """
 
 import functools
 
+import peers
 import torch
 from timing import arguments, interleaved, print_machine, table, write_json
 from torch import nn
@@ -45,6 +49,7 @@ class Contender:
         self.parameters = [nn.Parameter(torch.randn(n, device=device) * 0.02) for n in sizes]
         self.optimizer = optimizer(self.parameters)
         self.guard = fastguard.GradGuard(self.parameters, MAX_NORM)
+        self.peer = None
         self.bytes_per_parameter = bytes_per_parameter
         self._step = step
 
@@ -88,6 +93,17 @@ def espnet(c):
         c.optimizer.step()
 
 
+def of_peer(make):
+    """The step of a peer that ``make`` makes at the first call, of a module and an optimizer."""
+
+    def step(c):
+        if c.peer is None:
+            c.peer = make(nn.ParameterList(c.parameters), c.optimizer)
+        c.peer()
+
+    return step
+
+
 def ours(parameters):
     return fastguard.AdamW(parameters)
 
@@ -117,6 +133,12 @@ ROWS = {
 }
 
 
+def all_rows():
+    """ROWS, and those of the installed peers."""
+    found = peers.installed().items()
+    return ROWS | {name: (of_peer(make), fused, read + 28) for name, (make, read) in found}
+
+
 class Backward:
     """Writes a gradient for each parameter, one after the other, and does nothing else."""
 
@@ -136,19 +158,19 @@ def bandwidth(count, repeats, device):
     return 12 * count / interleaved({"add_": lambda: a.add_(b)}, repeats, device)["add_"]
 
 
-def step_table(name, sizes, repeats, device):
+def step_table(name, sizes, specs, repeats, device):
     backward = Backward(sizes, device)
 
     def run(chosen):
-        contenders = {row: Contender(*ROWS[row], sizes, device) for row in chosen}
+        contenders = {row: Contender(*specs[row], sizes, device) for row in chosen}
         before = {row: functools.partial(backward, c.parameters) for row, c in contenders.items()}
         return interleaved(contenders, repeats, device, before)
 
-    medians = run(ROWS)
+    medians = run(specs)
     speed = bandwidth(max(sum(sizes), 45_000_000), 15, device)
     rows = []
     for row, seconds in medians.items():
-        bytes_moved = ROWS[row][2]
+        bytes_moved = specs[row][2]
         floor = bytes_moved * sum(sizes) / speed
         rows.append(
             [
@@ -170,8 +192,9 @@ def step_table(name, sizes, repeats, device):
 def main():
     args = arguments(__doc__.splitlines()[0], repeats=21)
     result = {"machine": print_machine(args.device), "step": {}}
+    specs = all_rows()
     for name, sizes in CASES.items():
-        result["step"][name] = step_table(name, sizes, args.repeats, args.device)
+        result["step"][name] = step_table(name, sizes, specs, args.repeats, args.device)
     write_json(args.json, result)
 
 
