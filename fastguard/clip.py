@@ -1,6 +1,7 @@
 """Gradient clipping with torch's signatures, which decides before it writes."""
 
 import math
+import operator
 import types
 import warnings
 from collections.abc import Iterable
@@ -10,10 +11,21 @@ import torch
 from torch import Tensor
 
 from . import ops
-from ._tensors import by_device, is_dtensor, local_part, readable, scale_, values_of
+from ._tensors import (
+    all_there,
+    by_device,
+    gradients,
+    is_dtensor,
+    local_part,
+    readable,
+    scale_,
+    values_of,
+)
 from .thresholds import check_threshold
 
 _DTYPES = frozenset(ops.FLOATING_DTYPES)
+_REAL = frozenset(ops.DTYPES)
+_dtype_of = operator.attrgetter("dtype")
 _DOUBLE = {torch.float64, torch.complex128}
 
 
@@ -69,14 +81,16 @@ def clip_grad_norm_(
     """
     max_norm = check_threshold("max_norm", max_norm)
     _check_nonfinite(nonfinite)
-    grads = _gradients(_listed(parameters))
+    parameters = _listed(parameters)
+    if norm_type == 2.0 and nonfinite == "keep" and not error_if_nonfinite:
+        clipped = _clip_at_once_(parameters, max_norm)
+        if clipped is not None:
+            return clipped
+    grads = _gradients(parameters)
     if not grads.tensors:
         return torch.tensor(0.0)
-    if grads.plain and norm_type == 2.0 and nonfinite == "keep" and not error_if_nonfinite:
-        measured, _ = ops.clip_(grads.tensors, max_norm, math.inf, not grads.dtypes & _DOUBLE)
-        return _rounded(measured.total_norm, grads)
     total_norm = _total_norm(grads, float(norm_type), error_if_nonfinite)
-    rounded = _rounded(total_norm, grads)
+    rounded = _rounded(total_norm, grads.dtypes)
     coming_back = rounded.double()
     _clip_(grads, max_norm, coming_back.where(coming_back.isfinite(), total_norm), nonfinite)
     return _returned(rounded, grads)
@@ -99,7 +113,7 @@ def get_total_norm(
     if not tensors:
         return torch.tensor(0.0)
     total_norm = _total_norm(known, float(norm_type), error_if_nonfinite)
-    return _returned(_rounded(total_norm, known), known)
+    return _returned(_rounded(total_norm, known.dtypes), known)
 
 
 @torch.no_grad()
@@ -130,6 +144,24 @@ def clip_grads_with_norm_(
     grads = _gradients([parameters] if isinstance(parameters, Tensor) else list(parameters))
     if grads.tensors:
         _clip_(grads, max_norm, total_norm, nonfinite)
+
+
+def _clip_at_once_(parameters: list[Tensor], max_norm: float) -> Tensor | None:
+    """Clip by one operator; returns the norm, or None where the operator does not take them all."""
+    grads = gradients(parameters)
+    if not all_there(grads):
+        grads = [grad for grad in grads if grad is not None]
+    dtypes = set(map(_dtype_of, grads))
+    if not grads or not dtypes <= _REAL or len(set(map(id, grads))) < len(grads):
+        return None
+    try:
+        # A look at the layout, device and type of each takes longer than this call.
+        measured, _ = ops.clip_(grads, max_norm, math.inf, dtypes.isdisjoint(_DOUBLE))
+    except RuntimeError:  # the operator takes no sparse or distributed tensors, and one device
+        if _looked_over(grads, grads).plain:
+            raise  # the error has another cause
+        return None
+    return _rounded(measured.total_norm, dtypes)
 
 
 # --- arguments ----------------------------------------------------------------------------------
@@ -187,7 +219,7 @@ def _looked_over(tensors: list[Tensor], given: Iterable[Tensor | None]) -> _Grad
             "out of the list or set its grad to None"
         )
     plain = (
-        dtypes <= set(ops.DTYPES)
+        dtypes <= _REAL
         and not any(map(is_dtensor, set(map(type, tensors))))
         and {t.layout for t in tensors} == {torch.strided}
         and len({t.device for t in tensors}) == 1
@@ -339,8 +371,8 @@ def _summed_up(dtensor: Tensor) -> Tensor:
     return dtensor.redistribute(placements=placements)
 
 
-def _rounded(total_norm: Tensor, grads: _Gradients) -> Tensor:
-    return total_norm if grads.dtypes & _DOUBLE else total_norm.float()
+def _rounded(total_norm: Tensor, dtypes: set[torch.dtype]) -> Tensor:
+    return total_norm.float() if dtypes.isdisjoint(_DOUBLE) else total_norm
 
 
 def _returned(total_norm: Tensor, grads: _Gradients) -> Tensor:

@@ -1,15 +1,13 @@
 """The gradients of a step, their norms, and the decision about them."""
 
-import itertools
 import math
-import operator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastguard import ops
-from fastguard._tensors import is_dtensor, local_parts, readable
+from fastguard._tensors import all_there, gradients, is_dtensor, local_parts, readable
 from fastguard.thresholds import Fixed, Threshold
 
 from .distributed import Ranks
@@ -145,8 +143,8 @@ def present(
     names: list[str], parameters: list[Tensor]
 ) -> tuple[list[str], list[Tensor], list[Tensor]]:
     """The parameters that have a gradient: names, parameters, gradients."""
-    grads = [p.grad for p in parameters]
-    if all(map(operator.is_not, grads, itertools.repeat(None))):
+    grads = gradients(parameters)
+    if all_there(grads):
         return names, parameters, grads
     there = [i for i, grad in enumerate(grads) if grad is not None]
     return tuple([items[i] for i in there] for items in (names, parameters, grads))

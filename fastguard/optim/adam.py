@@ -7,7 +7,6 @@ as :func:`fastguard.ops.adamw_` takes it; the entries of ``state`` are views of 
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable
-from itertools import repeat
 from operator import is_
 from typing import NamedTuple
 
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fastguard import ops
+from fastguard._tensors import all_there
 
 from .checks import state_problem
 from .packed_state import (
@@ -113,7 +113,7 @@ class _Fused:
         if self._buckets is None or not self._unchanged():
             self._fill_buckets()
         grads = [bucket.grads() for bucket in self._buckets]
-        if any(any(map(is_, listed, repeat(None))) for listed in grads):
+        if not all(map(all_there, grads)):
             self._fill_buckets()
             grads = [bucket.grads() for bucket in self._buckets]
         # The operator checks a single bucket before it writes, see Bucket.step.

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from fastguard import ops
-from fastguard._tensors import is_dtensor, local_parts
+from fastguard._tensors import gradients, is_dtensor, local_parts
 from fastguard.guard.distributed import lay_out_
 
 from .checks import LARGEST_OPTION, check_group, state_problem
@@ -159,7 +159,7 @@ class Bucket:
     def grads(self) -> list[Tensor | None]:
         if self.sharded:
             lay_out_(self.params)
-        return [p.grad for p in self.params]
+        return gradients(self.params)
 
     def step(
         self,

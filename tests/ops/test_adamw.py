@@ -200,7 +200,7 @@ def test_adamw_does_not_depend_on_threads():
     try:
         for threads in (1, 2, 3, 7):
             torch.set_num_threads(threads)
-            tensors = lists([(100_001,), (7,), (300, 65), (70_000,)], DTYPES)
+            tensors = lists([(400_001,), (7,), (300, 65), (70_000,)], DTYPES)
             step = on_lists(ops.adamw_)
             step(**tensors, grad_coef=scalar(0.3), verdict=verdict_(1), **OPTIONS)
             results.append(bits(everything(tensors)))
