@@ -302,7 +302,7 @@ def memory_table(cases: list[Case], device: torch.device) -> dict:
 def main():
     args = arguments(
         __doc__.splitlines()[0],
-        repeats=31,
+        repeats=301,
         dtype=("all", *DTYPES),
         t=("all", *map(str, LENGTHS)),
     )

@@ -64,6 +64,7 @@ USED = {
     },
     "integrations/accelerate.py": {"_is_overflow"},
     "ops/_autograd.py": {"_AutoDispatchBelowAutograd", "_C", "_functorch"},
+    "ops/attention.py": {"_C", "_current_level", "_functorch"},
     "ops/attention_autograd.py": {"_C", "_functorch"},
 }
 #: Names that are documented (of named tuples), or that are ours and set under a text.
@@ -145,6 +146,7 @@ IN_TORCH = {
         "_checkpoint_wrapped_module"
         in _source("torch.distributed.algorithms._checkpoint.checkpoint_wrapper")
     ),
+    "_current_level": lambda: torch.autograd.forward_ad._current_level == -1,
     "_functorch": lambda: all(
         callable(getattr(torch._C._functorch, name))
         for name in (

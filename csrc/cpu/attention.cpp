@@ -12,6 +12,8 @@
 #include <algorithm>
 #include <cstring>
 #include <limits>
+#include <memory>
+#include <new>
 
 namespace fastguard {
 namespace {
@@ -151,25 +153,26 @@ AttentionProblem problem_of(
 // Memory for each thread, which starts as no task's.
 class Scratch {
  public:
-  Scratch(const Tensor& like, int64_t bytes, bool parallel)
-      : bytes_((bytes + 127) / 64 * 64),
-        memory_(empty_strided(
-            like,
-            {bytes_ * (parallel ? torch::stable::get_num_threads() : 1)},
-            {1},
-            aoti_torch_dtype_uint8())) {}
+  Scratch(int64_t bytes, bool parallel)
+      : bytes_((bytes + 63) / 64 * 64),
+        memory_(
+            static_cast<char*>(::operator new(
+                bytes_*(parallel ? torch::stable::get_num_threads() : 1), alignment))) {}
 
   char* of(int64_t thread) const {
-    auto* const first = static_cast<char*>(memory_.mutable_data_ptr()) + thread * bytes_;
-    auto* const aligned =
-        reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(first) + 63) / 64 * 64);
-    std::memset(aligned, 0xff, 64);
-    return aligned;
+    char* const first = memory_.get() + thread * bytes_;
+    std::memset(first, 0xff, 64);
+    return first;
   }
 
  private:
+  static constexpr std::align_val_t alignment{64};
+  struct Delete {
+    void operator()(char* memory) const { ::operator delete(memory, alignment); }
+  };
+
   int64_t bytes_;
-  Tensor memory_;
+  std::unique_ptr<char, Delete> memory_;
 };
 
 // Whether a parallel region costs less than it saves.
@@ -224,7 +227,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_cpu(
   p.stats = return_stats ? stats.mutable_data_ptr() : nullptr;
 
   const bool parallel = is_much(sizes);
-  const Scratch scratch(query, kernel.forward_scratch(p), parallel);
+  const Scratch scratch(kernel.forward_scratch(p), parallel);
   const int64_t step = rows_of_task(sizes), parts = (sizes.queries + step - 1) / step;
   for_each_task(sizes.batch * sizes.heads * parts, 1, parallel, [&](int64_t thread) {
     return [&, memory = scratch.of(thread)](int64_t i) {
@@ -295,7 +298,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward_cpu(
   p.partial_grad_query = p.chunks > 1 ? partial.mutable_data_ptr() : nullptr;
 
   const bool parallel = is_much(sizes);
-  const Scratch scratch(query, kernel.backward_scratch(p), parallel);
+  const Scratch scratch(kernel.backward_scratch(p), parallel);
   for_each_task(sizes.batch * sizes.kv_heads * p.chunks, 1, parallel, [&](int64_t thread) {
     return [&, memory = scratch.of(thread)](int64_t i) {
       const int64_t head = i / p.chunks;

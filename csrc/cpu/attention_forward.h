@@ -42,6 +42,8 @@ class AttentionForward {
   void run(const ForwardTask& task) {
     [[maybe_unused]] const Tiles tiles;
     const int64_t kv_head = task.h / (p_.heads / p_.kv_heads);
+    const PanelList& panels = p_.panels[task.b];
+    few_values_ = panels.count == 1 && are_few_words(p_.value_dim, p_.keys, panels.first[0].keep);
     if (packed_[0] != task.b || packed_[1] != kv_head) {
       pack(task.b, kv_head);
       packed_[0] = task.b;
@@ -53,6 +55,10 @@ class AttentionForward {
   }
 
  private:
+  struct WordRows {
+    const Word* first;
+    int64_t row;
+  };
   static constexpr int64_t logits_row = block_panels * panel_keys;
 
   void pack(int64_t b, int64_t kv_head) {
@@ -64,20 +70,30 @@ class AttentionForward {
       const Rows<Type, In> values{value, p_.value.row, p_.value_dim, panel.keep};
       pack_rows(keys, panel.columns, query_, depth_);
       transpose(query_, depth_, panel.columns, depth_, key_of(i), panel_keys);
-      pack_below(values, panel.columns, value_of(i), width_);
+      if (!few_values_) {
+        pack_below(values, panel.columns, value_of(i), width_);
+      }
     }
+  }
+
+  // Whether `count` rows, all that there are, are read where they lie. Copies of many are faster.
+  static bool are_few_words(int64_t columns, int64_t count, uint64_t keep) {
+    return std::is_same_v<typename Type::storage, Word> && count <= unit && columns % unit == 0 &&
+        keep == first_bits(count);
   }
 
   Word* key_of(int64_t i) const { return key_ + i * depth_ * panel_keys; }
   Word* value_of(int64_t i) const { return value_ + i * panel_keys / In::pairs * width_; }
 
   void rows_of(const Place& first, int64_t rows) {
-    const Rows<Type, In> queries{
-        row_at<Type>(p_.query, first.b, first.h, first.row),
-        p_.query.row,
-        p_.head_dim,
-        first_bits(rows)};
-    pack_rows(queries, rounded_up(rows, unit), query_, depth_);
+    const auto* query = row_at<Type>(p_.query, first.b, first.h, first.row);
+    queries_ = {query_, depth_};
+    if (are_few_words(p_.head_dim, rows, first_bits(rows))) {
+      queries_ = {reinterpret_cast<const Word*>(query), p_.query.row};
+    } else {
+      const Rows<Type, In> queries{query, p_.query.row, p_.head_dim, first_bits(rows)};
+      pack_rows(queries, rounded_up(rows, unit), query_, depth_);
+    }
     std::fill(most_, most_ + rows, -std::numeric_limits<T>::infinity());
     std::fill(sum_, sum_ + rows, T{0});
     std::fill(moment_, moment_ + rows, T{0});
@@ -101,7 +117,12 @@ class AttentionForward {
     const int n = static_cast<int>(end - begin);
     for (int i = 0; i < n; ++i) {
       multiply<In>(
-          {query_, depth_, key_of(begin + i), panel_keys, logits_ + i * panel_keys, logits_row},
+          {queries_.first,
+           queries_.row,
+           key_of(begin + i),
+           panel_keys,
+           logits_ + i * panel_keys,
+           logits_row},
           rows,
           list[i].columns,
           depth_,
@@ -121,16 +142,24 @@ class AttentionForward {
           pair_in_row(logits_ + at, list[i].columns, weights_ + at / 2);
         }
       }
+      WordRows values{value_of(begin + i), width_};
+      int64_t depth = list[i].columns / In::pairs;
+      if (few_values_) {
+        const int64_t kv_head = first.h / (p_.heads / p_.kv_heads);
+        const auto* value = row_at<Type>(p_.value, first.b, kv_head, 0);
+        values = {reinterpret_cast<const Word*>(value), p_.value.row};
+        depth = p_.keys;
+      }
       multiply<In>(
           {weights_ + i * panel_keys / In::pairs,
            logits_row / In::pairs,
-           value_of(begin + i),
-           width_,
+           values.first,
+           values.row,
            output_,
            width_},
           rows,
           width_,
-          list[i].columns / In::pairs,
+          depth,
           true);
     }
   }
@@ -175,7 +204,9 @@ class AttentionForward {
         select(static_cast<Bits>(kept >> j), weight, zero).store(panel + j);
       }
     }
-    const T shrink = before == now ? T{1} : std::exp(before - origin);
+    // Nothing was summed up before the first maximum.
+    const bool first = before == -std::numeric_limits<T>::infinity();
+    const T shrink = first || before == now ? T{1} : std::exp(before - origin);
     if (shrink != T{1}) {
       T* const output = output_ + r * width_;
       for (int64_t j = 0; j < width_; j += V::lanes) {
@@ -183,7 +214,7 @@ class AttentionForward {
       }
     }
     if constexpr (with_stats) {
-      const T moved = before == -std::numeric_limits<T>::infinity() ? T{0} : before - origin;
+      const T moved = first ? T{0} : before - origin;
       moment_[r] = shrink * (moment_[r] + moved * sum_[r]) + reduce_add(moment);
     }
     sum_[r] = sum_[r] * shrink + reduce_add(sum);
@@ -223,6 +254,8 @@ class AttentionForward {
   const Dropout dropout_;
   int64_t* packed_;
   Word *key_, *value_, *query_, *weights_;
+  WordRows queries_{};
+  bool few_values_ = false;
   T *logits_, *output_, *most_, *sum_, *moment_;
   uint64_t* kept_;
 };

@@ -78,11 +78,13 @@ struct Matrices {
 
 // R x V vectors of c stay in registers; of AVX-512's 32 that leaves 8 for b and a. They start at
 // zero also where c is added to: errors grow with the length of a sum.
-constexpr int most_rows = 6;
 #ifdef __AVX512F__
 constexpr int most_vectors = 4;
+// One vector alone needs more rows: a core begins two FMA a cycle and has the sum four later.
+constexpr int most_rows(int vectors) { return vectors == 1 ? 16 : 6; }
 #else
 constexpr int most_vectors = 2;
+constexpr int most_rows(int) { return 6; }
 #endif
 
 template <class In, int R, int V>
@@ -90,7 +92,7 @@ inline void multiply_in_registers(const Matrices<In>& m, int64_t depth, bool add
   using Sums = Vec<typename In::Sum>;
   using W = Words<In>;
   Sums c[R][V];
-#pragma GCC unroll 8
+#pragma GCC unroll 16
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 8
     for (int v = 0; v < V; ++v) {
@@ -103,7 +105,7 @@ inline void multiply_in_registers(const Matrices<In>& m, int64_t depth, bool add
     for (int v = 0; v < V; ++v) {
       b[v] = W::load(m.b + k * m.b_row + v * Sums::lanes);
     }
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
       const typename W::Type a = W::all(m.a[r * m.a_row + k]);
 #pragma GCC unroll 8
@@ -112,7 +114,7 @@ inline void multiply_in_registers(const Matrices<In>& m, int64_t depth, bool add
       }
     }
   }
-#pragma GCC unroll 8
+#pragma GCC unroll 16
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 8
     for (int v = 0; v < V; ++v) {
@@ -122,7 +124,7 @@ inline void multiply_in_registers(const Matrices<In>& m, int64_t depth, bool add
   }
 }
 
-template <class In, int V, int R = most_rows>
+template <class In, int V, int R = most_rows(V)>
 inline void multiply_rows(const Matrices<In>& m, int64_t rows, int64_t depth, bool add) {
   if constexpr (R > 0) {
     if (rows == R) {
@@ -135,10 +137,11 @@ inline void multiply_rows(const Matrices<In>& m, int64_t rows, int64_t depth, bo
 
 template <class In, int V>
 inline void multiply_columns(Matrices<In> m, int64_t rows, int64_t depth, bool add) {
-  for (int64_t r = 0; r < rows; r += most_rows) {
-    multiply_rows<In, V>(m, std::min<int64_t>(most_rows, rows - r), depth, add);
-    m.a += most_rows * m.a_row;
-    m.c += most_rows * m.c_row;
+  constexpr int most = most_rows(V);
+  for (int64_t r = 0; r < rows; r += most) {
+    multiply_rows<In, V>(m, std::min<int64_t>(most, rows - r), depth, add);
+    m.a += most * m.a_row;
+    m.c += most * m.c_row;
   }
 }
 

@@ -85,10 +85,10 @@ def clamped_attention(
         TypeError: a mask is no tensor.
         ValueError: shapes, dtypes, devices or options do not fit; the message names them.
     """
-    given = operands(
-        query, key, value, key_padding_mask, attn_mask, is_causal, dropout_p, scale, softcap, clamp
-    )
-    output, stats = attended(given, return_stats, in_place=True)
+    output, stats = attended(
+        query, key, value, key_padding_mask, attn_mask, is_causal, dropout_p, scale, softcap, clamp,
+        return_stats, True,
+    )  # fmt: skip
     return output if stats is None else (output, stats)
 
 
@@ -125,16 +125,29 @@ def clamped_attention_and_weights(
 
 
 def attended(
-    given: tuple, return_stats: bool, in_place: bool
-) -> tuple[Tensor, AttentionStats | None]:
-    """:func:`clamped_attention` of :func:`operands`, and its statistics if they are wanted.
+    query, key, value, key_padding_mask, attn_mask, is_causal, dropout_p, scale, softcap, clamp,
+    return_stats, in_place,
+) -> tuple[Tensor, AttentionStats | None]:  # fmt: skip
+    """:func:`clamped_attention`, and its statistics if they are wanted.
 
     Args:
         in_place: whether anybody may change the output in place; see
             :func:`fastguard.ops.attention.attention`.
     """
-    output, _, rows, _ = attention_ops.attention(*given, return_stats, in_place)
-    return output, _per_head(output, rows, given[-1]) if return_stats else None
+    bound = math.inf if clamp is None else clamp
+    found = None
+    if attn_mask is None and softcap is None and dropout_p == 0:
+        found = attention_ops.attention_at_once(
+            query, key, value, key_padding_mask, is_causal, scale, bound, return_stats, in_place
+        )
+    if found is None:
+        given = operands(
+            query, key, value, key_padding_mask, attn_mask, is_causal, dropout_p, scale, softcap,
+            clamp,
+        )  # fmt: skip
+        found = attention_ops.attention(*given, return_stats, in_place)
+    output, _, rows, _ = found
+    return output, _per_head(output, rows, bound) if return_stats else None
 
 
 def operands(

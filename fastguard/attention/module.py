@@ -15,7 +15,6 @@ from .functional import (
     attended,
     check_options,
     clamped_attention_and_weights,
-    operands,
     plain_mask,
 )
 from .masks import extended, seen
@@ -199,8 +198,8 @@ class ClampedMultiheadAttention(nn.MultiheadAttention):
         if not need_weights:
             # What torch.vmap has made of the inputs means nothing outside of it.
             record = self.record_stats and not any(map(_is_batched, (q, k, v)))
-            given = operands(q, k, v, scale=None, **options)
-            output, stats = attended(given, record, in_place=not _is_plain(self.out_proj))
+            kept = {"return_stats": record, "in_place": not _is_plain(self.out_proj)}
+            output, stats = attended(q, k, v, scale=None, **options, **kept)
             if record:
                 self.stats = stats
             return self._join_heads(output, batched), None

@@ -12,6 +12,9 @@ from fastguard._tensors import is_dtensor
 from . import _library
 from .types import DTYPES
 
+#: The classes of tensors that no other package, and no tracer, gave a meaning of its own.
+PLAIN = (Tensor, torch.nn.Parameter)
+
 
 def without_autograd(operator, *args):
     """The operator's kernel. The registered autograd is Python and costs 3 us to pass through."""
@@ -35,7 +38,7 @@ def is_transformed(*tensors: Tensor) -> bool:
 
 def are_dtensors(*tensors: Tensor) -> bool:
     """Plain torch shards them; an operator has no strategy of its own."""
-    if all(type(x) in (Tensor, torch.nn.Parameter) for x in tensors):
+    if all(type(x) in PLAIN for x in tensors):
         return False
     return any(map(is_dtensor, tensors))
 

@@ -4,19 +4,21 @@ What :mod:`fastguard.ops` is for the guard. Fake kernels and autograd: :mod:`.at
 """
 
 import functools
+import math
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from fastguard._compiling import is_exporting
 from fastguard._tensors import from_first_rank, replicated_beside
 
 from . import _library
-from ._autograd import are_dtensors, is_transformed
+from ._autograd import PLAIN, are_dtensors, is_transformed
 from ._checks import check_same_device, check_tensor
-from .attention_autograd import differentiable
+from .attention_autograd import differentiable, differentiable_at_once, wants_grad
 from .philox import dropout_keep_ref
 from .types import DTYPES
 
@@ -95,11 +97,57 @@ def attention(
         serve = differentiable
     else:
         serve = route(_capability(query.device), *args)
-    saves = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
+    saves = wants_grad(query, key, value)
     # With dropout a row may see so few keys that the softmax's gradient is a difference of nearly
     # equal numbers, one of which is computed from the output: rounding that makes noise.
     narrow = dropout_p > 0 and query.dtype.itemsize == 2
     return Attention(*serve(*args, saves and (in_place or narrow)))
+
+
+def attention_at_once(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_padding_mask: Tensor | None,
+    is_causal: bool,
+    scale: float | None,
+    clamp: float,
+    return_stats: bool,
+    in_place: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
+    """:func:`attention` without attn_mask, dropout and softcap, where the CPU's operator serves it.
+
+    The checks of Python take as long as the attention of some ten rows. They change nothing for
+    plain tensors that autocast, a compiler or a transformation does not see. The operator makes
+    checks of its own. Python's have the better words, and some inputs have no kernel.
+
+    Args:
+        scale: None means 1 / sqrt(D).
+
+    Returns:
+        What :class:`Attention` holds, or None where the call must go through those checks.
+    """
+    if (
+        type(query) not in PLAIN
+        or type(key) not in PLAIN
+        or type(value) not in PLAIN
+        or not (key_padding_mask is None or type(key_padding_mask) is Tensor)
+        or not query.is_cpu
+        or _library.cpu_problem is not None
+        or torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or torch.is_autocast_enabled("cpu")
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or forward_ad._current_level >= 0
+    ):
+        return None
+    saves = in_place and wants_grad(query, key, value)
+    try:
+        scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+        options = (None, None, is_causal, 0.0, scale, 0.0, clamp, return_stats, saves)
+        return differentiable_at_once(query, key, value, (key_padding_mask, *options))
+    except (RuntimeError, IndexError, ZeroDivisionError):
+        return None
 
 
 @functools.cache

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from fastguard import GradGuard
 from fastguard.attention import clamped_attention
 from fastguard.attention import module as multihead
-from fastguard.attention.functional import operands
+from fastguard.attention.functional import attended
 from fastguard.attention.module import ClampedMultiheadAttention
 
 from .cases import INF, TORCHS_WARNINGS, as_float, assert_same, draw, length_mask, results, twins
@@ -226,9 +226,9 @@ def test_heads_are_views_of_one_gemm(monkeypatch, shape, batch_first):
 
     def spy(*heads, **options):
         seen.extend(heads)
-        return operands(*heads, **options)
+        return attended(*heads, **options)
 
-    monkeypatch.setattr(multihead, "operands", spy)
+    monkeypatch.setattr(multihead, "attended", spy)
     _, ours = twins(24, 3, batch_first=batch_first)
     x = draw(*shape, seed=0)
     ours(x, x, x, need_weights=False)
