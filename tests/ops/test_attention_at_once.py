@@ -124,7 +124,7 @@ def test_what_the_operator_refuses_goes_to_the_checks():
     assert at_once(query, key, value, clamp=math.nan) is None
     assert at_once(query, key, value, scale=1e31) is None
     assert at_once(torch.tensor(1.0), key, value) is None
-    with pytest.raises(ValueError, match="clamp must be > 0, got 0.0"):
+    with pytest.raises(ValueError, match=r"clamp must be > 0, got 0\.0"):
         clamped_attention(query, key, value, clamp=0.0)
     with pytest.raises(ValueError, match="softcap must be in"):
         clamped_attention(query, key, value, softcap=0.0)
