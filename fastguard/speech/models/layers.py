@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from fastguard._compiling import is_exporting
 from fastguard.ops.masked_batch_norm import masked_batch_norm
 
+from .linear import linear
+
 
 class MaskedBatchNorm1d(nn.BatchNorm1d):
     """Batch normalisation over the valid frames only.
@@ -74,7 +76,7 @@ class StridedConv1d(nn.Conv1d):
         # 10.3 in float32 (2 x 250 x 384, 5 taps, two cores of an EPYC).
         (reach,), (taps,) = self.padding, self.kernel_size
         windows = F.pad(x, (0, 0, reach, reach)).unfold(1, taps, 2)  # (B, ceil(T / 2), C, K)
-        return F.linear(windows.flatten(2), self.weight.flatten(1))
+        return linear(windows.flatten(2), self.weight.flatten(1))
 
 
 class Subsampling(nn.Module):

@@ -14,6 +14,7 @@ from fastguard.ops.silu import silu
 
 from .ctc import CTCModel
 from .layers import MaskedBatchNorm1d, check_kernel_size
+from .linear import Linear
 
 FRONT_END_TAPS = 5  # 50 ms at a 10 ms hop; the blocks have the context of phones
 
@@ -146,8 +147,8 @@ class FeedForward(nn.Module):
     def __init__(self, d_model: int):
         super().__init__()
         self.norm = AddLayerNorm(d_model)
-        self.up = nn.Linear(d_model, 4 * d_model)
-        self.down = nn.Linear(4 * d_model, d_model)
+        self.up = Linear(d_model, 4 * d_model)
+        self.down = Linear(4 * d_model, d_model)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, C) -> (B, T, C)."""
@@ -158,16 +159,16 @@ class ConvolutionModule(nn.Module):
     """Pointwise C -> 2 C, GLU, depthwise, BatchNorm, SiLU, pointwise C -> C.
 
     `layer_norm` is the LayerNorm in front, which the block calls. The pointwise convolutions are
-    `nn.Linear`: the same GEMM without a transpose.
+    `Linear`: the same GEMM without a transpose.
     """
 
     def __init__(self, d_model: int, kernel_size: int):
         super().__init__()
         self.layer_norm = AddLayerNorm(d_model)
-        self.pointwise_in = nn.Linear(d_model, 2 * d_model)
+        self.pointwise_in = Linear(d_model, 2 * d_model)
         self.depthwise = GatedDepthwiseConv1d(d_model, kernel_size)
         self.batch_norm = MaskedBatchNorm1d(d_model)
-        self.pointwise_out = nn.Linear(d_model, d_model)
+        self.pointwise_out = Linear(d_model, d_model)
 
     def forward(self, x: Tensor, padding_mask: Tensor) -> Tensor:
         """(B, T, C), (B, T) -> (B, T, C)."""
