@@ -14,6 +14,7 @@ from fastguard import ops
 from fastguard._tensors import gradients, is_dtensor, local_parts
 from fastguard.guard.distributed import lay_out_
 
+from . import huge_pages
 from .checks import LARGEST_OPTION, check_group, state_problem
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
@@ -89,9 +90,7 @@ class Bucket:
         real = _real(self._parts) if self.complex else self._parts
         offsets = ops.packed_offsets(p.numel() for p in real)
         packs = {
-            name: torch.zeros(
-                offsets[-1] if name in self._moments else 0, dtype=dtype, device=self.device
-            )
+            name: huge_pages.zeros(offsets[-1] if name in self._moments else 0, dtype, self.device)
             for name in MOMENTS
         }
         packs["step"] = torch.zeros(len(real), dtype=torch.float32, device=self.device)
