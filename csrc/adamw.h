@@ -12,6 +12,7 @@
 
 #include <algorithm>
 #include <array>
+#include <optional>
 #include <sstream>
 #include <string>
 #include <utility>
@@ -43,7 +44,8 @@ struct Arguments {
             number(stack[12]),
             flag(stack[13]),
             flag(stack[15])},
-        amsgrad(flag(stack[14])) {}
+        amsgrad(flag(stack[14])),
+        master_param(torch::stable::detail::to<std::optional<Tensor>>(stack[16])) {}
 
   static Tensor owned(StableIValue value) { return torch::stable::detail::to<Tensor>(value); }
 
@@ -58,6 +60,7 @@ struct Arguments {
   Tensor verdict;
   AdamwOptions options;
   bool amsgrad;
+  std::optional<Tensor> master_param;
 };
 
 inline std::string shape_of(const TensorView& tensor) {
@@ -152,7 +155,8 @@ inline void check_packed(
   check_memory(view.handle(), "adamw_", [&] { return name; });
 }
 
-inline void check_tensors(const TensorView& p, const TensorView& g, size_t index, bool wide) {
+inline void check_tensors(
+    const TensorView& p, const TensorView& g, size_t index, bool wide, bool has_master) {
   const ScalarType dtype = p.scalar_type();
   STD_TORCH_CHECK(
       dtype == ScalarType::Float || dtype == ScalarType::Double || dtype == ScalarType::BFloat16 ||
@@ -171,6 +175,14 @@ inline void check_tensors(const TensorView& p, const TensorView& g, size_t index
       ", params[0] ",
       wide ? "Double" : "another",
       "; float64 parameters need a call of their own, for one call has one dtype of moments");
+  STD_TORCH_CHECK(
+      !has_master || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half,
+      "adamw_: params[",
+      index,
+      "] has dtype ",
+      dtype_of(p),
+      "; with master_param all must be bfloat16 or float16. Parameters without masters need a call "
+      "of their own");
   STD_TORCH_CHECK(
       p.is_contiguous() || !may_overlap(p),
       "adamw_: params[",
@@ -264,7 +276,7 @@ inline std::vector<int64_t> check(const Arguments& given) {
       " params it must have as many");
   check_scalars(TensorView(given.grad_coef.get()), TensorView(given.verdict.get()), n);
   for (size_t i = 0; i < n; ++i) {
-    check_tensors(given.params[i], given.grads[i], i, wide);
+    check_tensors(given.params[i], given.grads[i], i, wide, given.master_param.has_value());
   }
   const ScalarType moment = wide ? ScalarType::Double : ScalarType::Float;
   // The checks above made sure that the memory of each parameter exists, so the sum is in range.
@@ -284,6 +296,14 @@ inline std::vector<int64_t> check(const Arguments& given) {
       ScalarType::Float,
       static_cast<int64_t>(n),
       "one step for each parameter");
+  if (given.master_param) {
+    check_packed(
+        *given.master_param,
+        "master_param",
+        ScalarType::Float,
+        offsets.back(),
+        "the last of packed_offsets");
+  }
   return offsets;
 }
 

@@ -52,12 +52,14 @@ STABLE_TORCH_LIBRARY(fastguard, m) {
 
   // Writes nothing when the verdict is a skip. The state is packed, see csrc/packed.h: moments
   // f32 or f64 (offsets[N],), max_exp_avg_sq (0,) without amsgrad, state_steps f32 (N,).
-  // grad_coef f64 () or (N,), verdict i64 ().
+  // grad_coef f64 () or (N,), verdict i64 (), master_param f32 (offsets[N],) where all params are
+  // bf16 or f16.
   m.def(
       "adamw_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, "
       "Tensor(d!) max_exp_avg_sq, Tensor(e!) state_steps, "
       "Tensor grad_coef, Tensor verdict, float lr, float beta1, float beta2, float weight_decay, "
-      "float eps, bool decoupled_weight_decay, bool amsgrad, bool maximize) -> ()");
+      "float eps, bool decoupled_weight_decay, bool amsgrad, bool maximize, "
+      "Tensor(f!)? master_param=None) -> ()");
 
   // clamp(dropout(softmax(softcap(scale q k^T) + attn_mask)) v). query (B, H, T, D), key (B, G, S,
   // D), value (B, G, S, Dv), key_padding_mask bool (B, S), True: left out; attn_mask (B, H, T, S)

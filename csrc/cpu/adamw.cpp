@@ -94,6 +94,8 @@ void step(const Arguments& given) {
   for (int role = exp_avg; role < (given.amsgrad ? roles : max_exp_avg_sq); ++role) {
     moments[role] = static_cast<char*>(given.moments[role].mutable_data_ptr());
   }
+  auto* const masters =
+      given.master_param ? static_cast<float*>(given.master_param->mutable_data_ptr()) : nullptr;
   const int64_t moment_bytes = is_wide(given) ? sizeof(double) : sizeof(float);
   float* const steps = static_cast<float*>(given.state_steps.mutable_data_ptr());
   StandIns stand_ins;
@@ -122,7 +124,8 @@ void step(const Arguments& given) {
   for_each_slice(slices, [&](int64_t s) {
     const Slice& slice = slices[last - s];
     const ParamStep& param_step = param_steps[slice.span];
-    const int64_t first = (param_step.moments + slice.begin) * moment_bytes;
+    const int64_t place = param_step.moments + slice.begin;
+    const int64_t first = place * moment_bytes;
     char* const largest = moments[max_exp_avg_sq];
     const AdamwRange range = {
         param_step.places.param + slice.begin * param_step.param_bytes,
@@ -130,6 +133,7 @@ void step(const Arguments& given) {
         moments[exp_avg] + first,
         moments[exp_avg_sq] + first,
         largest == nullptr ? nullptr : largest + first,
+        masters == nullptr ? nullptr : masters + place,
         slice.size};
     param_step.function(range, param_step.grad_coef, param_step.bias, options, ahead);
   });

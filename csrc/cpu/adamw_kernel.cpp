@@ -14,7 +14,9 @@ namespace {
 
 // How a loop computes: on one element at a time, or on a vector of consecutive elements. `scaled`
 // is the elements times a factor. The product is computed in double, which holds elements of 1e38
-// and factors of 1e-43.
+// and factors of 1e-43. `current` is the value of parameters with masters: the master where the
+// parameter is its rounded value, bit for bit, else the parameter, which something else has
+// written.
 
 // The compiler's vectorizer makes vectors of it where there are no conversions to and from fp16.
 template <class Real>
@@ -30,6 +32,10 @@ struct One {
   template <class Type>
   static Value scaled(const typename Type::storage* x, double factor) {
     return static_cast<Real>(Type::widen(*x) * factor);
+  }
+  template <class Type>
+  static Value current(const typename Type::storage* x, Value master) {
+    return Type::narrow(master) == *x ? master : load<Type>(x);
   }
   template <class Type>
   static void store(Value value, typename Type::storage* x) {
@@ -51,6 +57,12 @@ struct Several {
   template <class Type>
   static Value scaled(const typename Type::storage* x, double factor) {
     return scale(load_as<float, Type>(x), factor);
+  }
+  template <class Type>
+  static Value current(const typename Type::storage* x, Value master) {
+    typename Type::storage rounded[size];
+    store_as<Type>(master, rounded);
+    return select(equal16(rounded, x), master, load_as<float, Type>(x));
   }
   template <class Type>
   static void store(Value value, typename Type::storage* x) {
@@ -83,18 +95,25 @@ AdamwRule<typename Lanes::Value> rule_for(const AdamwRule<Real>& rule) {
 
 // Steps the elements from `begin` on, as many at a time as Lanes has; returns the first of the
 // rest.
-template <class Lanes, class Param, class Grad, class Moment, bool amsgrad, bool coupled>
+template <
+    class Lanes,
+    class Param,
+    class Grad,
+    bool amsgrad,
+    bool coupled,
+    bool masters,
+    class Real>
 int64_t update(
-    typename Param::storage* __restrict param,
-    const typename Grad::storage* __restrict grad,
-    typename Moment::storage* __restrict exp_avg,
-    typename Moment::storage* __restrict exp_avg_sq,
-    typename Moment::storage* __restrict max_exp_avg_sq,
-    int64_t begin,
-    int64_t n,
-    const AdamwRule<typename Moment::storage>& given,
-    int64_t prefetch_bytes) {
+    const AdamwRange& range, int64_t begin, const AdamwRule<Real>& given, int64_t prefetch_bytes) {
+  using Moment = std::conditional_t<std::is_same_v<Real, double>, Float64, Float32>;
+  auto* __restrict param = static_cast<typename Param::storage*>(range.param);
+  auto* __restrict grad = static_cast<const typename Grad::storage*>(range.grad);
+  auto* __restrict exp_avg = static_cast<Real*>(range.exp_avg);
+  auto* __restrict exp_avg_sq = static_cast<Real*>(range.exp_avg_sq);
+  auto* __restrict max_exp_avg_sq = static_cast<Real*>(range.max_exp_avg_sq);
+  float* __restrict master = range.master;
   const auto rule = rule_for<Lanes>(given);
+  const int64_t n = range.n;
   int64_t i = begin;
   for (; i + Lanes::size <= n; i += Lanes::size) {
     Lanes::prefetch(param + i, prefetch_bytes);
@@ -107,7 +126,13 @@ int64_t update(
     if constexpr (amsgrad) {
       largest = Lanes::template load<Moment>(max_exp_avg_sq + i);
     }
-    const auto p = Lanes::template load<Param>(param + i);
+    typename Lanes::Value p;
+    if constexpr (masters) {
+      Lanes::prefetch(master + i, prefetch_bytes);
+      p = Lanes::template current<Param>(param + i, Lanes::template load<Float32>(master + i));
+    } else {
+      p = Lanes::template load<Param>(param + i);
+    }
     const auto g = Lanes::template scaled<Grad>(grad + i, rule.grad_coef);
     const auto next = adamw_update<amsgrad>(rule, coupled, p, g, m, v, largest);
     Lanes::template store<Param>(next, param + i);
@@ -116,27 +141,32 @@ int64_t update(
     if constexpr (amsgrad) {
       Lanes::template store<Moment>(largest, max_exp_avg_sq + i);
     }
+    if constexpr (masters) {
+      Lanes::template store<Float32>(next, master + i);
+    }
   }
   return i;
 }
 
-template <class Param, class Grad, bool amsgrad, bool coupled, class Real>
+template <class Param, class Grad, bool amsgrad, bool coupled, bool masters, class Real>
 void update_all(const AdamwRange& range, const AdamwRule<Real>& rule, int64_t prefetch_bytes) {
-  using Moment = std::conditional_t<std::is_same_v<Real, double>, Float64, Float32>;
-  auto* p = static_cast<typename Param::storage*>(range.param);
-  auto* g = static_cast<const typename Grad::storage*>(range.grad);
-  auto* m = static_cast<Real*>(range.exp_avg);
-  auto* v = static_cast<Real*>(range.exp_avg_sq);
-  auto* largest = static_cast<Real*>(range.max_exp_avg_sq);
   int64_t i = 0;
 #ifdef __AVX2__
   if constexpr (std::is_same_v<Real, float>) {
-    i = update<Several, Param, Grad, Moment, amsgrad, coupled>(
-        p, g, m, v, largest, i, range.n, rule, prefetch_bytes);
+    i = update<Several, Param, Grad, amsgrad, coupled, masters>(range, i, rule, prefetch_bytes);
   }
 #endif
-  update<One<Real>, Param, Grad, Moment, amsgrad, coupled>(
-      p, g, m, v, largest, i, range.n, rule, prefetch_bytes);
+  update<One<Real>, Param, Grad, amsgrad, coupled, masters>(range, i, rule, prefetch_bytes);
+}
+
+template <class Param, class Grad, bool masters, class Real>
+void update_by(const AdamwRange& range, const AdamwRule<Real>& rule, int64_t prefetch_bytes) {
+  const bool amsgrad = range.max_exp_avg_sq != nullptr;
+  const auto loop = amsgrad ? (rule.coupled ? update_all<Param, Grad, true, true, masters, Real>
+                                            : update_all<Param, Grad, true, false, masters, Real>)
+                            : (rule.coupled ? update_all<Param, Grad, false, true, masters, Real>
+                                            : update_all<Param, Grad, false, false, masters, Real>);
+  loop(range, rule, prefetch_bytes);
 }
 
 template <class Param, class Grad>
@@ -148,12 +178,13 @@ void adamw(
     int64_t prefetch_bytes) {
   using Real = std::conditional_t<std::is_same_v<Param, Float64>, double, float>;
   const AdamwRule<Real> rule = adamw_rule_of<Real>(options, bias, grad_coef);
-  const bool amsgrad = range.max_exp_avg_sq != nullptr;
-  const auto loop = amsgrad ? (rule.coupled ? update_all<Param, Grad, true, true, Real>
-                                            : update_all<Param, Grad, true, false, Real>)
-                            : (rule.coupled ? update_all<Param, Grad, false, true, Real>
-                                            : update_all<Param, Grad, false, false, Real>);
-  loop(range, rule, prefetch_bytes);
+  if constexpr (sizeof(typename Param::storage) == 2) {
+    if (range.master != nullptr) {
+      update_by<Param, Grad, true>(range, rule, prefetch_bytes);
+      return;
+    }
+  }
+  update_by<Param, Grad, false>(range, rule, prefetch_bytes);
 }
 
 }  // namespace

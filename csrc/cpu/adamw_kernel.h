@@ -15,6 +15,7 @@ struct AdamwRange {
   void* exp_avg;
   void* exp_avg_sq;
   void* max_exp_avg_sq;  // null without amsgrad
+  float* master;  // null without masters, which only 16-bit parameters have
   int64_t n;
 };
 

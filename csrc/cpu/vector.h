@@ -150,6 +150,12 @@ inline Floats select(Bits bits, Floats a, Floats b) {
   return {_mm512_mask_blend_ps(static_cast<__mmask16>(bits), b.v, a.v)};
 }
 inline Bits less(Floats a, Floats b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ); }
+// One bit for each lane whose 16 bits are equal.
+inline Bits equal16(const uint16_t* a, const uint16_t* b) {
+  return _mm256_cmpeq_epi16_mask(
+      _mm256_loadu_si256(reinterpret_cast<const __m256i*>(a)),
+      _mm256_loadu_si256(reinterpret_cast<const __m256i*>(b)));
+}
 inline Floats sqrt(Floats a) { return {_mm512_sqrt_ps(a.v)}; }
 // max(a, b); NaN if one of them is.
 inline Floats larger(Floats a, Floats b) {
@@ -206,6 +212,12 @@ inline Floats select(Bits bits, Floats a, Floats b) {
 }
 inline Bits less(Floats a, Floats b) {
   return static_cast<Bits>(_mm256_movemask_ps(_mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ)));
+}
+inline Bits equal16(const uint16_t* a, const uint16_t* b) {
+  const __m128i equal = _mm_cmpeq_epi16(
+      _mm_loadu_si128(reinterpret_cast<const __m128i*>(a)),
+      _mm_loadu_si128(reinterpret_cast<const __m128i*>(b)));
+  return static_cast<Bits>(_mm_movemask_epi8(_mm_packs_epi16(equal, _mm_setzero_si128())));
 }
 inline Floats sqrt(Floats a) { return {_mm256_sqrt_ps(a.v)}; }
 inline Floats larger(Floats a, Floats b) {

@@ -38,6 +38,9 @@ void step(const adamw::Arguments& given) {
   for (int role = adamw::exp_avg; role < adamw::roles; ++role) {
     check_on(on, given.moments[role], "adamw_", adamw::names[role]);
   }
+  if (given.master_param) {
+    check_on(on, *given.master_param, "adamw_", "master_param");
+  }
   check_on(on, given.state_steps, "adamw_", "state_steps");
   check_on(on, given.grad_coef, "adamw_", "grad_coef");
   check_on(on, given.verdict, "adamw_", "verdict");
@@ -58,7 +61,10 @@ void step(const adamw::Arguments& given) {
          {}});
   }
   const DevicePlan prepared = plan_of(on, tensors);
-  const auto kernel = given.amsgrad ? adamw_kernel<true> : adamw_kernel<false>;
+  const bool masters = given.master_param.has_value();
+  const auto kernel = given.amsgrad
+      ? (masters ? adamw_kernel<true, true> : adamw_kernel<true, false>)
+      : (masters ? adamw_kernel<false, true> : adamw_kernel<false, false>);
   launch(
       on,
       kernel,
@@ -68,7 +74,8 @@ void step(const adamw::Arguments& given) {
           data_of(given.moments[adamw::exp_avg]),
           data_of(given.moments[adamw::exp_avg_sq]),
           data_of(given.moments[adamw::max_exp_avg_sq]),
-          static_cast<float*>(given.state_steps.mutable_data_ptr())},
+          static_cast<float*>(given.state_steps.mutable_data_ptr()),
+          masters ? static_cast<float*>(data_of(*given.master_param)) : nullptr},
       AdamwDecision{
           given.grad_coef.const_data_ptr<double>(),
           given.grad_coef.dim() == 0 ? 0 : static_cast<int32_t>(given.grad_coef.stride(0)),

@@ -19,6 +19,7 @@ struct AdamwState {
   void* exp_avg_sq;
   void* max_exp_avg_sq;  // null without amsgrad
   float* steps;  // (tensors,)
+  float* master_param;  // null without masters
 };
 
 struct AdamwDecision {
@@ -71,11 +72,31 @@ __device__ inline Real scaled(T grad, double factor) {
   return static_cast<Real>(widened(grad) * factor);
 }
 
+// The value of a parameter in the moments' precision. The parameter of a master is the rounded
+// master, unless something else than this kernel wrote it: its new value counts then. Reference:
+// current_master in fastguard/ops/adamw.py.
+template <bool masters, class Real, class P>
+__device__ inline Real value_of(P param, [[maybe_unused]] Real master) {
+  if constexpr (masters) {
+    if (narrowed<P>(master).bits == param.bits) {
+      return master;
+    }
+  }
+  return static_cast<Real>(widened(param));
+}
+
 // Steps `width` elements, moved in one instruction per array. Consecutive threads have consecutive
 // elements.
-template <bool amsgrad, int width, class P, class G, class Real>
+template <bool amsgrad, bool masters, int width, class P, class G, class Real>
 __device__ inline void step_elements(
-    const AdamwRule<Real>& rule, P* p, const G* g, Real* m, Real* v, Real* largest, int n) {
+    const AdamwRule<Real>& rule,
+    P* p,
+    const G* g,
+    Real* m,
+    Real* v,
+    Real* largest,
+    Real* master,
+    int n) {
   using Ps = Vector<P, width>;
   using Gs = Vector<G, width>;
   using Reals = Vector<Real, width>;
@@ -88,18 +109,26 @@ __device__ inline void step_elements(
     if constexpr (amsgrad) {
       most = load_once(reinterpret_cast<const Reals*>(largest) + i);
     }
+    Reals wide = {};
+    if constexpr (masters) {
+      wide = load_once(reinterpret_cast<const Reals*>(master) + i);
+    }
 #pragma unroll
     for (int j = 0; j < width; ++j) {
       const Real grad = scaled<Real>(grads.at[j], rule.grad_coef);
-      const Real param = static_cast<Real>(widened(params.at[j]));
-      params.at[j] = narrowed<P>(
-          adamw_update<amsgrad>(rule, rule.coupled, param, grad, ms.at[j], vs.at[j], most.at[j]));
+      const Real param = value_of<masters>(params.at[j], wide.at[j]);
+      wide.at[j] =
+          adamw_update<amsgrad>(rule, rule.coupled, param, grad, ms.at[j], vs.at[j], most.at[j]);
+      params.at[j] = narrowed<P>(wide.at[j]);
     }
     store(reinterpret_cast<Ps*>(p) + i, params);
     store_once(reinterpret_cast<Reals*>(m) + i, ms);
     store_once(reinterpret_cast<Reals*>(v) + i, vs);
     if constexpr (amsgrad) {
       store_once(reinterpret_cast<Reals*>(largest) + i, most);
+    }
+    if constexpr (masters) {
+      store_once(reinterpret_cast<Reals*>(master) + i, wide);
     }
   }
 }
@@ -110,7 +139,7 @@ __device__ inline bool is_aligned(const T* x, int width) {
 }
 
 // Steps a chunk in vectors if all arrays are aligned, else element by element. Both are coalesced.
-template <bool amsgrad, class P, class G, class Real>
+template <bool amsgrad, bool masters, class P, class G, class Real>
 __device__ inline void step_chunk(
     const Chunk& chunk, const AdamwRule<Real>& rule, const AdamwState& state) {
   constexpr int width = 16 / sizeof(Real);
@@ -120,21 +149,28 @@ __device__ inline void step_chunk(
   Real* m = static_cast<Real*>(state.exp_avg) + place;
   Real* v = static_cast<Real*>(state.exp_avg_sq) + place;
   Real* largest = amsgrad ? static_cast<Real*>(state.max_exp_avg_sq) + place : nullptr;
+  Real* master = nullptr;
+  if constexpr (masters) {
+    master = state.master_param + place;
+  }
   int done = 0;
   if (is_aligned(p, width) && is_aligned(g, width) && is_aligned(m, width) &&
-      is_aligned(v, width) && (!amsgrad || is_aligned(largest, width))) {
+      is_aligned(v, width) && (!amsgrad || is_aligned(largest, width)) &&
+      (!masters || is_aligned(master, width))) {
     done = chunk.size() / width * width;
-    step_elements<amsgrad, width>(rule, p, g, m, v, largest, done);
+    step_elements<amsgrad, masters, width>(rule, p, g, m, v, largest, master, done);
   }
   Real* rest = amsgrad ? largest + done : nullptr;
-  step_elements<amsgrad, 1>(
-      rule, p + done, g + done, m + done, v + done, rest, chunk.size() - done);
+  Real* rest_of_masters = masters ? master + done : nullptr;
+  step_elements<amsgrad, masters, 1>(
+      rule, p + done, g + done, m + done, v + done, rest, rest_of_masters, chunk.size() - done);
 }
 
-// Calls f with null pointers to the types of a parameter and its gradient.
-template <class F>
+// Calls f with null pointers to the types of a parameter and its gradient. Parameters with masters
+// have 16 bits.
+template <bool masters, class F>
 __device__ inline void with_types(const Chunk& chunk, const F& f) {
-  with_type(chunk.type(), [&](auto* p) {
+  const auto with_grad = [&](auto* p) {
     if constexpr (sizeof(*p) == 2) {
       if (chunk.other_type() == Type::float32) {
         f(p, static_cast<float*>(nullptr));
@@ -142,11 +178,18 @@ __device__ inline void with_types(const Chunk& chunk, const F& f) {
       }
     }
     f(p, p);
-  });
+  };
+  if constexpr (!masters) {
+    with_type(chunk.type(), with_grad);
+  } else if (chunk.type() == Type::bfloat16) {
+    with_grad(static_cast<BFloat16*>(nullptr));
+  } else {
+    with_grad(static_cast<Float16*>(nullptr));
+  }
 }
 
-template <bool amsgrad>
-__global__ __launch_bounds__(threads, amsgrad ? 2 : 3) void adamw_kernel(
+template <bool amsgrad, bool masters>
+__global__ __launch_bounds__(threads, amsgrad || masters ? 2 : 3) void adamw_kernel(
     Plan plan, AdamwState state, AdamwDecision decision, AdamwOptions options) {
   const int64_t verdict = load(decision.verdict);
   if (verdict != static_cast<int64_t>(Verdict::apply) &&
@@ -159,11 +202,12 @@ __global__ __launch_bounds__(threads, amsgrad ? 2 : 3) void adamw_kernel(
     const Chunk chunk = load_chunk(plan.chunks + c);
     bias.at(static_cast<double>(load(state.steps + chunk.tensor)) + 1.0, options);
     const double coef = load(decision.grad_coef + int64_t{decision.next_coef} * chunk.tensor);
-    with_types(chunk, [&](auto* p, auto* g) {
+    with_types<masters>(chunk, [&](auto* p, auto* g) {
       using P = std::remove_pointer_t<decltype(p)>;
       using G = std::remove_pointer_t<decltype(g)>;
       using Real = std::conditional_t<std::is_same_v<P, double>, double, float>;
-      step_chunk<amsgrad, P, G>(chunk, adamw_rule_of<Real>(options, bias.of_t, coef), state);
+      step_chunk<amsgrad, masters, P, G>(
+          chunk, adamw_rule_of<Real>(options, bias.of_t, coef), state);
     });
   }
   // The last block updates the steps: no other block needs the old values then.

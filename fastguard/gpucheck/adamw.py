@@ -17,6 +17,7 @@ from .checks import Case, Compared, same_bits, untouched_around
 
 #: The allowed errors of a moment, and of a parameter with the dtype of the moments.
 MOMENT_ULPS, PARAMETER_ULPS = 4.0, 8.0
+_NARROW = (torch.bfloat16, torch.float16)
 #: The allowed error of a 16-bit parameter: its rounding from a value with a much smaller error.
 NARROW_ULPS = 1.0
 
@@ -37,6 +38,7 @@ class Options:
     step: float = 3.0
     verdict: int = Verdict.CLIP
     grads: str = "as the parameters"  # or "float32"
+    masters: bool = False  # for 16-bit parameters alone; some are not their rounded masters
 
     def numbers(self) -> tuple:
         return tuple(getattr(self, f.name) for f in dataclasses.fields(self))[:8]
@@ -60,12 +62,18 @@ def adamw_(device: torch.device, grid: Grid) -> Iterator[Case]:
             each = dict(zip(flags, chosen, strict=True))
             options = Options(**each, weight_decay=weight_decay, step=step)
             yield from _cases("16 tensors", few, options, device)
+    narrow = [spec for spec in few if spec.dtype in _NARROW]
+    for amsgrad, grads in itertools.product([False, True], ["as the parameters", "float32"]):
+        options = Options(masters=True, amsgrad=amsgrad, grads=grads)
+        yield from _cases("8 tensors with masters", narrow, options, device)
     large = [Spec((65,), torch.float32, magnitude="largest"), Spec((8193,), torch.float32)]
     yield from _cases("gradients of 4e37", large, Options(coef=1e-37), device)
     for verdict in (Verdict.SKIP_NONFINITE, Verdict.SKIP_OUTLIER, 77, -1):
         for coef in (1.0, math.nan):
             options = Options(verdict=int(verdict), coef=coef, amsgrad=True)
             yield from _cases("a skip", few, options, device, run=_skip)
+            options = dataclasses.replace(options, masters=True)
+            yield from _cases("a skip with masters", narrow, options, device, run=_skip)
 
 
 def _cases(name, specs, options, device, run=None) -> Iterator[Case]:
@@ -100,7 +108,13 @@ class State:
         coef = torch.rand(n, generator=generator, dtype=torch.float64)
         coef = coef if options.coef is None else torch.tensor(options.coef, dtype=torch.float64)
 
-        self.right = _float64_arguments(params, grads, moments, steps, coef)
+        masters = [draw(s._replace(dtype=torch.float32), generator) for s in calm]
+        right_params = params
+        if options.masters:
+            for p, master in list(zip(params, masters, strict=True))[::2]:
+                p.copy_(master)
+            right_params = list(map(ops.current_master, params, masters))
+        self.right = _float64_arguments(right_params, grads, moments, steps, coef)
         self.params = [place(p, s.layout, device) for p, s in zip(params, specs, strict=True)]
         # Every second gradient has another memory layout than its parameter.
         self.grads = [
@@ -109,11 +123,13 @@ class State:
         ]
         at_hand = [part.tensor for part in self.params]
         packs = [_pack(at_hand, some, dtype, device) for some in moments]
+        self.master = _pack(at_hand, masters, dtype, device) if options.masters else None
         verdict = torch.tensor(int(options.verdict), device=device)
         self.arguments = (
             *(at_hand, [part.tensor for part in self.grads]),
             *(*packs, steps.to(device), coef.to(device), verdict),
         )
+        self.numbers = (*options.numbers(), self.master)
 
     def unpacked(self, pack: Tensor) -> list[Tensor]:
         params = self.arguments[0]
@@ -141,7 +157,7 @@ def _step(specs, wide, options, device) -> Iterator[Compared]:
     state = State(specs, wide, options, device)
     grads = [g.clone() for g in state.arguments[1]]
     ulps = _ulps(state, options, torch.finfo(torch.float64 if wide else torch.float32))
-    ops.adamw_(*state.arguments, *options.numbers())
+    ops.adamw_(*state.arguments, *state.numbers)
     ops.adamw_ref_(*state.right, *options.numbers())
     params, _, m, v, v_max, steps = state.arguments[:6]
     right_params, _, *packs, right_steps = state.right[:6]
@@ -155,10 +171,17 @@ def _step(specs, wide, options, device) -> Iterator[Compared]:
                 ulp = ulps[name][i]
                 yield Compared(f"{name} of parameter {i}", found, expected, MOMENT_ULPS, ulp)
     for i, (p, expected) in enumerate(zip(params, right_params, strict=True)):
-        narrow = p.dtype in (torch.bfloat16, torch.float16)
+        narrow = p.dtype in _NARROW
         allowed = NARROW_ULPS if narrow else PARAMETER_ULPS
         ulp = _parameter_ulp(p.dtype, expected, ulps["move"][i], narrow)
         yield Compared(f"parameter {i}, {specs[i]}", p, expected, allowed, ulp)
+    if state.master is not None:
+        masters = state.unpacked(state.master)
+        for i, (master, expected) in enumerate(zip(masters, right_params, strict=True)):
+            ulp = ulps["move"][i]
+            yield Compared(f"master of parameter {i}", master, expected, PARAMETER_ULPS, ulp)
+        rounded = [m.to(p.dtype) for m, p in zip(masters, params, strict=True)]
+        yield from same_bits("parameter, its rounded master", on_cpu(params), rounded)
     yield from untouched_around(state.params + state.grads)
     yield from _gaps(state)
 
@@ -200,12 +223,13 @@ def _parameter_ulp(dtype, expected, move, narrow) -> Tensor:
 def _skip(specs, wide, options, device) -> Iterator[Compared]:
     state = State(specs, wide, options, device)
     params, grads, *others = state.arguments[:6]
+    others += [] if state.master is None else [state.master]
     for tensor in [*params, *others]:
         if tensor.dim() == 1 and tensor.numel() > 3:  # a skip must keep earlier NaNs and Infs too
             tensor[:3] = torch.tensor([math.nan, math.inf, -math.inf]).to(tensor)
     everything = [*params, *grads, *others]
     before = [t.clone() for t in everything]
-    ops.adamw_(*state.arguments, *options.numbers())
+    ops.adamw_(*state.arguments, *state.numbers)
     yield from same_bits("tensor", everything, before)
     yield from untouched_around(state.params + state.grads)
 
@@ -214,7 +238,8 @@ def _gaps(state: State) -> Iterator[Compared]:
     """The gaps between the moments of two parameters, which a step must not write."""
     params = state.arguments[0]
     offsets = ops.packed_offsets(p.numel() for p in params)
-    for pack in state.arguments[2:5]:
+    packs = [*state.arguments[2:5], *([] if state.master is None else [state.master])]
+    for pack in packs:
         for i, p in enumerate(params if len(pack) else []):
             gap = pack[offsets[i] + p.numel() : offsets[i + 1]].cpu()
             yield Compared(f"gap after parameter {i}", gap, torch.full_like(gap, SENTINEL))

@@ -10,7 +10,7 @@ from ._checks import overlaps_itself
 from ._library import count_writes, cpu_info, cuda_info
 from ._statistics import outlier_above
 from .accumulate import accumulate_, accumulate_ref_
-from .adamw import AdamwOptions, adamw_, adamw_ref_, check_adamw
+from .adamw import AdamwOptions, adamw_, adamw_ref_, check_adamw, current_master
 from .clip import clip_, clip_ref_
 from .decide import decide, decide_ref, guard_decide_, guard_decide_ref_
 from .grad_norm import grad_norm, grad_norm_ref
@@ -61,6 +61,7 @@ __all__ = [
     "count_writes",
     "cpu_info",
     "cuda_info",
+    "current_master",
     "decide",
     "decide_ref",
     "grad_norm",

@@ -44,6 +44,7 @@ class AdamwArguments(NamedTuple):
     decoupled_weight_decay: bool
     amsgrad: bool
     maximize: bool
+    master_param: Tensor | None = None
 
 
 @torch.no_grad()
@@ -64,6 +65,7 @@ def adamw_(
     decoupled_weight_decay: bool,
     amsgrad: bool,
     maximize: bool,
+    master_param: Tensor | None = None,
 ) -> None:
     """One Adam or AdamW step of N parameters, unless the verdict is a skip.
 
@@ -87,6 +89,13 @@ def adamw_(
     the CPU's instruction set. A gradient whose memory layout differs from its parameter's is
     copied, and so is a parameter with gaps.
 
+    With ``master_param`` each bfloat16 or float16 parameter has a float32 copy, its master, which
+    takes the update; the parameter is the master rounded to nearest, written in the same pass::
+
+        p = :func:`current_master` of the parameter and its master
+        p -= ...                                            # as above, in float32
+        master, parameter = p, round(p)
+
     The state is packed, one tensor for all parameters. The moments of parameter i start at
     ``packed_offsets(p.numel() for p in params)[i]``. They lie in the order of the parameter's
     memory, or in row-major order if that has gaps.
@@ -105,6 +114,8 @@ def adamw_(
         state_steps: t, float32, shape (N,), contiguous.
         grad_coef: float64, shape () or (N,): factor for all gradients, or for each.
         verdict: a :class:`Verdict`, int64, shape ().
+        master_param: the masters, packed like exp_avg, float32; all parameters must be bfloat16 or
+            float16 then. None: the parameters have no masters.
 
     Raises:
         RuntimeError: a list has another length; a tensor has another dtype, shape or device; or one
@@ -115,11 +126,12 @@ def adamw_(
     state = (exp_avg, exp_avg_sq, max_exp_avg_sq, state_steps)
     options = (lr, beta1, beta2, weight_decay, eps, decoupled_weight_decay, amsgrad, maximize)
     if params and _library.has_kernel(params[0]):
-        torch.ops.fastguard.adamw_.default(params, grads, *state, grad_coef, verdict, *options)
+        rest = (grad_coef, verdict, *options, master_param)
+        torch.ops.fastguard.adamw_.default(params, grads, *state, *rest)
         _library.count_writes(params)
-        _library.count_writes(state)
+        _library.count_writes(state if master_param is None else (*state, master_param))
     else:
-        adamw_ref_(params, grads, *state, grad_coef, verdict, *options)
+        adamw_ref_(params, grads, *state, grad_coef, verdict, *options, master_param)
 
 
 @torch.no_grad()
@@ -152,6 +164,23 @@ def adamw_ref_(*arguments, **named) -> None:
         _step_one(given, p, grad, coef, step, offset)
 
 
+def current_master(p: Tensor, master: Tensor) -> Tensor:
+    """The float32 value of a parameter: its master where ``p`` is the rounded master, else ``p``.
+
+    Elements are compared bit for bit. An element that something else than the optimizer wrote, such
+    as a ``load_state_dict`` of the model, takes its new value; all others keep their master.
+
+    Args:
+        p: bfloat16 or float16.
+        master: float32, of the same shape.
+
+    Returns:
+        float32, of the same shape, in memory of its own.
+    """
+    untouched = master.to(p.dtype).view(torch.int16) == p.view(torch.int16)
+    return torch.where(untouched, master, p.float())
+
+
 def _step_one(
     given: AdamwArguments, p: Tensor, grad: Tensor, coef: Tensor, step: Tensor, offset: int
 ) -> None:
@@ -163,7 +192,9 @@ def _step_one(
     # torch computes number / tensor as number * (1 / tensor), which rounds twice.
     step_size = (torch.full_like(t, given.lr) / (1 - given.beta1**t)).to(m.dtype)
     root_factor = (1 - given.beta2**t).sqrt().reciprocal().to(m.dtype)
-    old = p.to(m.dtype)
+    master = given.master_param
+    master = None if master is None else packed_view(master, p, offset)
+    old = p.to(m.dtype) if master is None else current_master(p, master)
     g = (grad.double() * coef).to(m.dtype)
     if given.weight_decay != 0 and not given.decoupled_weight_decay:
         g = g + given.weight_decay * old
@@ -179,6 +210,8 @@ def _step_one(
     if given.decoupled_weight_decay:
         move = (given.lr * given.weight_decay) * old + move
     written.append((p, (old - move).to(p.dtype)))
+    if master is not None:
+        written.append((master, old - move))
     skip = (given.verdict != int(Verdict.APPLY)) & (given.verdict != int(Verdict.CLIP))
     for tensor, new in written:
         tensor.copy_(torch.where(skip, tensor, new))
@@ -194,9 +227,10 @@ def _check_adamw(given: AdamwArguments) -> None:
     wide = n > 0 and given.params[0].dtype == torch.float64
     moment = torch.float64 if wide else torch.float32
     for i, (p, grad) in enumerate(zip(given.params, given.grads, strict=True)):
-        _check_param(i, p, given.params[0].dtype)
+        _check_param(i, p, given.params[0].dtype, given.master_param is not None)
         _check_grad(i, p, grad, moment)
     state = (given.exp_avg, given.exp_avg_sq, given.max_exp_avg_sq, given.state_steps)
+    state += () if given.master_param is None else (given.master_param,)
     tensors = (*given.params, *given.grads, *state, given.grad_coef, given.verdict)
     check_same_device("adamw_", tensors)
     check_writable("adamw_", (*given.params, *state))
@@ -208,6 +242,8 @@ def _check_adamw(given: AdamwArguments) -> None:
     _check_packed("max_exp_avg_sq", given.max_exp_avg_sq, moment, *largest)
     steps = (torch.float32, n, "one step for each parameter")
     _check_packed("state_steps", given.state_steps, *steps)
+    if given.master_param is not None:
+        _check_packed("master_param", given.master_param, torch.float32, *end)
 
 
 def _check_decision(grad_coef: Tensor, verdict: Tensor, n: int) -> None:
@@ -223,7 +259,7 @@ def _check_decision(grad_coef: Tensor, verdict: Tensor, n: int) -> None:
         )
 
 
-def _check_param(i: int, p: Tensor, first: torch.dtype) -> None:
+def _check_param(i: int, p: Tensor, first: torch.dtype, has_master: bool) -> None:
     if p.dtype not in DTYPES:
         raise RuntimeError(
             f"adamw_: params[{i}] has dtype {p.dtype}; float32, float64, bfloat16 and float16 "
@@ -233,6 +269,11 @@ def _check_param(i: int, p: Tensor, first: torch.dtype) -> None:
         raise RuntimeError(
             f"adamw_: params[{i}] has dtype {p.dtype}, params[0] {first}; float64 "
             "parameters need a call of their own, for one call has one dtype of moments"
+        )
+    if has_master and p.dtype not in (torch.bfloat16, torch.float16):
+        raise RuntimeError(
+            f"adamw_: params[{i}] has dtype {p.dtype}; with master_param all must be bfloat16 or "
+            "float16. Parameters without masters need a call of their own"
         )
     if overlaps_itself(p):
         raise RuntimeError(

@@ -4,7 +4,7 @@ The optimizer's ``state`` holds views of it, under torch's keys.
 """
 
 from itertools import repeat
-from operator import is_
+from operator import attrgetter, is_
 
 import torch
 from torch import Tensor
@@ -18,6 +18,10 @@ from . import huge_pages
 from .checks import LARGEST_OPTION, check_group, state_problem
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+MASTER = "master_param"  # as in TransformerEngine's FusedAdam
+ENTRIES = (*MOMENTS, MASTER)
+
+_dtype_of = attrgetter("dtype")
 
 _SPARSE = (
     "Adam does not support sparse gradients, please consider SparseAdam instead; or make them "
@@ -35,7 +39,9 @@ class _NoComparison(TorchFunctionMode):
 class Bucket:
     """The parameters of one group with a gradient, on one device, with one dtype of moments.
 
-    The constructor packs the present state, and replaces its entries by views of the packed state.
+    All of them have masters, or none has. ``masters`` is None where the optimizer keeps none. The
+    constructor packs the present state, and replaces its entries by views of the packed state. A
+    master that is absent gets its parameter's value.
     """
 
     def __init__(
@@ -44,6 +50,7 @@ class Bucket:
         number: int,
         device: torch.device,
         dtype: torch.dtype,
+        masters: bool | None,
         params: list[Tensor],
         states: list[dict[str, Tensor]],
         written: set[int],
@@ -62,7 +69,8 @@ class Bucket:
         self._numels = list(map(Tensor.numel, self._contiguous))
         self._others = [p for p in parts if not p.is_contiguous()]
         self._layouts = list(map(_layout, self._others))
-        self._moments = MOMENTS if self.amsgrad else MOMENTS[:2]
+        self._dtypes = None if masters is None else list(map(_dtype_of, params))
+        self._entries = (MOMENTS if self.amsgrad else MOMENTS[:2]) + (MASTER,) * bool(masters)
         self._check_states(written)
         self._packs, self.views = self._empty_packs(dtype)
         self._move_states_in()
@@ -81,7 +89,7 @@ class Bucket:
     def _check_states(self, written: set[int]) -> None:
         """Raise RuntimeError if the present state does not fit its parameter."""
         for p, state in zip(self.params, self.states, strict=True):
-            if problem := _problem(p, state, self._moments, written):
+            if problem := _problem(p, state, self._entries, written):
                 index = next(i for i, q in enumerate(self.group["params"]) if q is p)
                 raise RuntimeError(f"parameter {index} of group {self.number}: {problem}")
 
@@ -90,8 +98,8 @@ class Bucket:
         real = _real(self._parts) if self.complex else self._parts
         offsets = ops.packed_offsets(p.numel() for p in real)
         packs = {
-            name: huge_pages.zeros(offsets[-1] if name in self._moments else 0, dtype, self.device)
-            for name in MOMENTS
+            name: huge_pages.zeros(offsets[-1] if name in self._entries else 0, dtype, self.device)
+            for name in ENTRIES
         }
         packs["step"] = torch.zeros(len(real), dtype=torch.float32, device=self.device)
         views = {
@@ -103,19 +111,21 @@ class Bucket:
                     strict=False,  # the last offset is the end of the pack
                 )
             ]
-            for name in self._moments
+            for name in self._entries
         }
         views["step"] = [packs["step"][i] for i in range(len(real))]
         return packs, views
 
     def _move_states_in(self) -> None:
         """Copy the present state into the views, and replace its entries by the views."""
-        for name in ("step", *self._moments):
-            for view, state in zip(self.views[name], self.states, strict=True):
+        for name in ("step", *self._entries):
+            for view, state, part in zip(self.views[name], self.states, self._parts, strict=True):
                 if name in state:
                     view.copy_(*local_parts([state[name]]))
+                elif name == MASTER:
+                    view.copy_(part)
             if self.sharded and name != "step":
-                self.views[name] = list(map(_laid_out_as, self.params, self.views[name]))
+                self.views[name] = list(map(laid_out_as, self.params, self.views[name]))
             for view, state in zip(self.views[name], self.states, strict=True):
                 state[name] = view
 
@@ -145,6 +155,8 @@ class Bucket:
         return same
 
     def _in_place(self) -> bool:
+        if self._dtypes is not None and list(map(_dtype_of, self.params)) != self._dtypes:
+            return False  # a parameter may have got, or lost, the need of a master
         if self.sharded:  # to_local returns new tensors, and FSDP may have moved the shards
             before, self._parts = self._parts, local_parts(self.params)
             return list(map(_layout, before)) == list(map(_layout, self._parts))
@@ -170,11 +182,12 @@ class Bucket:
         params = self._parts
         grads = local_parts(grads) if self.sharded else grads
         state = (*(self._packs[name] for name in MOMENTS), self._packs["step"])
+        master = self._packs[MASTER] if MASTER in self._entries else None
         try:
             if self.complex:
                 params, grads = _real(params), _real(grads)
             step = ops.check_adamw if only_check else ops.adamw_
-            step(params, grads, *state, *decision, *options)
+            step(params, grads, *state, *decision, *options, master)
             if self.sharded:  # the version of a DTensor does not count writes to its shard
                 ops.count_writes(self.params)
         except RuntimeError:
@@ -245,7 +258,7 @@ def _placed(tensor: Tensor) -> tuple | None:
     return (tensor.device_mesh, tensor.placements) if is_dtensor(tensor) else None
 
 
-def _laid_out_as(p: Tensor, part: Tensor) -> Tensor:
+def laid_out_as(p: Tensor, part: Tensor) -> Tensor:
     """``part`` itself; if ``p`` is a DTensor, a DTensor with ``part`` as its shard on this rank."""
     if not is_dtensor(p):
         return part
@@ -270,9 +283,16 @@ def shares_memory(value: object) -> bool:
     )
 
 
+def fresh_state(p: Tensor, amsgrad: bool) -> dict[str, Tensor]:
+    """The state of a parameter before its first step, without a master."""
+    moments = MOMENTS if amsgrad else MOMENTS[:2]
+    zeros = {name: torch.zeros_like(p, dtype=moment_dtype(p)) for name in moments}
+    return {"step": torch.zeros((), dtype=torch.float32, device=p.device), **zeros}
+
+
 def leave_pack(state: dict[str, Tensor]) -> None:
     """Clone the state of an idle parameter: a view would keep the whole old pack in memory."""
-    for name in ("step", *MOMENTS):
+    for name in ("step", *ENTRIES):
         if shares_memory(state.get(name)):
             state[name] = state[name].clone()
 

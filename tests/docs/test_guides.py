@@ -44,6 +44,16 @@ def test_mixed_precision():
     assert here["scaler"].get_scale() == 512
 
 
+def test_master_weights(tmp_path):
+    here = names(device="cpu", loader=batches(6, bad=[3]), path=tmp_path / "weights.pt")
+    here |= {"nn": nn, "fastguard": fastguard, "GradGuard": GradGuard}
+    run_block("master-weights", here)
+    saved = torch.load(here["path"])
+    assert finite(here) and all(w.dtype != torch.bfloat16 for w in saved.values())
+    masters = [s["master_param"] for s in here["optimizer"].state.values() if "master_param" in s]
+    assert masters and all(any(torch.equal(m, w) for w in saved.values()) for m in masters)
+
+
 def test_accumulation():
     ends = []
     for bad in ([5], []):

@@ -157,7 +157,7 @@ class Draw:
 
     def adamw_(self):
         narrow = [dtype for dtype in ops.DTYPES if dtype != F64]
-        params = self.gradients(dtypes=self.pick([[F64], narrow]))
+        params = self.gradients(dtypes=self.pick([[F64], narrow, narrow[1:]]))
         wide = F64 if params and params[0].dtype == F64 else torch.float32
         grads = [self.tensor(p.shape, self.pick([p.dtype, wide]), odd=0.1) for p in params]
         size = ops.packed_offsets(p.numel() for p in params)[-1]
@@ -168,7 +168,12 @@ class Draw:
         decision = [self.coef(len(params)), self.verdict()]
         switches = [self.chance(0.5), amsgrad, self.chance(0.5)]
         state = [*moments, self.vector(steps, torch.float32)]
-        return [params, grads, *state, *decision, *rule, *switches]
+        has_masters = all(p.dtype.itemsize == 2 for p in params) and self.chance(0.6)
+        master = self.flat(self.values(size, torch.float32)) if has_masters else None
+        for p, offset in zip(params, ops.packed_offsets(p.numel() for p in params), strict=False):
+            if has_masters and 0 not in p.stride() and self.chance(0.7):
+                p.copy_(ops.packed_view(master, p, offset))
+        return [params, grads, *state, *decision, *rule, *switches, master]
 
     def attention(self, backward=False):
         b, g, t, s = (self.rng.randint(1, n) for n in (2, 2, 70, 130))

@@ -91,6 +91,7 @@ OPTIMIZERS = {
     "fastguard": lambda p: fastguard.AdamW(p, lr=1e-2),
     "amsgrad": lambda p: fastguard.Adam(groups(p), lr=1e-2, weight_decay=0.1, amsgrad=True),
     "grouped": lambda p: fastguard.AdamW(groups(p), lr=1e-2),
+    "masters": lambda p: fastguard.AdamW(p, lr=1e-2, master_weights=True),
     "fused": lambda p: torch.optim.AdamW(groups(p), lr=1e-2, fused=True),
     "foreach": lambda p: torch.optim.AdamW(groups(p), lr=1e-2),
 }
@@ -115,7 +116,8 @@ def follow(net, name, *, sharded, **options):
         kind = BAD.get(step)
         optimizer.zero_grad()
         factor = {"outlier": 1e6, None: 30.0 if step % 3 == 0 else 0.01}.get(kind, 1.0)
-        loss = backward(net, mine(batch_of(step)) if sharded else batch_of(step), factor)
+        batch = batch_of(step).to(net.plain.dtype)
+        loss = backward(net, mine(batch) if sharded else batch, factor)
         if kind in ("nan", "inf") and (last or not sharded):
             flat(net.body[0].weight.grad)[-2] = math.nan if kind == "nan" else -math.inf
         if kind == "loss" and (last or not sharded):

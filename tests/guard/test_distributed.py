@@ -36,6 +36,10 @@ from .rank_cases import (
     what_is_not_for_shards_is_refused,
     without_a_group_ddp_replicas_would_part,
 )
+from .rank_masters import (
+    masters_go_through_torchs_checkpoints,
+    masters_of_shards_step_as_float32_copies,
+)
 from .rank_states import (
     guards_and_moments_are_loaded,
     guards_and_moments_are_saved,
@@ -54,6 +58,8 @@ from .ranks import ROOT
 CASES = {
     2: [
         fsdp_goes_as_one_process_does,
+        masters_of_shards_step_as_float32_copies,
+        masters_go_through_torchs_checkpoints,
         replicas_count_once,
         adagc_has_a_coefficient_for_each_parameter,
         a_report_counts_on_all_ranks_and_has_places_of_this_one,

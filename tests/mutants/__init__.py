@@ -1,7 +1,7 @@
 """Mutation testing: small faults in the guard's code. A test has to fail for each of them.
 
     python -m tests.mutants                            ten mutants of every file
-    python -m tests.mutants fastguard/optim/adam.py --sample 40 --seed 3
+    python -m tests.mutants fastguard/optim/fused.py --sample 40 --seed 3
 
 A mutant that no test sees is printed with its line. Either it changes nothing (an equivalent
 mutant), or a test is missing. mutmut and cosmic-ray do not serve: they leave out decorated

@@ -33,9 +33,12 @@ TESTS = {
     "fastguard/guard/grad_scaler.py": (
         "guard/grad_scaler guard/attached guard/scale_search guard/accumulation guard/update"
     ),
-    "fastguard/optim/adam.py": "optim/checks optim/adam_torch optim/adam optim/packed_state",
+    "fastguard/optim/fused.py": (
+        "optim/checks optim/adam_torch optim/adam optim/packed_state optim/masters"
+    ),
+    "fastguard/optim/masters.py": "optim/masters",
     "fastguard/optim/packed_state.py": (
-        "optim/checks optim/adam_torch optim/packed_state optim/adam"
+        "optim/checks optim/adam_torch optim/packed_state optim/adam optim/masters"
     ),
     "fastguard/optim/checks.py": "optim/checks guard/update",
     "fastguard/guard/accumulation.py": "guard/accumulation guard/distributed",

@@ -115,8 +115,11 @@ def pairs_of_optimizers(ours, theirs, params=parameters):
 
 
 @pytest.mark.parametrize("ours, theirs", PAIRS)
-def test_the_signature_is_torchs(ours, theirs):
-    assert inspect.signature(ours) == inspect.signature(theirs)
+def test_the_signature_is_torchs_and_master_weights(ours, theirs):
+    mine, other = (dict(inspect.signature(each).parameters) for each in (ours, theirs))
+    added = mine.pop("master_weights")
+    assert added.kind == inspect.Parameter.KEYWORD_ONLY and added.default is False
+    assert [*mine.values()] == [*other.values()]
     p = [torch.ones(1)]
     assert ours(p).param_groups[0].keys() == theirs(p).param_groups[0].keys()
     positional = (p, 0.1, (0.5, 0.6), 0.2, 0.3, True)

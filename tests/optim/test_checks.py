@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import fastguard
-from fastguard.optim import adam
+from fastguard.optim import fused
 from fastguard.optim.checks import check_options, check_state, nonfinite_state, state_problem
 from tests.tensors import assert_same_bits, bits
 
@@ -187,7 +187,7 @@ def test_a_capture_needs_capturable_and_lr_on_the_host(monkeypatch):
     """As torch's. On the CPU nothing captures; the step is told that something does."""
     optimizer, params = two_groups()
     before = bits(params)
-    monkeypatch.setattr(adam, "_capturing", lambda buckets: True)
+    monkeypatch.setattr(fused, "_capturing", lambda buckets: True)
     with pytest.raises(RuntimeError, match="capturable of param group 0 is False"):
         optimizer.step()
     assert_same_bits(bits(params), before)
@@ -206,7 +206,7 @@ def test_only_a_capture_of_the_parameters_device_counts(monkeypatch):
     assert not torch.equal(bits(params)[0], before[0])
     for bucket in optimizer._buckets:
         bucket.device = torch.device("cuda")
-    assert adam._capturing(optimizer._buckets)
+    assert fused._capturing(optimizer._buckets)
 
 
 def test_of_a_dtensor_this_ranks_shard_is_read(monkeypatch):

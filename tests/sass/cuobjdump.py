@@ -116,7 +116,7 @@ def parse_usage(text):
 
 
 def readable(mangled):
-    """A readable name: `adamw_kernel<true>`, `attention_kernel<BFloat16,64>`."""
+    """A readable name: `adamw_kernel<true,false>`, `attention_kernel<BFloat16,64>`."""
     length, rest = re.match(r"_ZN9fastguard(\d+)(.*)", mangled).groups()
     name, parameters = rest[: int(length)], rest[int(length) :]
     arguments = re.match(r"I((?:Lb[01]E|Li\d+E|NS_\d+\w+?E|S1_|f)+)E", parameters)

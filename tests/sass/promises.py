@@ -23,10 +23,16 @@ def every_type(loads, stores):
     return {(elements, loads, stores) for elements in BITS}
 
 
-def adamw(blocks, moments):
-    """Gradients of 16-bit parameters have 16 or 32 bits; the moments have 32."""
+def adamw(blocks, moments, masters=False):
+    """Gradients of 16-bit parameters have 16 or 32 bits; the moments have 32.
+
+    Masters, which only 16-bit parameters have, move as another moment does.
+    """
     moves = set()
+    moments += masters
     for elements, bits in BITS.items():
+        if masters and bits > 16:
+            continue
         stores = f"{1 + moments} x 128" if bits > 16 else f"1 x 64, {moments} x 128"
         if bits > 16:
             moves.add((elements, f"{2 + moments} x 128", stores))
@@ -81,8 +87,10 @@ PROMISES = {
     "grad_norm_kernel": Promise(4, moves=MEASURING, in_flight=4),
     "clip_kernel": Promise(4, True, moves=MEASURING | SCALING, in_flight=4),
     "scale_kernel": Promise(4, moves=SCALING, in_flight=4),
-    "adamw_kernel<false>": adamw(3, moments=2),
-    "adamw_kernel<true>": adamw(2, moments=3),
+    "adamw_kernel<false,false>": adamw(3, moments=2),
+    "adamw_kernel<true,false>": adamw(2, moments=3),
+    "adamw_kernel<false,true>": adamw(2, moments=2, masters=True),
+    "adamw_kernel<true,true>": adamw(2, moments=3, masters=True),
     "accumulate_kernel": Promise(4, moves=ADDING, in_flight=2),
     "settle_kernel": Promise(moves=frozenset(COPYING), copies=True, bytes=True),
     "find_lost_kernel": Promise(bytes=True),

@@ -150,6 +150,20 @@ def run_adamw_float64(device):
     return run_adamw(device, amsgrad=False, dtypes=(F64,))
 
 
+def run_adamw_masters(device, verdict=1):
+    """Some parameters were written by others, and are not their rounded masters."""
+    params, grads = finite((torch.bfloat16, torch.float16)), finite((torch.bfloat16, torch.float16))
+    grads = [g.float() if i % 3 == 0 else g for i, g in enumerate(grads)]
+    offsets = ops.packed_offsets(p.numel() for p in params)
+    m, v, master = (g.abs() for g in drawn(*[offsets[-1]] * 3))
+    for p, offset in list(zip(params, offsets, strict=False))[::2]:
+        p.copy_(ops.packed_view(master, p, offset))
+    state = (m, v, torch.zeros(0), torch.arange(len(params), dtype=torch.float32))
+    rest = (scalar(0.5), torch.tensor(verdict), *OPTIONS, False, False, master)
+    device.adamw_(params, grads, *state, *rest)
+    return params, state, master
+
+
 def run_accumulate(device):
     sums = [g.to(F64 if g.dtype == F64 else torch.float32) for g in finite()]
     window = torch.ones(3, dtype=F64)
@@ -191,6 +205,7 @@ RUNS = [
     run_adamw,
     run_adamw_of_the_first_step,
     run_adamw_float64,
+    run_adamw_masters,
     run_accumulate,
     run_settle,
 ]
@@ -301,6 +316,18 @@ def test_adamw_moves_each_array_once(dtype, size):
     assert_no_sector_is_wasted(device)
 
 
+@pytest.mark.parametrize("grads, size", [(torch.bfloat16, 30), (torch.float32, 32)])
+def test_adamw_moves_each_array_once_with_masters(grads, size):
+    device, numel = counted(), 8192 * 64
+    param, grad = aligned(numel).bfloat16(), aligned(numel).to(grads)
+    state = (aligned(numel), aligned(numel), torch.zeros(0), torch.ones(1))
+    rest = (scalar(0.5), torch.tensor(1), *OPTIONS, False, False, aligned(numel))
+    device.adamw_([param], [grad], *state, *rest)
+    loaded, stored = moved(device)
+    assert size * numel <= loaded + stored < size * numel * 1.01
+    assert_no_sector_is_wasted(device)
+
+
 def test_clip_reads_and_writes_once_what_its_blocks_keep():
     device, numel = counted(16), 8192 * 16
     device.clip_([aligned(numel)], 1e-3, math.inf)
@@ -324,6 +351,9 @@ def test_clip_writes_nothing_where_nothing_is_clipped():
 def test_a_skip_reads_the_verdict_and_stores_nothing(verdict):
     device = counted()
     run_adamw(device, verdict=verdict)
+    assert moved(device) == (32, 0)
+    device = counted()
+    run_adamw_masters(device, verdict)
     assert moved(device) == (32, 0)
 
 

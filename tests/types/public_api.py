@@ -29,6 +29,10 @@ def heard(report: StepReport) -> None:
 
 def guarded() -> None:
     optimizer = fastguard.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.98))
+    with_masters = fastguard.Adam(model.parameters(), master_weights=True)
+    assert_type(with_masters.master_weights, bool)
+    assert_type(with_masters.master_state_dict(model), dict[str, Tensor])
+    with_masters.load_master_state_dict(model, model.state_dict())
     guard = GradGuard(model, max_norm=1.0, skip_norm=10.0, on_skip=heard, report_dir=Path("bad"))
     GradGuard(model.parameters(), threshold=ZClip())
     GradGuard(model.named_parameters(), threshold=AdaGC())
@@ -84,6 +88,7 @@ def refused(query: Tensor) -> None:
     GradGuard(model).step(model)  # type: ignore[arg-type]
     fastguard.clip_grad_norm_(model.parameters())  # type: ignore[call-arg]
     fastguard.AdamW(model)  # type: ignore[arg-type]
+    fastguard.AdamW(model.parameters(), master_weights="yes")  # type: ignore[arg-type]
     clamped_attention(query, query, query, clamp="10")  # type: ignore[arg-type]
     fastguard.replace_attention_(model.parameters())  # type: ignore[arg-type]
     fastguard.diagnose(model, 1.0)  # type: ignore[arg-type]

@@ -268,7 +268,9 @@ simt::Report adamw(
       moments("exp_avg"),
       moments("exp_avg_sq"),
       moments("max_exp_avg_sq"),
-      allow_if<float>(machine, state, "state_steps")};
+      allow_if<float>(machine, state, "state_steps"),
+      allow_if<float>(machine, state, "master_param")};
+  const bool masters = packed.master_param != nullptr;
   const auto number = [&](const char* name) { return rule[name].cast<double>(); };
   machine.launch(
       "adamw_kernel",
@@ -276,7 +278,9 @@ simt::Report adamw(
       threads,
       0,
       false,
-      packed.max_exp_avg_sq == nullptr ? adamw_kernel<false> : adamw_kernel<true>,
+      packed.max_exp_avg_sq == nullptr
+          ? (masters ? adamw_kernel<false, true> : adamw_kernel<false, false>)
+          : (masters ? adamw_kernel<true, true> : adamw_kernel<true, false>),
       device.plan,
       packed,
       AdamwDecision{

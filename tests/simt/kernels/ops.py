@@ -139,6 +139,7 @@ class Device:
         decoupled_weight_decay,
         amsgrad,
         maximize,
+        master_param=None,
     ):
         if not params:
             return
@@ -149,6 +150,7 @@ class Device:
             "exp_avg_sq": exp_avg_sq,
             "max_exp_avg_sq": max_exp_avg_sq if amsgrad else None,
             "state_steps": state_steps,
+            "master_param": master_param,
         }
         rule = {
             "lr": lr,

@@ -71,7 +71,26 @@ def test_adamw_with_gaps_is_copied_back(dtypes, verdict, amsgrad, per_tensor):
         unchanged = [*drawn(dtypes), *state(drawn(dtypes), amsgrad)]
         assert all(torch.equal(a, b) for a, b in zip(results[0], unchanged, strict=True))
     assert_close(*results)
-    assert gpu().kernels()[-1] == f"adamw_kernel<{str(amsgrad).lower()}>"
+    assert gpu().kernels()[-1] == f"adamw_kernel<{str(amsgrad).lower()}, false>"
+
+
+@pytest.mark.parametrize("amsgrad", [False, True])
+@pytest.mark.parametrize("verdict", [0, 1, 2])
+def test_adamw_with_masters_and_gaps(verdict, amsgrad):
+    results, dtypes = [], (torch.bfloat16, torch.float16)
+    for step in (ops.adamw_, ops.adamw_ref_):
+        params, known = drawn(dtypes), state(drawn(dtypes), amsgrad)
+        grads = [g.contiguous() if i % 2 else g for i, g in enumerate(drawn(dtypes, seed=1))]
+        grads = [g.float() if i % 3 == 0 else g for i, g in enumerate(grads)]
+        master = known[0].neg()
+        offsets = ops.packed_offsets(p.numel() for p in params)
+        for p, offset in list(zip(params, offsets, strict=False))[::2]:
+            p.copy_(ops.packed_view(master, p, offset))
+        rest = (scalar(0.5), torch.tensor(verdict), *RULE, amsgrad, False, master)
+        step(params, grads, *known, *rest)
+        results.append([*params, *known, master])
+    assert_close(*results)
+    assert gpu().kernels()[-1] == f"adamw_kernel<{str(amsgrad).lower()}, true>"
 
 
 def test_settle_copies_memory_of_any_dtype():

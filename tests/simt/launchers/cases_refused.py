@@ -31,6 +31,7 @@ def test_tensors_of_several_devices_are_refused(device):
     here, there = [torch.ones(4) for _ in range(3)], [torch.ones(4) for _ in range(3)]
     one, verdict, window = scalar(2.0), torch.tensor(0), torch.ones(3, dtype=F64)
     m, v, steps, none = torch.zeros(48), torch.zeros(48), torch.zeros(3), torch.zeros(0)
+    master = torch.zeros(48)
     norms, owners = torch.ones(3, dtype=F64), torch.arange(3)
     decided = {
         "unscale": scalar(1.0), "loss": scalar(1.0), "statistics": torch.zeros(4, dtype=F64),
@@ -41,6 +42,10 @@ def test_tensors_of_several_devices_are_refused(device):
 
     def adamw():
         ops.adamw_(here, there, m, v, none, steps, one, verdict, *RULE, False, False)
+
+    def with_masters():
+        half, grads = [t.bfloat16() for t in here], [t.bfloat16() for t in there]
+        ops.adamw_(half, grads, m, v, none, steps, one, verdict, *RULE, False, False, master)
 
     def decide():
         known = ops.Statistics(*(decided[name] for name in STATISTICS))
@@ -71,6 +76,7 @@ def test_tensors_of_several_devices_are_refused(device):
         (adamw, steps, "adamw_: state_steps is not on cuda:0"),
         (adamw, one, "adamw_: grad_coef is not on cuda:0"),
         (adamw, verdict, "adamw_: verdict is not on cuda:0"),
+        (with_masters, master, "adamw_: master_param is not on cuda:0"),
         (decide_alone, norms, "guard_decide_: norms is not on cuda:0"),
         *((decide, decided[name], ".") for name in OTHERS),
         *((decide_alone, decided[name], f"guard_decide_: {name} is not on") for name in OTHERS[:6]),
