@@ -13,6 +13,7 @@ from fastguard._io import files
 from fastguard.guard.report import OLD_KEYS
 from fastguard.speech.storage.yaml_file import read_yaml
 from fastguard.speech.training.metrics import LARGEST_METRICS, EpochMetrics
+from fastguard.speech.training.ranking import Rank, comparable
 
 _LOG_TAIL = 200_000  # bytes; the last lines say how a run ended
 _LOG_LINES = 40
@@ -59,6 +60,14 @@ class Epoch:
     #: WER of the utterances with four words or more; NaN if the line has none.
     wer_long: float
     dev_utterances: int | None
+
+    @property
+    def rank(self) -> Rank:
+        """Its place among the epochs of the run."""
+        metrics, rate = self.metrics, self.metrics.wer
+        if self.dev_utterances and metrics.dev_words > 0:
+            rate = comparable(rate, metrics.cer, self.dev_utterances, metrics.dev_words)
+        return Rank(rate, metrics.loss, metrics.step)
 
     @property
     def status(self) -> str:
@@ -113,9 +122,9 @@ class Run:
 
     @property
     def best(self) -> Epoch | None:
-        """The first epoch with the lowest WER, which is how best.pt is selected."""
+        """The epoch of best.pt, unless that is the mean of several."""
         rated = [e for e in self.epochs if not math.isnan(e.metrics.wer)]
-        return min(rated, key=lambda e: e.metrics.wer, default=None)
+        return min(rated, key=lambda e: e.rank, default=None)
 
     @property
     def scored(self) -> str:

@@ -77,8 +77,9 @@ def check(state: object) -> None:
     for name, value in state["model"].items():
         if not isinstance(name, str) or not isinstance(value, Tensor):
             raise ValueError(f"its weight {shown(name)} is {shown(value)}, not a tensor")
-    if not isinstance(wer := state.get("wer", 0.0), float):
-        raise ValueError(f"its wer is {shown(wer)}, not a number")
+    for key in ("wer", "cer", "loss"):
+        if not isinstance(value := state.get(key, 0.0), float):
+            raise ValueError(f"its {key} is {shown(value)}, not a number")
 
 
 def check_fit(weights: object, wanted: Mapping[str, Tensor]) -> None:

@@ -135,7 +135,7 @@ class CheckpointConfig:
     keep_last: int = 2
     """States to keep; an older one is used if the newest cannot be read."""
     keep_best: int = 5
-    """Weights with the lowest WER to keep; at the end they are averaged."""
+    """Best weights to keep; at the end they are averaged."""
 
 
 @dataclass

@@ -22,11 +22,11 @@ from fastguard.speech.recognition.recognizer import features
 
 from .config import Config
 from .parallel import Parallel
+from .ranking import FEW
 
 logger = logging.getLogger(__name__)
 
 EVALUATION_BATCH = 8  # utterances
-_FEW = 20  # dev utterances below which a WER says little
 
 
 class Data:
@@ -125,22 +125,28 @@ class Data:
         )
         return sampler, make_loader(dataset, sampler, config.num_workers)
 
+    @property
     def evaluation_split(self) -> str:
-        """The split whose error rates are measured: "dev", or "train" with a warning."""
-        if dev := self.corpus.split("dev"):
-            if len(dev) < _FEW:
-                logger.warning(
-                    "best.pt is chosen by the WER of %d dev utterances with %d words, and fewer "
-                    "than %d utterances say little: give more rows the split dev",
-                    len(dev),
-                    sum(len(text.split()) for text in dev.texts()),
-                    _FEW,
-                )
-            return "dev"
-        logger.warning(
-            "%s has no dev split: the error rates are those of the training split", self.config.data
-        )
-        return "train"
+        """The split whose error rates are measured: "dev", or "train" where there is no dev."""
+        return "dev" if self.corpus.split("dev") else "train"
+
+    def warn_of_evaluation(self) -> None:
+        """Log a warning where the error rates say little."""
+        if self.evaluation_split == "train":
+            logger.warning(
+                "%s has no dev split: the error rates are those of the training split",
+                self.config.data,
+            )
+            return
+        dev = self.corpus.split("dev")
+        if len(dev) < FEW:
+            logger.warning(
+                "best.pt is chosen by the CER of %d dev utterances with %d words, because fewer "
+                "than %d utterances are too few for the WER: give more rows the split dev",
+                len(dev),
+                sum(len(text.split()) for text in dev.texts()),
+                FEW,
+            )
 
     def evaluation_loader(self, split: str, parallel: Parallel) -> StatefulDataLoader:
         """This process's share of a split, not augmented."""

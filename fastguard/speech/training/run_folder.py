@@ -5,7 +5,7 @@ tensorboard/  wandb/  mlruns/  loggers.json  of --loggers
 left_out.jsonl  changed_labels.jsonl        of the corpus
 hypotheses.jsonl alignments.txt rates.json  of best.pt on the dev split
 last.pt      the newest state, for --resume: weights, optimizer, guard, random numbers, place
-best.pt      the weights with the lowest WER; averaged.pt: the mean of the best weights
+best.pt      the best weights, in the order of ranking.py; averaged.pt: the mean of the best
 checkpoints/ step_*.pt, the last states, and best_*.pt, the best weights
 """
 
@@ -27,6 +27,7 @@ from fastguard.speech.storage.plain import shown
 from fastguard.speech.storage.yaml_file import read_yaml
 
 from .config import Config, warn_without_text_rules
+from .ranking import NAME_OF_BEST, Rank, comparable
 from .resumed import changed_in_folder, contradictions, nothing_left
 
 logger = logging.getLogger(__name__)
@@ -42,9 +43,8 @@ _FOLDERS = ("checkpoints", "tensorboard")
 _OF_LOGGERS = ("wandb", "mlruns")  # folders of many runs, to which a logger adds one
 _BAD_STEP = re.compile(r"bad_step_\d{6,}\.json")
 _STATE = re.compile(r"step_(\d{9,18})\.pt")
-_BEST = re.compile(r"best_(\d{1,9}\.\d{6}|nan|inf)_(\d{9,18})\.pt")
 # Temporary files of versions before files.replacing.
-_HALF_WRITTEN = re.compile(rf"({_STATE.pattern}|{_BEST.pattern})\.tmp")
+_HALF_WRITTEN = re.compile(rf"({_STATE.pattern}|{NAME_OF_BEST.pattern})\.tmp")
 
 _MOST_STEPS = 10**18
 _WAIT = 10.0  # seconds for the lock: the loader processes of a killed run live a few seconds longer
@@ -269,15 +269,16 @@ class RunFolder:
     def save_best(self, weights: dict, found: Evaluation) -> None:
         """Keep weights that are among the best. The best of all are best.pt, with their hypotheses
         beside them."""
-        step, wer = weights["step"], found.rates.wer
-        path = self._states / f"best_{wer:.6f}_{step:09d}.pt"
+        rank = Rank(_rate(found), weights["loss"], weights["step"])
+        path = self._states / rank.name
         kept = [other for other in self.best() if other != path]
-        if len(kept) >= self.config.checkpoint.keep_best and wer >= _wer_of(kept[-1]):
+        full = len(kept) >= self.config.checkpoint.keep_best
+        if full and not rank < Rank.from_name(kept[-1].name):
             return
         try:
             checkpoint.save(path, weights)
             for again in self.best():
-                if again != path and _step_of(again) == step:
+                if again != path and _step_of(again) == rank.step:
                     again.unlink()  # of the same epoch, repeated after a kill
             if self.best()[0] == path:
                 self._promote(path, found)
@@ -289,8 +290,9 @@ class RunFolder:
             logger.warning("No best checkpoint, training continues: %s", error)
 
     def best(self) -> list[Path]:
-        """Files of the best weights: the lowest WER first, and of equals the oldest."""
-        return sorted(_ours(self._states, "best_*.pt", _BEST), key=_rank)
+        """Files of the best weights, the best first."""
+        paths = _ours(self._states, "best_*.pt", NAME_OF_BEST)
+        return sorted(paths, key=lambda path: Rank.from_name(path.name))
 
     def best_weights(self, wanted: Mapping[str, Tensor]) -> list[dict]:
         """The contents of these files, without those that cannot be read or do not fit ``wanted``,
@@ -311,7 +313,7 @@ class RunFolder:
         path = self.path / "averaged.pt"
         try:
             checkpoint.save(path, weights)
-            if found.rates.wer < _wer_of(self.best()[0]):
+            if _rate(found) < Rank.from_name(self.best()[0].name).rate:
                 self._promote(path, found)
         except (OSError, CheckpointError) as error:
             self.unsaved["averaged weights"] = str(error)
@@ -340,10 +342,11 @@ class RunFolder:
         """Make weights best.pt, unless it is better: the mean of a run that was continued."""
         best = self.path / "best.pt"
         try:
-            present = checkpoint.load(best).get("wer", math.inf)
+            present = checkpoint.load(best)
         except CheckpointError:
-            present = math.inf
-        if not present < found.rates.wer:
+            present = {}
+        rates = (present.get(name, math.inf) for name in ("wer", "cer"))
+        if not comparable(*rates, len(found.rows), found.rates.words) < _rate(found):
             files.link(path, best)
             write(self.path, found)
 
@@ -380,15 +383,11 @@ def _ours(folder: Path, pattern: str, name: re.Pattern) -> Iterator[Path]:
             yield path
 
 
-def _wer_of(best: Path) -> float:
-    return float(_BEST.fullmatch(best.name)[1])
-
-
 def _step_of(path: Path) -> int:
     return int(path.stem.rpartition("_")[2])
 
 
-def _rank(best: Path) -> tuple[bool, float, str]:
-    """Sort by WER; NaN comes last."""
-    wer = _wer_of(best)
-    return math.isnan(wer), wer, best.name
+def _rate(found: Evaluation) -> float:
+    """The number by which the evaluated weights are compared with others."""
+    rates = found.rates
+    return comparable(rates.wer, rates.cer, len(found.rows), rates.words)

@@ -13,6 +13,7 @@ from fastguard.speech.data.tokenizer import Tokenizer
 
 from .config import Config
 from .learner import Learner
+from .metrics import EpochMetrics
 from .parallel import Parallel
 from .progress import Progress
 from .run_folder import RunError
@@ -56,10 +57,17 @@ class RunState:
             **self.progress.to_dict(),
         }
 
-    def weights(self, wer: float) -> dict:
-        """The evaluated weights with all that recognition needs. Every process must take part."""
+    def weights(self, ended: EpochMetrics) -> dict:
+        """The evaluated weights with all that recognition needs, and what they are ranked by.
+
+        Every process must take part.
+
+        Args:
+            ended: metrics of the epoch that gave these weights.
+        """
         weights = self.parallel.weights_of(self.learner.evaluated)
-        return {**self._description(), "model": weights, "wer": wer}
+        rates = {"wer": ended.wer, "cer": ended.cer, "loss": ended.loss}
+        return {**self._description(), "model": weights, **rates}
 
     def restore(self, state: dict) -> None:
         """Take over a state that :meth:`collect` gave.

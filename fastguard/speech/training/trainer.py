@@ -81,8 +81,10 @@ class Trainer:
         self.agreement = Agreement(parallel)
         self.journal = Journal(config)
         self.evaluator = Evaluator(
-            self.learner, self.data, self.data.evaluation_split(), self.agreement
+            self.learner, self.data, self.data.evaluation_split, self.agreement
         )
+        if parallel.main:
+            self.data.warn_of_evaluation()
         self.state = RunState(
             config,
             parallel,
@@ -216,7 +218,7 @@ class Trainer:
         seconds = time.perf_counter() - start
         ended = self.progress.close_epoch(found, self.evaluator.split, seconds, whole)
         self.journal.epoch(ended, seconds)
-        weights = self.state.weights(ended.wer)
+        weights = self.state.weights(ended)
         if self.parallel.main:
             self.folder.save_best(weights, found)
         if whole:
@@ -239,14 +241,16 @@ class Trainer:
         if self.stopping:
             return
         logger.info(
-            "Mean of the %d best: wer=%.3f, cer=%.3f; the best alone: wer=%.3f",
+            "Mean of the %d best: wer=%.3f, cer=%.3f; the best alone: wer=%.3f, cer=%.3f",
             len(best),
             found.rates.wer,
             found.rates.cer,
             mean["wer"],
+            mean.get("cer", math.nan),  # older versions did not write it
         )
         if self.parallel.main:
-            self.folder.save_averaged({**mean, "wer": found.rates.wer}, found)
+            rates = {"wer": found.rates.wer, "cer": found.rates.cer}
+            self.folder.save_averaged({**mean, **rates}, found)
 
     # --- a step -----------------------------------------------------------------------------------
 

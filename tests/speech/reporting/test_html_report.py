@@ -19,7 +19,7 @@ from .pages import Page, epoch, page_of, run_folder, step
 def test_what_the_page_says_of_a_run(good):
     page = page_of(good)
     words = " ".join(page.text.split())
-    assert "Best WER 25.0 % epoch 2 of 3, dev split" in words
+    assert "WER of the best epoch 25.0 % epoch 2 of 3, dev split" in words
     assert "Steps 20" in words
     assert "Skipped 0 0.0 % of the steps" in words
     assert "Time 7.5 s" in words
@@ -292,7 +292,7 @@ def test_a_run_on_recorded_prompts(trained_run):
         assert row["id"] in words
     assert page.row("data")[1].startswith("manifest:")
     assert "Error rates on the training split" in words  # the corpus has no dev split
-    assert re.search(r"Best WER \S+ % epoch \d+ of 30, training split", words)
+    assert re.search(r"WER of the best epoch \S+ % epoch \d+ of 30, training split", words)
     assert "The corpus has no dev split." in words
     assert "8 of 8 of the training split, highest WER first." in words
 
@@ -302,7 +302,7 @@ def test_a_run_of_the_trainer(trained):
     words = " ".join(page.text.split())
     assert "Run finished Steps 4 Skipped 2 50.0 % of the steps" in words
     assert "Error rates on the dev split" in words
-    assert re.search(r"Best WER \S+ % epoch \d of 2, dev split", words)
+    assert re.search(r"WER of the best epoch \S+ % epoch \d of 2, dev split", words)
     assert "training split" not in words
     assert "Parameters 15." in words
     bad = [row for row in page.rows if len(row) > 1 and row[1] == "skip nonfinite"]

@@ -167,6 +167,8 @@ def test_a_record_that_comes_twice_is_refused(whole):
         ("config", None, "its config is None"),
         ("tokenizer", "abc", "its tokenizer is 'abc'"),
         ("wer", "low", "its wer is 'low'"),
+        ("cer", 1, "its cer is 1"),
+        ("loss", None, "its loss is None"),
     ],
 )
 def test_what_a_checkpoint_holds_has_types(tmp_path, key, value, reason):

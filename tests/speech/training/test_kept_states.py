@@ -7,8 +7,10 @@ import os
 import pytest
 import torch
 
+from fastguard.speech.recognition.evaluation import Evaluation, score
 from fastguard.speech.storage import checkpoint
 from fastguard.speech.training.config import CheckpointConfig
+from fastguard.speech.training.ranking import NAME_OF_BEST, Rank, comparable
 from fastguard.speech.training.run_folder import RunError
 
 from .folders import begun, names, of_wer, state
@@ -88,7 +90,46 @@ def test_a_full_disk_is_said_and_keeps_the_last_good_state(tmp_path, caplog, mon
     assert folder.find_state()["step"] == 1
 
 
-def test_the_best_are_kept_by_wer_and_then_by_age(tmp_path):
+def test_the_best_are_kept_by_wer_then_by_loss_then_by_age(tmp_path):
+    folder = begun(tmp_path, checkpoint=CheckpointConfig(keep_best=3))
+    for step, loss in enumerate((0.5, math.nan, 0.2, 0.3, 0.2, 0.1), start=1):
+        folder.save_best(state(step, loss=loss), of_wer(0.4 if step == 6 else 0.3))
+    assert [checkpoint.load(path)["step"] for path in folder.best()] == [3, 5, 4]
+    assert checkpoint.load(tmp_path / "best.pt")["step"] == 3
+
+
+@pytest.mark.parametrize(("utterances", "best"), [(19, 2), (20, 1)])
+def test_few_utterances_are_compared_by_cer(tmp_path, utterances, best):
+    """Step 1 has one word right, step 2 all letters except one in each word."""
+    folder = begun(tmp_path)
+    for step, recognised in (1, "abcd"), (2, "abcx efgx"):
+        rows = [score(f"utt{i}", "abcd efgh", recognised) for i in range(utterances)]
+        found = Evaluation(rows)
+        rates = {"wer": found.rates.wer, "cer": found.rates.cer}
+        folder.save_best({**state(step), **rates}, found)
+    assert checkpoint.load(tmp_path / "best.pt")["step"] == best
+
+
+@pytest.mark.parametrize("words", [1, 8, 100])
+def test_a_cer_of_few_words_is_compared_in_steps_of_its_standard_error(words):
+    step = 0.5 / math.sqrt(words)
+    rates = [comparable(1.0, cer, 19, words) for cer in (0.0, 0.4 * step, 0.6 * step, 1.4 * step)]
+    assert rates == pytest.approx([0.0, 0.0, step, step])
+    assert comparable(0.3, 0.1, 20, words) == 0.3
+    assert comparable(math.nan, math.inf, 2, 0) == math.inf
+    assert math.isnan(comparable(math.nan, math.nan, 2, 0))
+
+
+def test_a_better_mean_of_few_utterances_is_not_replaced(tmp_path):
+    folder = begun(tmp_path)
+    for step, mean, rate in (1, False, 0.5), (1, True, 0.2), (2, False, 0.4):
+        found = of_wer(rate, utterances=2)
+        save = folder.save_averaged if mean else folder.save_best
+        save({**state(step, float(mean)), "wer": 0.0, "cer": found.rates.cer}, found)
+    assert checkpoint.load(tmp_path / "best.pt")["model"]["w"].tolist() == [1.0] * 4
+
+
+def test_the_best_are_kept_in_the_order_of_wer(tmp_path):
     folder = begun(tmp_path, checkpoint=CheckpointConfig(keep_best=2))
     for step, wer in enumerate((0.5, 0.9, 0.5, 0.3, 0.4), start=1):
         folder.save_best(state(step), of_wer(wer))
@@ -98,7 +139,8 @@ def test_the_best_are_kept_by_wer_and_then_by_age(tmp_path):
 
 def test_the_best_are_ordered_as_numbers_and_nan_comes_last(tmp_path):
     folder = begun(tmp_path)
-    for name in ("nan_000000001", "10.000000_000000002", "2.500000_000000003"):
+    for name in ("nan_loss_1.000000_000000001", "10.000000_loss_1.000000_000000002",
+                 "2.500000_loss_inf_000000003"):  # fmt: skip
         (tmp_path / "checkpoints" / f"best_{name}.pt").touch()
     assert [path.name.split("_")[1] for path in folder.best()] == ["2.500000", "10.000000", "nan"]
 
@@ -110,7 +152,27 @@ def test_a_run_killed_before_best_is_written_writes_it_when_it_repeats_the_epoch
     folder.save_best(state(1), of_wer(0.5))
     assert checkpoint.load(tmp_path / "best.pt")["step"] == 1
     folder.save_best(state(1), of_wer(0.3))  # on a GPU it need not come out the same
-    assert [path.name for path in folder.best()] == ["best_0.300000_000000001.pt"]
+    assert [path.name for path in folder.best()] == ["best_0.300000_loss_1.000000_000000001.pt"]
+
+
+def test_files_of_older_versions_are_ranked_after_others_of_their_wer(tmp_path):
+    folder = begun(tmp_path)
+    for name in ("0.500000_000000001", "0.400000_000000002", "0.500000_loss_9.000000_000000003"):
+        (tmp_path / "checkpoints" / f"best_{name}.pt").touch()
+    assert [int(path.stem[-1]) for path in folder.best()] == [2, 3, 1]
+    folder.save_best(state(4), of_wer(0.6))
+    assert len(folder.best()) == 4
+
+
+@pytest.mark.parametrize("rate", [0.0, 1 / 3, 1.0, 1e9, 1e300, math.inf, math.nan])
+@pytest.mark.parametrize("loss", [-1e-9, 0.0, 2 / 3, 1e12, math.inf, math.nan])
+def test_a_rank_is_read_from_the_name_that_it_gives(rate, loss):
+    rank = Rank(rate, loss, 7)
+    assert NAME_OF_BEST.fullmatch(rank.name)
+    again = Rank.from_name(rank.name)
+    assert again.name == rank.name
+    assert not again < rank
+    assert not rank < again
 
 
 def test_more_epochs_do_not_replace_a_better_mean(tmp_path):
@@ -121,7 +183,7 @@ def test_more_epochs_do_not_replace_a_better_mean(tmp_path):
     assert checkpoint.load(tmp_path / "best.pt")["wer"] == 0.2
     rates = json.loads((tmp_path / "rates.json").read_text())
     assert rates["wer"] == pytest.approx(0.2)
-    assert rates["long"] == {"utterances": 1, "words": 10, "wer": rates["wer"]}
+    assert rates["long"] == {"utterances": 20, "words": 200, "wer": rates["wer"]}
     folder.save_best({**state(3, 4.0), "wer": 0.1}, of_wer(0.1))
     assert checkpoint.load(tmp_path / "best.pt")["step"] == 3
 

@@ -251,7 +251,7 @@ def test_nothing_to_resume_from_is_an_error(tmp_path, name, message):
 
 def test_weights_alone_are_nothing_to_go_on_with(tmp_path):
     folder = begun(tmp_path / "old")
-    weights = {key: state(3)[key] for key in ("model", "config", "tokenizer", "step")}
+    weights = {key: state(3)[key] for key in ("model", "config", "tokenizer", "step", "loss")}
     folder.save_best(weights, of_wer(0.5))
     with pytest.raises(RunError, match="has weights, but no state to continue from"):
         begun(tmp_path / "new", resume=str(tmp_path / "old" / "best.pt"))

@@ -67,6 +67,7 @@ def test_two_processes_make_one_run(whole, data):
     assert [s["step"] for s in steps] == [1, 2, 3, 4]  # 6 utterances, 2 a batch, 2 processes
     assert [(e["epoch"], e["dev_utterances"]) for e in epochs] == [(1, 2), (2, 2)]
     assert log.count("Finished at step 4") == 1
+    assert log.count("best.pt is chosen by the CER of 2 dev utterances") == 1
     assert all(float(s["loss"]) < 10 for s in steps)
     state = checkpoint.load(folder / "last.pt")
     assert len(state["random"]) == len(state["loader"]) == 2

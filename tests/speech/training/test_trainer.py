@@ -12,6 +12,8 @@ import fastguard
 from fastguard import thresholds
 from fastguard.guard import GradGuard
 from fastguard.speech.data.sampler import Draw
+from fastguard.speech.recognition.evaluation import Evaluation, score
+from fastguard.speech.reporting.run_history import read
 from fastguard.speech.storage import checkpoint
 from fastguard.speech.training import agreement
 from fastguard.speech.training.run_folder import RunError
@@ -128,14 +130,15 @@ def test_best_is_the_lowest_wer_and_last_is_the_last(make, monkeypatch, mean):
     epochs = metrics(run_dir, "epoch")
     assert [e["wer"] for e in epochs] == pytest.approx([0.5, 0.7, 0.3, 0.3])
     assert {(e["dev_utterances"], e["dev_words"], e["dev_minutes"]) for e in epochs} == {
-        (1, 10, 2 / 60)
+        (20, 200, 40 / 60)
     }
     assert epochs[0]["wer_long"] == epochs[0]["wer"]
     seconds = [s["seconds"] for s in metrics(run_dir, "step")]
     assert sum(seconds) <= sum(e["seconds"] for e in epochs)
 
     kept = [checkpoint.load(path) for path in made.folder.best()]
-    assert [state["step"] for state in kept] == [6, 8]
+    by_loss = sorted(epochs[2:], key=lambda e: e["loss"])
+    assert [state["step"] for state in kept] == [e["step"] for e in by_loss]
     averaged, best = (checkpoint.load(run_dir / f"{n}.pt") for n in ("averaged", "best"))
     expected = (kept[0]["model"]["head.weight"] + kept[1]["model"]["head.weight"]) / 2
     torch.testing.assert_close(averaged["model"]["head.weight"], expected)
@@ -230,9 +233,30 @@ def test_averaged_weights_soon_forget_the_initial_ones(make):
         assert made.learner.ema.n_averaged == number + 1
 
 
+def test_an_epoch_that_recognises_no_whole_word_is_not_best_where_later_ones_have_fewer_errors(
+    make, monkeypatch
+):
+    """With two dev utterances the WER is 1 in all four epochs."""
+    made = make("--epochs", "4", "--checkpoint.keep_best", "1")
+    texts = iter(["", "xx xx", "xx xb", "ax xx"])
+
+    def evaluate(model):
+        recognised = next(texts)
+        return Evaluation([score(f"utt{i}", "ab ab", recognised) for i in range(2)])
+
+    monkeypatch.setattr(made, "evaluate", evaluate)
+    made.fit()
+    epochs = metrics(made.folder.path, "epoch")
+    assert [e["wer"] for e in epochs] == [1.0] * 4
+    assert epochs[2]["cer"] == epochs[3]["cer"] < epochs[1]["cer"] < epochs[0]["cer"]
+    expected = min(epochs[2:], key=lambda e: e["loss"])
+    assert checkpoint.load(made.folder.path / "best.pt")["step"] == expected["step"]
+    assert read(made.folder.path).best.metrics.epoch == expected["epoch"]
+
+
 def test_a_dev_split_that_says_little_is_told(make, tmp_path, caplog):
     make()
-    text = "best.pt is chosen by the WER of 2 dev utterances with 2 words, and fewer than 20"
+    text = "best.pt is chosen by the CER of 2 dev utterances with 2 words, because fewer than 20"
     assert text in caplog.text
     caplog.clear()
     rows = [{"audio_filepath": "tone0.wav", "text": "ab", "split": "train"}]
