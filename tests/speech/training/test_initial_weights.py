@@ -1,5 +1,6 @@
 """Fine-tuning with --init-from: what is taken, what begins anew, and what is refused."""
 
+import functools
 import math
 import re
 import shutil
@@ -202,6 +203,47 @@ def test_a_frozen_encoder_keeps_its_weights_and_statistics(make, source, caplog,
     if guarded == "true":  # the norms of the head alone are forgotten
         assert made.stepper.state_dict()["statistics"]["seen"] == 2
         assert made.stepper.state_dict()["steps"] == 4
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_compiled_model_is_frozen_and_thawed_too(make, source, monkeypatch, precision):
+    """Its weights after each epoch are those of the model that is not compiled, bit for bit.
+
+    The graphs are those of torch.compile; they run without Inductor, whose C++ takes minutes.
+    """
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+    options = ["--init-from", str(source), "--freeze-encoder", "1", "--epochs", "2",
+               "--precision", precision]  # fmt: skip
+    plain = weights_of_epochs(make(*options))
+    assert not graphs
+    compiled = weights_of_epochs(make(*options, "--compile", "true"))
+    assert len(graphs) >= 2  # with and without gradients of the encoder
+    theirs = checkpoint.load(source / "best.pt")["model"]
+    for name, before in theirs.items():
+        assert torch.equal(compiled[0][name], before) != name.startswith("head.")
+        assert not torch.equal(compiled[1][name], before)
+    for ours, expected in zip(compiled, plain, strict=True):
+        assert all(torch.equal(ours[name], expected[name]) for name in theirs)
+
+
+def weights_of_epochs(made):
+    """The weights after each epoch of a whole run."""
+    kept, evaluate = [], made.evaluate
+
+    def evaluated(model):
+        kept.append({name: value.clone() for name, value in model.state_dict().items()})
+        return evaluate(model)
+
+    made.evaluate = evaluated
+    made.config.checkpoint.keep_best = 1  # without an evaluation of their mean
+    made.fit()
+    return kept
 
 
 def test_a_frozen_encoder_has_no_dropout(make, source):
