@@ -199,7 +199,8 @@ def load_split(
     if corpus.unsplit and not any(map(corpus.split, wanted)):
         raise CorpusError(
             f"no usable row in the split {split}: {corpus.unsplit} rows of {data} name no split, "
-            f"and their texts gave them others; --split all evaluates all rows\n{corpus.summary()}"
+            "and their texts gave them others; --split all evaluates all rows; "
+            + corpus.summary("; ")
         )
     return corpus.with_something_in(wanted)
 

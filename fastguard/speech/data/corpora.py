@@ -100,21 +100,25 @@ class Corpus:
         left = replace(self, utterances=self.utterances.select(kept), rejected=rejected)
         return left.with_something_in(needed)
 
-    def summary(self) -> str:
-        """A line for each split, and one for each kind of reason with the first rows left out."""
+    def summary(self, between: str = "\n  ") -> str:
+        """The size of each split, and of each kind of reason the first rows that are left out.
+
+        Args:
+            between: stands between two of these; the default makes a line of each.
+        """
         lines = [f"{self.spec}: {_amount(self.utterances)}"]
-        lines += [f"  {name:<5} {_amount(self.split(name))}" for name in SPLITS]
+        lines += [f"{name:<5} {_amount(self.split(name))}" for name in SPLITS]
         if not self.decoded:
-            lines.append("  not decoded: durations are from the manifest and from headers")
+            lines.append("not decoded: durations are from the manifest and from headers")
         for kind, count in Counter(row.kind for row in self.rejected).most_common():
             rows = [row for row in self.rejected if row.kind == kind]
             others = ", ..." if count > 3 else ""
             names = ", ".join(row.id for row in rows[:3])
-            lines.append(f"  left out {count}: {names}{others} ({rows[0].reason})")
+            lines.append(f"left out {count}: {names}{others} ({rows[0].reason})")
         for kind, change in sorted(self.changes.items(), key=lambda item: -item[1].count):
             example = f"{_cut(change.written)} -> {_cut(change.text)}"
-            lines.append(f"  texts changed {change.count}, {kind}: {change.id} ({example})")
-        return "\n".join(lines)
+            lines.append(f"texts changed {change.count}, {kind}: {change.id} ({example})")
+        return between.join(lines)
 
     def write_left_out(self, file: TextIO) -> None:
         """Write a line of JSON with the id and the reason of each row that was left out."""
@@ -126,7 +130,7 @@ class Corpus:
         if not any(len(self.split(name)) for name in splits):
             raise CorpusError(
                 f"no usable row in the split {' or '.join(splits)}; correct or replace these rows, "
-                f"or use another split\n{self.summary()}"
+                f"or use another split; {self.summary('; ')}"
             )
         return self
 

@@ -132,7 +132,9 @@ def test_a_manifest_without_splits(trained_run, tmp_path, capsys, caplog):
     assert main([*options, "--data", few]) == 1
     error = capsys.readouterr().err
     assert f"no usable row in the split dev: 3 rows of {few} name no split" in error
-    assert "--split all evaluates all rows" in error
+    assert "--split all evaluates all rows; " in error
+    assert error.count("\n") == 1
+    assert "\\u000a" not in error
     assert main([*options, "--data", few, "--split", "all"]) == 0
     assert len(rows_of(tmp_path / "out")) == 3
     assert not caplog.records

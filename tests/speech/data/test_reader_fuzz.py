@@ -174,7 +174,7 @@ def test_tables(tmp_path, suffix, lines, columns):
     try:
         corpus = load_corpus(f"manifest:{path}", needed=("train", "dev", "test"))
     except CorpusError as error:
-        assert "\n" not in str(error) or "no usable row" in str(error)
+        assert "\n" not in str(error)
         assert path.name in str(error)
         return
     assert {u.audio.name for u in corpus.utterances} == {"good.wav"}
