@@ -5,9 +5,6 @@
 // It is bound by memory: it reads four arrays and writes three, 28 bytes per fp32 parameter. With
 // small parameters it is bound by the dispatcher's conversion of lists, 0.2 us per tensor. The
 // state is therefore packed, one tensor for all parameters.
-//
-// It starts with the last parameters: a caller that has just read all gradients in order, as
-// grad_norm does, has left the last of them in the cache.
 
 #include "adamw.h"
 #include "adamw_kernel.h"
@@ -120,9 +117,8 @@ void step(const Arguments& given) {
     steps[i] += 1.0f;
   }
   const int64_t ahead = prefetch_bytes();
-  const size_t last = slices.size() - 1;
   for_each_slice(slices, [&](int64_t s) {
-    const Slice& slice = slices[last - s];
+    const Slice& slice = slices[s];
     const ParamStep& param_step = param_steps[slice.span];
     const int64_t place = param_step.moments + slice.begin;
     const int64_t first = place * moment_bytes;
