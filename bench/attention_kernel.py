@@ -25,8 +25,9 @@ fit into a few seconds, --repeats at most.
 
 Second table: fastguard.ClampedMultiheadAttention beside nn.MultiheadAttention(need_weights=False),
 512 channels and 8 heads, self-attention of (2, T, 512), gradients of input and parameters; torch's
-does not clamp. Third table: peak memory of f+b beyond the inputs that torch allocates, see bench/profiling.py. The
-working memory of our CPU kernel is not counted: it holds a head's keys and values for each thread.
+does not clamp. Third table: peak memory of f+b beyond the inputs that torch allocates, see
+bench/profiling.py. The working memory of our CPU kernel is not counted: it holds a head's keys and
+values for each thread.
 """
 
 import contextlib

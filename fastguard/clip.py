@@ -12,9 +12,8 @@ from torch import Tensor
 
 from . import ops
 from ._tensors import (
-    all_there,
     by_device,
-    gradients,
+    grad_of,
     is_dtensor,
     local_part,
     readable,
@@ -148,8 +147,8 @@ def clip_grads_with_norm_(
 
 def _clip_at_once_(parameters: list[Tensor], max_norm: float) -> Tensor | None:
     """Clip by one operator; returns the norm, or None where the operator does not take them all."""
-    grads = gradients(parameters)
-    if not all_there(grads):
+    grads = list(map(grad_of, parameters))
+    if types.NoneType in map(type, grads):
         grads = [grad for grad in grads if grad is not None]
     dtypes = set(map(_dtype_of, grads))
     if not grads or not dtypes <= _REAL or len(set(map(id, grads))) < len(grads):

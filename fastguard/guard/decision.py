@@ -1,13 +1,14 @@
 """The gradients of a step, their norms, and the decision about them."""
 
 import math
+import types
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastguard import ops
-from fastguard._tensors import all_there, gradients, is_dtensor, local_parts, readable
+from fastguard._tensors import grad_of, is_dtensor, local_parts, readable
 from fastguard.thresholds import Fixed, Threshold
 
 from .distributed import Ranks
@@ -143,8 +144,8 @@ def present(
     names: list[str], parameters: list[Tensor]
 ) -> tuple[list[str], list[Tensor], list[Tensor]]:
     """The parameters that have a gradient: names, parameters, gradients."""
-    grads = gradients(parameters)
-    if all_there(grads):
+    grads = list(map(grad_of, parameters))
+    if types.NoneType not in map(type, grads):
         return names, parameters, grads
     there = [i for i, grad in enumerate(grads) if grad is not None]
     return tuple([items[i] for i in there] for items in (names, parameters, grads))

@@ -4,6 +4,7 @@ The state of a group lies packed in a few tensors, as :func:`fastguard.ops.adamw
 entries of ``state`` are views of these.
 """
 
+import types
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from operator import is_
@@ -13,7 +14,6 @@ import torch
 from torch import Tensor
 
 from fastguard import ops
-from fastguard._tensors import all_there
 
 from .checks import state_problem
 from .masters import Masters
@@ -114,7 +114,7 @@ class Fused(Masters):
         if self._buckets is None or not self._unchanged():
             self._fill_buckets()
         grads = [bucket.grads() for bucket in self._buckets]
-        if not all(map(all_there, grads)):
+        if any(types.NoneType in map(type, each) for each in grads):
             self._fill_buckets()
             grads = [bucket.grads() for bucket in self._buckets]
         # The operator checks a single bucket before it writes, see Bucket.step.

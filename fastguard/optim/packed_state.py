@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from fastguard import ops
-from fastguard._tensors import gradients, is_dtensor, local_parts
+from fastguard._tensors import grad_of, is_dtensor, local_parts
 from fastguard.guard.distributed import lay_out_
 
 from . import huge_pages
@@ -170,7 +170,7 @@ class Bucket:
     def grads(self) -> list[Tensor | None]:
         if self.sharded:
             lay_out_(self.params)
-        return gradients(self.params)
+        return list(map(grad_of, self.params))
 
     def step(
         self,
