@@ -56,7 +56,7 @@ struct Several {
   }
   template <class Type>
   static Value scaled(const typename Type::storage* x, double factor) {
-    return scale(load_as<float, Type>(x), factor);
+    return product(load_as<float, Type>(x), factor);
   }
   template <class Type>
   static Value current(const typename Type::storage* x, Value master) {

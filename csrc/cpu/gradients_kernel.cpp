@@ -94,27 +94,6 @@ double sum_squares(const void* data, int64_t n) {
 
 // scale
 
-// The product of each lane and the factor, in double.
-inline Floats product(Floats x, double factor) {
-#if defined(__AVX512F__)
-  const __m512d factors = _mm512_set1_pd(factor);
-  const auto half = [&](__m256 y) {
-    return _mm512_cvtpd_ps(_mm512_mul_pd(_mm512_cvtps_pd(y), factors));
-  };
-  const __m256 low = half(_mm512_castps512_ps256(x.v)), high = half(_mm512_extractf32x8_ps(x.v, 1));
-  return {_mm512_insertf32x8(_mm512_castps256_ps512(low), high, 1)};
-#elif defined(__AVX2__)
-  const __m256d factors = _mm256_set1_pd(factor);
-  const auto half = [&](__m128 y) {
-    return _mm256_cvtpd_ps(_mm256_mul_pd(_mm256_cvtps_pd(y), factors));
-  };
-  const __m128 low = half(_mm256_castps256_ps128(x.v)), high = half(_mm256_extractf128_ps(x.v, 1));
-  return {_mm256_set_m128(high, low)};
-#else
-  return Floats::map([&](int i) { return static_cast<float>(x.at[i] * factor); });
-#endif
-}
-
 template <class Type>
 void scale(void* data, int64_t n, double factor) {
   constexpr int64_t step = cache_line / sizeof(typename Type::storage);

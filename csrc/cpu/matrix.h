@@ -80,7 +80,8 @@ struct Matrices {
 // zero also where c is added to: errors grow with the length of a sum.
 #ifdef __AVX512F__
 constexpr int most_vectors = 4;
-// One vector alone needs more rows: a core begins two FMA a cycle and has the sum four later.
+// One vector alone needs more rows: a core starts two products in a cycle, and a sum is ready four
+// cycles later.
 constexpr int most_rows(int vectors) { return vectors == 1 ? 16 : 6; }
 #else
 constexpr int most_vectors = 2;

@@ -94,6 +94,12 @@ template <class T>
 inline Vec<T> select(Bits bits, Vec<T> a, Vec<T> b) {
   return Vec<T>::map([&](int i) { return bits >> i & 1 ? a.at[i] : b.at[i]; });
 }
+// Each element times a factor. The product is computed in double, which holds elements of 1e38 and
+// factors of 1e-43.
+template <class T>
+inline Vec<T> product(Vec<T> a, double factor) {
+  return Vec<T>::map([&](int i) { return static_cast<T>(a.at[i] * factor); });
+}
 template <class T>
 inline Bits less(Vec<T> a, Vec<T> b) {
   Bits bits = 0;
@@ -162,9 +168,7 @@ inline Floats larger(Floats a, Floats b) {
   const __mmask16 nan = _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q);
   return {_mm512_mask_mov_ps(_mm512_max_ps(a.v, b.v), nan, a.v)};
 }
-// Each element times a factor. The product is computed in double, which holds elements of 1e38 and
-// factors of 1e-43.
-inline Floats scale(Floats a, double factor) {
+inline Floats product(Floats a, double factor) {
   const __m512d factors = _mm512_set1_pd(factor);
   const __m512d low = _mm512_mul_pd(_mm512_cvtps_pd(_mm512_castps512_ps256(a.v)), factors);
   const __m512d high = _mm512_mul_pd(_mm512_cvtps_pd(_mm512_extractf32x8_ps(a.v, 1)), factors);
@@ -224,7 +228,7 @@ inline Floats larger(Floats a, Floats b) {
   const __m256 nan = _mm256_cmp_ps(a.v, a.v, _CMP_UNORD_Q);
   return {_mm256_blendv_ps(_mm256_max_ps(a.v, b.v), a.v, nan)};
 }
-inline Floats scale(Floats a, double factor) {
+inline Floats product(Floats a, double factor) {
   const __m256d factors = _mm256_set1_pd(factor);
   const __m256d low = _mm256_mul_pd(_mm256_cvtps_pd(_mm256_castps256_ps128(a.v)), factors);
   const __m256d high = _mm256_mul_pd(_mm256_cvtps_pd(_mm256_extractf128_ps(a.v, 1)), factors);

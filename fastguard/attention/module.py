@@ -198,8 +198,8 @@ class ClampedMultiheadAttention(nn.MultiheadAttention):
         if not need_weights:
             # What torch.vmap has made of the inputs means nothing outside of it.
             record = self.record_stats and not any(map(_is_batched, (q, k, v)))
-            kept = {"return_stats": record, "in_place": not _is_plain(self.out_proj)}
-            output, stats = attended(q, k, v, scale=None, **options, **kept)
+            options.update(return_stats=record, in_place=not _is_plain(self.out_proj))
+            output, stats = attended(q, k, v, scale=None, **options)
             if record:
                 self.stats = stats
             return self._join_heads(output, batched), None
