@@ -7,10 +7,10 @@ The model is the teacher at its real size (41.8 M parameters) under `train --sta
 initialisation, dropout 0.1 (of whole channels; the last cases drop attention weights too, as other
 conformers do); the batch two utterances of random features, both 5 s or both 15 s long, T = 125 or
 375 in the attention, with feasible random targets of 12 symbols a second. No row skips a step. bf16
-is autocast, with fp32 parameters, as in the trainer. The rows:
+is autocast. The rows:
 
 - ours: ClampedMultiheadAttention, fastguard's operators for the other layers, GradGuard.step,
-  fastguard.AdamW;
+  fastguard.AdamW; in bf16 with master weights, as the trainer has them;
 - SDPA + clamp: the same function, the attention by F.scaled_dot_product_attention and clamp;
   clip_grad_norm_ and torch's default AdamW;
 - nn.MultiheadAttention: without a clamp, for it cannot clamp before its output projection;
@@ -19,7 +19,7 @@ is autocast, with fp32 parameters, as in the trainer. The rows:
 
 The rows without fastguard have their layers in torch's operators (plain_layers.py). All rows start
 from the same weights, take turns, and have copies of their own of all that a step
-changes; the figures are medians. Targets are those of issue 5.
+changes; the figures are medians. The last case compiles the models of ours and of the last row.
 
 The second table is where the time goes by torch.profiler, which itself takes some: self time of
 the operators by their names, forward and backward. Torch's BatchNorm is made of elementwise
@@ -44,12 +44,13 @@ import fastguard
 from fastguard.speech.models import build_model
 from fastguard.speech.models.ctc import CTCModel
 from fastguard.speech.training.loss import ctc_loss
+from fastguard.speech.training.precision import narrow_
 
 SYMBOLS = 29
 FRAMES_A_SECOND, SYMBOLS_A_SECOND = 100, 12
 MAX_NORM = 0.5
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-TARGETS = {5: 1.1, 15: 1.15}  # by seconds of an utterance
+SECONDS = (5, 15)  # of an utterance
 PROFILED_STEPS = 3
 
 
@@ -94,16 +95,21 @@ def with_attention(
 class Contender:
     """A model, its optimizer, and a step of the two."""
 
-    def __init__(self, attention, optimizer, guarded, weights, dtype, batch, dropout):
+    def __init__(self, row: "Row", weights, dtype, batch, dropout, compiled=False):
         self.device = batch.features.device
         model = build_model("teacher", vocab_size=SYMBOLS, dropout=0.1)
         model.load_state_dict(weights)
-        model = with_attention(model, attention, dropout)
-        model = model if guarded else in_plain_torch(model)
-        self.model = model.to(self.device).train()
-        self.parameters = list(self.model.parameters())
-        self.optimizer = optimizer(self.parameters, lr=1e-5, betas=(0.9, 0.98))
-        self.guard = fastguard.GradGuard(self.model, MAX_NORM) if guarded else None
+        model = with_attention(model, row.attention, dropout)
+        model = model if row.guarded else in_plain_torch(model)
+        model = model.to(self.device).train()
+        options = {"lr": 1e-5, "betas": (0.9, 0.98)}
+        if row.guarded and dtype == "bf16":
+            narrow_(model)
+            options["master_weights"] = True
+        self.parameters = list(model.parameters())
+        self.optimizer = row.optimizer(self.parameters, **options)
+        self.guard = fastguard.GradGuard(model, MAX_NORM) if row.guarded else None
+        self.model = torch.compile(model) if compiled else model
         self.dtype, self.batch = DTYPES[dtype], batch
 
     def backward(self) -> Tensor:
@@ -136,27 +142,43 @@ def fused(parameters, **options):
 
 OURS, SDPA, STOCK = "fastguard", "SDPA + clamp, AdamW()", "nn.MultiheadAttention, AdamW()"
 STOCK_FUSED = "nn.MultiheadAttention, AdamW(fused=True)"
-ROWS: dict[str, tuple[type, Callable, bool]] = {
-    OURS: (fastguard.ClampedMultiheadAttention, fastguard.AdamW, True),
-    SDPA: (SDPAttention, torch.optim.AdamW, False),
-    STOCK: (nn.MultiheadAttention, torch.optim.AdamW, False),
-    STOCK_FUSED: (nn.MultiheadAttention, fused, False),
+
+
+class Row(NamedTuple):
+    attention: type[nn.MultiheadAttention]
+    optimizer: Callable
+    guarded: bool
+
+
+ROWS = {
+    OURS: Row(fastguard.ClampedMultiheadAttention, fastguard.AdamW, True),
+    SDPA: Row(SDPAttention, torch.optim.AdamW, False),
+    STOCK: Row(nn.MultiheadAttention, torch.optim.AdamW, False),
+    STOCK_FUSED: Row(nn.MultiheadAttention, fused, False),
+}
+TARGETS = {  # by dtype, seconds, dropout and whether the models are compiled
+    ("fp32", 5, 0.0, False): {STOCK_FUSED: 1.25},
+    ("bf16", 5, 0.0, False): {STOCK: 2.0, STOCK_FUSED: 1.6},
+    ("bf16", 15, 0.1, False): {STOCK_FUSED: 1.9},
+    ("bf16", 5, 0.0, True): {STOCK_FUSED: 1.3},
 }
 
 
-def time_table(contenders: dict[str, Contender], title: str, target: float, repeats: int) -> dict:
+def time_table(
+    contenders: dict[str, Contender], title: str, targets: dict[str, float], repeats: int
+) -> dict:
     medians = interleaved(contenders, repeats, contenders[OURS].device)
     rows = []
     for name, seconds in medians.items():
         ratio = seconds / medians[OURS]
-        aimed_at = name in (SDPA, STOCK)
+        target = targets.get(name)
         rows.append(
             [
                 name,
                 f"{seconds * 1e3:.1f}",
                 f"{ratio:.2f}",
-                f"{target:.2f}" if aimed_at else "-",
-                "below" if aimed_at and ratio < target else "",
+                "-" if target is None else f"{target:.2f}",
+                "below" if target is not None and ratio < target else "",
             ]
         )
     print(table(title, ["", "ms", "/ ours", "target", ""], rows), end="\n\n", flush=True)
@@ -190,7 +212,7 @@ def seconds_by_group(contender: Contender) -> Counter[str]:
 
 
 def breakdown_table(contenders: dict[str, Contender]) -> dict:
-    spent = {name: seconds_by_group(contenders[name]) for name in (OURS, SDPA, STOCK)}
+    spent = {name: seconds_by_group(contenders[name]) for name in (OURS, SDPA, STOCK_FUSED)}
     rows = [
         [
             group,
@@ -209,14 +231,21 @@ def main():
     model = build_model("teacher", vocab_size=SYMBOLS, dropout=0.1)
     weights = fastguard.stable_init_(model).state_dict()
     dtypes = [dtype for dtype in DTYPES if args.dtype in ("all", dtype)]
-    for dropout, dtype, seconds in itertools.product((0.0, 0.1), dtypes, TARGETS):
+    cases = [*itertools.product(dtypes, SECONDS, (0.0, 0.1), (False,))]
+    cases += [("bf16", 5, 0.0, True)] * ("bf16" in dtypes)
+    for dtype, seconds, dropout, compiled in cases:
         title = f"{dtype}, 2 x {seconds} s" + (f", attention dropout {dropout}" if dropout else "")
+        title += ", compiled" * compiled
         batch = random_batch(seconds, args.device)
         contenders = {
-            name: Contender(*row, weights, dtype, batch, dropout) for name, row in ROWS.items()
+            name: Contender(row, weights, dtype, batch, dropout, compiled)
+            for name, row in ROWS.items()
+            if not compiled or name in (OURS, STOCK_FUSED)
         }
-        times = time_table(contenders, title, TARGETS[seconds], args.repeats)
-        result["steps"][title], result["groups"][title] = times, breakdown_table(contenders)
+        targets = TARGETS.get((dtype, seconds, dropout, compiled), {})
+        result["steps"][title] = time_table(contenders, title, targets, args.repeats)
+        if not compiled:
+            result["groups"][title] = breakdown_table(contenders)
     write_json(args.json, result)
 
 

@@ -10,6 +10,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from fastguard._random import random_state, set_random_state
 from fastguard.guard import GradGuard
+from fastguard.optim import AdamW
 from fastguard.speech.data.batching import Batch
 from fastguard.speech.data.tokenizer import Tokenizer
 from fastguard.speech.recognition.recognizer import Recognizer, untrained_model
@@ -20,7 +21,7 @@ from .distillation import consistency_loss, distillation_loss
 from .initial_weights import InitialWeights
 from .loss import ctc_loss
 from .parallel import Parallel
-from .precision import autocast
+from .precision import autocast, has_masters
 from .schedules import average_decay
 from .stepper import PlainClip
 
@@ -100,6 +101,11 @@ class Learner:
             get_ema_multi_avg_fn(decay)(averages, weights, updates)
 
         return AveragedModel(self.model, multi_avg_fn=update)
+
+    def update_average(self, optimizer: torch.optim.Optimizer) -> None:
+        """Move the averaged weights towards those of the step that was just taken."""
+        model = _Masters(self.model, optimizer) if has_masters(optimizer) else self.model
+        self.ema.update_parameters(model)
 
     @property
     def evaluated(self) -> nn.Module:
@@ -197,3 +203,15 @@ class Learner:
             for buffer, before in zip(self.model.buffers(), buffers, strict=True):
                 buffer.copy_(before)
             raise
+
+
+class _Masters(nn.Module):
+    """A model's buffers, and its parameters with the values of their masters."""
+
+    def __init__(self, model: nn.Module, optimizer: AdamW):
+        super().__init__()
+        self._model = model
+        self._values = optimizer.master_state_dict(model)
+
+    def parameters(self, recurse: bool = True) -> Iterator[Tensor]:
+        return (self._values[name] for name, _ in self._model.named_parameters())

@@ -22,6 +22,10 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
+from fastguard.optim.packed_state import MASTER
+
+from .precision import float32_weights, load_float32_weights
+
 _WORD = "fastguard/ended"  # key in the store
 
 
@@ -154,10 +158,15 @@ class Parallel:
 
     # --- whole states out of shards, and back -----------------------------------------------------
 
-    def weights_of(self, model: nn.Module) -> dict:
-        """The state dict of the whole model; it may be empty except in the first process."""
+    def weights_of(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> dict:
+        """The float32 state dict of the whole model; it may be empty except in the first process.
+
+        Args:
+            model: the one in training, or an averaged one.
+            optimizer: of the model in training; its masters take the place of their weights.
+        """
         if not self.sharded:
-            return model.state_dict()
+            return float32_weights(model, optimizer)
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
         return get_model_state_dict(model, options=options)
 
@@ -165,7 +174,7 @@ class Parallel:
         """The state dicts of the whole model and optimizer; they may be empty except in the first
         process."""
         if not self.sharded:
-            return model.state_dict(), optimizer.state_dict()
+            return float32_weights(model, optimizer), _without_masters(optimizer.state_dict())
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
         return (
             get_model_state_dict(model, options=options),
@@ -177,8 +186,8 @@ class Parallel:
     ) -> None:
         """Load what :meth:`state_of` gave."""
         if not self.sharded:
-            model.load_state_dict(weights)
             optimizer.load_state_dict(moments)
+            load_float32_weights(model, optimizer, weights)
             return
         options = StateDictOptions(full_state_dict=True)
         moments = _by_name(moments, model)
@@ -204,6 +213,15 @@ def leave(status: int) -> NoReturn:
 
 def _under_torchrun() -> bool:
     return "RANK" in os.environ and "MASTER_ADDR" in os.environ
+
+
+def _without_masters(moments: dict) -> dict:
+    """An optimizer's state dict for a checkpoint that has the masters as the model's weights."""
+    state = {
+        number: {name: value for name, value in entries.items() if name != MASTER}
+        for number, entries in moments["state"].items()
+    }
+    return {**moments, "state": state}
 
 
 def _by_name(moments: dict, model: nn.Module) -> dict:

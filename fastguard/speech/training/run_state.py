@@ -15,6 +15,7 @@ from .config import Config
 from .learner import Learner
 from .metrics import EpochMetrics
 from .parallel import Parallel
+from .precision import float32_weights
 from .progress import Progress
 from .run_folder import RunError
 from .state_schema import check_state
@@ -65,7 +66,9 @@ class RunState:
         Args:
             ended: metrics of the epoch that gave these weights.
         """
-        weights = self.parallel.weights_of(self.learner.evaluated)
+        evaluated = self.learner.evaluated
+        trained = evaluated is self.learner.model
+        weights = self.parallel.weights_of(evaluated, self.optimizer if trained else None)
         rates = {"wer": ended.wer, "cer": ended.cer, "loss": ended.loss}
         return {**self._description(), "model": weights, **rates}
 
@@ -79,7 +82,7 @@ class RunState:
         try:
             check_state(
                 state,
-                learner.model.state_dict(),
+                float32_weights(learner.model, self.optimizer),
                 None if learner.ema is None else learner.ema.state_dict(),
                 self.optimizer,
                 self.scaler,

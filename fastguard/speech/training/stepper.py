@@ -16,6 +16,7 @@ from fastguard.speech.storage.plain import shown
 
 from .config import Config
 from .parallel import Parallel
+from .precision import keeps_masters, narrow_
 
 logger = logging.getLogger(__name__)
 
@@ -28,12 +29,21 @@ _THRESHOLDS = {
 }
 
 
-def build_optimizer(config: Config, model: nn.Module) -> torch.optim.AdamW:
-    """fastguard's AdamW with the guard, torch's without: runs then show the effect of both."""
+def build_optimizer(config: Config, model: nn.Module, world_size: int) -> torch.optim.AdamW:
+    """fastguard's AdamW with the guard, torch's without: runs then show the effect of both.
+
+    Where the run :func:`keeps_masters`, the model's weights become bfloat16.
+    """
     options = _options(config)
-    if config.guard.enabled:
+    if not config.guard.enabled:
+        return torch.optim.AdamW(model.parameters(), fused=True, **options)
+    if not keeps_masters(config, world_size):
         return AdamW(model.parameters(), **options)
-    return torch.optim.AdamW(model.parameters(), fused=True, **options)
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    narrow_(model)
+    optimizer = AdamW(model.parameters(), master_weights=True, **options)
+    optimizer.load_master_state_dict(model, weights)
+    return optimizer
 
 
 def set_options(optimizer: torch.optim.Optimizer, config: Config) -> None:

@@ -28,6 +28,7 @@ from .initial_weights import InitialWeights
 from .journal import Journal
 from .learner import Learner
 from .parallel import Parallel
+from .precision import float32_weights
 from .progress import Progress
 from .resumed import nothing_left
 from .run_folder import RunError, RunFolder
@@ -71,7 +72,7 @@ class Trainer:
         self.data = Data(config, _known_tokenizer(state, teacher), lists, preferred)
         self.tokenizer = self.data.tokenizer
         self.learner = Learner(config, self.tokenizer, initial, teacher, parallel)
-        self.optimizer = build_optimizer(config, self.learner.model)
+        self.optimizer = build_optimizer(config, self.learner.model, parallel.world_size)
         self.stepper = build_stepper(config, self.learner.model, parallel, folder.path)
         fp16 = config.precision == "fp16"
         self.scaler = torch.amp.GradScaler(parallel.device.type) if fp16 else None
@@ -230,7 +231,7 @@ class Trainer:
 
     def _average_best(self) -> None:
         """Evaluate the mean of the best weights, and keep it."""
-        wanted = self.learner.model.state_dict()
+        wanted = float32_weights(self.learner.model, self.optimizer)
         best = self.folder.best_weights(wanted) if self.parallel.main else []
         mean = self.parallel.from_main(checkpoint.average(best) if len(best) > 1 else None)
         if mean is None:
@@ -276,7 +277,7 @@ class Trainer:
             report, explosion = error.reports[-1], error
         progress.step += 1
         if self.learner.ema is not None and not report.skipped:
-            self.learner.ema.update_parameters(self.learner.model)
+            self.learner.update_average(self.optimizer)
         self._half_stepped = False
         loss = self.parallel.sum(loss.item()) / self.parallel.world_size
         self.journal.step(
