@@ -15,19 +15,28 @@
 #include <array>
 #include <cmath>
 
+#if defined(__x86_64__) && defined(__GNUC__)
+#include <cpuid.h>
+#endif
+
 namespace fastguard {
 namespace {
 
 using namespace adamw;
 
 // How far ahead the loop prefetches, as measured: an Intel Xeon needs the distance, because its own
-// prefetch stops at 4 KiB boundaries. On an AMD EPYC with Zen 4 it costs a fifth of one core's
-// speed.
+// prefetch stops at 4 KiB boundaries, and an AMD EPYC with Zen 5 gains a tenth by it. With Zen 4 it
+// costs a fifth of one core's speed.
 int64_t prefetch_bytes() {
+  constexpr int64_t near = 512, far = 2048;
 #if defined(__x86_64__) && defined(__GNUC__)
-  return __builtin_cpu_is("intel") ? 2048 : 512;
+  unsigned version = 0, unused = 0;
+  const bool known = __get_cpuid(1, &version, &unused, &unused, &unused) != 0;
+  const unsigned family = known ? (version >> 8 & 15) + (version >> 20 & 255) : 0;
+  constexpr unsigned zen5 = 26;
+  return __builtin_cpu_is("intel") || family >= zen5 ? far : near;
 #else
-  return 512;
+  return near;
 #endif
 }
 

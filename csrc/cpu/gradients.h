@@ -151,7 +151,8 @@ void for_each_slice(const std::vector<Slice>& slices, const Work& work) {
   for (const Slice& slice : slices) {
     elements += slice.size;
   }
-  const int64_t batch = std::clamp<int64_t>(n / (4 * threads), 1, 8);
+  // Slices that a thread takes together are next to each other, and prefetched.
+  const int64_t batch = std::clamp<int64_t>(n / (4 * threads), 1, 32);
   for_each_task(n, batch, elements > serial_elements, [&](int64_t) -> const Work& { return work; });
 }
 
