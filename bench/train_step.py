@@ -187,7 +187,9 @@ def time_table(
 
 GROUPS = {  # the first that is found in an operator's name
     "attention": r"attention|clamp|bmm|(?<!log_)(?<!Log)softmax|^SoftmaxB|bernoulli|native_dropout",
-    "linear (GEMM)": r"::(linear|addmm|mm|matmul|mkldnn_linear|_linear_pointwise)|^(Addmm|Mm|T)Backward|gemm",
+    "linear (GEMM)": (
+        r"::(linear|addmm|mm|matmul|mkldnn_linear|_linear_pointwise)|^(Addmm|Mm|T)Backward|gemm"
+    ),
     "convolution": r"conv(?!ert)|depthwise",
     "LayerNorm": r"layer_norm|LayerNorm",
     "copies and casts": r"::(copy_|_to_copy|to|contiguous|clone|cat)$|Memcpy",
