@@ -121,6 +121,7 @@ def default(parameters):
 
 
 FUSED_BASELINE = "clip_grad_norm_ + AdamW(fused=True)"
+BARE = "AdamW(fused=True), no clipping"
 DEFAULT_BASELINE = "clip_grad_norm_ + AdamW()"
 OURS = "guard.step(fastguard.AdamW)"
 
@@ -129,7 +130,7 @@ OURS = "guard.step(fastguard.AdamW)"
 ROWS = {
     OURS: (guarded, ours, 4 + 28),
     "guard.step(torch AdamW(fused=True))": (guarded, fused, 4 + 28 + 4),
-    "AdamW(fused=True), no clipping": (bare, fused, 28),
+    BARE: (bare, fused, 28),
     FUSED_BASELINE: (torch_clip, fused, 12 + 28),
     DEFAULT_BASELINE: (torch_clip, default, 12 + 80),
     "as SpeechBrain, AdamW(fused=True)": (speechbrain, fused, 12 + 6 + 28),
