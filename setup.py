@@ -52,8 +52,10 @@ if os.environ.get("FASTGUARD_SANITIZE") == "1":
 
 def isa_variants():
     """Flags of each CPU capability; the same kernel source is compiled once for each."""
-    if platform.machine().lower() not in ("x86_64", "amd64") or WINDOWS:
-        return {"default": []}
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return {"default": []}  # on 64-bit ARM it has NEON
+    if WINDOWS:
+        return {"default": [], "avx2": ["/arch:AVX2"]}
     avx512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"]
     avx512 += ["-mprefer-vector-width=512"]
     return {"default": [], "avx2": ["-mavx2", "-mfma", "-mf16c"], "avx512": avx512}

@@ -26,7 +26,7 @@ def describe() -> dict[str, str]:
         if cpu
         else f"not in use: {_library.cpu_problem}",
         "instruction sets compiled": cpu.get("compiled", "-"),
-        "instruction set chosen": cpu.get("chosen", "-"),
+        "instruction set chosen": _chosen(cpu.get("chosen", "-")),
         "threads": f"{torch.get_num_threads()} of {os.cpu_count()} processors",
         "CUDA kernels": (
             f"sm {cuda['archs']}, nvcc {cuda['toolkit']}"
@@ -38,6 +38,12 @@ def describe() -> dict[str, str]:
         )
         or "none",
     }
+
+
+def _chosen(name: str) -> str:
+    """The default one has vectors on ARM, and none elsewhere."""
+    arm = platform.machine().lower() in ("aarch64", "arm64")
+    return "default (NEON)" if arm and name == "default" else name
 
 
 def processor() -> str:

@@ -44,7 +44,7 @@ struct One {
   static void prefetch(const void*, int64_t) {}
 };
 
-#ifdef __AVX2__
+#ifdef FASTGUARD_FLOAT_VECTORS
 struct Several {
   using Value = Floats;
   static constexpr int64_t size = Floats::lanes;
@@ -151,7 +151,7 @@ int64_t update(
 template <class Param, class Grad, bool amsgrad, bool coupled, bool masters, class Real>
 void update_all(const AdamwRange& range, const AdamwRule<Real>& rule, int64_t prefetch_bytes) {
   int64_t i = 0;
-#ifdef __AVX2__
+#ifdef FASTGUARD_FLOAT_VECTORS
   if constexpr (std::is_same_v<Real, float>) {
     i = update<Several, Param, Grad, amsgrad, coupled, masters>(range, i, rule, prefetch_bytes);
   }

@@ -9,6 +9,10 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
+#ifdef _MSC_VER
+#include <immintrin.h>
+#include <intrin.h>
+#endif
 
 namespace fastguard {
 namespace {
@@ -22,10 +26,33 @@ bool may_use_tiles() {
 }
 #endif
 
+#ifdef FASTGUARD_HAS_AVX2
+// With FMA and F16C, and a system that saves the registers.
+bool has_avx2() {
+#ifdef _MSC_VER
+  constexpr int fma = 1 << 12, xsave = 1 << 27, f16c = 1 << 29, avx2 = 1 << 5;
+  int of_leaf[4];
+  __cpuid(of_leaf, 0);
+  if (of_leaf[0] < 7) {
+    return false;
+  }
+  __cpuid(of_leaf, 1);
+  constexpr int needed = fma | xsave | f16c;
+  if ((of_leaf[2] & needed) != needed || (_xgetbv(0) & 6) != 6) {
+    return false;
+  }
+  __cpuidex(of_leaf, 7, 0);
+  return (of_leaf[1] & avx2) != 0;
+#else
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+      __builtin_cpu_supports("f16c");
+#endif
+}
+#endif
+
 Capability best_of_machine() {
 #ifdef FASTGUARD_HAS_AVX2
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-      __builtin_cpu_supports("f16c");
+  const bool avx2 = has_avx2();
 #endif
 #ifdef FASTGUARD_HAS_AVX512
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&

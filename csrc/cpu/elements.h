@@ -86,11 +86,6 @@ inline void widen8(const uint16_t* x, float (&values)[8]) {
   const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(x));
   _mm256_storeu_ps(values, _mm256_cvtph_ps(halves));
 }
-
-inline void narrow8(const float (&values)[8], uint16_t* x) {
-  const __m128i halves = _mm256_cvtps_ph(_mm256_loadu_ps(values), _MM_FROUND_TO_NEAREST_INT);
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(x), halves);
-}
 #endif
 
 }  // namespace

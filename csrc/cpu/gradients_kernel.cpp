@@ -35,7 +35,7 @@ constexpr int prefetch_bytes = 2048;
 
 template <class Type>
 inline void add_square(double& sum, double value) {
-#ifdef __FMA__
+#if defined(__FMA__) || defined(FASTGUARD_NEON)
   if constexpr (!std::is_same_v<Type, Float64>) {
     sum = __builtin_fma(value, value, sum);
     return;
@@ -46,7 +46,7 @@ inline void add_square(double& sum, double value) {
 
 template <class Type>
 inline void add_squares(double (&sums)[lanes], const typename Type::storage* x) {
-#ifdef __F16C__
+#if defined(__F16C__) || defined(FASTGUARD_NEON)
   if constexpr (std::is_same_v<Type, Float16>) {
     float values[lanes];
     widen8(x, values);

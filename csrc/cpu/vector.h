@@ -1,5 +1,6 @@
 // Vectors of float and double for the widest instruction set that the file is compiled for. Float
-// has implementations for AVX-512 and AVX2; other cases, and double, use arrays.
+// has implementations for AVX-512, AVX2 and NEON (vector_neon.h), which define
+// FASTGUARD_FLOAT_VECTORS; other cases, and double, use arrays.
 //
 // In an unnamed namespace for the same reason as elements.h.
 #pragma once
@@ -9,6 +10,12 @@
 #include <cmath>
 #include <cstdint>
 #include <limits>
+
+#if defined(__aarch64__) && defined(__ARM_NEON) && defined(__GNUC__)
+#define FASTGUARD_FLOAT_VECTORS
+#define FASTGUARD_NEON
+#include "vector_neon.h"
+#endif
 
 namespace fastguard {
 namespace {
@@ -132,6 +139,8 @@ inline Vec<T> tanh(Vec<T> a) {
 
 #ifdef __AVX512F__
 
+#define FASTGUARD_FLOAT_VECTORS
+
 template <>
 struct Vec<float> {
   static constexpr int lanes = 16;
@@ -188,6 +197,8 @@ inline Floats with_sign_of(Floats a, Floats sign) {
 }
 
 #elif defined(__AVX2__)
+
+#define FASTGUARD_FLOAT_VECTORS
 
 template <>
 struct Vec<float> {
@@ -260,13 +271,13 @@ inline Floats with_sign_of(Floats a, Floats sign) {
   return {_mm256_or_ps(a.v, _mm256_and_ps(sign.v, _mm256_set1_ps(-0.0f)))};
 }
 
-#else
+#elif !defined(FASTGUARD_FLOAT_VECTORS)
 
 using Floats = Vec<float>;
 
 #endif
 
-#ifdef __AVX2__
+#ifdef FASTGUARD_FLOAT_VECTORS
 
 // exp(x): 0 from -inf to -104, inf from 89 on, NaN for NaN. x = n log(2) + r. log(2) is split into
 // two parts; the product of n and the first part is exact (Cody and Waite).
@@ -315,6 +326,12 @@ inline Vec<T> load_as(const typename Type::storage* x) {
     const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(x));
     return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16))};
   }
+#elif defined(FASTGUARD_NEON)
+  if constexpr (std::is_same_v<Type, Float16>) {
+    return load_float16(x);
+  } else if constexpr (std::is_same_v<Type, BFloat16>) {
+    return load_bfloat16(x);
+  }
 #endif
   if constexpr (std::is_same_v<T, typename Type::storage>) {
     return Vec<T>::load(x);
@@ -360,6 +377,14 @@ inline void store_as(Vec<T> v, typename Type::storage* x) {
     const __m256i words = _mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc0), nan);
     const __m128i low = _mm256_castsi256_si128(words), high = _mm256_extracti128_si256(words, 1);
     _mm_storeu_si128(reinterpret_cast<__m128i*>(x), _mm_packus_epi32(low, high));
+    return;
+  }
+#elif defined(FASTGUARD_NEON)
+  if constexpr (std::is_same_v<Type, Float16>) {
+    store_float16(v, x);
+    return;
+  } else if constexpr (std::is_same_v<Type, BFloat16>) {
+    store_bfloat16(v, x);
     return;
   }
 #endif
