@@ -153,11 +153,18 @@ AttentionProblem problem_of(
 // Memory for each thread, which starts as no task's.
 class Scratch {
  public:
-  Scratch(int64_t bytes, bool parallel)
-      : bytes_((bytes + 63) / 64 * 64),
-        memory_(
-            static_cast<char*>(::operator new(
-                bytes_*(parallel ? torch::stable::get_num_threads() : 1), alignment))) {}
+  Scratch(int64_t bytes, bool parallel) : bytes_((bytes + 63) / 64 * 64) {
+    const int64_t threads = parallel ? torch::stable::get_num_threads() : 1;
+    memory_.reset(static_cast<char*>(::operator new(bytes_ * threads, alignment, std::nothrow)));
+    STD_TORCH_CHECK(
+        memory_ != nullptr,
+        "attention: not enough memory: ",
+        threads,
+        " threads need ",
+        bytes_,
+        " bytes each beside the tensors; use fewer threads (torch.set_num_threads) or shorter "
+        "keys");
+  }
 
   char* of(int64_t thread) const {
     char* const first = memory_.get() + thread * bytes_;
