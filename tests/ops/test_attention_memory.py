@@ -9,7 +9,6 @@ import pytest
 
 from tests.native import needs_kernel
 
-
 OUT_OF_MEMORY = """
 import resource, torch, fastguard
 from pathlib import Path
