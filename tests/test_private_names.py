@@ -63,9 +63,8 @@ USED = {
         "_torchdynamo_orig_callable",
     },
     "integrations/accelerate.py": {"_is_overflow"},
-    "ops/_autograd.py": {"_AutoDispatchBelowAutograd", "_C", "_functorch"},
+    "ops/_autograd.py": {"_AutoDispatchBelowAutograd", "_C", "_functorch", "_schema"},
     "ops/attention.py": {"_C", "_current_level", "_functorch"},
-    "ops/attention_autograd.py": {"_C", "_functorch"},
 }
 #: Names that are documented (of named tuples), or that are ours and set under a text.
 NOT_PRIVATE = {"_asdict", "_fields", "_replace", "_plain_class", "_fastguard_link", "_log_to"}

@@ -65,61 +65,101 @@ def computed_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
+def wants_grad(*tensors: Tensor | None) -> bool:
+    """Whether autograd would record an operator of these tensors."""
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+
+
 class Differentiable:
     """An operator of csrc/ops.cpp with its derivative.
 
-    Its registered autograd costs some 20 us a pass more than an autograd.Function; compilers need
-    the former.
+    Its registered autograd costs some 20 us a pass more than an autograd.Function, a tenth of short
+    attention; compilers and torch.func need the former. Autograd also takes some 0.5 us for each
+    argument and each result. It does not look into tuples: one holds the arguments that have no
+    gradient, and one the results.
 
     Args:
         name: as in csrc/ops.cpp. The operator of its derivative is ``name_backward``.
-        save: called with ctx, inputs and output (a tensor or a tuple), saves what the derivative
-            needs.
-        backward: called with ctx, the backward operator and the gradients of the results (None
-            where there is none, but not all None), returns the gradients of the inputs.
-        constant: the indices of results that have no gradient.
+        save: called with ctx, all arguments and the results (a tensor or a tuple), saves what the
+            derivative needs.
+        backward: called with ctx, the backward operator and the gradients of the first results
+            (None where there is none, but not all None), returns the gradients of the first
+            arguments.
+        arguments: how many of the arguments may have a gradient; they come first.
+        results: how many of the results have a gradient; they come first.
+        instead: what to use where second derivatives are needed, for the error.
     """
 
     def __init__(
-        self, name: str, save: Callable, backward: Callable, constant: tuple[int, ...] = ()
+        self,
+        name: str,
+        save: Callable,
+        backward: Callable,
+        arguments: int,
+        results: int = 1,
+        instead: str = "",
     ):
+        self._first = arguments
         if _library.cpu_problem is not None:
             return
         operator = getattr(torch.ops.fastguard, name).default
         derivative = getattr(torch.ops.fastguard, f"{name}_backward").default
+        every = len(operator._schema.arguments)
+        alone = len(operator._schema.returns) == 1
+
+        def derive(*args):
+            if torch.is_grad_enabled() or torch.compiler.is_compiling():
+                return derivative(*args)  # of second derivatives, which are refused
+            return without_autograd(derivative, *args)
 
         def differentiate(ctx, *grads):
-            if all(grad is None for grad in grads):
-                return (None,) * len(ctx.needs_input_grad)
-            return backward(ctx, derivative, *grads)
+            if all(grad is None for grad in grads[:results]):
+                return (None,) * arguments
+            found = backward(ctx, derive, *grads[:results])
+            return (found,) if isinstance(found, Tensor) else tuple(found)
+
+        def differentiate_all(ctx, *grads):
+            return (*differentiate(ctx, *grads), *[None] * (every - arguments))
 
         def refuse(ctx, *grads):
             raise NotImplementedError(
-                f"fastguard's {name} has first derivatives only: use create_graph=False"
+                f"fastguard's {name} has first derivatives only: use create_graph=False{instead}"
             )
 
         class Function(torch.autograd.Function):
             @staticmethod
-            def forward(ctx, *inputs):
+            def forward(ctx, options, *tensors):
+                inputs = (*tensors, *options)
                 output = without_autograd(operator, *inputs)
                 save(ctx, inputs, output)
-                ctx.mark_non_differentiable(*(output[i] for i in constant))
                 ctx.set_materialize_grads(False)
-                return output
+                return (output, ()) if alone else (*output[:results], output[results:])
 
             @staticmethod
             def backward(ctx, *grads):
-                return differentiate(ctx, *grads)
+                return (None, *differentiate(ctx, *grads))
 
-        torch.library.register_autograd(f"fastguard::{name}", differentiate, setup_context=save)
+        torch.library.register_autograd(f"fastguard::{name}", differentiate_all, setup_context=save)
         torch.library.register_autograd(f"fastguard::{name}_backward", refuse)
-        self._operator, self._function = operator, Function
+        self._operator, self._function, self._alone = operator, Function, alone
 
     def __call__(self, *args):
         """The operator's results."""
-        if torch.compiler.is_compiling():
+        transformed = torch._C._functorch.peek_interpreter_stack() is not None
+        if torch.compiler.is_compiling() or transformed:
             return self._operator(*args)
-        tensors = (x for x in args if isinstance(x, Tensor))
-        if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
-            return self._function.apply(*args)
-        return without_autograd(self._operator, *args)
+        tensors = args[: self._first]
+        return self.at_once(tensors, args[self._first :], wants_grad(*tensors))
+
+    def at_once(self, tensors: tuple[Tensor | None, ...], options: tuple, recorded: bool):
+        """The results where no compiler and no transformation runs.
+
+        Args:
+            tensors: the arguments that may have a gradient.
+            options: the others.
+            recorded: whether a gradient is wanted.
+        """
+        if not recorded:
+            return without_autograd(self._operator, *tensors, *options)
+        *found, rest = self._function.apply(options, *tensors)
+        return found[0] if self._alone else (*found, *rest)

@@ -102,7 +102,7 @@ def _save(ctx, inputs, output):
     ctx.save_for_backward(total if ctx.has_branch else x, scale, weight, mean, rstd)
 
 
-def _backward(ctx, operator, grad_sum, grad_normed, *_):
+def _backward(ctx, operator, grad_sum, grad_normed):
     total, scale, weight, mean, rstd = ctx.saved_tensors
     if not ctx.has_branch:
         grad_sum = None  # of a result without elements
@@ -110,7 +110,7 @@ def _backward(ctx, operator, grad_sum, grad_normed, *_):
         grad_normed = torch.zeros_like(total)
     args = (grad_sum, grad_normed, total, scale, weight, mean, rstd, ctx.alpha, ctx.has_branch)
     grad_x, grad_branch, grad_weight, grad_bias = operator(*args)
-    return grad_x, grad_branch if ctx.has_branch else None, None, grad_weight, grad_bias, None, None
+    return grad_x, grad_branch if ctx.has_branch else None, None, grad_weight, grad_bias
 
 
 def _fake_add_layer_norm(x, branch, scale, weight, bias, alpha, eps):
@@ -135,4 +135,4 @@ def _fake_add_layer_norm_backward(
 
 _library.register("add_layer_norm", _fake_add_layer_norm)
 _library.register("add_layer_norm_backward", _fake_add_layer_norm_backward)
-_add_layer_norm = Differentiable("add_layer_norm", _save, _backward, constant=(2, 3))
+_add_layer_norm = Differentiable("add_layer_norm", _save, _backward, arguments=5, results=2)

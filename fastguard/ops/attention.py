@@ -16,9 +16,9 @@ from fastguard._compiling import is_exporting
 from fastguard._tensors import from_first_rank, replicated_beside
 
 from . import _library
-from ._autograd import PLAIN, are_dtensors, is_transformed
+from ._autograd import PLAIN, are_dtensors, is_transformed, wants_grad
 from ._checks import check_same_device, check_tensor
-from .attention_autograd import differentiable, differentiable_at_once, wants_grad
+from .attention_autograd import differentiable
 from .philox import dropout_keep_ref
 from .types import DTYPES
 
@@ -141,11 +141,13 @@ def attention_at_once(
         or forward_ad._current_level >= 0
     ):
         return None
-    saves = in_place and wants_grad(query, key, value)
+    needed = query.requires_grad or key.requires_grad or value.requires_grad
+    recorded = needed and torch.is_grad_enabled()
     try:
         scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
-        options = (None, None, is_causal, 0.0, scale, 0.0, clamp, return_stats, saves)
-        return differentiable_at_once(query, key, value, (key_padding_mask, *options))
+        options = (None, None, is_causal, 0.0, scale, 0.0, clamp, return_stats)
+        options = (key_padding_mask, *options, in_place and recorded)
+        return differentiable.at_once((query, key, value), options, recorded)
     except (RuntimeError, IndexError, ZeroDivisionError):
         return None
 

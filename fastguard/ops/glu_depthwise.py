@@ -80,4 +80,4 @@ def _fake_glu_depthwise_backward(grad_output, x, padding_mask, weight):
 
 _library.register("glu_depthwise", _fake_glu_depthwise)
 _library.register("glu_depthwise_backward", _fake_glu_depthwise_backward)
-_glu_depthwise = Differentiable("glu_depthwise", _save, _backward)
+_glu_depthwise = Differentiable("glu_depthwise", _save, _backward, arguments=3)

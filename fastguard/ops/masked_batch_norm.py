@@ -102,9 +102,9 @@ def _save(ctx, inputs, output):
     ctx.save_for_backward(x, padding_mask, weight, bias, mean, var)
 
 
-def _backward(ctx, operator, grad_output, *_):
+def _backward(ctx, operator, grad_output):
     grad_x, grad_weight, grad_bias = operator(grad_output, *ctx.saved_tensors, *ctx.options)
-    return grad_x, None, grad_weight, grad_bias, *[None] * 5
+    return grad_x, None, grad_weight, grad_bias
 
 
 def _fake_masked_batch_norm(x, padding_mask, weight, bias, running_mean, running_var, *options):
@@ -128,4 +128,4 @@ def _fake_masked_batch_norm_backward(grad_output, x, padding_mask, weight, bias,
 
 _library.register("masked_batch_norm", _fake_masked_batch_norm)
 _library.register("masked_batch_norm_backward", _fake_masked_batch_norm_backward)
-_masked_batch_norm = Differentiable("masked_batch_norm", _save, _backward, constant=(1, 2))
+_masked_batch_norm = Differentiable("masked_batch_norm", _save, _backward, arguments=4)

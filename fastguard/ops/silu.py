@@ -56,4 +56,4 @@ def _fake_silu_backward(grad_output, x):
 
 _library.register("silu", _fake_silu)
 _library.register("silu_backward", _fake_silu_backward)
-_silu = Differentiable("silu", _save, _backward)
+_silu = Differentiable("silu", _save, _backward, arguments=1)
