@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from hypothesis import strategies as st
 
 from fastguard import ops
 from tests.simt.kernels.devices import DEVICES
@@ -19,6 +20,25 @@ OPTIONS = {
     "amsgrad": False,
     "maximize": False,
 }
+
+
+LAYOUT = st.sampled_from(["contiguous", "transposed", "gaps", "offset"])
+
+
+def shapes(large, most):
+    """A strategy for up to so many shapes: small ones, and those of ``large``."""
+    small = st.lists(st.integers(0, 5), max_size=4).map(tuple)
+    return st.lists(st.one_of(small, st.sampled_from(large)), max_size=most)
+
+
+def drawn_options(data):
+    """The options that choose a way through the kernel."""
+    return {
+        "amsgrad": data.draw(st.booleans()),
+        "maximize": data.draw(st.booleans()),
+        "decoupled_weight_decay": data.draw(st.booleans()),
+        "weight_decay": data.draw(st.sampled_from([0.0, 0.1])),
+    }
 
 
 def pack(params, moments, dtype, fill=0.0):

@@ -14,13 +14,16 @@ from tests.native import assert_same_from_every_instruction_set, needs_kernel
 from tests.ops.adamw_cases import (
     CUDA,
     FUNCTIONS,
+    LAYOUT,
     OPTIONS,
     PACKED,
     ROLES,
+    drawn_options,
     everything,
     lists,
     on_lists,
     scalar,
+    shapes,
     verdict_,
 )
 from tests.tensors import F64, assert_close, assert_same_bits, bits
@@ -61,15 +64,7 @@ def assert_stepped(found, right, grads_before):
             torch.testing.assert_close(tensor.double(), value.double(), rtol=4 * eps, atol=60 * eps)
 
 
-layout = st.sampled_from(["contiguous", "transposed", "gaps", "offset"])
-
-shapes_ = st.lists(
-    st.one_of(
-        st.lists(st.integers(0, 5), max_size=4).map(tuple),
-        st.sampled_from([(1,), (255,), (257,), (16385,), (3, 11003), (40000,)]),
-    ),
-    max_size=5,
-)
+SHAPES = shapes([(1,), (255,), (257,), (16385,), (3, 11003), (40000,)], most=5)
 
 
 @settings(max_examples=120, deadline=None)
@@ -87,25 +82,21 @@ def test_adamw_of_the_cuda_kernel(function, data):
 
 
 def check_adamw_(function, data):
-    shapes = data.draw(shapes_)
-    n = len(shapes)
+    drawn = data.draw(SHAPES)
+    n = len(drawn)
     dtypes = data.draw(st.lists(st.sampled_from(DTYPES), min_size=n, max_size=n))
     grad_dtypes = [d if d == F64 or data.draw(st.booleans()) else torch.float32 for d in dtypes]
-    options = {
-        "amsgrad": data.draw(st.booleans()),
-        "maximize": data.draw(st.booleans()),
-        "decoupled_weight_decay": data.draw(st.booleans()),
-        "weight_decay": data.draw(st.sampled_from([0.0, 0.1])),
+    options = drawn_options(data) | {
         "beta1": data.draw(st.sampled_from([0.0, 0.5, 0.9])),
         "beta2": data.draw(st.sampled_from([0.0, 0.98, 0.999])),
         "lr": data.draw(st.sampled_from([1e-5, 1e-2])),
     }
     options["eps"] = 1e-8 if options["beta2"] else 0.1
     tensors = lists(
-        shapes,
+        drawn,
         dtypes,
         options["amsgrad"],
-        data.draw(st.lists(layout, min_size=5 * n, max_size=5 * n)),
+        data.draw(st.lists(LAYOUT, min_size=5 * n, max_size=5 * n)),
         data.draw(st.integers(0, 2**31)),
         grad_dtypes,
         step=float(data.draw(st.sampled_from([0, 1, 1000]))),

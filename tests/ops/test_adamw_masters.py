@@ -10,7 +10,19 @@ from hypothesis import strategies as st
 from fastguard import ops
 from fastguard.ops import Verdict
 from tests.native import assert_same_from_every_instruction_set, needs_kernel
-from tests.ops.adamw_cases import OPTIONS, PACKED, flat, laid_out, lists, packed, scalar, verdict_
+from tests.ops.adamw_cases import (
+    LAYOUT,
+    OPTIONS,
+    PACKED,
+    drawn_options,
+    flat,
+    laid_out,
+    lists,
+    packed,
+    scalar,
+    shapes,
+    verdict_,
+)
 from tests.simt.kernels.devices import DEVICES
 from tests.tensors import F64, assert_close, assert_same_bits, bits
 
@@ -54,14 +66,7 @@ def gaps(tensors):
     return [tensors[name][keep] for name in ("exp_avg", "exp_avg_sq", "master_param")]
 
 
-layout = st.sampled_from(["contiguous", "transposed", "gaps", "offset"])
-shapes_ = st.lists(
-    st.one_of(
-        st.lists(st.integers(0, 5), max_size=4).map(tuple),
-        st.sampled_from([(1,), (17,), (255,), (257,), (8193,), (3, 5503)]),
-    ),
-    max_size=4,
-)
+SHAPES = shapes([(1,), (17,), (255,), (257,), (8193,), (3, 5503)], most=4)
 
 
 @settings(max_examples=80, deadline=None)
@@ -79,21 +84,16 @@ def test_masters_of_the_cuda_kernel_step_as_float32_parameters(function, data):
 
 
 def check(function, data):
-    shapes = data.draw(shapes_)
-    n = len(shapes)
+    drawn = data.draw(SHAPES)
+    n = len(drawn)
     dtypes = data.draw(st.lists(st.sampled_from(NARROW), min_size=n, max_size=n))
     grads = [d if data.draw(st.booleans()) else torch.float32 for d in dtypes]
-    options = {
-        "amsgrad": data.draw(st.booleans()),
-        "maximize": data.draw(st.booleans()),
-        "decoupled_weight_decay": data.draw(st.booleans()),
-        "weight_decay": data.draw(st.sampled_from([0.0, 0.1])),
-    }
-    layouts = data.draw(st.lists(layout, min_size=5 * n, max_size=5 * n))
+    options = drawn_options(data)
+    layouts = data.draw(st.lists(LAYOUT, min_size=5 * n, max_size=5 * n))
     seed = data.draw(st.integers(0, 2**31))
     written = data.draw(st.sampled_from([0.0, 0.3, 1.0]))
     tensors = with_masters(
-        shapes, dtypes, layouts=layouts, seed=seed, amsgrad=options["amsgrad"], written=written,
+        drawn, dtypes, layouts=layouts, seed=seed, amsgrad=options["amsgrad"], written=written,
         grads=grads,
     )  # fmt: skip
     wide = {name: t.clone() for name, t in tensors.items() if isinstance(t, torch.Tensor)}
