@@ -188,6 +188,8 @@ def first_nonfinite_gradient(evidence: Evidence) -> Iterator[Finding]:
     what = f"the forward pass is finite; {origin.found.nonfinite} of a gradient arise {side}{sizes}"
     numbers = {"gradient": asdict(origin.found), "entering": entering and asdict(entering)}
     dtype = origin.found.dtype
+    if entering is not None and entering.dtype == torch.float16:
+        dtype = torch.float16  # autocast computes in fp16 and casts a weight's gradient to float32
     halves = dtype == torch.float16 and origin.found.infs
     grown = origin.found.infs and largest_growth(evidence)
     if halves or grown or evidence.loss_scale > 1e30:

@@ -220,6 +220,22 @@ def test_a_loss_scale_that_overflows_backward():
     assert found.first_nonfinite_backward is not None
 
 
+def test_a_loss_scale_that_overflows_a_weights_gradient_under_autocast():
+    """The weights are float32 and so is their gradient; the product overflows in fp16 before."""
+    model = nn.Linear(6, 1)
+    x = torch.full((64, 6), 2.0)
+
+    def loss():
+        with torch.autocast("cpu", torch.float16):
+            return model(x).float().mean()
+
+    assert diagnose(model, loss, loss_scale=1024.0).healthy
+    found = diagnose(model, loss, loss_scale=65536.0)
+    assert kinds(found) == ["gradient overflow"]
+    assert "float16 overflow (at 6.55e+04)" in found.verdict
+    assert not found.first_nonfinite_backward.entered
+
+
 def test_an_undefined_gradient_of_a_finite_value():
     class Norm(nn.Module):
         def forward(self, x):
