@@ -1,0 +1,1 @@
+"""The parts of bench/stability.py: patients, recipes, faults, one cell of the grid, and tables."""
