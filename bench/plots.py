@@ -2,20 +2,36 @@
 
     python bench/plots.py [--output docs/assets]
 
-Each picture names its record and the machine. Its background is white and opaque, so that it reads
-the same on a light and on a dark page.
+Each picture of times names the machine. A background is opaque, so that it reads the same on any
+page; the picture that opens the README is there in white and in dark.
 """
 
 import argparse
+import functools
 import json
+import math
 import re
 from pathlib import Path
+from typing import NamedTuple
 
 import matplotlib as mpl
 from matplotlib.figure import Figure
 
 RESULTS = Path(__file__).resolve().parent.parent / "docs" / "results"
-OURS, TORCH, OTHER, INK = "#0f766e", "#c2410c", "#94a3b8", "#334155"
+
+
+class Theme(NamedTuple):
+    page: str
+    ink: str
+    ours: str
+    torch: str
+
+
+LIGHT = Theme("white", "#334155", "#0f766e", "#c2410c")
+DARK = Theme("#0d1117", "#cbd5e1", "#2dd4bf", "#fb923c")
+OURS, TORCH, OTHER, INK = LIGHT.ours, LIGHT.torch, "#94a3b8", LIGHT.ink
+#: The faults of the cells "in turns", as bench/grid/faults.py has them.
+TURNS = ("input × 1000", "infeasible target", "NaN input")
 
 STYLE = {
     "font.size": 9,
@@ -24,14 +40,10 @@ STYLE = {
     "svg.hashsalt": "fastguard",  # the same file from the same record
     "axes.spines.top": False,
     "axes.spines.right": False,
-    "axes.edgecolor": INK,
-    "axes.labelcolor": INK,
-    "text.color": INK,
-    "xtick.color": INK,
-    "ytick.color": INK,
-    "figure.facecolor": "white",
-    "axes.facecolor": "white",
 }
+#: What a theme colours.
+INKED = ("axes.edgecolor", "axes.labelcolor", "text.color", "xtick.color", "ytick.color")
+PAGES = ("figure.facecolor", "axes.facecolor")
 
 
 def main():
@@ -39,12 +51,14 @@ def main():
     parser.add_argument("--output", type=Path, default=RESULTS.parent / "assets", help="a folder")
     folder = parser.parse_args().output
     folder.mkdir(parents=True, exist_ok=True)
-    with mpl.rc_context(STYLE):
-        for name, (record, draw) in PICTURES.items():
-            figure = draw(json.loads((RESULTS / record).read_text(encoding="utf-8")))
-            path = folder / f"{name}.svg"
-            figure.savefig(path, metadata={"Date": None, "Creator": None})
-            print(f"written to {path}")
+    for name, (record, draw) in PICTURES.items():
+        found = json.loads((RESULTS / record).read_text(encoding="utf-8"))
+        path = folder / f"{name}.svg"
+        theme = DARK if name.endswith("-dark") else LIGHT
+        colours = dict.fromkeys(INKED, theme.ink) | dict.fromkeys(PAGES, theme.page)
+        with mpl.rc_context(STYLE | colours):
+            draw(found).savefig(path, metadata={"Date": None, "Creator": None})
+        print(f"written to {path}")
 
 
 def machine(found: dict) -> str:
@@ -52,35 +66,65 @@ def machine(found: dict) -> str:
     return f"{facts['device']}, {facts['threads']} threads, torch {facts['torch']}"
 
 
-def explosion(found: dict) -> Figure:
-    """Loss and gradient norm of three runs on the same batches."""
-    figure = Figure(figsize=(8.4, 3.6), layout="constrained")
-    above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
-    colours = {"AdamW": OTHER, "clip_grad_norm_ + AdamW": TORCH, "fastguard": OURS}
-    for (name, run), width in zip(found["runs"].items(), (2.6, 1.8, 1.1), strict=True):
-        losses = [value for value in run["loss"] if value is not None]
-        above.plot(losses, color=colours[name], linewidth=width, label=name)
-        if len(losses) < len(run["loss"]):
-            above.plot(len(losses) - 1, losses[-1], "X", color=colours[name], markersize=9)
-    guarded = found["runs"]["fastguard"]
-    norms = [float("nan") if norm is None else norm for norm in guarded["grad_norm"]]
-    below.plot(norms, color=OURS, linewidth=1.1)
-    top = 10 * max(norm for norm in norms if norm == norm)
-    below.plot(guarded["skipped"], [top] * len(guarded["skipped"]), "v", color=INK, markersize=5)
+def stability(found: dict, theme: Theme) -> Figure:
+    """Gradient norm of a guarded run, and its loss beside that of the plain loop."""
+    cells = {cell["recipe"]: cell for cell in found["cells"].values() if "losses" in cell}
+    plain, guarded = cells["before"], cells["before, guarded"]
+    figure = Figure(figsize=(8.4, 4.4), layout="constrained")
+    above, below = figure.subplots(2, 1, sharex=True)
+    draw_line(above, guarded["norms"], theme.ours, 1.2, "grad_norm with the guard")
+    top = 10 * max(norm for norm in guarded["norms"] if norm is not None)
+    lost = [i for i in guarded["bad"] if guarded["norms"][i] is None]
+    above.plot(lost, [top] * len(lost), "x", color=theme.torch, markersize=7, label="NaN or Inf")
+    skipped = guarded["skipped"]
+    above.plot(
+        skipped, [3 * top] * len(skipped), "v", color=theme.ink, markersize=6, label="step skipped"
+    )
+    draw_line(below, plain["losses"], theme.torch, 2.2, "clip_grad_norm_ and AdamW")
+    draw_line(below, guarded["losses"], theme.ours, 1.2, "the same with GradGuard")
+    end = plain["losses"].index(None)
+    last = plain["losses"][end - 1]
+    below.plot(end - 1, last, "X", color=theme.torch, markersize=10)
+    below.text(end + 1.5, 1.5 * last, "NaN from here on", color=theme.torch, fontsize=8)
     for axes in (above, below):
         axes.set_yscale("log")
-        for step in found["loud"] + found["nan"]:
-            axes.axvline(step, color=INK, linewidth=0.6, linestyle=":", zorder=0)
-    limits = above.get_ylim()
-    for step in found["loud"]:
-        above.text(step + 2, limits[1] * 0.6, "input × 10⁴", fontsize=7.5)
-    for step in found["nan"]:
-        above.text(step + 2, limits[1] * 0.6, "one NaN: both others end", fontsize=7.5)
-    above.set_ylabel("held-out loss")
-    below.set_ylabel("grad_norm,\nfastguard")
-    below.set_ylim(top=10 * top)
-    below.set_xlabel("step (▼ skipped by the guard)")
-    above.legend(loc="lower left", frameon=False, fontsize=8)
+        for step in guarded["bad"]:
+            axes.axvline(step, color=theme.ink, linewidth=0.6, linestyle=":", zorder=0)
+    below.set_yticks([3, 5, 10, 20], ["3", "5", "10", "20"])
+    below.minorticks_off()
+    above.set_ylim(1, 20 * top)
+    for turn, step in enumerate(guarded["bad"]):
+        above.text(step + 1.5, 20 * top, TURNS[turn % len(TURNS)], fontsize=8, va="top")
+    above.set_ylabel("gradient norm")
+    below.set_ylabel("loss of the batch")
+    below.set_xlabel("step")
+    above.legend(loc="lower left", frameon=False, fontsize=8, ncols=3)
+    below.legend(loc="upper center", framealpha=1, edgecolor="none", fontsize=8)
+    return figure
+
+
+def draw_line(axes, values: list[float | None], colour: str, width: float, label: str) -> None:
+    """A line with a gap where a value is missing."""
+    known = [math.nan if value is None else value for value in values]
+    axes.plot(known, color=colour, linewidth=width, label=label)
+
+
+def parity(found: dict) -> Figure:
+    """The loss of torch's loop and of a guarded one: each step's range over the seeds."""
+    figure = Figure(figsize=(8.4, 2.8), layout="constrained")
+    for axes, (name, runs) in zip(figure.subplots(1, 3), found["runs"].items(), strict=True):
+        for loop, colour, hatch in (("torch", TORCH, None), ("fastguard", OURS, "////")):
+            low, high = (
+                [bound(step) for step in zip(*runs[loop], strict=True)] for bound in (min, max)
+            )
+            steps = range(len(low))
+            axes.fill_between(
+                steps, low, high, color=colour, alpha=0.35, linewidth=0, hatch=hatch, label=loop
+            )
+        axes.set_title(name, fontsize=9, loc="left")
+        axes.set_xlabel("step")
+    figure.axes[0].set_ylabel("loss, range of 3 seeds")
+    figure.axes[0].legend(frameon=False, fontsize=8)
     return figure
 
 
@@ -168,7 +212,9 @@ def bars(seconds: dict[str, float], ours: str, title: str) -> Figure:
 
 #: Of each picture its record and the function that draws it.
 PICTURES = {
-    "explosion": ("explosion.json", explosion),
+    "stability": ("stability.json", functools.partial(stability, theme=LIGHT)),
+    "stability-dark": ("stability.json", functools.partial(stability, theme=DARK)),
+    "parity": ("parity.json", parity),
     "optimizer_step": ("optimizer_step_cpu.json", optimizer_step),
     "norm_kernel": ("norm_kernel_cpu.json", norm_kernel),
     "train_step": ("train_step_cpu.json", train_step),

@@ -2,7 +2,8 @@
 
 The pages are written for GitHub, where a relative link may name any file of the repository. The
 site has only what lies in docs/ and the pages of ROOT_PAGES. There a link to another file, or to a
-folder, becomes its text. ``tests/docs/test_links.py`` checks that each link leads to a file.
+folder, becomes its text. The README's picture is HTML, for its dark form, and its paths change too.
+``tests/docs/test_links.py`` checks that each link leads to a file.
 """
 
 import posixpath
@@ -19,6 +20,8 @@ ROOT_PAGES = {
 }
 #: A link or a picture: its text, its relative target, its anchor.
 _LINK = re.compile(r"\[([^\]]*)\]\((?!\w+:|#)([^)#\s]+)(#[^)\s]*)?\)")
+#: The start of a path in the HTML of a page of the root.
+_SOURCE = re.compile(r'\b(src|srcset)="docs/')
 
 
 def on_files(files, config):
@@ -30,7 +33,8 @@ def on_files(files, config):
 
 
 def on_page_markdown(markdown, page, config, files):
-    return _LINK.sub(lambda found: rewritten(found, page.file.src_uri), markdown)
+    markdown = _LINK.sub(lambda found: rewritten(found, page.file.src_uri), markdown)
+    return _SOURCE.sub(r'\1="', markdown)
 
 
 def rewritten(found: re.Match, page: str) -> str:

@@ -40,6 +40,8 @@ def executed(name):
     [
         ("index.md", "[a](docs/guides/amp.md#b)", "[a](guides/amp.md#b)"),
         ("index.md", "![a](docs/assets/b.svg)", "![a](assets/b.svg)"),
+        ("index.md", '<img src="docs/assets/b.svg">', '<img src="assets/b.svg">'),
+        ("index.md", '<source srcset="docs/assets/b.svg">', '<source srcset="assets/b.svg">'),
         ("index.md", "[a](CHANGELOG.md)", "[a](changelog.md)"),
         ("index.md", "[a](fastguard/clip.py)", "a"),
         ("guides/amp.md", "[a](../../README.md#b)", "[a](../index.md#b)"),
