@@ -81,6 +81,7 @@ def main(arguments: list[str] | None = None) -> dict[str, dict]:
             save(record, options.json)
     except KeyboardInterrupt:
         print(f"stopped; {options.json or 'nothing'} has what was run")
+    save(record, options.json)  # the tables anew, where no cell was missing
     show({name(cell): record["cells"].get(name(cell)) for cell in wanted})
     return record["cells"]
 

@@ -63,10 +63,9 @@ def finite(tensor: Tensor) -> bool:
 
 
 def moments(optimizer: torch.optim.Optimizer) -> Tensor:
-    # A state is read through its getter: fastguard's optimizers pack it.
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    states = [optimizer.state[p] for p in parameters if p in optimizer.state]
-    return one(state[name] for state in states for name in MOMENTS)
+    states = [optimizer.state.get(p, {}) for p in parameters]
+    return one(state[name] for state in states for name in MOMENTS if name in state)
 
 
 @torch.no_grad()

@@ -102,8 +102,10 @@ def one_gradient(value: float) -> Callable[[nn.Module], None]:
 
 
 def poisoned_moment(optimizer: torch.optim.Optimizer) -> None:
+    """One element of a moment of the last weight matrix; nothing where no step was ever taken."""
     last = [p for group in optimizer.param_groups for p in group["params"] if p.dim() > 1][-1]
-    optimizer.state[last]["exp_avg"].view(-1)[0] = math.nan
+    if state := optimizer.state.get(last):
+        state["exp_avg"].view(-1)[0] = math.nan
 
 
 REAL, CTC, NORM = frozenset({"real input"}), frozenset({"ctc"}), frozenset({"batch norm"})

@@ -18,7 +18,7 @@ VERDICTS = {
     "stopped": "an error ended the run; everything is finite",
     "starved": "more than half of the steps were skipped",
     "worse": "the held-out loss fell by less than half of what it fell without the fault",
-    "finite": "everything is finite, and not what it is without the fault",
+    "finite": "everything is finite, but not bitwise equal, or not comparable",
     "equal": "parameters, moments and buffers are bitwise those without the faulty batches",
 }
 
