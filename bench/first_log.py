@@ -70,14 +70,20 @@ def log(name: str) -> list[dict]:
             "float32 norm": round(true, 1),
         }
         report = step(loss)
-        text = "Batch {batch}: loss={loss:.2f}, grad_norm={grad_norm:.2f}".format(**line)
-        text += f", scale={scale:g}, float32 norm={true:.1f}"
         if report is not None:
             line["scale_search"] = report.scale_search
-            text += f", scale_search={report.scale_search}"
-        print(text, flush=True)
+        print(text(line), flush=True)
         lines.append(line | {"grad_norm": finite_or_none(line["grad_norm"])})
     return lines
+
+
+def text(line: dict) -> str:
+    """A line of the log; a norm that is missing was Inf."""
+    grad_norm = math.inf if line["grad_norm"] is None else line["grad_norm"]
+    said = f"Batch {line['batch']}: loss={line['loss']:.2f}, grad_norm={grad_norm:.2f}"
+    said += f", scale={line['scale']:g}, float32 norm={line['float32 norm']:.1f}"
+    searches = line.get("scale_search")
+    return said if searches is None else f"{said}, scale_search={searches}"
 
 
 def finite_or_none(value: float) -> float | None:
@@ -107,10 +113,12 @@ def by_input() -> list[list[str]]:
         middle = (low + high) / 2
         low, high = (middle, high) if at(math.exp(middle))[0] < LOSS else (low, middle)
     rows = [[f"{s:.4g}", *(f"{value:.4g}" for value in at(s))] for s in (*SCALES, math.exp(low))]
-    print(
-        table("batch 0, settings of before, float32", ["input times", "loss", "norm"], rows), "\n"
-    )
+    print(input_table(rows), end="\n\n")
     return rows
+
+
+def input_table(rows: list[list[str]]) -> str:
+    return table("batch 0, settings of before, float32", ["input times", "loss", "norm"], rows)
 
 
 def by_depth() -> list[list[str]]:
@@ -121,9 +129,13 @@ def by_depth() -> list[list[str]]:
         for settings in (BEFORE, STABLE):
             row += [f"{value:.4g}" for value in gradient(fresh(settings, blocks), PATIENT.batch(0))]
         rows.append(row)
-    header = ["blocks", "before: loss", "norm", "stable: loss", "norm"]
-    print(table("batch 0, initial weights, float32", header, rows), "\n")
+    print(depth_table(rows), end="\n\n")
     return rows
+
+
+def depth_table(rows: list[list[str]]) -> str:
+    header = ["blocks", "before: loss", "norm", "stable: loss", "norm"]
+    return table("batch 0, initial weights, float32", header, rows)
 
 
 def diagnoses() -> dict[str, list[str]]:
@@ -140,10 +152,14 @@ def diagnoses() -> dict[str, list[str]]:
         ("fp16, a loss scale of 65536", half, 65536.0),
         ("fp16, a loss scale of 64", half, 64.0),
     ):
-        text = str(fastguard.diagnose(model, loss, loss_scale=scale))
-        said[name] = text.partition("\n\n")[0].splitlines()
-        print(f"diagnose, {name}", *said[name], sep="\n", end="\n\n")
+        found = str(fastguard.diagnose(model, loss, loss_scale=scale))
+        said[name] = found.partition("\n\n")[0].splitlines()
+        print(diagnosis_text(name, said[name]), end="\n\n")
     return said
+
+
+def diagnosis_text(name: str, lines: list[str]) -> str:
+    return "\n".join([f"diagnose, {name}:", *lines])
 
 
 if __name__ == "__main__":

@@ -40,17 +40,25 @@ def main():
     torch.set_num_threads(1)
     found = {"machine": print_machine(torch.device("cpu")), "steps": STEPS, "max_norm": MAX_NORM}
     found["inf"] = {name: without_clipping(PATIENTS[name]) for name in MODELS}
+    print(weights_table(found), end="\n\n")
+    found["runs"] = {name: curves(PATIENTS[name]) for name in MODELS}
+    print(losses_table(found))
+    write_json(options.json, found)
+
+
+def weights_table(found: dict) -> str:
     rows = [[name, *row.values()] for name, row in found["inf"].items()]
     header = ["max_norm=inf", "guard: weights", "fastguard: weights differ by"]
-    print(table(f"after {STEPS} steps, three seeds", header, rows), end="\n\n")
-    found["runs"] = {name: curves(PATIENTS[name]) for name in MODELS}
+    return table(f"after {found['steps']} steps, three seeds", header, rows)
+
+
+def losses_table(found: dict) -> str:
     rows = [
         [name, *(f"{value:.2g}" for value in distances(runs))]
         for name, runs in found["runs"].items()
     ]
-    header = [f"max_norm={MAX_NORM:g}", "guard", "fastguard", "seeds of torch"]
-    print(table("largest difference of the loss at any step", header, rows))
-    write_json(options.json, found)
+    header = [f"max_norm={found['max_norm']:g}", "guard", "fastguard", "seeds of torch"]
+    return table("largest difference of the loss at any step", header, rows)
 
 
 def train(

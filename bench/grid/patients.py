@@ -37,7 +37,7 @@ class Patient:
     batch: Callable[[int], Batch]
     loss: Callable[[nn.Module, Batch], Tensor]
     lr: float
-    #: What a fault or a setting can need: "ctc", "real input", "batch norm", "attention", "conv".
+    #: What a fault or a setting can need.
     has: frozenset[str]
     steps: int = 64
     #: The faulty batches by number. By the first, guards have seen the norms of 24 good steps.
@@ -284,6 +284,8 @@ def baseline() -> nn.Module:
     return build_model("baseline", n_mels=MELS, channels=48, num_layers=4, dropout=0.0)
 
 
+SPEECH = frozenset({"ctc", "real input", "batch norm", "conv", "fp16"})
+
 PATIENTS = {
     patient.name: patient
     for patient in (
@@ -294,7 +296,7 @@ PATIENTS = {
             functools.partial(speech, size=2),
             ctc,
             lr=1e-3,
-            has=frozenset({"ctc", "real input", "batch norm", "attention", "conv"}),
+            has=SPEECH | {"attention"},
         ),
         Patient(
             "baseline",
@@ -303,7 +305,7 @@ PATIENTS = {
             functools.partial(speech, size=4),
             ctc,
             lr=1e-3,
-            has=frozenset({"ctc", "real input", "batch norm", "conv"}),
+            has=SPEECH,
         ),
         Patient(
             "deep",
@@ -313,7 +315,7 @@ PATIENTS = {
             functools.partial(speech, size=2),
             ctc,
             lr=1e-4,
-            has=frozenset({"ctc", "real input", "batch norm", "attention", "conv"}),
+            has=SPEECH | {"attention"},
         ),
         Patient(
             "deep 54 M",
@@ -322,7 +324,7 @@ PATIENTS = {
             functools.partial(speech, size=2, mels=80),
             ctc,
             lr=1e-4,
-            has=frozenset({"ctc", "real input", "batch norm", "attention", "conv"}),
+            has=SPEECH | {"attention"},
             steps=12,
             bad=(8,),
             recipes=frozenset(
@@ -337,7 +339,7 @@ PATIENTS = {
             functools.partial(speech, size=2),
             ctc,
             lr=1e-4,
-            has=frozenset({"ctc", "real input", "batch norm", "attention", "conv"}),
+            has=SPEECH | {"attention"},
             steps=200,
             bad=(40, 80, 120, 160),
             recipes=frozenset({"before", "before, guarded"}),
@@ -352,7 +354,7 @@ PATIENTS = {
             characters,
             cross_entropy,
             lr=1e-3,
-            has=frozenset({"attention"}),
+            has=frozenset({"attention", "fp16"}),
         ),
         Patient(
             "vit",
@@ -361,7 +363,7 @@ PATIENTS = {
             images,
             cross_entropy,
             lr=1e-3,
-            has=frozenset({"real input", "attention", "conv"}),
+            has=frozenset({"real input", "attention", "conv", "fp16"}),
         ),
         Patient(
             "lstm",
