@@ -171,7 +171,7 @@ def commit() -> str:
 def save(record: dict, path: Path | None) -> None:
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        files.write_where_told(path, json.dumps(record, indent=1) + "\n")
+        files.write_where_told(path, records.json_text(record))
         files.write_where_told(path.with_suffix(".md"), records.markdown(record))
 
 

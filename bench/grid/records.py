@@ -1,5 +1,6 @@
 """What bench/stability.py keeps of a cell, the verdict on it, and the tables of all cells."""
 
+import json
 import math
 from collections import Counter
 from collections.abc import Iterable
@@ -86,6 +87,15 @@ def rounded(value):
     if isinstance(value, float):
         return float(f"{value:.4g}") if math.isfinite(value) else None
     return value
+
+
+def json_text(record: dict) -> str:
+    """The record as JSON with one line for each cell."""
+    cells = ",\n".join(
+        f"  {json.dumps(name)}: {json.dumps(cell)}" for name, cell in record["cells"].items()
+    )
+    machine = json.dumps(record["machine"])
+    return f'{{\n "machine": {machine},\n "cells": {{\n{cells}\n }}\n}}\n'
 
 
 def line(record: dict) -> str:
