@@ -11,6 +11,7 @@ import functools
 import json
 import math
 import re
+import statistics
 from pathlib import Path
 from typing import NamedTuple
 
@@ -70,7 +71,7 @@ def stability(found: dict, theme: Theme) -> Figure:
     """Gradient norm of a guarded run, and its loss beside that of the plain loop."""
     cells = {cell["recipe"]: cell for cell in found["cells"].values() if "losses" in cell}
     plain, guarded = cells["before"], cells["before, guarded"]
-    figure = Figure(figsize=(8.4, 4.4), layout="constrained")
+    figure = Figure(figsize=(7, 4.3), layout="constrained")
     above, below = figure.subplots(2, 1, sharex=True)
     draw_line(above, guarded["norms"], theme.ours, 1.2, "grad_norm with the guard")
     top = 10 * max(norm for norm in guarded["norms"] if norm is not None)
@@ -110,17 +111,19 @@ def draw_line(axes, values: list[float | None], colour: str, width: float, label
 
 
 def parity(found: dict) -> Figure:
-    """The loss of torch's loop and of a guarded one: each step's range over the seeds."""
+    """The loss of torch's loop and of a guarded one: the range of the seeds, by 5 steps each."""
     figure = Figure(figsize=(8.4, 2.8), layout="constrained")
     for axes, (name, runs) in zip(figure.subplots(1, 3), found["runs"].items(), strict=True):
-        for loop, colour, hatch in (("torch", TORCH, None), ("fastguard", OURS, "////")):
-            low, high = (
-                [bound(step) for step in zip(*runs[loop], strict=True)] for bound in (min, max)
-            )
-            steps = range(len(low))
-            axes.fill_between(
-                steps, low, high, color=colour, alpha=0.35, linewidth=0, hatch=hatch, label=loop
-            )
+        for loop, look in (
+            ("torch", {"color": TORCH, "alpha": 0.35, "linewidth": 0}),
+            ("fastguard", {"facecolor": "none", "edgecolor": OURS, "linewidth": 1}),
+        ):
+            means = [
+                [statistics.mean(losses[i : i + 5]) for i in range(0, found["steps"], 5)]
+                for losses in runs[loop]
+            ]
+            low, high = ([bound(step) for step in zip(*means, strict=True)] for bound in (min, max))
+            axes.fill_between(range(2, found["steps"], 5), low, high, label=loop, **look)
         axes.set_title(name, fontsize=9, loc="left")
         axes.set_xlabel("step")
     figure.axes[0].set_ylabel("loss, range of 3 seeds")
