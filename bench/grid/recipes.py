@@ -81,7 +81,8 @@ def clamp_attention_(model: nn.Module, clamp: float) -> None:
     for module in model.modules():
         if isinstance(module, fastguard.ClampedMultiheadAttention):
             module.clamp = clamp
-    fastguard.replace_attention_(model, clamp)
+    if any(isinstance(module, nn.MultiheadAttention) for module in model.modules()):
+        fastguard.replace_attention_(model, clamp)
 
 
 def guard(**options):

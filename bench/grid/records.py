@@ -153,6 +153,24 @@ def shown(record: dict | None) -> str:
     )
 
 
+def worst(cells: dict[str, dict]) -> tuple[list[str], list[list[str]]]:
+    """Of each recipe and fault the worst verdict of all patients."""
+    faults = [name for name in FAULTS if name != "none"]
+    rows = []
+    for recipe in RECIPES:
+        row = [recipe]
+        for fault in faults:
+            found = {
+                cell["verdict"]
+                for cell in cells.values()
+                if (cell["recipe"], cell["fault"]) == (recipe, fault)
+            }
+            row.append(next((name for name in VERDICTS if name in found), "-"))
+        if set(row[1:]) != {"-"}:
+            rows.append(row)
+    return ["recipe", *faults], rows
+
+
 def summary(cells: dict[str, dict]) -> tuple[list[str], list[list[str]]]:
     """Of each recipe, how many cells with a fault have which verdict."""
     rows = []
@@ -188,6 +206,8 @@ def markdown(record: dict) -> str:
         "## Summary",
         "Cells with a fault, by verdict:",
         markdown_table(*summary(cells)),
+        "The worst verdict of all patients, by fault:",
+        markdown_table(*worst(cells)),
         "## Patients",
     ]
     trained = {cell["patient"] for cell in cells.values()}

@@ -42,11 +42,11 @@ def test_the_first_steps_are_a_search_for_a_scale(bench):
     assert all(line["scale_search"] for line in searches)
 
 
-def test_the_summary_is_that_of_the_record(bench):
+def test_the_table_is_that_of_the_record(bench):
     from grid import records
 
     cells = record("stability.json")["cells"]
-    assert records.markdown_table(*records.summary(cells)) in PAGE
+    assert records.markdown_table(*records.worst(cells)) in PAGE
 
 
 def test_parity_is_that_of_the_record(bench):
@@ -122,6 +122,9 @@ def test_a_loud_input_and_a_learning_rate():
     assert verdicts(("before, guarded",), ("loud input",), ("deep",)) == {"equal"}
     assert verdicts(("before",), ("lr x 100",), ("deep", "vit", "lstm")) == {"worse"}
     assert verdicts(("before",), ("lr x 100",), ("teacher", "baseline", "gpt")) == {"finite"}
+    assert verdicts(("stable",), ("lr x 100",), ("vit",)) == {"worse"}
+    vit = CELLS["vit / stable / none"]["evaluation"]
+    assert f"moves in 61 steps: {vit['start']} to {vit['end']}." in " ".join(PAGE.split())
 
 
 def test_a_poisoned_moment():
