@@ -1,5 +1,6 @@
 """bench/stability.py: the verdicts of its quick cells, its file, and what its parts do."""
 
+import contextlib
 import json
 import math
 
@@ -66,6 +67,8 @@ def test_a_file_keeps_its_cells(stability, tmp_path, capsys):
         "lstm / guarded / nan input": "equal",
     }
     assert json.loads(path.read_text())["cells"] == first
+    assert first["lstm / before / nan input"]["skipped"] == []
+    assert first["lstm / guarded / nan input"]["skipped"] == [24, 34, 44]
     assert "| before | NaN weights |" in path.with_suffix(".md").read_text()
     again = stability.main([*ONE, "--fault", "inf gradient", "--json", str(path)])
     assert {name: again[name] for name in first} == first
@@ -76,18 +79,21 @@ def test_a_file_keeps_its_cells(stability, tmp_path, capsys):
     assert len(other) == 4 and seconds[0] != seconds[1]
 
 
-def test_what_is_interrupted_is_kept(stability, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("ending", [KeyboardInterrupt, MemoryError])
+def test_what_is_interrupted_is_kept(stability, tmp_path, monkeypatch, capsys, ending):
     measure, path = stability.measure, tmp_path / "stability.json"
 
     def interrupted(patient, recipe, fault):
         if recipe.name == "guarded":
-            raise KeyboardInterrupt
+            raise ending
         return measure(patient, recipe, fault)
 
     monkeypatch.setattr(stability, "measure", interrupted)
-    stability.main([*ONE, "--json", str(path)])
+    with contextlib.suppress(MemoryError):
+        stability.main([*ONE, "--json", str(path)])
     assert list(json.loads(path.read_text())["cells"]) == ["lstm / before / nan input"]
-    assert f"stopped; {path} has what was run" in capsys.readouterr().out
+    if ending is KeyboardInterrupt:
+        assert f"stopped; {path} has what was run" in capsys.readouterr().out
     monkeypatch.setattr(stability, "measure", measure)
     assert len(stability.main([*ONE, "--json", str(path)])) == 2
 
