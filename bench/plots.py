@@ -53,13 +53,20 @@ def main():
     folder = parser.parse_args().output
     folder.mkdir(parents=True, exist_ok=True)
     for name, (record, draw) in PICTURES.items():
-        found = json.loads((RESULTS / record).read_text(encoding="utf-8"))
+        found = read(record)
         path = folder / f"{name}.svg"
         theme = DARK if name.endswith("-dark") else LIGHT
         colours = dict.fromkeys(INKED, theme.ink) | dict.fromkeys(PAGES, theme.page)
         with mpl.rc_context(STYLE | colours):
             draw(found).savefig(path, metadata={"Date": None, "Creator": None})
         print(f"written to {path}")
+
+
+def read(record: str) -> dict:
+    """A file of docs/results, or the part of all.json that a benchmark wrote: "all.json NAME"."""
+    file, _, bench = record.partition(" ")
+    found = json.loads((RESULTS / file).read_text(encoding="utf-8"))
+    return found["benches"][bench]["result"] if bench else found
 
 
 def machine(found: dict) -> str:
@@ -147,7 +154,7 @@ def norm_kernel(found: dict) -> Figure:
 
 def train_step(found: dict) -> Figure:
     """A training step of the teacher."""
-    cases = list(found["steps"])
+    cases = [case for case in found["steps"] if "compiled" not in case]
     figure = Figure(figsize=(8.4, 3.2), layout="constrained")
     axes = figure.subplots()
     names = list(found["steps"][cases[0]])
@@ -218,10 +225,10 @@ PICTURES = {
     "stability": ("stability.json", functools.partial(stability, theme=LIGHT)),
     "stability-dark": ("stability.json", functools.partial(stability, theme=DARK)),
     "parity": ("parity.json", parity),
-    "optimizer_step": ("optimizer_step_cpu.json", optimizer_step),
-    "norm_kernel": ("norm_kernel_cpu.json", norm_kernel),
-    "train_step": ("train_step_cpu.json", train_step),
-    "attention_kernel": ("attention_kernel_cpu.json", attention_kernel),
+    "optimizer_step": ("all.json optimizer_step", optimizer_step),
+    "norm_kernel": ("all.json norm_kernel", norm_kernel),
+    "train_step": ("all.json train_step", train_step),
+    "attention_kernel": ("all.json attention_kernel", attention_kernel),
 }
 
 if __name__ == "__main__":

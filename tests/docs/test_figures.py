@@ -20,6 +20,11 @@ def record(name):
     return json.loads((RESULTS / name).read_text(encoding="utf-8"))
 
 
+def of_bench(name):
+    """What a benchmark wrote in the run of bench/run_all.py."""
+    return record("all.json")["benches"][name]["result"]
+
+
 def row(command):
     """The figures of the README's table that this command prints."""
     (line,) = re.findall(rf"^\|(.*)\| `python bench/{command}` \|$", README, re.M)
@@ -27,7 +32,7 @@ def row(command):
 
 
 def test_the_guarded_step():
-    seconds = record("optimizer_step_cpu.json")["step"][CASE]["seconds"]
+    seconds = of_bench("optimizer_step")["step"][CASE]["seconds"]
     ours = 1e3 * seconds["guard.step(fastguard.AdamW)"]
     torchs = 1e3 * seconds["clip_grad_norm_ + AdamW(fused=True)"]
     assert row("optimizer_step.py") == [round(ours, 1), round(torchs, 1)]
@@ -39,7 +44,7 @@ def test_the_guarded_step():
 
 
 def test_the_norm():
-    seconds = record("norm_kernel_cpu.json")["cases"][CASE]
+    seconds = of_bench("norm_kernel")["cases"][CASE]
     floor = min(seconds["plain read: sum"], seconds["plain read: dot"])
     ours = seconds["fastguard.ops.grad_norm"]
     torchs = seconds["torch clip_grad_norm_"]
@@ -48,16 +53,9 @@ def test_the_norm():
 
 
 def test_attention():
-    times = record("attention_kernel_cpu.json")["kernels"]["fp32, T=500, dropout 0.1"]
+    times = of_bench("attention_kernel")["kernels"]["fp32, T=500, dropout 0.1"]
     ours, torchs = times["ours"]["both"], times["SDPA"]["both"]
     assert row("attention_kernel.py") == [round(1e3 * ours, 1), round(1e3 * torchs, 1)]
-
-
-def test_tables_of_steps_are_those_of_the_record():
-    for name, seconds in record("optimizer_step_cpu.json")["step"][CASE]["seconds"].items():
-        assert re.search(rf"^{re.escape(name)} +{1e3 * seconds:.3f} ", BENCHMARKS, re.M), name
-    for name, seconds in record("norm_kernel_cpu.json")["cases"][CASE].items():
-        assert re.search(rf"^{re.escape(name)} +{1e3 * seconds:.3f} ", BENCHMARKS, re.M), name
 
 
 @pytest.fixture
@@ -72,6 +70,23 @@ def bench(monkeypatch):
         return module
 
     return load
+
+
+def test_targets_and_page_are_those_of_the_record(bench):
+    run_all, found = bench("run_all"), record("all.json")
+    assert run_all.targets_table(found["benches"]) in BENCHMARKS
+    assert (RESULTS / "all.md").read_text(encoding="utf-8") == run_all.page(found)
+
+
+def test_attention_beside_sdpa():
+    """The ratios of fp32 without dropout that the page names."""
+    times = of_bench("attention_kernel")["kernels"]
+    named = re.search(
+        r"Forward and backward in fp32 without dropout: (.*?)\. With", " ".join(BENCHMARKS.split())
+    )
+    for ratio, length in re.findall(r"(\d\.\d\d) at (?:T = )?(\d+)", named[1]):
+        each = times[f"fp32, T={length}"]
+        assert f"{each['SDPA']['both'] / each['ours']['both']:.2f}" == ratio, length
 
 
 def test_the_picture_says_what_happens(bench, monkeypatch):
