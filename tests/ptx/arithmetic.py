@@ -1,0 +1,385 @@
+"""Opcodes that compute a register from registers, each thread for itself."""
+
+import numpy as np
+
+from .numbers import (
+    DTYPES,
+    UNSIGNED,
+    bits_of,
+    fma32,
+    fma64,
+    from_bfloat16,
+    saturated,
+    to_bfloat16,
+    to_float16,
+    twice,
+)
+from .program import opcode
+
+TINY = np.float32(2.0**-126)
+
+
+def elementwise(instruction, program, function, sources, result):
+    """A step that applies ``function`` to operands of the types ``sources``."""
+    to, *operands = instruction.operands
+    if len(operands) != len(sources):
+        raise ValueError(f"{len(operands)} operands in place of {len(sources)}")
+    readers = [program.reader(x, t) for x, t in zip(operands, sources, strict=True)]
+    write = program.writer(to, result)
+    dtype = DTYPES[result]
+
+    def execute(block, mask):
+        value = function(*(read(block) for read in readers))
+        if value.dtype != dtype:
+            raise TypeError(f"{instruction.text}: {value.dtype} in place of {dtype}")
+        write(block, value, mask)
+
+    return {"execute": execute}
+
+
+def same_type(pattern):
+    """Registers a function of operands that all have the type at the end of the opcode."""
+
+    def register(function):
+        @opcode(pattern)
+        def make(instruction, match, program):
+            count = function.__code__.co_argcount
+            return elementwise(instruction, program, function, count * [match["t"]], match["t"])
+
+        return function
+
+    return register
+
+
+def flushed(x):
+    """Subnormal floats become zeros of their sign."""
+    return np.where(np.abs(x) < TINY, np.copysign(np.float32(0), x), x)
+
+
+INTEGERS = r"(?P<t>[su](?:16|32|64))"
+FLOATS = r"(?P<t>f32|f64)"
+BITS = r"(?P<t>b16|b32|b64|pred)"
+
+# --- arithmetic -----------------------------------------------------------------------------------
+
+
+@same_type(rf"add\.{INTEGERS}")
+@same_type(rf"add\.rn\.{FLOATS}")
+def add(a, b):
+    return a + b
+
+
+@same_type(rf"sub\.{INTEGERS}")
+@same_type(rf"sub\.rn\.{FLOATS}")
+def subtract(a, b):
+    return a - b
+
+
+@same_type(rf"mul\.lo\.{INTEGERS}")
+@same_type(rf"mul\.rn\.{FLOATS}")
+def multiply(a, b):
+    return a * b
+
+
+@opcode(r"mul\.wide\.(?P<t>[su](?:16|32))")
+def multiply_wide(instruction, match, program):
+    wide = twice(match["t"])
+
+    def function(a, b):
+        return a.astype(DTYPES[wide]) * b.astype(DTYPES[wide])
+
+    return elementwise(instruction, program, function, 2 * [match["t"]], wide)
+
+
+@opcode(r"mul\.hi\.(?P<t>[su](?:16|32))")
+def multiply_high(instruction, match, program):
+    type_ = match["t"]
+    own, wide = DTYPES[type_], DTYPES[twice(type_)]
+
+    def function(a, b):
+        return (a.astype(wide) * b.astype(wide) >> wide.type(bits_of(type_))).astype(own)
+
+    return elementwise(instruction, program, function, 2 * [type_], type_)
+
+
+@same_type(rf"mad\.lo\.{INTEGERS}")
+def multiply_add(a, b, c):
+    return a * b + c
+
+
+@same_type(r"fma\.rn\.(?P<t>f32)")
+def fused_multiply_add(a, b, c):
+    return fma32(a, b, c)
+
+
+@same_type(r"fma\.rn\.(?P<t>f64)")
+def fused_multiply_add_64(a, b, c):
+    return fma64(a, b, c).astype(np.float64)
+
+
+@same_type(r"div\.(?P<t>[su](?:16|32|64))")
+def divide_integers(a, b):
+    """Towards zero. The result of a division by zero is not defined; here it is 0."""
+    return (a - np.fmod(a, b)) // b
+
+
+@same_type(rf"div\.rn\.{FLOATS}")
+def divide(a, b):
+    return a / b
+
+
+@same_type(rf"rem\.{INTEGERS}")
+def remainder(a, b):
+    return np.fmod(a, b)
+
+
+@same_type(rf"sqrt\.rn\.{FLOATS}")
+def square_root(a):
+    return np.sqrt(a)
+
+
+@same_type(rf"rcp\.rn\.{FLOATS}")
+def reciprocal(a):
+    return a.dtype.type(1) / a
+
+
+@same_type(r"rcp\.approx\.ftz\.(?P<t>f32)")
+def reciprocal_approx(a):
+    return flushed((1.0 / flushed(a).astype(np.float64)).astype(np.float32))
+
+
+@same_type(r"ex2\.approx\.ftz\.(?P<t>f32)")
+def power_of_two(a):
+    return flushed(np.exp2(flushed(a).astype(np.float64)).astype(np.float32))
+
+
+@same_type(r"neg\.(?P<t>s16|s32|s64|f32|f64)")
+def negate(a):
+    return -a
+
+
+@same_type(rf"abs\.{FLOATS}")
+@same_type(r"abs\.(?P<t>s16|s32|s64)")
+def absolute(a):
+    return np.abs(a)
+
+
+@same_type(rf"copysign\.{FLOATS}")
+def copy_sign(a, b):
+    return np.copysign(b, a)
+
+
+@same_type(rf"min\.{INTEGERS}")
+@same_type(r"min\.NaN\.(?P<t>f32)")
+def minimum(a, b):
+    return np.where(a == b, np.where(np.signbit(a), a, b), np.minimum(a, b))
+
+
+@same_type(rf"max\.{INTEGERS}")
+@same_type(r"max\.NaN\.(?P<t>f32)")
+def maximum(a, b):
+    return np.where(a == b, np.where(np.signbit(a), b, a), np.maximum(a, b))
+
+
+@same_type(rf"min\.{FLOATS}")
+def minimum_number(a, b):
+    return np.where(a == b, np.where(np.signbit(a), a, b), np.fmin(a, b))
+
+
+@same_type(rf"max\.{FLOATS}")
+def maximum_number(a, b):
+    return np.where(a == b, np.where(np.signbit(a), b, a), np.fmax(a, b))
+
+
+# --- bits -----------------------------------------------------------------------------------------
+
+
+@same_type(rf"and\.{BITS}")
+def and_(a, b):
+    return a & b
+
+
+@same_type(rf"or\.{BITS}")
+def or_(a, b):
+    return a | b
+
+
+@same_type(rf"xor\.{BITS}")
+def xor(a, b):
+    return a ^ b
+
+
+@same_type(rf"not\.{BITS}")
+def not_(a):
+    return ~a
+
+
+@opcode(r"shl\.(?P<t>b(?:16|32|64))")
+def shift_left(instruction, match, program):
+    bits = bits_of(match["t"])
+    type_ = UNSIGNED[bits]
+
+    def function(a, by):
+        shifted = a << np.minimum(by, np.uint32(bits - 1)).astype(type_)
+        return np.where(by >= bits, type_(0), shifted)
+
+    return elementwise(instruction, program, function, [match["t"], "u32"], match["t"])
+
+
+@opcode(r"shr\.(?P<t>[bus](?:16|32|64))")
+def shift_right(instruction, match, program):
+    bits = bits_of(match["t"])
+    type_ = DTYPES[match["t"]].type
+
+    def function(a, by):
+        shifted = a >> np.minimum(by, np.uint32(bits - 1)).astype(type_)
+        return shifted if match["t"][0] == "s" else np.where(by >= bits, type_(0), shifted)
+
+    return elementwise(instruction, program, function, [match["t"], "u32"], match["t"])
+
+
+@opcode(r"bfe\.u32")
+def extract_bits(instruction, match, program):
+    def function(a, begin, count):
+        begin, count = (np.minimum(x & np.uint32(255), np.uint32(32)) for x in (begin, count))
+        mask = (np.uint64(1) << count.astype(np.uint64)) - np.uint64(1)
+        return (a.astype(np.uint64) >> begin.astype(np.uint64) & mask).astype(np.uint32)
+
+    return elementwise(instruction, program, function, 3 * ["u32"], "u32")
+
+
+# --- comparisons ----------------------------------------------------------------------------------
+
+COMPARISONS = {
+    "eq": np.equal,
+    "ne": np.not_equal,
+    "lt": np.less,
+    "le": np.less_equal,
+    "gt": np.greater,
+    "ge": np.greater_equal,
+}
+
+
+def ordered(compare):
+    """Of floats: false where one is a NaN."""
+    return lambda a, b: compare(a, b) & ~(np.isnan(a) | np.isnan(b))
+
+
+def unordered(compare):
+    return lambda a, b: compare(a, b) | np.isnan(a) | np.isnan(b)
+
+
+FLOAT_COMPARISONS = {
+    **{name: ordered(compare) for name, compare in COMPARISONS.items()},
+    **{f"{name}u": unordered(compare) for name, compare in COMPARISONS.items()},
+    "num": lambda a, b: ~(np.isnan(a) | np.isnan(b)),
+    "nan": lambda a, b: np.isnan(a) | np.isnan(b),
+}
+
+
+@opcode(r"setp\.(?P<how>\w+)\.(?P<t>[sub](?:16|32|64)|f32|f64)")
+def compare(instruction, match, program):
+    table = FLOAT_COMPARISONS if match["t"][0] == "f" else COMPARISONS
+    function = table[match["how"]]
+    return elementwise(instruction, program, function, 2 * [match["t"]], "pred")
+
+
+@opcode(r"selp\.(?P<t>[sub](?:16|32|64)|f32|f64)")
+def select(instruction, match, program):
+    type_ = match["t"]
+
+    def function(a, b, which):
+        return np.where(which, a, b)
+
+    return elementwise(instruction, program, function, [type_, type_, "pred"], type_)
+
+
+# --- moves and conversions ------------------------------------------------------------------------
+
+
+@opcode(r"mov\.(?P<t>[sub](?:16|32|64)|f32|f64|pred)")
+def move(instruction, match, program):
+    to, source = instruction.operands
+    if source[0] == "{":
+        return pack(instruction, match, program)
+    if to[0] == "{":
+        return unpack(instruction, match, program)
+    return elementwise(instruction, program, lambda a: a, [match["t"]], match["t"])
+
+
+def parts_of(text, type_, program):
+    """The names within braces, the type and the size in bits of each."""
+    names = program.list_of(text)
+    bits = bits_of(type_) // len(names)
+    return names, f"b{bits}", bits
+
+
+def pack(instruction, match, program):
+    names, part, bits = parts_of(instruction.operands[1], match["t"], program)
+    readers = [program.reader(name, part) for name in names]
+    write = program.writer(instruction.operands[0], f"b{bits * len(names)}")
+    whole = UNSIGNED[bits * len(names)]
+
+    def execute(block, mask):
+        shifted = (read(block).astype(whole) << whole(i * bits) for i, read in enumerate(readers))
+        write(block, sum(shifted, start=whole(0)), mask)
+
+    return {"execute": execute}
+
+
+def unpack(instruction, match, program):
+    names, part, bits = parts_of(instruction.operands[0], match["t"], program)
+    read = program.reader(instruction.operands[1], f"b{bits * len(names)}")
+    writers = [program.writer(name, part) for name in names]
+    whole = UNSIGNED[bits * len(names)]
+
+    def execute(block, mask):
+        value = read(block).copy()
+        for i, write in enumerate(writers):
+            write(block, (value >> whole(i * bits)).astype(UNSIGNED[bits]), mask)
+
+    return {"execute": execute}
+
+
+@opcode(r"cvta\.to\.global\.u64")
+def to_global(instruction, match, program):
+    """Generic addresses of global memory are the same numbers."""
+    return elementwise(instruction, program, lambda a: a, ["u64"], "u64")
+
+
+CONVERSIONS = [
+    # integers; to floats; from floats; between floats
+    (r"(?P<to>[su](?:8|16|32|64))\.(?P<of>[su](?:8|16|32|64))", lambda a, to: a.astype(DTYPES[to])),
+    (r"rn\.(?P<to>f32|f64)\.(?P<of>[su](?:32|64))", lambda a, to: a.astype(DTYPES[to])),
+    (r"rzi\.(?P<to>[su](?:32|64))\.(?P<of>f32|f64)", lambda a, to: saturated(np.trunc(a), to)),
+    (r"(?P<to>f64)\.(?P<of>f32)", lambda a, to: a.astype(np.float64)),
+    (r"rn\.(?P<to>f32)\.(?P<of>f64)", lambda a, to: a.astype(np.float32)),
+    (r"(?P<to>f32)\.(?P<of>f16)", lambda a, to: a.astype(np.float32)),
+    (r"(?P<to>f32)\.(?P<of>bf16)", lambda a, to: from_bfloat16(a)),
+    (r"rn\.(?P<to>f16)\.(?P<of>f32)", lambda a, to: to_float16(a).view(np.float16)),
+    (r"rn\.(?P<to>bf16)\.(?P<of>f32)", lambda a, to: to_bfloat16(a)),
+]
+
+
+def register_conversion(pattern, function):
+    @opcode(rf"cvt\.{pattern}")
+    def convert(instruction, match, program):
+        def converted(a):
+            return function(a, match["to"])
+
+        return elementwise(instruction, program, converted, [match["of"]], match["to"])
+
+
+for conversion in CONVERSIONS:
+    register_conversion(*conversion)
+
+
+@opcode(r"cvt\.rn\.(?P<t>bf16|f16)x2\.f32")
+def convert_two(instruction, match, program):
+    """The first operand becomes the upper half."""
+    rounded = to_bfloat16 if match["t"] == "bf16" else to_float16
+
+    def function(high, low):
+        return rounded(high).astype(np.uint32) << np.uint32(16) | rounded(low)
+
+    return elementwise(instruction, program, function, ["f32", "f32"], "b32")
