@@ -132,7 +132,7 @@ class Block:
         self.join(at + 1, active & ~taken)
 
     def end(self, at, active, ending):
-        if self.copies or self.groups_of_copies:
+        if self.copies or any(self.groups_of_copies):
             step = self.program.steps[at]
             raise self.located(Error("unfinished", "copies were not waited for"), step)
         self.ended |= ending

@@ -4,7 +4,7 @@ import functools
 
 from tests.sass import cuobjdump
 
-from . import arithmetic, moves, warps  # noqa: F401  they register the opcodes
+from . import arithmetic, conversions, moves, warps  # noqa: F401  they register the opcodes
 from .parse import parse, sources
 from .program import Program
 

@@ -98,8 +98,8 @@ def fence(instruction, match, program):
 
 
 # --- asynchronous copies --------------------------------------------------------------------------
-# They arrive as late as they may: when the thread waits for their group. Until then what they are to
-# write is poison.
+# They arrive as late as they may: when the thread waits for their group. Until then their
+# destination is poison.
 
 
 @opcode(r"cp\.async\.cg\.shared\.global")

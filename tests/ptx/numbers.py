@@ -11,7 +11,7 @@ SIGNED = {8: np.int8, 16: np.int16, 32: np.int32, 64: np.int64}
 FLOAT = {16: np.float16, 32: np.float32, 64: np.float64}
 
 DTYPES = {
-    **{f"{kind}{bits}": np.dtype(t) for kind in "bu" for bits, t in UNSIGNED.items()},
+    **{f"{kind}{bits}": np.dtype(t) for kind in ("b", "u") for bits, t in UNSIGNED.items()},
     **{f"s{bits}": np.dtype(t) for bits, t in SIGNED.items()},
     **{f"f{bits}": np.dtype(t) for bits, t in FLOAT.items()},
     "bf16": np.dtype(np.uint16),
@@ -82,7 +82,7 @@ def fma32(a, b, c):
 
 
 def sum_to_odd(x, y, total):
-    """x + y, where ``total`` is their rounded sum: the neighbour with an odd last bit if inexact."""
+    """x + y rounded to odd, where ``total`` is the sum rounded to nearest."""
     of_y = total - x
     error = (x - (total - of_y)) + (y - of_y)
     inexact = np.isfinite(total) & (error != 0)

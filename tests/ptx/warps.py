@@ -75,7 +75,7 @@ def ballot(instruction, match, program):
 @opcode(r"bar\.warp\.sync")
 def warp_barrier(instruction, match, program):
     all_lanes(*instruction.operands)
-    return {"execute": lambda block, mask: block.whole_warps(mask) and None}
+    return {"execute": lambda block, mask: block.whole_warps(mask)}
 
 
 # --- matrices -------------------------------------------------------------------------------------
