@@ -11,7 +11,7 @@ import numpy as np
 from tests.simt.kernels.ops import Device
 
 from . import library
-from .machine import Machine, Order
+from .machine import STEP_LIMIT, Machine, Order
 
 THREADS = 256
 CHUNK = 8192  # elements
@@ -24,13 +24,14 @@ BYTES = (4, 8, 2, 2, 1)  # of an element of each type
 class PtxDevice(Device):
     """A GPU with ``blocks`` blocks, which run in an order."""
 
-    def __init__(self, blocks=3, order=None, programs=None):
+    def __init__(self, blocks=3, order=None, programs=None, step_limit=STEP_LIMIT):
         super().__init__(blocks)
         self.order = order or Order()
         self.programs = programs or library.programs()
+        self.step_limit = step_limit
 
     def run_one_block(self, kernel, *args):
-        machine = Machine(self.programs, self.order)
+        machine = Machine(self.programs, self.order, self.step_limit)
         getattr(Launcher(machine), kernel)(*args)
 
 

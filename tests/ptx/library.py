@@ -21,9 +21,9 @@ def programs():
     return finder(embedded())
 
 
-def finder(found):
+def finder(found, name_of=cuobjdump.readable):
     """A function that gives the program of a kernel, made when it is first asked for."""
-    by_name = {cuobjdump.readable(name): (target, name) for target, name in found}
+    by_name = {name_of(name): (target, name) for target, name in found}
 
     @functools.cache
     def program(name):
