@@ -9,7 +9,7 @@ from .error import Error, UnknownForm
 
 def swapped(instruction):
     """Two operands in each other's place, where their order matters."""
-    if not re.match(r"(sub|div|setp\.[lg][te]|selp|shl|shr|copysign)\b", instruction.opcode):
+    if not re.match(r"(sub|div|setp\.[lg][te]|selp|copysign)\b", instruction.opcode):
         return None
     to, a, b, *rest = instruction.operands
     return replace(instruction, operands=(to, b, a, *rest)) if a != b else None
@@ -57,12 +57,12 @@ def transposed(instruction):
     return replace(instruction, opcode=instruction.opcode.replace(".shared", ".trans.shared"))
 
 
-def from_another_lane(instruction):
-    """The neighbour of the lane that a shuffle names."""
+def over_twice_the_distance(instruction):
+    """A shuffle over twice the distance."""
     if not re.match(r"shfl", instruction.opcode) or not instruction.operands[2].isdigit():
         return None
     to, source, lane, *rest = instruction.operands
-    return replace(instruction, operands=(to, source, str(int(lane) ^ 1), *rest))
+    return replace(instruction, operands=(to, source, str(2 * int(lane)), *rest))
 
 
 def truncated(instruction):
@@ -86,14 +86,6 @@ def counting_two(instruction):
     return replace(instruction, operands=(to, place, "2"))
 
 
-def without_sign(instruction):
-    """A number extended by zeros in place of its sign."""
-    opcode = re.sub(r"^(cvt|mul\.wide)\.s", r"\1.u", instruction.opcode).replace(".s32", ".u32")
-    if opcode == instruction.opcode or not re.match(r"cvt|mul\.wide", opcode):
-        return None
-    return replace(instruction, opcode=opcode)
-
-
 KINDS = [
     swapped,
     without_predicate,
@@ -101,7 +93,7 @@ KINDS = [
     with_registers_swapped,
     with_lanes_of_b_swapped,
     transposed,
-    from_another_lane,
+    over_twice_the_distance,
     truncated,
     waiting_for_less,
     counting_two,

@@ -61,7 +61,9 @@ def scale(device):
 
 def check_norms(programs):
     grads = [*tensors(), *tensors(torch.bfloat16), *tensors(torch.float16)]
+    check_grad_norm(device(programs).grad_norm(grads), grads, rel=1e-6)
     grads[0][[7, 9000]] = torch.tensor([torch.nan, torch.inf])
+    grads[4][2] = -torch.inf
     check_grad_norm(device(programs).grad_norm(grads), grads, rel=1e-6)
 
 
