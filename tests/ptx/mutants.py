@@ -131,7 +131,7 @@ def recorded(step, i, seen):
 
 
 def mutants(programs, name, numbers, kind):
-    """(number of the instruction, its text, kernels with a mutant of it)."""
+    """(text of the instruction, kernels with a mutant of it)."""
     program = programs(name)
     for number in numbers:
         instruction = kind(program.kernel.code[number])
@@ -140,7 +140,7 @@ def mutants(programs, name, numbers, kind):
         changed = copy.copy(program)
         changed.steps = [*program.steps]
         changed.steps[number] = program.step(instruction)
-        yield number, instruction.text, Programs(programs, name, changed)
+        yield f"{number}: {instruction.text}", Programs(programs, name, changed)
 
 
 def is_caught(run, programs):
