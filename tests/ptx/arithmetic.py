@@ -110,7 +110,7 @@ def fused_multiply_add(a, b, c):
 
 @same_type(r"fma\.rn\.(?P<t>f64)")
 def fused_multiply_add_64(a, b, c):
-    return fma64(a, b, c).astype(np.float64)
+    return fma64(a, b, c)
 
 
 @same_type(r"div\.(?P<t>[su](?:16|32|64))")

@@ -18,10 +18,6 @@ DTYPES = {
     "pred": np.dtype(bool),
 }
 
-LIBM = ctypes.CDLL("libm.so.6")
-LIBM.fma.restype = ctypes.c_double
-LIBM.fma.argtypes = [ctypes.c_double] * 3
-
 
 @functools.cache
 def bits_of(type_):
@@ -91,7 +87,16 @@ def sum_to_odd(x, y, total):
     return np.where(inexact & even, other, total)
 
 
-fma64 = np.frompyfunc(LIBM.fma, 3, 1)
+@functools.cache
+def fused():
+    """The C library's fma, element by element."""
+    fma = ctypes.CDLL("libm.so.6").fma
+    fma.restype, fma.argtypes = ctypes.c_double, [ctypes.c_double] * 3
+    return np.frompyfunc(fma, 3, 1)
+
+
+def fma64(a, b, c):
+    return fused()(a, b, c).astype(np.float64)
 
 
 def saturated(x, type_):

@@ -17,7 +17,16 @@ from .memory import Space
 from .numbers import DTYPES, SIGNED, UNSIGNED, bits_of, literal
 
 OPCODES = []  # (regular expression, function that makes a Step)
-SHARED_GAP = 64  # bytes between the arrays in shared memory, so that the end of each is noticed
+GAP = 64  # bytes between variables, so that the end of each is noticed
+
+
+def places(variables):
+    """The address of each variable. The dynamic one, whose size the launch gives, is last."""
+    found, at = {}, 0
+    for variable in sorted(variables, key=lambda variable: variable.bytes == 0):
+        found[variable.name] = at
+        at = -(-(at + variable.bytes + GAP) // 16) * 16
+    return found
 
 
 def opcode(pattern):
@@ -58,12 +67,8 @@ class Program:
             bits = bits_of(type_)
             self.slots[name] = bits, self.counts[bits]
             self.counts[bits] += 1
-        self.shared_at, self.dynamic_at = self.shared_layout()
-        self.parameters_at = {}
-        for parameter in kernel.parameters:
-            self.parameters_at[parameter.name] = 4096 * (1 + len(self.parameters_at))
-            if parameter.bytes > 4096:
-                self.parameters_at[parameter.name] += 1 << 20
+        self.shared_at = places(kernel.shared)
+        self.parameters_at = places(kernel.parameters)
         self.steps = [self.step(instruction) for instruction in kernel.code]
 
     def step(self, instruction):
@@ -148,19 +153,6 @@ class Program:
         return addresses
 
     # --- memory -----------------------------------------------------------------------------------
-
-    def shared_layout(self):
-        at, places, dynamic = 0, {}, None
-        for variable in self.kernel.shared:
-            if variable.bytes == 0:
-                dynamic = variable.name
-                continue
-            at = -(-at // variable.align) * variable.align
-            places[variable.name] = at
-            at = -(-(at + variable.bytes + SHARED_GAP) // 16) * 16
-        if dynamic is not None:
-            places[dynamic] = at
-        return places, at if dynamic is not None else None
 
     def shared_memory(self, dynamic):
         """A block's shared memory, of which nothing was written."""
