@@ -244,6 +244,21 @@ def extract_bits(instruction, match, program):
     return elementwise(instruction, program, function, 3 * ["u32"], "u32")
 
 
+@opcode(r"bfi\.(?P<t>b32|b64)")
+def insert_bits(instruction, match, program):
+    """The low bits of the first operand in the place of some bits of the second one."""
+    bits = bits_of(match["t"])
+    type_ = UNSIGNED[bits]
+
+    def function(a, b, begin, count):
+        begin, count = (np.minimum(x & np.uint32(255), np.uint32(bits)) for x in (begin, count))
+        ones = np.where(count >= bits, ~type_(0), (type_(1) << count.astype(type_)) - type_(1))
+        here = np.where(begin >= bits, type_(0), ones << begin.astype(type_))
+        return (b & ~here) | (a << begin.astype(type_) & here)
+
+    return elementwise(instruction, program, function, [match["t"]] * 2 + ["u32"] * 2, match["t"])
+
+
 # --- comparisons ----------------------------------------------------------------------------------
 
 COMPARISONS = {

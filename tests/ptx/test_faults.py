@@ -34,6 +34,7 @@ FAULTS = [
     ("unfinished", "cp.async.cg.shared.global [buffer], [%rd4], 16, 16;", "not waited for"),
     ("misaligned", "cp.async.cg.shared.global [buffer+8], [%rd4], 16, 16;", "thread 0"),
     ("not modelled", "cp.async.cg.shared.global [buffer], [%rd4], 16, 8;", "8"),
+    ("not modelled", "shfl.sync.bfly.b32 %r2|%p2, %r1, 1, 31, 1;", "a part of a warp"),
     ("trap", "trap;", "thread 0"),
 ]
 
@@ -105,7 +106,6 @@ def test_a_copy_of_nothing_writes_zeros_and_reads_nothing():
         "bar.sync 1;",
         "bar.sync 0, 32;",
         "shfl.sync.down.b32 %r2|%p2, %r1, 1, 31, -1;",
-        "shfl.sync.bfly.b32 %r2|%p2, %r1, 1, 31, 1;",
         "setp.lo.f32 %p1, %f1, %f2;",
         "mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%f1, %f2}, {%r1}, {%r3}, {%f1, %f2};",
         "call.uni f;",

@@ -217,6 +217,8 @@ def test_wide_products_and_bits():
     assert found.tolist() == [-3 * 2**30, (2**31 - 1) * -(2**31)]
     found = apply("bfe.u32 %r20, %r11, 8, 8;", np.uint32([0x12345678]), to=np.uint32)
     assert found.tolist() == [0x56]
+    body = "bfi.b32 %r20, %r11, %r12, 8, 4;"
+    assert apply(body, np.uint32([0xAB]), np.uint32([0x12345678]), to=np.uint32) == [0x12345B78]
     body = "mov.b64 %rd20, {%r11, %r12};"
     assert apply(body, np.uint32([1]), np.uint32([2]), to=np.uint64).tolist() == [2**33 + 1]
     body = "mov.b64 %rd9, {%r11, %r12};\n{ .reg .b32 t; mov.b64 {t, %r20}, %rd9; }"

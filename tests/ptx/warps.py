@@ -23,10 +23,15 @@ def put(block, write, values, warps, mask):
     write(block, whole, mask)
 
 
-def all_lanes(text):
-    """Every warp-wide instruction of the kernels names all lanes."""
-    if text not in ("-1", "0xffffffff", "4294967295"):
-        raise ValueError(f"lanes {text}")
+def of_all_lanes(text, program):
+    """A function that checks that an instruction names all lanes of a warp, as ours do."""
+    read = program.reader(text, "u32")
+
+    def check(block):
+        if (read(block) != 0xFFFFFFFF).any():
+            raise Error("not modelled", "an instruction of a part of a warp")
+
+    return check
 
 
 # --- shuffles and votes ---------------------------------------------------------------------------
@@ -35,13 +40,14 @@ def all_lanes(text):
 @opcode(r"shfl\.sync\.(?P<how>bfly|idx)\.b32")
 def shuffle(instruction, match, program):
     to, source, which, clamp, members = instruction.operands
-    all_lanes(members)
+    check_members = of_all_lanes(members, program)
     to, _, inside = to.partition("|")
     write, write_inside = program.writer(to, "b32"), program.writer(inside or "_", "pred")
     readers = [program.reader(source, "b32"), *(program.reader(x, "u32") for x in (which, clamp))]
     is_xor = match["how"] == "bfly"
 
     def execute(block, mask):
+        check_members(block)
         warps = block.whole_warps(mask)
         values, which, clamp = registers(block, readers, warps)
         segment = clamp >> 8 & 31
@@ -59,13 +65,12 @@ def shuffle(instruction, match, program):
 def ballot(instruction, match, program):
     to, source, members = instruction.operands
     write, read = program.writer(to, "b32"), program.reader(source, "pred")
-    read_members = program.reader(members, "u32")
+    check_members = of_all_lanes(members, program)
 
     def execute(block, mask):
+        check_members(block)
         warps = block.whole_warps(mask)
-        votes, members = registers(block, [read, read_members], warps)
-        if (members != 0xFFFFFFFF).any():
-            raise Error("not modelled", "a vote of a part of a warp")
+        (votes,) = registers(block, [read], warps)
         bits = (votes.astype(np.uint32) << LANE.astype(np.uint32)).sum(1, dtype=np.uint32)
         put(block, write, np.repeat(bits[:, None], WARP, 1), warps, mask)
 
@@ -74,8 +79,14 @@ def ballot(instruction, match, program):
 
 @opcode(r"bar\.warp\.sync")
 def warp_barrier(instruction, match, program):
-    all_lanes(*instruction.operands)
-    return {"execute": lambda block, mask: block.whole_warps(mask)}
+    (members,) = instruction.operands
+    check_members = of_all_lanes(members, program)
+
+    def execute(block, mask):
+        check_members(block)
+        block.whole_warps(mask)
+
+    return {"execute": execute}
 
 
 # --- matrices -------------------------------------------------------------------------------------
