@@ -1,7 +1,8 @@
 """One block of threads: its registers, and which threads execute which instruction.
 
 A register is an array with an element for each thread. Threads that are at the same instruction
-execute it together; those at the lowest instruction go first, so threads that parted meet again.
+execute it together; those at the lowest instruction go first, so threads that parted meet again. At
+an instruction of whole warps the lanes wait for the others of their warp.
 """
 
 import numpy as np
@@ -11,6 +12,14 @@ from .numbers import DTYPES, UNSIGNED
 
 POISON = 0xFF  # of what was never written: as a float it is NaN
 WARP = 32
+
+
+def is_parted(threads):
+    """Whether a warp is there in part."""
+    if len(threads) % WARP != 0:
+        return False  # a block without warps, in which no instruction of warps can be executed
+    of_warp = threads.reshape(-1, WARP)
+    return bool((of_warp.any(1) != of_warp.all(1)).any())
 
 
 class Block:
@@ -66,17 +75,27 @@ class Block:
                 self.leave_barrier()
             if not self.groups:
                 return
-            at = min(self.groups)
+            at = self.next_group()
             active = self.groups.pop(at)
-            until = min(self.groups, default=len(self.program.steps))
+            later = (other for other in self.groups if other > at)
+            until = min(later, default=len(self.program.steps))
             yield from self.run_until(at, until, active)
+
+    def next_group(self):
+        """The lowest instruction whose threads need not wait for other lanes of their warps."""
+        for at in sorted(self.groups):
+            if not (self.program.steps[at].of_warps and is_parted(self.groups[at])):
+                return at
+        return min(self.groups)
 
     def run_until(self, at, until, active):
         """Some threads execute from ``at`` on, until they jump or meet others at ``until``."""
-        all_active = active.all()
-        steps = self.program.steps
+        all_active, parted = active.all(), is_parted(active)
+        steps, first = self.program.steps, at
         while at < until:
             step = steps[at]
+            if parted and step.of_warps and at > first:
+                break
             mask = None if all_active else active
             if step.predicate is not None:
                 mask = active & step.predicate(self)
@@ -114,10 +133,8 @@ class Block:
     def whole_warps(self, mask):
         """The threads of a mask as (warps, lanes). A warp that is there in part is an error."""
         lanes = self.active(mask)
-        if mask is not None:
-            of_warp = mask.reshape(-1, WARP).sum(1)
-            if ((of_warp > 0) & (of_warp < WARP)).any():
-                raise Error("divergent", "a part of a warp executes this", thread=int(lanes[0]))
+        if mask is not None and is_parted(mask):
+            raise Error("divergent", "a part of a warp executes this", thread=int(lanes[0]))
         return lanes.reshape(-1, WARP)
 
     # --- jumps ------------------------------------------------------------------------------------

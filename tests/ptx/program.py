@@ -53,6 +53,7 @@ class Step:
     text: str
     execute: Callable | None = None  # (block, mask): what the threads of the mask do
     jump: Callable | None = None  # (block, index, active, those with a true predicate)
+    of_warps: bool = False  # whether the lanes of a warp execute it together
     is_seen: bool = False  # whether the order among blocks matters
     predicate: Callable | None = None
 

@@ -254,6 +254,25 @@ def test_threads_part_in_a_loop_and_meet_again():
     assert found.tolist() == [sum(range(32))] * 32 + [sum(range(32, 64))] * 32
 
 
+def test_lanes_wait_for_those_that_come_later_in_the_text():
+    """Odd lanes take a way round below the shuffle."""
+    body = """
+    and.b32 %r2, %r1, 1;
+    setp.eq.u32 %p1, %r2, 1;
+    mov.u32 %r20, %r1;
+    @%p1 bra $round;
+    $together:
+    shfl.sync.bfly.b32 %r20|%p2, %r20, 1, 31, -1;
+    bra.uni $end;
+    $round:
+    add.s32 %r20, %r20, 100;
+    bra.uni $together;
+    $end:
+    """
+    found = apply(body, np.zeros(64, np.uint32), to=np.uint32)
+    assert found.tolist() == [i - 1 if i % 2 else i + 101 for i in range(64)]
+
+
 # --- warps ----------------------------------------------------------------------------------------
 
 

@@ -58,7 +58,7 @@ def shuffle(instruction, match, program):
         put(block, write, np.take_along_axis(values, lane, 1), warps, mask)
         put(block, write_inside, valid, warps, mask)
 
-    return {"execute": execute}
+    return {"execute": execute, "of_warps": True}
 
 
 @opcode(r"vote\.sync\.ballot\.b32")
@@ -74,7 +74,7 @@ def ballot(instruction, match, program):
         bits = (votes.astype(np.uint32) << LANE.astype(np.uint32)).sum(1, dtype=np.uint32)
         put(block, write, np.repeat(bits[:, None], WARP, 1), warps, mask)
 
-    return {"execute": execute}
+    return {"execute": execute, "of_warps": True}
 
 
 @opcode(r"bar\.warp\.sync")
@@ -86,7 +86,7 @@ def warp_barrier(instruction, match, program):
         check_members(block)
         block.whole_warps(mask)
 
-    return {"execute": execute}
+    return {"execute": execute, "of_warps": True}
 
 
 # --- matrices -------------------------------------------------------------------------------------
@@ -113,7 +113,7 @@ def load_matrices(instruction, match, program):
             low, high = (matrices[:, i, GROUP, 2 * IN_GROUP + j].astype(np.uint32) for j in (0, 1))
             put(block, write, low | high << np.uint32(16), warps, mask)
 
-    return {"execute": execute}
+    return {"execute": execute, "of_warps": True}
 
 
 # The rows and columns of each register's elements, from the PTX manual, "Matrix Fragments for
@@ -148,7 +148,7 @@ def multiply_matrices(instruction, match, program):
         for (row, column), write in zip(D_ELEMENTS, writers, strict=True):
             put(block, write, product[:, row, column], warps, mask)
 
-    return {"execute": execute}
+    return {"execute": execute, "of_warps": True}
 
 
 def bfloat16_halves(words):
