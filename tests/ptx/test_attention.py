@@ -61,7 +61,7 @@ def test_a_padded_key_that_is_nan_reaches_nothing():
 
 
 @pytest.mark.slow
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(problems())
 def test_drawn_problems(problem):
     check(inputs(**problem), Order("mixed", problem["seed"]))
