@@ -12,6 +12,7 @@ import torch
 
 from fastguard import ops
 from fastguard.thresholds import AdaGC, AutoClip
+from tests import tensors
 
 from . import Error
 from .build import ROOT
@@ -218,7 +219,7 @@ SCHEDULES = [
 
 
 def bits(results):
-    return [t.contiguous().reshape(-1).view(torch.uint8).clone() for t in flat(results)]
+    return tensors.bits(flat(results))
 
 
 def same(these, those):

@@ -1,6 +1,8 @@
 """The precision that a model computes in: autocast by name, and weights that need no cast."""
 
-from typing import TypeGuard
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -8,7 +10,8 @@ from torch import Tensor, nn
 from fastguard.optim import AdamW
 from fastguard.speech.models.teacher import GatedDepthwiseConv1d
 
-from .config import Config
+if TYPE_CHECKING:  # it needs PyYAML, and a command that lacks packages imports this before it says so
+    from .config import Config
 
 AUTOCAST = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
