@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from fastguard.optim import AdamW
 from fastguard.speech.models.teacher import GatedDepthwiseConv1d
 
-if TYPE_CHECKING:  # it needs PyYAML, and a command that lacks packages imports this before it says so
+if (
+    TYPE_CHECKING
+):  # it needs PyYAML, and a command that lacks packages imports this before it says so
     from .config import Config
 
 AUTOCAST = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
