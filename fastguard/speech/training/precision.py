@@ -10,9 +10,8 @@ from torch import Tensor, nn
 from fastguard.optim import AdamW
 from fastguard.speech.models.teacher import GatedDepthwiseConv1d
 
-if (
-    TYPE_CHECKING
-):  # it needs PyYAML, and a command that lacks packages imports this before it says so
+# config.py needs PyYAML. A command imports this module before it says which packages are absent.
+if TYPE_CHECKING:
     from .config import Config
 
 AUTOCAST = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
